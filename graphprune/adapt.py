@@ -1,0 +1,262 @@
+"""What must change besides weights: sizes in attributes and literals.
+
+Every recorded op that was given a size is asked which size it needs after pruning; the
+expression behind the size says which attribute or literal to change for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from graphprune.analysis import Analysis
+from graphprune.rules import Reason
+from graphprune.sizes import (
+    Attribute,
+    Expression,
+    Extent,
+    Leaf,
+    Literal,
+    evaluate,
+    expression,
+    settable,
+    solve,
+)
+
+aten = torch.ops.aten
+Want = tuple[list[int], list[int]]  # the sizes an op was given, and those it needs
+Rule = Callable[[Analysis, fx.Node, np.ndarray], Iterator[Want]]
+_RULES: dict[Any, Rule] = {}
+
+
+def _rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def decorate(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(targets, rule))
+        return rule
+
+    return decorate
+
+
+@_rule(aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.new_zeros, aten.new_ones,
+       aten.new_full, aten.new_empty, aten.view_copy)
+def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
+    if isinstance(given, list | tuple):
+        new = list(graph.shape(node, alive))[-len(given) :] if given else []
+        yield list(given), [n if g != -1 else -1 for g, n in zip(given, new)]
+
+
+@_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
+def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    yield list(node.args[0]), list(graph.shape(node, alive))  # type: ignore[arg-type]
+
+
+@_rule(aten.split, aten.unsafe_split)
+def _split(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    dim = int(node.args[2]) if len(node.args) > 2 else int(node.kwargs.get("dim", 0))
+    items = node.meta["items"]
+    new = [graph.shape(item, alive)[dim] for item in items.values()]
+    given = node.args[1]
+    yield (list(given), new) if isinstance(given, list | tuple) else ([given], new[:1])
+
+
+_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes)(_split)
+
+
+@_rule(aten.slice)
+def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    if step != 1:
+        return
+    keep = graph.positions(x, dim, alive)
+    size, new_size = len(keep), int(keep.sum())
+    first = 0 if start is None else _clip(start, size)
+    last = size if end is None else _clip(end, size)
+    begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
+    if start:
+        yield [start], [begin if start > 0 else begin - new_size]
+    if end is not None and end < size:
+        yield [end], [stop if end > 0 else stop - new_size]
+        yield [last - first], [stop - begin]
+
+
+def _clip(index: int, size: int) -> int:
+    return max(0, min(size, index + size if index < 0 else index))
+
+
+@_rule(aten.select)
+def _select(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    x, dim, index = node.args
+    keep = graph.positions(x, dim, alive)
+    new = int(keep[: index % len(keep)].sum())
+    if new != index % len(keep):
+        yield [index], [new if index >= 0 else new - int(keep.sum())]
+
+
+@_rule(aten.constant_pad_nd)
+def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    pad = list(node.args[1])  # type: ignore[arg-type]
+    new = list(pad)
+    ndim = len(node.meta["shape"])
+    for i in range(0, len(pad), 2):
+        dim = ndim - 1 - i // 2
+        keep = graph.positions(node, dim, alive)
+        if pad[i] > 0:
+            new[i] = int(keep[: pad[i]].sum())
+        if pad[i + 1] > 0:
+            new[i + 1] = int(keep[len(keep) - pad[i + 1] :].sum())
+    yield pad, new
+
+
+@_rule(aten.convolution)
+def _convolution(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    groups = int(node.args[8])  # type: ignore[arg-type]
+    if groups > 1:
+        keep = graph.positions(node, 1, alive).reshape(groups, -1)
+        yield [groups], [int(keep.any(1).sum())]
+
+
+@_rule(aten.native_group_norm)
+def _group_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    groups = int(node.args[6])  # type: ignore[arg-type]
+    if groups > 1:
+        keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
+        yield [groups], [int(keep.any(1).sum())]
+
+
+@_rule(aten.native_layer_norm, aten._fused_rms_norm)
+def _layer_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    given = list(node.args[1])  # type: ignore[arg-type]
+    yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A size that could not be changed as a plan needs it."""
+
+    node: fx.Node
+    old: int
+    new: int
+    expression: Expression
+
+    @property
+    def literal(self) -> bool:
+        """Whether the size was a plain int: a literal, or computed where we could not follow."""
+        return isinstance(self.expression, int)
+
+    @property
+    def owner(self) -> str:
+        """The module whose code gives the size."""
+        return str(self.node.meta.get("module", ""))
+
+    @property
+    def reason(self) -> Reason:
+        """For reports."""
+        return Reason(
+            f"size {self.old} cannot be changed", self.owner, self.node.meta.get("line")
+        )
+
+
+@dataclass
+class Changes:
+    """New values of attributes and literals, and what could not be solved."""
+
+    values: dict[Attribute | Literal, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+
+
+def sized(node: fx.Node) -> bool:
+    """Whether an op may be given a size."""
+    return getattr(node.target, "overloadpacket", None) in _RULES and bool(node.meta.get("ints"))
+
+
+def changes(
+    graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]] = frozenset()
+) -> Changes:
+    """Solve for the attributes and literals that a plan changes.
+
+    Args:
+        graph: the analysed model.
+        alive: for every id whether it stays.
+        trusted: (record, node) positions of plain ints known to follow the shapes by themselves.
+    """
+    found = Changes()
+    demands = list(_demands(graph, alive, trusted))
+
+    def leaves(leaf: Leaf) -> int:
+        if isinstance(leaf, Extent):
+            return graph.shape(leaf.node, alive)[leaf.dim]
+        return found.values.get(leaf, leaf.value)
+
+    demands.sort(key=lambda demand: not isinstance(demand[3], Attribute | Literal))
+    for node, old, new, expr in demands:
+        if isinstance(expr, Attribute | Literal) and expr not in found.values:
+            found.values[expr] = new
+            continue
+        if evaluate(expr, leaves) == new:
+            continue
+        if not _solve(found, expr, new, leaves):
+            found.problems.append(Problem(node, old, new, expr))
+    for record in graph.records:
+        for left, right in record.equal:
+            a, b = evaluate(left.expression, leaves), evaluate(right.expression, leaves)
+            if a != b and not _solve(found, left.expression, int(b), leaves):
+                _solve(found, right.expression, int(a), leaves)
+    found.values = {leaf: new for leaf, new in found.values.items() if new != leaf.value}
+    return found
+
+
+def _solve(
+    found: Changes, expr: Expression, want: int, leaves: Callable[[Leaf], int]
+) -> bool:
+    for leaf in settable(expr, found.values):
+        value = solve(expr, want, leaf, leaves)
+        if value is not None:
+            before = found.values.get(leaf)
+            found.values[leaf] = value
+            if evaluate(expr, leaves) == want:
+                return True
+            found.values.pop(leaf) if before is None else found.values.update({leaf: before})
+    return False
+
+
+def _demands(
+    graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]]
+) -> Iterator[tuple[fx.Node, int, int, Expression]]:
+    for number, record in enumerate(graph.records):
+        for position, node in enumerate(record.ops):
+            if not sized(node) or not graph.touched(node, alive):
+                continue
+            rule = _RULES[node.target.overloadpacket]  # type: ignore[union-attr]
+            for old, new in rule(graph, node, alive):
+                given = match(old, node.meta["ints"])
+                for size, was, now in zip(given or (), old, new):
+                    if was == -1 or size == -1:
+                        continue
+                    expr = expression(size)
+                    if isinstance(expr, int) and (now == was or (number, position) in trusted):
+                        continue
+                    yield node, was, now, expr
+
+
+def match(pattern: Sequence[int], ints: Sequence[int]) -> list[int] | None:
+    """Find the sizes an op was given among the ints of the torch function that called it."""
+    width = len(pattern)
+    for start in range(len(ints) - width + 1):
+        part = list(ints[start : start + width])
+        if all(int(a) == int(b) or int(a) == -1 for a, b in zip(part, pattern)):
+            return part
+    return None
+
+
+def ids_of(graph: Analysis, node: fx.Node) -> list[Tensor]:
+    """All layers an op reads or makes, for freezing."""
+    layers = list(graph.values[node].layers) if node in graph.values else []
+    for other in (*node.all_input_nodes, *node.meta.get("items", {}).values()):
+        layers.extend(graph.values[other].layers)
+    return layers

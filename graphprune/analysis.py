@@ -1,0 +1,266 @@
+"""Which channels of a model live and die together: units, groups, and shapes after pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from graphprune.ids import Shape, Ties, along
+from graphprune.plan import fingerprint
+from graphprune.resolve import Units, resolve
+from graphprune.rules import Reason, Value, Walk
+from graphprune.trace import Record, aliases, named_tensors
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One dimension of one parameter or buffer, with the range of ids of its slices."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+    weight: bool  # a parameter of two or more dimensions
+    parameter: bool
+
+    @property
+    def module(self) -> str:
+        """The qualified name of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A slot as part of a group: ``index[i]`` are its positions that belong to channel i."""
+
+    slot: Slot
+    index: np.ndarray  # [channels, positions per channel]
+    reads: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels with the same slots: a row of the report, and what is scored.
+
+    ``exact`` is false when removing channels changes the statistics of a norm (then the
+    reference takes them over the kept channels).
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    units: np.ndarray  # labels of the units, in the order of the channels
+    reason: Reason | None = None  # why it is frozen
+    renormalising: Reason | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return len(self.units)
+
+    @property
+    def exact(self) -> bool:
+        """Whether channels leave without changing statistics."""
+        return self.renormalising is None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the channels must stay."""
+        return self.reason is not None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the modules whose parameters the group ties, in order."""
+        return tuple(dict.fromkeys(member.slot.module for member in self.members))
+
+    @property
+    def kind(self) -> str:
+        """For tables: exact, renormalising or frozen."""
+        return "frozen" if self.frozen else "exact" if self.exact else "renormalising"
+
+    @property
+    def note(self) -> str:
+        """Why it is frozen or renormalising."""
+        return str(self.reason or self.renormalising or "")
+
+
+@dataclass
+class Analysis:
+    """The channel ids of recorded forward passes, resolved into groups."""
+
+    architecture: str
+    records: tuple[Record, ...]
+    values: dict[fx.Node, Value]
+    slots: tuple[Slot, ...]
+    names: dict[str, str]
+    units: Units
+    walk: Walk = field(repr=False)
+    shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
+
+    @classmethod
+    def build(cls, model: nn.Module, records: Sequence[Record]) -> Analysis:
+        """Analyse recorded forward passes of a model."""
+        ties = Ties()
+        slots, values = _slots(model, ties)
+        walk = Walk(ties, values.get)
+        for record in records:
+            walk.run(record.graph)
+        units = resolve(ties, walk.choices, walk.grids)
+        for choice, label in units.chosen:
+            if label == "equal columns" and isinstance(choice.owner, Reason):
+                walk.renormalising.append((choice.ids, choice.owner))
+        parameters = {name for name, _ in model.named_parameters()}
+        return cls(
+            fingerprint(model),
+            tuple(records),
+            walk.values,
+            slots,
+            aliases(model),
+            units,
+            walk,
+            {
+                name: (tuple(t.shape), t.element_size(), name in parameters)
+                for name, t in named_tensors(model)
+            },
+        )
+
+    def freeze(self, ids: torch.Tensor, reason: Reason) -> None:
+        """Freeze more ids, for a reason found after the walk."""
+        self.walk.ties.freeze(ids, reason)
+        self.units.freeze(ids)
+        self.__dict__.pop("all_groups", None)
+        self.__dict__.pop("groups", None)
+
+    @cached_property
+    def all_groups(self) -> tuple[Group, ...]:
+        """All groups, frozen ones included."""
+        return tuple(_groups(self))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups whose channels can be removed."""
+        return tuple(group for group in self.all_groups if not group.frozen)
+
+    def alive(self, kept: Mapping[str, Sequence[int]]) -> np.ndarray:
+        """For every id whether it stays, given the kept channels by group name."""
+        stays = np.ones(len(self.units.frozen), bool)
+        for group in self.groups:
+            if group.name in kept:
+                stays[group.units] = False
+                stays[group.units[list(kept[group.name])]] = True
+        return stays[self.units.labels]
+
+    def touched(self, node: fx.Node, alive: np.ndarray) -> bool:
+        """Whether an op reads or makes values that lose channels."""
+        around = (node, *node.all_input_nodes, *node.meta.get("items", {}).values())
+        return any(
+            not alive[layer.numpy()].all()
+            for other in around
+            if other in self.values
+            for layer in self.values[other].layers
+        )
+
+    def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
+        """For each position of a value along ``dim`` whether it stays."""
+        value = self.values[node]
+        keep = np.ones(value.shape[dim], bool)
+        for layer in value.layers:
+            if layer.shape[dim] > 1:
+                rest = tuple(d for d in range(layer.dim()) if d != dim)
+                keep &= alive[layer.numpy()].any(axis=rest)
+        return keep
+
+    def shape(self, node: fx.Node, alive: np.ndarray) -> Shape:
+        """The shape of a value after pruning."""
+        value = self.values[node]
+        sizes = list(value.shape)
+        for dim in {d for layer in value.layers for d, n in enumerate(layer.shape) if n > 1}:
+            sizes[dim] = int(self.positions(node, dim, alive).sum())
+        return tuple(sizes)
+
+
+def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
+    slots, values = [], {}
+    parameters = {id(p) for p in model.parameters()}
+    for name, tensor in named_tensors(model):
+        layers = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                ids = ties.fresh(size)
+                weight = id(tensor) in parameters and tensor.dim() > 1
+                slots.append(
+                    Slot(name, dim, int(ids[0]), size, weight, id(tensor) in parameters)
+                )
+                layers.append(along(ids, dim, tensor.dim()))
+        values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True)
+    return tuple(slots), values
+
+
+def _groups(graph: Analysis) -> Iterator[Group]:
+    """Units with the same multiset of slots form a group."""
+    units, slots = graph.units, graph.slots
+    used = {str(n.target) for r in graph.records for n in r.graph.nodes if n.op == "get_attr"}
+    numbers = [number for number, slot in enumerate(slots) if slot.tensor in used]
+    if not numbers:
+        return
+    owner = np.repeat(numbers, [slots[n].size for n in numbers])
+    position = np.concatenate([np.arange(slots[n].size) for n in numbers])
+    label = np.concatenate(
+        [units.labels[slots[n].start : slots[n].start + slots[n].size] for n in numbers]
+    )
+    keys = np.random.default_rng(0).integers(1, 2**63, len(slots), dtype=np.uint64)
+    signature = np.zeros(len(units.frozen), np.uint64)
+    np.add.at(signature, label, keys[owner])
+    reasons = _first_reason(units, graph.walk.ties.frozen)
+    changes = _first_reason(units, graph.walk.renormalising)
+    reads = np.zeros(graph.walk.ties.size, bool)
+    for ids in graph.walk.reads:
+        reads[ids.reshape(-1).numpy()] = True
+    signature[units.frozen] ^= np.uint64(1)
+    order = np.lexsort((position, owner, label, signature[label]))
+    owner, position, label = owner[order], position[order], label[order]
+    found: list[tuple[int, Group]] = []
+    bounds = np.flatnonzero(np.diff(signature[label])) + 1
+    starts = np.concatenate([[0], bounds, [len(label)]])
+    for start, stop in zip(starts[:-1], starts[1:]):
+        part = slice(start, stop)
+        labels, counts = np.unique(label[part], return_counts=True)
+        per_unit = int(counts[0])
+        assert (counts == per_unit).all(), "two signatures with the same key"
+        owners = owner[part].reshape(len(labels), per_unit)
+        places = position[part].reshape(len(labels), per_unit)
+        members = tuple(
+            Member(slots[n], places[:, owners[0] == n], bool(reads[slots[n].start]))
+            for n in dict.fromkeys(owners[0].tolist())
+        )
+        by_place = np.argsort(members[0].index[:, 0], kind="stable")
+        members = tuple(Member(m.slot, m.index[by_place], m.reads) for m in members)
+        first = int(labels[by_place[0]])
+        reason = reasons.get(first, Reason("tied to channels that always stay"))
+        if units.frozen[first] and reason.text in ("kernel size", "depthwise kernel"):
+            continue
+        group = Group(
+            "",
+            members,
+            labels[by_place],
+            reason if units.frozen[first] else None,
+            changes.get(first),
+        )
+        found.append((members[0].slot.start + int(members[0].index[by_place[0], 0]), group))
+    found.sort(key=lambda item: item[0])
+    for number, (_, group) in enumerate(found):
+        name = f"g{number}"
+        yield Group(name, group.members, group.units, group.reason, group.renormalising)
+
+
+def _first_reason(units: Units, marked: Sequence[tuple[Any, Any]]) -> dict[int, Reason]:
+    reasons: dict[int, Reason] = {}
+    for ids, reason in reversed(marked):
+        for label in np.unique(units.labels[ids.reshape(-1).numpy()]).tolist():
+            reasons[label] = reason
+    return reasons

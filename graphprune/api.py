@@ -1,0 +1,77 @@
+"""The one call: ``rebuild(model, ratio)``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from graphprune.checks import check_model
+from graphprune.criteria import Criterion
+from graphprune.errors import InputError
+from graphprune.graph import trace
+from graphprune.plan import Plan
+from graphprune.rewrite import shrink
+from graphprune.select import check_ratio
+
+
+def rebuild(
+    model: nn.Module,
+    ratio_or_plan: float | Plan,
+    example_inputs: Any = None,
+    *,
+    criterion: str | Criterion = "l2",
+    scope: str = "local",
+    keep: str | Iterable[str] = (),
+    seed: int = 0,
+    inplace: bool = False,
+    exact_only: bool = False,
+) -> nn.Module:
+    """Make a genuinely smaller model whose output equals the masked original.
+
+    Args:
+        model: the trained model; not touched unless ``inplace``.
+        ratio_or_plan: the fraction of channels to remove in [0, 1), or a plan.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword
+            arguments; inferred from the first layer when absent. Not needed with a plan.
+        criterion: how channels are scored: ``"l1"``, ``"l2"``, ``"random"`` or a callable.
+        scope: ``"local"`` (the fraction of every group) or ``"global"`` (over all groups).
+        keep: glob patterns of layers whose output channels all stay.
+        seed: for criteria that draw random numbers.
+        inplace: change ``model`` itself; its parameters stay the same objects.
+        exact_only: leave groups whole whose removal changes the statistics of a norm.
+
+    Returns:
+        A model of the same classes and ``state_dict`` names with its own, smaller parameters;
+        dtype, device, memory format, hooks and train/eval state are kept. Its
+        ``graphprune_plan`` says which channels stayed.
+
+    Raises:
+        ModelError: the model is quantized, scripted, compiled, wrapped, lazy or not finite.
+        InputError: an argument is wrong, or no channel can be removed.
+        TraceError: the model does not run on the example inputs.
+        PlanError: the plan belongs to another architecture, or was applied already.
+
+    Warns:
+        PruningWarning: much less was removed than asked for.
+
+    Example:
+        >>> import torch, torchvision, graphprune
+        >>> model = torchvision.models.resnet18(weights=None)
+        >>> small = graphprune.rebuild(model, 0.5)
+        >>> sum(p.numel() for p in small.parameters()) < 0.3 * 11_700_000
+        True
+    """
+    check_model(model)
+    if isinstance(ratio_or_plan, Plan):
+        return shrink(model, ratio_or_plan, inplace=inplace)
+    ratio = check_ratio(ratio_or_plan)
+    graph = trace(model, example_inputs)
+    plan = graph.plan(
+        ratio, criterion=criterion, scope=scope, keep=keep, seed=seed, exact_only=exact_only
+    )
+    return shrink(model, plan, inplace=inplace)
+
+
+__all__ = ["InputError", "rebuild"]

@@ -1,0 +1,44 @@
+"""Refuse, before anything is done, models that cannot be analysed."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from graphprune.errors import ModelError
+from graphprune.trace import named_tensors
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def check_model(model: object) -> None:
+    """Raise unless the model is an initialised, floating point, plain ``nn.Module``.
+
+    Raises:
+        ModelError: says what was found and what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise ModelError(f"the model is wrapped in {name}: pass model.module, and wrap the result")
+    if name == "OptimizedModule":
+        raise ModelError("the model is compiled: pass the original module, and compile the result")
+    for path, module in model.named_modules():
+        where = f"module {path!r}" if path else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{where} is scripted or traced: pass the Python module instead")
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise ModelError(f"{where} is quantized: prune the float model first, then quantize")
+    for path, tensor in named_tensors(model):
+        if is_lazy(tensor):
+            raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
+        if tensor.is_meta:
+            raise ModelError(f"{path!r} is on the meta device: load the weights first")
+        if tensor.is_quantized:
+            raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
+    if not any(True for _ in model.parameters()):
+        raise ModelError(f"{name} has no parameters: nothing can be pruned")

@@ -1,0 +1,69 @@
+"""Multiply-accumulates of a recorded graph, as a function of the shapes of its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphprune.ids import Shape
+from graphprune.trace import Record
+
+aten = torch.ops.aten
+ShapeOf = Callable[[fx.Node], Shape]
+
+
+def _first(node: fx.Node, shape: ShapeOf, index: int) -> Shape:
+    return shape(node.args[index])  # type: ignore[arg-type]
+
+
+def _convolution(node: fx.Node, shape: ShapeOf) -> int:
+    x, weight = _first(node, shape, 0), _first(node, shape, 1)
+    positions = x if node.args[6] else shape(node)
+    return math.prod(positions) * math.prod(weight[1:])
+
+
+def _matrix(left: int) -> Callable[[fx.Node, ShapeOf], int]:
+    def count(node: fx.Node, shape: ShapeOf) -> int:
+        return math.prod(_first(node, shape, left)) * _first(node, shape, left + 1)[-1]
+
+    return count
+
+
+def _attention(node: fx.Node, shape: ShapeOf) -> int:
+    query, key, value = (_first(node, shape, index) for index in range(3))
+    return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]
+
+
+COUNTS: dict[Any, Callable[[fx.Node, ShapeOf], int]] = {
+    aten.convolution: _convolution,
+    aten.mm: _matrix(0),
+    aten.bmm: _matrix(0),
+    aten.addmm: _matrix(1),
+    aten.baddbmm: _matrix(1),
+    aten.mv: lambda node, shape: math.prod(_first(node, shape, 0)),
+    aten.dot: lambda node, shape: math.prod(_first(node, shape, 0)),
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention: _attention,
+    aten._scaled_dot_product_efficient_attention: _attention,
+    aten._scaled_dot_product_cudnn_attention: _attention,
+    aten._scaled_dot_product_fused_attention_overrideable: _attention,
+}
+
+
+def recorded_shape(node: fx.Node) -> Shape:
+    """The shape a value had when it was recorded."""
+    return node.meta["shape"]  # type: ignore[no-any-return]
+
+
+def macs(record: Record, shape: ShapeOf = recorded_shape) -> int:
+    """Multiply-accumulates of one forward pass: convolutions, matrix products and attention."""
+    total = 0
+    for node in record.ops:
+        count = COUNTS.get(getattr(node.target, "overloadpacket", None))
+        if count is not None:
+            total += count(node, shape)
+    return total

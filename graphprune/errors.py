@@ -1,0 +1,39 @@
+"""The exception tree: every error that graphprune raises on purpose."""
+
+from __future__ import annotations
+
+
+class GraphPruneError(Exception):
+    """Base class of all errors raised on purpose by graphprune."""
+
+
+class ModelError(GraphPruneError, ValueError):
+    """The model cannot be analysed as it is (quantized, scripted, wrapped, lazy, not finite)."""
+
+
+class InputError(GraphPruneError, ValueError):
+    """An argument is wrong: ratio, criterion, keep pattern, example inputs."""
+
+
+class TraceError(GraphPruneError, RuntimeError):
+    """The model did not run on the example inputs."""
+
+
+class PlanError(GraphPruneError, ValueError):
+    """A plan is damaged, or belongs to another architecture, or was applied already."""
+
+
+class RewriteError(GraphPruneError, RuntimeError):
+    """A shrunk model does not run or does not have the shapes the plan foresees."""
+
+
+class VerificationError(GraphPruneError, AssertionError):
+    """A shrunk model and its masked reference differ."""
+
+
+class CheckpointError(GraphPruneError, ValueError):
+    """A saved file is damaged or does not fit the model."""
+
+
+class PruningWarning(UserWarning):
+    """A request could not be met as asked; the text names the groups and the reasons."""

@@ -1,0 +1,256 @@
+"""A plan executed without changing a shape: the reference that a small model must equal.
+
+Where zeroed parameters say it all, the reference is a copy of the model with zeroes on the
+writing and on the reading side of every removed channel. Where they do not (a sum over channels
+after a sigmoid, the statistics of a LayerNorm), the forward of the copy evaluates the recorded
+graph: every op that sums over channels reads zeroes for the removed ones, and statistics are
+taken over the kept ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.analysis import Analysis
+from graphprune.inputs import Call
+from graphprune.plan import Plan
+from graphprune.rules import Value
+from graphprune.trace import Record, leak, named_tensors, record
+
+aten = torch.ops.aten
+
+
+def mask(model: nn.Module, plan: Plan) -> nn.Module:
+    """The masked model of a plan, with the shapes of the original.
+
+    Args:
+        model: a model of the architecture the plan was made for; it is not touched.
+        plan: which channels stay.
+
+    Returns:
+        A copy of ``model`` in which the removed channels contribute nothing. Groups reported as
+        renormalising take their statistics over the kept channels only.
+
+    Raises:
+        PlanError: the plan does not fit the model.
+
+    Example:
+        >>> import torch, graphprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = graphprune.trace(net).plan(0.5)
+        >>> x = torch.randn(3, 4)
+        >>> small = graphprune.rebuild(net, plan)
+        >>> torch.allclose(graphprune.mask(net, plan)(x), small(x), atol=1e-6)
+        True
+    """
+    plan.check(model)
+    masked = copy.deepcopy(model)
+    if plan.evaluated:
+        masked.forward = MaskedForward(model, masked, plan)  # type: ignore[assignment]
+        return masked
+    tensors = dict(named_tensors(masked))
+    with torch.no_grad():
+        for slot in plan.slots:
+            gone = sorted(set(range(slot.size)) - set(slot.kept))
+            tensor = tensors[slot.tensor]
+            tensor.index_fill_(slot.dim, torch.tensor(gone, device=tensor.device), 0)
+    return masked
+
+
+class MaskedForward:
+    """Evaluates the recorded graph of a model with masks, recording anew for new shapes."""
+
+    def __init__(self, original: nn.Module, module: nn.Module, plan: Plan) -> None:
+        self.template = copy.deepcopy(original)
+        self.module = module
+        self.plan = plan
+        self.recorded: dict[Any, tuple[Record, Masks]] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the masked model."""
+        return self.run(Call(args, kwargs))[0]
+
+    def run(self, call: Call) -> tuple[Any, dict[fx.Node, Any]]:
+        """The output and the value of every node."""
+        rec, masks = self.prepared(call)
+        values = _evaluate(self.module, rec, masks, call)
+        outputs = [values[node] for node in rec.outputs]
+        iterator = iter(outputs)
+        leaves = [next(iterator) if leaf is None else leaf for leaf in rec.output_leaves]
+        return pytree.tree_unflatten(leaves, rec.output_spec), values
+
+    def prepared(self, call: Call) -> tuple[Record, Masks]:
+        """The recorded graph and its masks for inputs of these shapes."""
+        key = (self.module.training, str(call))
+        if key not in self.recorded:
+            rec = record(self.template, call, self.module.training)
+            analysis = Analysis.build(self.template, [rec])
+            self.recorded[key] = rec, Masks(analysis, self.plan)
+        return self.recorded[key]
+
+
+class Masks:
+    """Which positions of recorded values stay."""
+
+    def __init__(self, analysis: Analysis, plan: Plan) -> None:
+        self.analysis = analysis
+        self.readers = analysis.walk.readers
+        stays = np.ones(len(analysis.units.frozen), bool)
+        starts = {(slot.tensor, slot.dim): slot.start for slot in analysis.slots}
+        for slot in plan.slots:
+            gone = np.setdiff1d(np.arange(slot.size), slot.kept)
+            stays[analysis.units.labels[starts[slot.tensor, slot.dim] + gone]] = False
+        self.alive = stays[analysis.units.labels]
+
+    def of(self, node: fx.Node) -> Tensor | None:
+        """A boolean mask that broadcasts to the value of a node; ``None`` when all stays."""
+        found = None
+        for layer in self.value(node).layers:
+            keep = torch.from_numpy(self.alive[layer.numpy()])
+            if not bool(keep.all()):
+                found = keep if found is None else found & keep
+        return found
+
+    def value(self, node: fx.Node) -> Value:
+        """The layers of a node."""
+        return self.analysis.values[node]
+
+
+def _evaluate(
+    module: nn.Module, rec: Record, masks: Masks, call: Call
+) -> dict[fx.Node, Any]:
+    values: dict[fx.Node, Any] = {}
+    tensors = dict(named_tensors(module))
+    inputs = iter(call.tensors())
+    for node in rec.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = next(inputs)
+        elif node.op == "get_attr":
+            name = str(node.target)
+            values[node] = tensors[name] if name in tensors else rec.constants[name]
+        elif node.op == "call_function":
+            values[node] = _step(node, values, masks)
+    return values
+
+
+def _step(node: fx.Node, values: Mapping[fx.Node, Any], masks: Masks) -> Any:
+    if node.target is operator.getitem:
+        return values[node.args[0]][node.args[1]]  # type: ignore[index]
+    if node.target is leak:
+        return None
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
+    if node in masks.readers:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: zeroed(values[n], masks.of(n)))
+        rule = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
+        keep = masks.of(node.all_input_nodes[0])
+        if rule is not None and keep is not None:
+            return rule(keep.to(args[0].device), *args, **kwargs)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """Zero where the mask is false, whatever stood there."""
+    if keep is None:
+        return tensor
+    return torch.where(keep.to(tensor.device), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def _dims(dim: Any, ndim: int) -> list[int]:
+    if dim is None or (isinstance(dim, list | tuple) and not dim):
+        return list(range(ndim))
+    return [d % ndim for d in (dim if isinstance(dim, list | tuple) else [dim])]
+
+
+def _count(keep: Tensor, x: Tensor, dims: list[int]) -> Tensor:
+    return keep.expand(x.shape).to(x.dtype).sum(dims, keepdim=True)
+
+
+def _mean(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+    dims = _dims(dim, x.dim())
+    mean = x.sum(dims, keepdim=True) / _count(keep, x, dims)
+    return mean if keepdim else mean.squeeze(dims)
+
+
+def _moments(
+    keep: Tensor, x: Tensor, dims: list[int], correction: float
+) -> tuple[Tensor, Tensor]:
+    count = _count(keep, x, dims)
+    mean = x.sum(dims, keepdim=True) / count
+    square = zeroed((x - mean).square(), keep).sum(dims, keepdim=True)
+    return square / (count - correction), mean
+
+
+def _variance(
+    finish: Callable[[Tensor], Tensor], both: bool
+) -> Callable[..., Any]:
+    def rule(
+        keep: Tensor, x: Tensor, dim: Any = None, unbiased: Any = None, keep_dim: Any = None,
+        *, correction: Any = None, keepdim: bool = False,
+    ) -> Any:  # fmt: skip
+        if isinstance(dim, bool):
+            dim, unbiased = None, dim
+        dims = _dims(dim, x.dim())
+        if isinstance(unbiased, bool):
+            correction = int(unbiased)
+        var, mean = _moments(keep, x, dims, 1 if correction is None else correction)
+        if not (keepdim or keep_dim):
+            var, mean = var.squeeze(dims), mean.squeeze(dims)
+        return (finish(var), mean) if both else finish(var)
+
+    return rule
+
+
+def _layer_norm(
+    keep: Tensor, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    var, mean = _moments(keep, x, dims, 0)
+    scale = (var + eps).rsqrt()
+    out = (x - mean) * scale
+    out = out if weight is None else out * weight
+    return (out if bias is None else out + bias), mean, scale
+
+
+def _rms_norm(
+    keep: Tensor, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None
+) -> tuple[Tensor, Tensor]:
+    dims = list(range(x.dim() - len(shape), x.dim()))
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    scale = (x.square().sum(dims, keepdim=True) / _count(keep, x, dims) + eps).rsqrt()
+    return (x * scale if weight is None else x * scale * weight), scale
+
+
+def _group_norm(
+    keep: Tensor, x: Tensor, weight: Any, bias: Any,
+    batch: int, channels: int, positions: int, groups: int, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    blocks = x.reshape(batch, groups, -1)
+    staying = keep.expand(x.shape).reshape(batch, groups, -1)
+    count = staying.to(x.dtype).sum(2, keepdim=True).clamp_min(1)
+    mean = blocks.sum(2, keepdim=True) / count
+    var = zeroed((blocks - mean).square(), staying).sum(2, keepdim=True) / count
+    scale = (var + eps).rsqrt()
+    out = ((blocks - mean) * scale).reshape(x.shape)
+    per_channel = [1, channels, *[1] * (x.dim() - 2)]
+    out = out if weight is None else out * weight.reshape(per_channel)
+    return (out if bias is None else out + bias.reshape(per_channel)), mean, scale
+
+
+_STATISTICS: dict[Any, Callable[..., Any]] = {
+    aten.mean: _mean,
+    aten.var: _variance(lambda var: var, both=False),
+    aten.std: _variance(torch.sqrt, both=False),
+    aten.var_mean: _variance(lambda var: var, both=True),
+    aten.std_mean: _variance(torch.sqrt, both=True),
+    aten.native_layer_norm: _layer_norm,
+    aten._fused_rms_norm: _rms_norm,
+    aten.native_group_norm: _group_norm,
+}

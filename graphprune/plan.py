@@ -1,0 +1,285 @@
+"""Plans: which channels stay, as plain data."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from graphprune.errors import PlanError
+from graphprune.sizes import Attribute
+from graphprune.table import render
+from graphprune.trace import named_tensors
+
+FORMAT = "graphprune-plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The kept channels of one group, of ``size`` channels."""
+
+    name: str
+    size: int
+    kept: tuple[int, ...]
+    layers: tuple[str, ...] = ()
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """The kept indices along one dimension of one parameter or buffer."""
+
+    tensor: str
+    dim: int
+    size: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SizeChange:
+    """A size that a module remembers: ``path`` indexes into a tuple or list."""
+
+    module: str
+    name: str
+    path: tuple[int, ...]
+    old: int
+    new: int
+
+    @property
+    def attribute(self) -> Attribute:
+        """The attribute that changes."""
+        return Attribute(self.module, self.name, self.path)
+
+
+@dataclass(frozen=True)
+class LiteralChange:
+    """An int written in the code of a module's forward: argument ``path`` of its call ``node``."""
+
+    module: str
+    node: str
+    path: tuple[int | str, ...]
+    training: bool
+    old: int
+    new: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, MACs and bytes of parameters and buffers."""
+
+    params: int
+    macs: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which channels of which layers stay.
+
+    A plan is independent of the weights: it applies to every instance of the architecture it
+    was made for. ``print(plan)`` shows it as a table.
+
+    Example:
+        >>> import torch, graphprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> plan = graphprune.trace(net).plan(0.5)
+        >>> graphprune.Plan.from_json(plan.to_json()) == plan
+        True
+    """
+
+    architecture: str
+    groups: tuple[GroupPlan, ...]
+    slots: tuple[SlotPlan, ...]
+    sizes: tuple[SizeChange, ...] = ()
+    literals: tuple[LiteralChange, ...] = ()
+    evaluated: bool = False  # zeroed parameters do not make the masked model
+    before: Cost = Cost(0, 0, 0)
+    after: Cost = Cost(0, 0, 0)
+    inputs: str = ""
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether no statistics change (no renormalising group loses channels)."""
+        return all(group.exact or len(group.kept) == group.size for group in self.groups)
+
+    @property
+    def removed(self) -> int:
+        """How many channels leave."""
+        return sum(group.size - len(group.kept) for group in self.groups)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan as JSON text, also written to ``path`` when given."""
+        content = {key: _ranges(value) for key, value in asdict(self).items()}
+        body = json.dumps(content, sort_keys=True)
+        text = json.dumps(
+            {"format": FORMAT, "version": VERSION, "digest": _digest(body), "plan": content}
+        )
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path) -> Plan:
+        """Read a plan back.
+
+        Args:
+            source: JSON text, or the path of a file that holds it.
+
+        Raises:
+            PlanError: the text is not a plan of this version, or was changed or cut off.
+        """
+        text, name = _text(source)
+        try:
+            outer = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"{name} is not JSON ({error}): pass what Plan.to_json wrote") from None
+        if not isinstance(outer, dict) or outer.get("format") != FORMAT:
+            raise PlanError(f"{name} is not a graphprune plan: pass what Plan.to_json wrote")
+        if outer.get("version") != VERSION:
+            raise PlanError(
+                f"{name} has plan version {outer.get('version')!r}; this graphprune reads {VERSION}"
+            )
+        body = outer.get("plan")
+        if _digest(json.dumps(body, sort_keys=True)) != outer.get("digest"):
+            raise PlanError(f"{name} is damaged: its content does not match its digest")
+        try:
+            return _plan(body)
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"{name} is damaged: {type(error).__name__} {error}") from None
+
+    def check(self, model: nn.Module) -> None:
+        """Raise unless the plan was made for the architecture of ``model``.
+
+        Raises:
+            PlanError: names the first tensors that differ.
+        """
+        if fingerprint(model) == self.architecture:
+            return
+        applied = getattr(model, "graphprune_plan", None)
+        if applied == self:
+            raise PlanError("this plan was applied to this model already; make a new one with trace")
+        shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
+        for slot in self.slots:
+            found = shapes.get(slot.tensor)
+            if found is None or len(found) <= slot.dim or found[slot.dim] != slot.size:
+                raise PlanError(
+                    f"the plan belongs to another architecture: it expects {slot.tensor!r} with "
+                    f"size {slot.size} in dimension {slot.dim}, the model has "
+                    f"{'no such tensor' if found is None else list(found)}; trace this model anew"
+                )
+        raise PlanError(
+            "the plan belongs to another architecture: names or shapes of other tensors differ; "
+            "trace this model anew"
+        )
+
+    def __str__(self) -> str:
+        """A table of the groups, with the cost before and after."""
+        rows = [
+            (
+                group.name,
+                f"{group.size} -> {len(group.kept)}",
+                "exact" if group.exact else "renormalising",
+                shorten(group.layers),
+            )
+            for group in self.groups
+        ]
+        title = (
+            f"parameters {self.before.params:,} -> {self.after.params:,} "
+            f"({share(self.after.params, self.before.params)}), "
+            f"MACs {self.before.macs:,} -> {self.after.macs:,} "
+            f"({share(self.after.macs, self.before.macs)})"
+        )
+        return render(title, ("group", "channels", "kind", "layers"), rows)
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage, for tables."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def shorten(names: Iterable[str], most: int = 4) -> str:
+    """A list of names for a table cell."""
+    names = list(names)
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f", ... ({rest} more)" if rest > 0 else "")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of the names and shapes of all parameters and buffers."""
+    text = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors_of(model))
+    return _digest(text)
+
+
+def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers by name, sorted."""
+    return sorted(named_tensors(model), key=lambda item: item[0])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _text(source: str | Path) -> tuple[str, str]:
+    if isinstance(source, Path) or not source.lstrip().startswith(("{", "[")):
+        try:
+            return Path(source).read_text(), str(source)
+        except (OSError, UnicodeDecodeError, ValueError) as error:
+            raise PlanError(f"cannot read a plan from {str(source)[:80]!r}: {error}") from None
+    return source, "the text"
+
+
+def _ranges(value: Any) -> Any:
+    """Nested data with every ``kept`` written as runs, so that plans stay small."""
+    if isinstance(value, dict):
+        return {k: runs(v) if k == "kept" else _ranges(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_ranges(item) for item in value]
+    return value
+
+
+def runs(indices: Iterable[int]) -> str:
+    """Increasing indices as text: ``0-3,7,9-12``."""
+    parts: list[list[int]] = []
+    for index in indices:
+        if parts and parts[-1][1] == index - 1:
+            parts[-1][1] = index
+        else:
+            parts.append([index, index])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def unrun(text: str) -> tuple[int, ...]:
+    """The inverse of :func:`runs`."""
+    indices: list[int] = []
+    for part in filter(None, text.split(",")):
+        start, _, stop = part.partition("-")
+        indices.extend(range(int(start), int(stop or start) + 1))
+    return tuple(indices)
+
+
+def _plan(body: Mapping[str, Any]) -> Plan:
+    unknown = set(body) - {f.name for f in fields(Plan)}
+    if unknown:
+        raise ValueError(f"unknown fields {sorted(unknown)}")
+    return Plan(
+        architecture=body["architecture"],
+        groups=tuple(
+            GroupPlan(**{**g, "kept": unrun(g["kept"]), "layers": tuple(g["layers"])})
+            for g in body["groups"]
+        ),
+        slots=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["slots"]),
+        sizes=tuple(SizeChange(**{**s, "path": tuple(s["path"])}) for s in body["sizes"]),
+        literals=tuple(LiteralChange(**{**s, "path": tuple(s["path"])}) for s in body["literals"]),
+        evaluated=bool(body["evaluated"]),
+        before=Cost(**body["before"]),
+        after=Cost(**body["after"]),
+        inputs=body["inputs"],
+        request=dict(body["request"]),
+    )

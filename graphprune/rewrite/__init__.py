@@ -1,0 +1,5 @@
+"""A plan executed by slicing."""
+
+from graphprune.rewrite.shrink import shrink
+
+__all__ = ["shrink"]

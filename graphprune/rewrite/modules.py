@@ -1,0 +1,61 @@
+"""Sizes that torch's own layers remember about their parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+Refresh = Callable[[Any], dict[str, Any]]
+
+
+def _convolution(layer: Any) -> dict[str, Any]:
+    near, far = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    out, into = (far, near) if layer.transposed else (near, far)
+    return {"in_channels": into, "out_channels": out}
+
+
+def _norm(layer: Any) -> dict[str, Any]:
+    vector = layer.weight if layer.weight is not None else layer.running_mean
+    return {} if vector is None else {"num_features": vector.shape[0]}
+
+
+def _affine(name: str) -> Refresh:
+    def refresh(layer: Any) -> dict[str, Any]:
+        if layer.weight is None:
+            return {}
+        shape = layer.weight.shape
+        return {name: tuple(shape) if name == "normalized_shape" else shape[0]}
+
+    return refresh
+
+
+TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
+    (_ConvNd, _convolution),
+    (nn.Linear, lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}),
+    (
+        nn.Bilinear,
+        lambda m: dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape)),
+    ),
+    (_NormBase, _norm),
+    (nn.GroupNorm, _affine("num_channels")),
+    ((nn.LayerNorm, nn.RMSNorm), _affine("normalized_shape")),
+    (nn.PReLU, lambda m: {"num_parameters": m.weight.numel()}),
+    (
+        (nn.Embedding, nn.EmbeddingBag),
+        lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]},
+    ),
+)
+
+
+def refresh(module: nn.Module) -> None:
+    """Bring the remembered sizes of one of torch's own layers in line with its parameters."""
+    for kinds, sizes in TABLE:
+        if isinstance(module, kinds):
+            for name, value in sizes(module).items():
+                if getattr(module, name) != value:
+                    setattr(module, name, value)
+            return

@@ -1,0 +1,105 @@
+"""Slice every parameter dimension that a plan touches, then bring remembered sizes in line."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.plan import Plan, SizeChange
+from graphprune.rewrite.forward import rewrite_forward
+from graphprune.rewrite.modules import refresh
+from graphprune.trace import named_tensors
+
+Kept = Mapping[int, Tensor]  # kept indices by dimension
+
+
+def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Execute a plan.
+
+    Args:
+        model: a model of the architecture the plan was made for.
+        plan: which channels stay.
+        inplace: change ``model`` itself; its parameters stay the same objects.
+
+    Returns:
+        The small model, which carries the plan as ``graphprune_plan``.
+
+    Raises:
+        PlanError: the plan does not fit the model; nothing was changed.
+    """
+    plan.check(model)
+    kept = kept_indices(plan)
+    if inplace:
+        for name, tensor in named_tensors(model):
+            if name in kept:
+                _cut_in_place(tensor, kept[name])
+    else:
+        memo: dict[int, Any] = {}
+        for name, tensor in named_tensors(model):
+            small = cut(tensor.detach(), kept.get(name, {}))
+            if isinstance(tensor, nn.Parameter):
+                small = _as_parameter(small, tensor)
+            memo[id(tensor)] = small
+        for module in model.modules():  # weights recomputed by hooks are not leaves
+            for value in vars(module).values():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    memo.setdefault(id(value), value.detach())
+        model = copy.deepcopy(model, memo)
+    for change in plan.sizes:
+        _resize(model.get_submodule(change.module), change)
+    for module in model.modules():
+        refresh(module)
+    rewrite_forward(model, plan.literals)
+    model.graphprune_plan = plan  # type: ignore[assignment]
+    return model
+
+
+def kept_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:
+    """The kept indices of a plan by tensor name and dimension."""
+    kept: dict[str, dict[int, Tensor]] = {}
+    for slot in plan.slots:
+        kept.setdefault(slot.tensor, {})[slot.dim] = torch.tensor(slot.kept, dtype=torch.int64)
+    return kept
+
+
+def cut(tensor: Tensor, kept: Kept) -> Tensor:
+    """A copy of the kept slices, in the memory format of the original."""
+    small = tensor
+    for dim, index in sorted(kept.items(), key=lambda item: len(item[1])):
+        small = small.index_select(dim, index.to(tensor.device))
+    if small is tensor:
+        return tensor.clone()
+    for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if tensor.dim() == ndim and tensor.is_contiguous(memory_format=layout):
+            if not tensor.is_contiguous():
+                return small.contiguous(memory_format=layout)
+    return small
+
+
+def _as_parameter(small: Tensor, original: nn.Parameter) -> nn.Parameter:
+    parameter = nn.Parameter(small, requires_grad=original.requires_grad)
+    for name, value in vars(original).items():
+        setattr(parameter, name, value)
+    return parameter
+
+
+def _cut_in_place(tensor: Tensor, kept: Kept) -> None:
+    grad = tensor.grad
+    tensor.grad = None
+    tensor.data = cut(tensor.detach(), kept)
+    if grad is not None:
+        tensor.grad = cut(grad, kept)
+
+
+def _resize(module: nn.Module, change: SizeChange) -> None:
+    value = getattr(module, change.name)
+    if change.path:
+        items = list(value)
+        items[change.path[0]] = change.new
+        setattr(module, change.name, type(value)(items))
+    else:
+        setattr(module, change.name, change.new)

@@ -1,0 +1,262 @@
+"""The walk over a recorded graph, and the table of op rules.
+
+A rule is called as ``rule(walk, node, *args, **kwargs)`` with the arguments of the op, where
+every tensor is a :class:`Value`. It declares ties on ``walk`` and returns the layers of the
+result, or a list of them for an op with several results.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ids import Alternatives, Layers, Shape, Ties, align, along, varying
+
+Rule = Callable[..., Any]
+_RULES: dict[Any, Rule] = {}
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why channels are frozen: the op, the module that ran it and the user's source line."""
+
+    text: str
+    module: str = ""
+    line: str | None = None
+
+    def __str__(self) -> str:
+        """For tables."""
+        where = f" in {self.module}" if self.module else ""
+        return f"{self.text}{where}" + (f" ({self.line})" if self.line else "")
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the recorded graph: its shape, its layers, whether it is made of parameters."""
+
+    shape: Shape
+    layers: Layers = ()
+    constant: bool = False
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions."""
+        return len(self.shape)
+
+    def on(self, dim: int) -> list[Tensor]:
+        """The layers that vary along ``dim``."""
+        return [layer for layer in self.layers if layer.shape[dim] > 1]
+
+
+def register_rule(*targets: Any) -> Callable[[Rule], Rule]:
+    """Register the rule of ops, given as ``torch.ops.namespace.op`` packets or functions.
+
+    Raises:
+        KeyError: an op has a rule already.
+
+    Example:
+        >>> import torch
+        >>> from graphprune.rules import register_rule, registered
+        >>> registered(torch.ops.aten.bmm)
+        True
+    """
+
+    def decorate(rule: Rule) -> Rule:
+        for target in targets:
+            if target in _RULES:
+                raise KeyError(f"{target} has a rule already")
+            _RULES[target] = rule
+        return rule
+
+    return decorate
+
+
+def registered(target: Any) -> bool:
+    """Whether an op has a rule of its own."""
+    return target in _RULES
+
+
+@dataclass
+class Walk:
+    """What the rules write to, while they are applied node by node."""
+
+    ties: Ties
+    slots: Callable[[str], Value | None]
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
+    choices: list[Alternatives] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
+    renormalising: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    masked: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
+    readers: set[fx.Node] = field(default_factory=set)
+    node: fx.Node | None = None
+
+    def run(self, graph: fx.Graph, keep_outputs: bool = True) -> None:
+        """Walk a recorded graph."""
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = Value(node.meta["shape"])
+            elif node.op == "get_attr":
+                value = self.slots(str(node.target))
+                self.values[node] = value or Value(node.meta["shape"], constant=True)
+            elif node.op == "output":
+                for value in self._values(node.args):
+                    self.freeze_value(value, Reason("model output"))
+            elif node.target is not operator.getitem:
+                self._apply(node)
+
+    def _apply(self, node: fx.Node) -> None:
+        self.node = node
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        inputs = list(self._values((node.args, node.kwargs)))
+        constant = all(value.constant for value in inputs)
+        rule = _RULES.get(getattr(node.target, "overloadpacket", node.target))
+        if not any(value.layers for value in inputs) and not getattr(rule, "makes", False):
+            result: Any = ()
+        elif rule is not None:
+            result = rule(self, node, *args, **kwargs)
+        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            result = _RULES["pointwise"](self, node, *args, **kwargs)
+        else:
+            result = self.refuse(inputs)
+        self._store(node, result, constant)
+
+    def _store(self, node: fx.Node, result: Any, constant: bool) -> None:
+        if "shape" in node.meta:
+            layers = tuple(result) if result is not None else ()
+            self.values[node] = Value(node.meta["shape"], self.vary(layers), constant)
+        for index, item in node.meta.get("items", {}).items():
+            layers = tuple(result[index]) if result and index < len(result) else ()
+            self.values[item] = Value(item.meta["shape"], self.vary(layers), constant)
+
+    def _values(self, tree: Any) -> Iterable[Value]:
+        found: list[Value] = []
+        fx.map_arg(tree, lambda n: found.append(self.values[n]))
+        return found
+
+    def vary(self, layers: Iterable[Tensor]) -> Layers:
+        """Drop layers that became constant; the one channel they name must stay."""
+        kept = []
+        for layer in layers:
+            dims = varying(layer)
+            if not dims:
+                self.freeze(layer, "a single channel is taken out by index")
+            else:
+                kept.append(layer)
+                if len(dims) > 1:
+                    self.grids.append((layer, frozenset()))
+        return tuple(kept)
+
+    def reason(self, text: str) -> Reason:
+        """A reason at the current node."""
+        node = self.node
+        if node is None:
+            return Reason(text)
+        return Reason(text, node.meta.get("module", ""), node.meta.get("line"))
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Tie two layers position by position."""
+        self.ties.tie(a, b)
+
+    def collapse(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
+        """Tie the ids of a layer along ``dims``."""
+        return self.ties.collapse(layer, dims)
+
+    def freeze(self, layer: Tensor, text: str) -> None:
+        """Ids that must stay."""
+        self.ties.freeze(layer, self.reason(text))
+
+    def freeze_value(self, value: Value, reason: Reason) -> None:
+        """Freeze all ids of a value."""
+        for layer in value.layers:
+            self.ties.freeze(layer, reason)
+
+    def refuse(self, inputs: Iterable[Value], text: str | None = None) -> Any:
+        """Freeze everything an op reads: the fate of ops without a rule."""
+        node = self.node
+        assert node is not None
+        name = getattr(node.target, "__qualname__", None) or str(node.target)
+        for value in inputs:
+            self.freeze_value(value, self.reason(text or f"unknown op {name}"))
+        return ()
+
+    def settle(self, value: Value, dims: Iterable[int], text: str) -> Layers:
+        """The layers of a value that do not vary along ``dims``.
+
+        Layers that vary along ``dims`` and elsewhere are tied along ``dims``; layers that vary
+        only along ``dims`` are frozen for the reason ``text``.
+        """
+        dims = frozenset(dims)
+        kept = []
+        for layer in value.layers:
+            if dims & varying(layer):
+                rest = self.collapse(layer, dims)
+                if not varying(rest):
+                    self.freeze(rest, text)
+                    continue
+                layer = rest
+            kept.append(layer)
+        return tuple(kept)
+
+    def broadcast(self, values: Iterable[Value], ndim: int, text: str = "") -> Layers:
+        """Tie values position by position, as a pointwise op does, and return their layers."""
+        items = [
+            (index, align(layer, ndim), (1,) * (ndim - value.ndim) + tuple(value.shape))
+            for index, value in enumerate(values)
+            for layer in (value.layers or (torch.zeros((1,) * value.ndim, dtype=torch.int64),))
+        ]
+        found = [(index, layer, shape, varying(layer)) for index, layer, shape in items]
+        for index, layer, _, dims in found:
+            if not dims:
+                continue
+            met = {index}
+            for other, partner, _, others in found:
+                if other != index and dims & others:
+                    met.add(other)
+                    if other > index:
+                        self.tie(layer, partner)
+            for other, _, shape, _ in found:
+                if other not in met and any(shape[dim] > 1 for dim in dims):
+                    self.freeze(layer, text or "combined with a tensor of fixed size")
+        chosen: list[tuple[Tensor, frozenset[int]]] = []
+        for _, layer, _, dims in sorted(found, key=lambda item: -len(item[3])):
+            if dims and not any(dims <= taken for _, taken in chosen):
+                chosen.append((layer, dims))
+        return tuple(layer for layer, _ in chosen)
+
+    def choose(self, choice: Alternatives) -> None:
+        """Leave a decision between several ways to tie until the walk is over."""
+        self.choices.append(choice)
+
+    def read(self, *layers: Tensor) -> None:
+        """Ids of a parameter that is contracted away: a reading slot."""
+        self.reads.extend(layers)
+
+    def reading(self) -> None:
+        """The current node sums over channels: the reference zeroes what it reads."""
+        assert self.node is not None
+        self.readers.add(self.node)
+
+    def renormalise(self, ids: Tensor, text: str) -> None:
+        """Removing these ids changes statistics."""
+        self.renormalising.append((ids.reshape(-1), self.reason(text)))
+
+    def mask(self, *layers: Tensor) -> None:
+        """Zeroed parameters do not zero these ids in what the current node reads."""
+        assert self.node is not None
+        self.readers.add(self.node)
+        self.masked.setdefault(self.node, []).extend(layers)
+
+    def extents(self, shape: Shape) -> Layers:
+        """One layer of fresh ids per dimension: a constant that can be cut anywhere."""
+        return tuple(
+            along(self.ties.fresh(size), dim, len(shape))
+            for dim, size in enumerate(shape)
+            if size > 1
+        )

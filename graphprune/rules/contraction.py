@@ -1,0 +1,222 @@
+"""Products that sum over channels: slice k of the left meets slice k of the right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ids import Alternatives, Layers, along, spread, varying
+from graphprune.rules.base import Value, Walk, aten, register_rule
+
+
+def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: int) -> None:
+    """Tie the contracted dimensions of two values and note who only reads.
+
+    Ids that vary over the contracted dimension and another one are tied along the contracted
+    dimension first (attention: whole heads).
+    """
+    walk.reading()
+    sides = []
+    for value, dim in ((left, left_dim), (right, right_dim)):
+        pure = [layer for layer in value.on(dim) if varying(layer) == {dim}]
+        for layer in value.on(dim):
+            if len(varying(layer)) > 1:
+                walk.collapse(layer, {dim})
+        sides.append([layer.reshape(-1) for layer in pure])
+    for value, own, others in ((left, *sides), (right, sides[1], sides[0])):
+        for ids in own:
+            if not others:
+                walk.freeze(ids, "multiplied with a tensor of fixed size")
+            if value.constant:
+                walk.read(ids)
+            for other in others:
+                walk.tie(ids, other)
+    if not (left.constant or right.constant):
+        walk.mask(*sides[0], *sides[1])
+
+
+def free(value: Value, dim: int) -> list[Tensor]:
+    """The layers of a value that remain when ``dim`` is summed away (kept with size 1)."""
+    rest = []
+    for layer in value.layers:
+        if layer.shape[dim] == 1:
+            rest.append(layer)
+        elif len(varying(layer)) > 1:
+            rest.append(layer.narrow(dim, 0, 1))
+    return rest
+
+
+@register_rule(aten.mm)
+def mm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
+    """``[n, k] @ [k, m]``."""
+    contract(walk, left, right, 1, 0)
+    return (*free(left, 1), *free(right, 0))
+
+
+@register_rule(aten.addmm)
+def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
+    """``bias + left @ right``."""
+    shape = node.meta["shape"]
+    product = Value(shape, mm(walk, node, left, right))
+    return walk.broadcast([product, bias], 2)
+
+
+@register_rule(aten.mv)
+def mv(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
+    """``[n, k] @ [k]``."""
+    contract(walk, left, right, 1, 0)
+    return tuple(layer.reshape(-1) for layer in free(left, 1))
+
+
+@register_rule(aten.dot, aten.vdot)
+def dot(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
+    """``[k] @ [k]``."""
+    contract(walk, left, right, 0, 0)
+    return ()
+
+
+@register_rule(aten.bmm)
+def bmm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
+    """``[b, n, k] @ [b, k, m]``."""
+    contract(walk, left, right, 2, 1)
+    b, n, _ = left.shape
+    m = right.shape[2]
+    return walk.broadcast(
+        [Value((b, n, 1), tuple(free(left, 2))), Value((b, 1, m), tuple(free(right, 1)))], 3
+    )
+
+
+@register_rule(aten.baddbmm)
+def baddbmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
+    """``bias + left @ right``, batched."""
+    product = Value(node.meta["shape"], bmm(walk, node, left, right))
+    return walk.broadcast([product, bias], 3)
+
+
+@register_rule(aten.convolution)
+def convolution(
+    walk: Walk,
+    node: fx.Node,
+    x: Value,
+    weight: Value,
+    bias: Value | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Layers:
+    """A convolution of any number of dimensions, grouped or transposed."""
+    ndim = x.ndim
+    kernel = "convolution over channels"
+    x = Value(x.shape, walk.settle(x, range(2, ndim), kernel), x.constant)
+    weight = Value(weight.shape, walk.settle(weight, range(2, ndim), "kernel size"), weight.constant)
+    out_channels = node.meta["shape"][1]
+    rows = [layer for layer in x.layers if varying(layer) == {0}]
+    if groups == 1:
+        out_dim, in_dim = (1, 0) if transposed else (0, 1)
+        contract(walk, x, weight, 1, in_dim)
+        own = [layer.reshape(-1) for layer in free(weight, in_dim)]
+    else:
+        own = _grouped(walk, x, weight, groups, transposed, out_channels)
+    product = Value(
+        (x.shape[0], out_channels, *[1] * (ndim - 2)),
+        tuple(rows) + tuple(along(ids, 1, ndim) for ids in own),
+    )
+    if bias is None:
+        return product.layers
+    shaped = Value((1, out_channels, *[1] * (ndim - 2)), tuple(along(i, 1, ndim) for i in bias.layers))
+    return walk.broadcast([product, shaped], ndim)
+
+
+def _grouped(
+    walk: Walk, x: Value, weight: Value, groups: int, transposed: bool, out_channels: int
+) -> list[Tensor]:
+    """Ties of a grouped convolution; returns the ids of its output channels.
+
+    ``[groups, in / groups]`` input ids meet ``[groups, out / groups]`` output ids. One of them
+    lies along dimension 0 of the weight; the other dimension is shared by all groups. Either
+    whole groups go, or equal columns of all groups.
+    """
+    walk.reading()
+    inputs = [spread(i.reshape(-1, 1), (x.shape[1], 1)) for i in x.on(1) if varying(i) == {1}]
+    long = [layer.reshape(groups, -1) for layer in weight.on(0) if varying(layer) == {0}]
+    short = [layer.reshape(1, -1) for layer in weight.on(1) if varying(layer) == {1}]
+    entering = [layer.reshape(groups, -1) for layer in inputs]
+    if not long or not entering:
+        for ids in (*long, *short, *entering):
+            walk.freeze(ids, "grouped convolution with a fixed side")
+    if transposed:
+        for mine, other in zip(entering, long, strict=False):
+            walk.tie(mine, other)
+        walk.read(*long)
+        width = out_channels // groups
+        leaving = [walk.ties.fresh(out_channels).reshape(groups, width)]
+        in_short, out_short = [], short
+        if not entering:
+            walk.freeze(leaving[0], "grouped convolution with a fixed side")
+    else:
+        leaving, in_short, out_short = long, short, []
+        walk.read(*short)
+    if not (entering and long):
+        return [ids.reshape(-1) for ids in leaving]
+    rows = [(ids[:, :1], ids) for ids in (*entering, *leaving)]
+    rows += [(a[:, :1], b[:, :1]) for a in entering for b in leaving]
+    columns = [(ids[:1], ids) for ids in (*entering, *leaving)]
+    columns += [(ids, entering[0][:1]) for ids in in_short]
+    columns += [(ids, leaving[0][:1]) for ids in out_short]
+    everything = torch.cat([ids.reshape(-1) for ids in (*entering, *leaving)])
+    if entering[0].shape[1] == 1:
+        for a, b in rows:
+            walk.tie(a, b)
+        for ids in short:
+            walk.freeze(ids, "depthwise kernel")
+    else:
+        walk.choose(
+            Alternatives(
+                everything,
+                ((tuple(rows), tuple(short)), (tuple(columns), ())),
+                ("whole groups", "equal columns"),
+            )
+        )
+    return [ids.reshape(-1) for ids in leaving]
+
+
+@register_rule(
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_fused_attention_overrideable,
+    aten._scaled_dot_product_cudnn_attention,
+)
+def attention(
+    walk: Walk, node: fx.Node, query: Value, key: Value, value: Value, *args: Any, **kwargs: Any
+) -> list[Layers]:
+    """``softmax(query key^T + mask) value`` over ``[batch, heads, length, width]``."""
+    masks = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
+    contract(walk, query, key, 3, 3)
+    scores = walk.broadcast(
+        [
+            Value((*query.shape[:3], 1), tuple(free(query, 3))),
+            Value(
+                (*key.shape[:2], 1, key.shape[2]),
+                tuple(layer.transpose(2, 3) for layer in free(key, 3)),
+            ),
+            *masks,
+        ],
+        4,
+    )
+    shape = (*query.shape[:3], key.shape[2])
+    weights = Value(shape, walk.settle(Value(shape, scores), {3}, "softmax over channels"))
+    contract(walk, weights, value, 3, 2)
+    out = walk.broadcast(
+        [
+            Value((*shape[:3], 1), tuple(free(weights, 3))),
+            Value((*value.shape[:2], 1, value.shape[3]), tuple(free(value, 2))),
+        ],
+        4,
+    )
+    return [out]

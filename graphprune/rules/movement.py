@@ -1,0 +1,242 @@
+"""Data movement: the op itself is run on the ids.
+
+Only reshapes, concatenation and padding are written out, because they can be done without
+materialising the dimensions along which the ids do not vary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ids import KEPT, Layers, along, compact, move_layer, reshape_layer, spread, varying
+from graphprune.rules.base import Value, Walk, aten, register_rule
+
+
+@register_rule(
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.unsqueeze,
+    aten.squeeze,
+    aten.expand,
+    aten.movedim,
+    aten.flip,
+    aten.repeat,
+    aten.unfold,
+    aten.pixel_shuffle,
+    aten.pixel_unshuffle,
+    aten.channel_shuffle,
+    aten.im2col,
+    aten.diagonal,
+    aten.unsqueeze_,
+    aten.squeeze_,
+    aten.transpose_,
+    aten.t_,
+    aten.unfold_copy,
+)
+def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
+    """Run the op on the ids."""
+    return tuple(
+        move_layer(layer, x.shape, lambda ids: node.target(ids, *args, **kwargs))
+        for layer in x.layers
+    )
+
+
+@register_rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.view_copy)
+def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
+    """A reshape; ``view(dtype)`` is refused."""
+    if not isinstance(size, list | tuple):
+        return walk.refuse([x])
+    return tuple(reshape_layer(layer, x.shape, node.meta["shape"]) for layer in x.layers)
+
+
+@register_rule(aten.slice)
+def slice_(
+    walk: Walk,
+    node: fx.Node,
+    x: Value,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Layers:
+    """A slice; strided slices over channels would pick other channels after pruning."""
+    layers = x.layers if step == 1 else walk.settle(x, {dim % x.ndim}, "strided slice of channels")
+    return tuple(
+        move_layer(layer, x.shape, lambda ids: aten.slice(ids, dim, start, end, step))
+        if layer.shape[dim] > 1
+        else layer
+        for layer in layers
+    )
+
+
+@register_rule(aten.roll)
+def roll(walk: Walk, node: fx.Node, x: Value, shifts: Any, dims: Any = ()) -> Layers:
+    """A cyclic shift (of windows, say); over channels its amount has no meaning after pruning."""
+    dims = dims if isinstance(dims, list | tuple) else [dims]
+    return walk.settle(x, {d % x.ndim for d in dims} or range(x.ndim), "roll over channels")
+
+
+@register_rule(aten.select)
+def select(walk: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Layers:
+    """One position of a dimension, which must then stay."""
+    dim %= x.ndim
+    for layer in x.on(dim):
+        if len(varying(layer)) > 1:
+            walk.grids.append((layer, frozenset({dim})))
+    return tuple(
+        move_layer(layer, x.shape, lambda ids: ids.select(dim, index)) for layer in x.layers
+    )
+
+
+@register_rule(aten.unbind)
+def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
+    """All positions of a dimension, one by one."""
+    return [select(walk, node, x, dim, index) for index in range(x.shape[dim])]
+
+
+@register_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes, aten.split_with_sizes_copy)
+def split_with_sizes(
+    walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int = 0
+) -> list[Layers]:
+    """Parts of given sizes."""
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [
+        slice_(walk, node, x, dim % x.ndim, start, start + size)
+        for start, size in zip(starts, sizes, strict=True)
+    ]
+
+
+@register_rule(aten.split, aten.unsafe_split, aten.split_copy)
+def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[Layers]:
+    """Equal parts, which must stay equal: column j of each part is tied to column j of all."""
+    if isinstance(size, list | tuple):
+        return split_with_sizes(walk, node, x, size, dim)
+    dim %= x.ndim
+    starts = range(0, x.shape[dim], size)
+    for layer in x.on(dim):
+        if x.shape[dim] % size:
+            walk.freeze(layer, "split into parts of unequal size")
+            continue
+        parts = spread(layer, x.shape, {dim}).unflatten(dim, (len(starts), size))
+        walk.collapse(parts, {dim})
+    return [
+        slice_(walk, node, x, dim, start, min(start + size, x.shape[dim])) for start in starts
+    ]
+
+
+@register_rule(aten.cat, aten.concat)
+def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
+    """Concatenation: ids are concatenated along ``dim`` and tied along all others."""
+    ndim = len(node.meta["shape"])
+    dim %= ndim
+    parts = [value for value in tensors if value.ndim == ndim]
+    across = [
+        Value(
+            tuple(1 if d == dim else n for d, n in enumerate(value.shape)),
+            tuple(layer for layer in value.layers if layer.shape[dim] == 1),
+        )
+        for value in parts
+    ]
+    layers = walk.broadcast(across, ndim)
+    if any(value.on(dim) for value in parts):
+        layers += (_cat_ids(walk, parts, dim),)
+    return layers
+
+
+def _cat_ids(walk: Walk, parts: list[Value], dim: int) -> Tensor:
+    rows = []
+    for value in parts:
+        own = value.on(dim)
+        for other in own[1:]:
+            walk.tie(own[0], other)
+        ids = own[0] if own else torch.full((1,) * value.ndim, KEPT)
+        rows.append(spread(ids, value.shape, {dim}))
+    sizes = [max(row.shape[d] for row in rows) for d in range(rows[0].dim())]
+    wide = [
+        row.expand([n if d != dim else row.shape[d] for d, n in enumerate(sizes)]) for row in rows
+    ]
+    return torch.cat(wide, dim)
+
+
+@register_rule(aten.stack)
+def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
+    """Concatenation along a new dimension."""
+    ndim = len(node.meta["shape"])
+    dim %= ndim
+    parts = [
+        Value(
+            value.shape[:dim] + (1,) + value.shape[dim:],
+            tuple(layer.unsqueeze(dim) for layer in value.layers),
+        )
+        for value in tensors
+    ]
+    return walk.broadcast(parts, ndim)
+
+
+@register_rule(aten.constant_pad_nd)
+def constant_pad_nd(
+    walk: Walk, node: fx.Node, x: Value, pad: Any, value: float = 0
+) -> Layers:
+    """Padding: padded channels hold a constant and get ids of their own, which tie nothing."""
+    amounts = {x.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
+    layers = []
+    for layer in x.layers:
+        for dim, (before, after) in amounts.items():
+            if layer.shape[dim] > 1:
+                layer = _pad_ids(walk, layer, dim, before, after)
+        layers.append(layer)
+    return tuple(layers)
+
+
+def _pad_ids(walk: Walk, layer: Tensor, dim: int, before: int, after: int) -> Tensor:
+    start, stop = max(-before, 0), layer.shape[dim] - max(-after, 0)
+    parts = [layer.narrow(dim, start, stop - start)]
+    shape = list(layer.shape)
+    shape[dim] = 1
+    for amount, where in ((before, 0), (after, len(parts))):
+        if amount > 0:
+            ids = along(walk.ties.fresh(amount), dim, layer.dim())
+            shape[dim] = amount
+            parts.insert(where, ids.expand(shape))
+    return torch.cat(parts, dim)
+
+
+@register_rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
+               aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
+def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Any) -> Layers:
+    """Padding with values of the border, over the last dimensions."""
+    dims = range(x.ndim - len(pad) // 2, x.ndim)
+    return walk.settle(x, dims, "padding over channels by reflection")
+
+
+@register_rule(aten.index_select)
+def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
+    """Positions picked by an index, which must then stay."""
+    return walk.settle(x, {dim % x.ndim}, "channels picked by index")
+
+
+@register_rule(aten.index)
+def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
+    """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
+    picked = {dim for dim, item in enumerate(indices) if item is not None}
+    layers = walk.settle(x, picked, "channels picked by index")
+    moved = []
+    for layer in layers:
+        items = [
+            None if item is None else torch.zeros(item.shape, dtype=torch.int64)
+            for item in indices
+        ]
+        moved.append(compact(aten.index(layer, items)))
+    return tuple(moved)
+
+
+@register_rule(aten.embedding)
+def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
+    """Rows of a table: which rows are read is known only at run time."""
+    layers = walk.settle(weight, {0}, "rows of an embedding table")
+    ndim = len(node.meta["shape"])
+    return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)

@@ -1,0 +1,58 @@
+"""Ops that act position by position, or do not change positions at all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+from graphprune.ids import Layers
+from graphprune.rules.base import Value, Walk, aten, register_rule
+
+CONTAINERS = (list, tuple)
+
+
+@register_rule("pointwise", aten._prelu_kernel, aten.copy_, aten.addcmul_, aten.addcdiv_)
+def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+    """Every operand is tied to every other at each position."""
+    operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
+    return walk.broadcast(operands, len(node.meta["shape"]))
+
+
+@register_rule(
+    aten.clone,
+    aten.contiguous,
+    aten._to_copy,
+    aten.detach,
+    aten.detach_,
+    aten.alias,
+    aten.lift_fresh,
+    aten.lift_fresh_copy,
+    aten.bernoulli_,
+    aten.bernoulli,
+    aten.uniform_,
+    aten.normal_,
+    aten.fill_,
+    aten.zero_,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.requires_grad_,
+)
+def same(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
+    """The result has the positions of the input."""
+    return x.layers
+
+
+@register_rule(aten.native_dropout)
+def native_dropout(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
+    """Dropout with its mask."""
+    return [x.layers, x.layers]
+
+
+def layers_on(layers: Layers, dims: set[int]) -> list[Tensor]:
+    """The layers that vary along any of ``dims``."""
+    return [layer for layer in layers if any(layer.shape[dim] > 1 for dim in dims)]

@@ -1,0 +1,173 @@
+"""Integers that remember where they came from.
+
+A model computes sizes from module attributes (``self.num_heads``), from shapes of tensors
+(``x.shape[1] // 2``) and from literals. While a model is recorded, the first two are replaced
+by :class:`Size`, an ``int`` that carries the expression it was computed with, so that the
+rewriter knows which attribute to change when channels leave.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A module attribute: ``path`` holds the indices when it is a tuple or list of ints."""
+
+    module: str
+    name: str
+    path: tuple[int, ...] = ()
+    value: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The size of dimension ``dim`` of a recorded value."""
+
+    node: Any
+    dim: int
+
+
+@dataclass(frozen=True)
+class Literal:
+    """An int written in the forward of ``module``: argument ``path`` of its call ``node``."""
+
+    module: str
+    node: str
+    path: tuple[int | str, ...]
+    training: bool
+    value: int = field(default=0, compare=False)
+
+
+@dataclass(frozen=True)
+class Operation:
+    """An arithmetic operation on two expressions."""
+
+    op: str
+    left: Expression
+    right: Expression
+
+
+Leaf = Attribute | Extent | Literal
+Expression = Leaf | Operation | int | float
+Observer = Callable[["Size", Any], None]
+
+_OPS: dict[str, Callable[[Any, Any], Any]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "floordiv": operator.floordiv,
+    "truediv": operator.truediv,
+    "mod": operator.mod,
+}
+_INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
+    ("add", "left"): lambda want, other: want - other,
+    ("add", "right"): lambda want, other: want - other,
+    ("sub", "left"): lambda want, other: want + other,
+    ("sub", "right"): lambda want, other: other - want,
+    ("mul", "left"): lambda want, other: want // other if other and want % other == 0 else None,
+    ("mul", "right"): lambda want, other: want // other if other and want % other == 0 else None,
+    ("floordiv", "left"): lambda want, other: want * other,
+    ("floordiv", "right"): lambda want, other: other // want if want else None,
+}
+
+
+class Size(int):
+    """An int with the expression that produced it."""
+
+    expression: Expression
+    observer: Observer | None
+
+    def __new__(
+        cls, value: int, expression: Expression, observer: Observer | None = None
+    ) -> Size:
+        """Make an int that equals ``value`` and remembers ``expression``."""
+        self = super().__new__(cls, value)
+        self.expression = expression
+        self.observer = observer
+        return self
+
+    __hash__ = int.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        """Compare as ints; an equality that holds between two sizes is reported."""
+        equal = int.__eq__(self, other)  # type: ignore[operator]
+        if equal is True and isinstance(other, Size) and self.observer is not None:
+            self.observer(self, other)
+        return equal
+
+    def __ne__(self, other: object) -> bool:
+        """Compare as ints; see ``__eq__``."""
+        equal = self.__eq__(other)
+        return equal if equal is NotImplemented else not equal
+
+    def __deepcopy__(self, memo: object) -> Size:
+        """Sizes are immutable."""
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[int]]:
+        """A pickled size is a plain int."""
+        return int, (int(self),)
+
+
+def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
+    op = _OPS[name]
+    plain = getattr(int, f"__r{name}__" if reflected else f"__{name}__")
+
+    def method(self: Size, other: Any) -> Any:
+        value = plain(self, other)
+        if type(value) is not int or isinstance(other, bool):
+            return value
+        left, right = (other, self) if reflected else (self, other)
+        return Size(value, Operation(name, expression(left), expression(right)), self.observer)
+
+    method.__name__ = op.__name__
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod"):
+    setattr(Size, f"__{_name}__", _binary(_name, reflected=False))
+    setattr(Size, f"__r{_name}__", _binary(_name, reflected=True))
+
+
+def expression(value: Any) -> Expression:
+    """The expression behind an int."""
+    return value.expression if isinstance(value, Size) else value
+
+
+def evaluate(expr: Expression, leaves: Callable[[Leaf], int]) -> int | float:
+    """The value of an expression, given the values of its leaves."""
+    if isinstance(expr, Operation):
+        return _OPS[expr.op](evaluate(expr.left, leaves), evaluate(expr.right, leaves))
+    if isinstance(expr, int | float):
+        return expr
+    return leaves(expr)
+
+
+def settable(
+    expr: Expression, known: Mapping[Leaf, int]
+) -> list[Attribute | Literal]:
+    """The attributes and literals of an expression that have no new value yet."""
+    if isinstance(expr, Operation):
+        return settable(expr.left, known) + settable(expr.right, known)
+    return [expr] if isinstance(expr, Attribute | Literal) and expr not in known else []
+
+
+def solve(
+    expr: Expression, want: int, leaf: Leaf, leaves: Callable[[Leaf], int]
+) -> int | None:
+    """The value of ``leaf`` that makes ``expr`` equal ``want``, if there is one."""
+    if expr == leaf:
+        return want
+    if not isinstance(expr, Operation):
+        return None
+    side = "left" if leaf in settable(expr.left, {}) else "right"
+    inner, other = (expr.left, expr.right) if side == "left" else (expr.right, expr.left)
+    if leaf in settable(other, {}) or (expr.op, side) not in _INVERSES:
+        return None
+    value = _INVERSES[expr.op, side](want, int(evaluate(other, leaves)))
+    return None if value is None else solve(inner, value, leaf, leaves)
