@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -38,7 +40,14 @@ def check_model(model: object) -> None:
             raise ModelError(f"{path!r} is on the meta device: load the weights first")
         if tensor.is_quantized:
             raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _finite(tensor):
             raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{name} has no parameters: nothing can be pruned")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, without a temporary of the same size."""
+    if not tensor.numel():
+        return True
+    return all(math.isfinite(bound) for bound in map(float, torch.aminmax(tensor.detach())))

@@ -28,7 +28,7 @@ from graphprune.select import Kept, check_ratio, select
 from graphprune.table import render
 from graphprune.trace import named_tensors, record
 
-_NATURAL = ("model output",)
+_NATURAL = ("model output", "reads a model input")
 
 
 def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:

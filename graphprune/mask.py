@@ -9,7 +9,6 @@ taken over the kept ones.
 
 from __future__ import annotations
 
-import copy
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.analysis import Analysis
 from graphprune.inputs import Call
+from graphprune.copying import copy_module
 from graphprune.plan import Plan
 from graphprune.rules import Value
 from graphprune.trace import Record, leak, named_tensors, record
@@ -52,9 +52,9 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         True
     """
     plan.check(model)
-    masked = copy.deepcopy(model)
+    masked = copy_module(model, {})
     if plan.evaluated:
-        masked.forward = MaskedForward(model, masked, plan)  # type: ignore[assignment]
+        masked.forward = MaskedForward(copy_module(model, {}), masked, plan)  # type: ignore[assignment]
         return masked
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
@@ -69,10 +69,16 @@ class MaskedForward:
     """Evaluates the recorded graph of a model with masks, recording anew for new shapes."""
 
     def __init__(self, original: nn.Module, module: nn.Module, plan: Plan) -> None:
-        self.template = copy.deepcopy(original)
+        self.template = original  # only recorded, which copies it
         self.module = module
         self.plan = plan
         self.recorded: dict[Any, tuple[Record, Masks]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedForward:
+        """A copy for a copied module; recorded graphs are shared."""
+        clone = MaskedForward(self.template, copy_module(self.module, memo), self.plan)
+        clone.recorded = self.recorded
+        return clone
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the masked model."""
@@ -130,6 +136,7 @@ def _evaluate(
     values: dict[fx.Node, Any] = {}
     tensors = dict(named_tensors(module))
     inputs = iter(call.tensors())
+    device = next(iter(tensors.values())).device
     for node in rec.graph.nodes:
         if node.op == "placeholder":
             values[node] = next(inputs)
@@ -137,22 +144,35 @@ def _evaluate(
             name = str(node.target)
             values[node] = tensors[name] if name in tensors else rec.constants[name]
         elif node.op == "call_function":
-            values[node] = _step(node, values, masks)
+            values[node] = _step(node, values, masks, (torch.device(rec.device), device))
     return values
 
 
-def _step(node: fx.Node, values: Mapping[fx.Node, Any], masks: Masks) -> Any:
+def _step(
+    node: fx.Node,
+    values: Mapping[fx.Node, Any],
+    masks: Masks,
+    devices: tuple[torch.device, torch.device],
+) -> Any:
     if node.target is operator.getitem:
         return values[node.args[0]][node.args[1]]  # type: ignore[index]
     if node.target is leak:
         return None
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
-    if node in masks.readers:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: zeroed(values[n], masks.of(n)))
+
+    def value(source: fx.Node) -> Any:
+        return zeroed(values[source], masks.of(source)) if reads else values[source]
+
+    reads = node in masks.readers
+    args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+    if kwargs.get("device") == devices[0]:  # recorded there, evaluated here
+        kwargs = {**kwargs, "device": devices[1]}
+    if reads:
         rule = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
         keep = masks.of(node.all_input_nodes[0])
         if rule is not None and keep is not None:
             return rule(keep.to(args[0].device), *args, **kwargs)
+    if node.target is aten.view.default:  # strides may differ from the recorded ones
+        return aten.reshape.default(*args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

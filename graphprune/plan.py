@@ -114,6 +114,10 @@ class Plan:
         """How many channels leave."""
         return sum(group.size - len(group.kept) for group in self.groups)
 
+    def __deepcopy__(self, memo: object) -> Plan:
+        """Plans are immutable."""
+        return self
+
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to ``path`` when given."""
         content = {key: _ranges(value) for key, value in asdict(self).items()}

@@ -8,7 +8,6 @@ non-maximum suppression) is run on the CPU with its real weights instead.
 from __future__ import annotations
 
 import contextlib
-import copy
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphprune import shapes
+from graphprune.copying import copy_module
 from graphprune.errors import TraceError
 from graphprune.inputs import Call
 from graphprune.sizes import Attribute, Extent, Size
@@ -214,7 +215,10 @@ class _Dispatch(TorchDispatchMode):
         recorder, kwargs = self.recorder, kwargs or {}
         if recorder.device == "meta" and _mixed((args, kwargs)):
             args, kwargs = pytree.tree_map_only(Tensor, recorder_to_meta(recorder), (args, kwargs))
-        out = func(*args, **kwargs)
+        if recorder.device == "meta":
+            out = shapes.run(func, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         if not recorder.opaque:
             recorder.call(func, args, kwargs, out)
         return out
@@ -328,7 +332,7 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
             if isinstance(tensor, nn.Parameter):
                 copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = copied
-    clone = copy.deepcopy(model, memo)
+    clone = copy_module(model, memo)
     for name, module in clone.named_modules():
         for key, value in vars(module).items():
             marked = _mark(value, Attribute(name, key))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from graphprune.checks import check_model
 from graphprune.errors import GraphPruneError, InputError, TraceError, VerificationError
 from graphprune.inputs import Call, infer
 from graphprune.mask import MaskedForward, mask
+from graphprune.copying import copy_module
 from graphprune.plan import Plan
 from graphprune.rewrite import shrink
 from graphprune.rewrite.shrink import cut, kept_indices
@@ -221,7 +221,7 @@ class _Session:
 
     def gradients(self, name: str, call: Call, training: bool) -> list[Check]:
         """Compare outputs, gradients of kept weights and buffers after one step."""
-        pair = [copy.deepcopy(self.masked), copy.deepcopy(self.small)]
+        pair = [copy_module(self.masked, {}), copy_module(self.small, {})]
         outs = []
         for model in pair:
             model.zero_grad(set_to_none=True)
@@ -301,9 +301,9 @@ class _Session:
 
             return keep
 
-        forward = MaskedForward(self.original, copy.deepcopy(self.original), self.plan)
+        forward = MaskedForward(self.original, copy_module(self.original, {}), self.plan)
         forward.module.train(training)
-        small = copy.deepcopy(self.small)
+        small = copy_module(self.small, {})
         handles = [m.register_forward_hook(hook(n)) for n, m in small.named_modules()]
         try:
             with torch.no_grad(), _NoDropout():
@@ -367,7 +367,7 @@ def difference(wanted: Tensor, found: Tensor, floor: float = 0.0) -> float:
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    clone = copy.deepcopy(model)
+    clone = copy_module(model, {})
     for _, tensor in named_tensors(clone):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)

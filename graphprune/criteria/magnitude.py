@@ -11,16 +11,17 @@ from graphprune.criteria.registry import register_criterion
 from graphprune.analysis import Group, Member
 
 
-def slices(member: Member, tensors: Mapping[str, Tensor]) -> Tensor:
-    """The weights of every channel of a group along one slot.
+def slice_norms(member: Member, tensors: Mapping[str, Tensor], order: float) -> Tensor:
+    """The norm of the weights of every channel of a group along one slot.
 
     Returns:
-        Float64 tensor of shape [channels, weights per channel].
+        Float64 tensor of shape [channels, positions per channel].
     """
-    weight = tensors[member.slot.tensor].detach().to("cpu", torch.float64)
-    index = torch.from_numpy(member.index)
-    rows = weight.movedim(member.slot.dim, 0).flatten(1) if weight.dim() > 1 else weight[:, None]
-    return rows[index].flatten(1)
+    weight = tensors[member.slot.tensor].detach()
+    weight = weight if weight.dtype == torch.float64 else weight.float()
+    others = [dim for dim in range(weight.dim()) if dim != member.slot.dim]
+    norms = torch.linalg.vector_norm(weight, order, others) if others else weight.abs()
+    return norms.to("cpu", torch.float64)[torch.from_numpy(member.index)]
 
 
 def writers(group: Group) -> Iterator[Member]:
@@ -39,7 +40,7 @@ def l1(group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator) 
     Returns:
         Shape [channels].
     """
-    return torch.stack([slices(m, tensors).abs().sum(1) for m in writers(group)]).sum(0)
+    return torch.stack([slice_norms(m, tensors, 1).sum(1) for m in writers(group)]).sum(0)
 
 
 @register_criterion("l2")
@@ -51,7 +52,8 @@ def l2(group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator) 
     Returns:
         Shape [channels].
     """
-    return torch.stack([slices(m, tensors).square().sum(1) for m in writers(group)]).sum(0).sqrt()
+    squares = [slice_norms(m, tensors, 2).square().sum(1) for m in writers(group)]
+    return torch.stack(squares).sum(0).sqrt()
 
 
 @register_criterion("random")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphprune.copying import copy_module
 from graphprune.plan import Plan, SizeChange
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
@@ -44,11 +44,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
             if isinstance(tensor, nn.Parameter):
                 small = _as_parameter(small, tensor)
             memo[id(tensor)] = small
-        for module in model.modules():  # weights recomputed by hooks are not leaves
-            for value in vars(module).values():
-                if isinstance(value, Tensor) and not value.is_leaf:
-                    memo.setdefault(id(value), value.detach())
-        model = copy.deepcopy(model, memo)
+        model = copy_module(model, memo)
     for change in plan.sizes:
         _resize(model.get_submodule(change.module), change)
     for module in model.modules():

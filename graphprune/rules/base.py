@@ -38,11 +38,15 @@ class Reason:
 
 @dataclass(frozen=True)
 class Value:
-    """A tensor of the recorded graph: its shape, its layers, whether it is made of parameters."""
+    """A tensor of the recorded graph.
+
+    ``constant`` values are made of parameters alone; ``given`` ones of model inputs alone.
+    """
 
     shape: Shape
     layers: Layers = ()
     constant: bool = False
+    given: bool = False
 
     @property
     def ndim(self) -> int:
@@ -101,7 +105,7 @@ class Walk:
         """Walk a recorded graph."""
         for node in graph.nodes:
             if node.op == "placeholder":
-                self.values[node] = Value(node.meta["shape"])
+                self.values[node] = Value(node.meta["shape"], given=True)
             elif node.op == "get_attr":
                 value = self.slots(str(node.target))
                 self.values[node] = value or Value(node.meta["shape"], constant=True)
@@ -125,15 +129,16 @@ class Walk:
             result = _RULES["pointwise"](self, node, *args, **kwargs)
         else:
             result = self.refuse(inputs)
-        self._store(node, result, constant)
-
-    def _store(self, node: fx.Node, result: Any, constant: bool) -> None:
+        given = any(value.given for value in inputs)
         if "shape" in node.meta:
-            layers = tuple(result) if result is not None else ()
-            self.values[node] = Value(node.meta["shape"], self.vary(layers), constant)
+            self._store(node, result or (), constant, given)
         for index, item in node.meta.get("items", {}).items():
-            layers = tuple(result[index]) if result and index < len(result) else ()
-            self.values[item] = Value(item.meta["shape"], self.vary(layers), constant)
+            layers = result[index] if result and index < len(result) else ()
+            self._store(item, layers, constant, given)
+
+    def _store(self, node: fx.Node, layers: Iterable[Tensor], constant: bool, given: bool) -> None:
+        layers = self.vary(layers)
+        self.values[node] = Value(node.meta["shape"], layers, constant, given and not layers)
 
     def _values(self, tree: Any) -> Iterable[Value]:
         found: list[Value] = []

@@ -11,6 +11,9 @@ from graphprune.ids import Alternatives, Layers, along, spread, varying
 from graphprune.rules.base import Value, Walk, aten, register_rule
 
 
+FIXED_INPUT = "reads a model input"
+
+
 def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: int) -> None:
     """Tie the contracted dimensions of two values and note who only reads.
 
@@ -25,14 +28,14 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
             if len(varying(layer)) > 1:
                 walk.collapse(layer, {dim})
         sides.append([layer.reshape(-1) for layer in pure])
-    for value, own, others in ((left, *sides), (right, sides[1], sides[0])):
+    for value, other, own, others in ((left, right, *sides), (right, left, sides[1], sides[0])):
         for ids in own:
             if not others:
-                walk.freeze(ids, "multiplied with a tensor of fixed size")
+                walk.freeze(ids, FIXED_INPUT if other.given else "multiplied with a fixed tensor")
             if value.constant:
                 walk.read(ids)
-            for other in others:
-                walk.tie(ids, other)
+            for partner in others:
+                walk.tie(ids, partner)
     if not (left.constant or right.constant):
         walk.mask(*sides[0], *sides[1])
 
@@ -146,9 +149,10 @@ def _grouped(
     long = [layer.reshape(groups, -1) for layer in weight.on(0) if varying(layer) == {0}]
     short = [layer.reshape(1, -1) for layer in weight.on(1) if varying(layer) == {1}]
     entering = [layer.reshape(groups, -1) for layer in inputs]
+    text = FIXED_INPUT if x.given else "grouped convolution with a fixed side"
     if not long or not entering:
         for ids in (*long, *short, *entering):
-            walk.freeze(ids, "grouped convolution with a fixed side")
+            walk.freeze(ids, text)
     if transposed:
         for mine, other in zip(entering, long, strict=False):
             walk.tie(mine, other)
@@ -157,7 +161,7 @@ def _grouped(
         leaving = [walk.ties.fresh(out_channels).reshape(groups, width)]
         in_short, out_short = [], short
         if not entering:
-            walk.freeze(leaving[0], "grouped convolution with a fixed side")
+            walk.freeze(leaving[0], text)
     else:
         leaving, in_short, out_short = long, short, []
         walk.read(*short)

@@ -4,15 +4,41 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from graphprune.ids import Layers
 from graphprune.rules.base import Value, Walk, aten, register_rule
 
-CONTAINERS = (list, tuple)
-
-
-@register_rule("pointwise", aten._prelu_kernel, aten.copy_, aten.addcmul_, aten.addcdiv_)
+@register_rule(
+    "pointwise",
+    aten._prelu_kernel,
+    aten.prelu,
+    aten.copy_,
+    aten.copy,
+    aten.addcmul_,
+    aten.addcdiv_,
+    aten.hardswish,
+    aten.hardswish_,
+    aten.hardsigmoid,
+    aten.hardsigmoid_,
+    aten.hardtanh,
+    aten.hardtanh_,
+    aten.leaky_relu_,
+    aten.elu_,
+    aten.celu_,
+    aten.selu_,
+    aten.silu_,
+    aten.gelu_,
+    aten.mish_,
+    aten.threshold_,
+    aten.rrelu_,
+    aten.rrelu_with_noise,
+    aten.rrelu_with_noise_,
+    aten.lerp_,
+    aten.where,
+    aten.masked_fill,
+    aten.masked_fill_,
+)
 def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
     """Every operand is tied to every other at each position."""
     operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
@@ -51,8 +77,3 @@ def same(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Laye
 def native_dropout(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
     """Dropout with its mask."""
     return [x.layers, x.layers]
-
-
-def layers_on(layers: Layers, dims: set[int]) -> list[Tensor]:
-    """The layers that vary along any of ``dims``."""
-    return [layer for layer in layers if any(layer.shape[dim] > 1 for dim in dims)]

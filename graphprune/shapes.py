@@ -1,0 +1,111 @@
+"""Fast shape functions for ops whose own meta kernels take up to a millisecond in Python.
+
+They only make an empty result; whenever the arguments are not of the plain form expected here,
+torch's own kernel runs (and raises the errors it has for them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+ShapeFunction = Callable[..., Any]
+_FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
+
+
+def _unary(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if x.dtype not in _FLOATING or any(isinstance(arg, Tensor) for arg in args):
+        return NotImplemented
+    return torch.empty_like(x)
+
+
+def _in_place(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    if x.dtype not in _FLOATING or any(isinstance(arg, Tensor) for arg in args):
+        return NotImplemented
+    return x
+
+
+def _binary(x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or args or kwargs:
+        return NotImplemented
+    if x.shape != y.shape or x.dtype is not y.dtype or x.stride() != y.stride():
+        return NotImplemented
+    return torch.empty_like(x)
+
+
+def _batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *args: Any
+) -> Any:
+    channels = x.shape[1] if x.dim() > 1 else -1
+    for vector in (weight, bias, mean, var):
+        if vector is not None and tuple(vector.shape) != (channels,):
+            return NotImplemented
+    saved = x.new_empty(channels if training else 0)
+    return torch.empty_like(x), saved, saved
+
+
+def _layer_norm(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+    dims = len(shape)
+    if not x.is_contiguous() or list(x.shape[x.dim() - dims :]) != list(shape):
+        return NotImplemented
+    for affine in (weight, bias):
+        if affine is not None and list(affine.shape) != list(shape):
+            return NotImplemented
+    saved = x.new_empty((*x.shape[: x.dim() - dims], *[1] * dims))
+    return torch.empty_like(x), saved, saved
+
+
+def _group_norm(
+    x: Tensor, weight: Any, bias: Any, batch: int, channels: int, positions: int, groups: int,
+    eps: float,
+) -> Any:  # fmt: skip
+    if not x.is_contiguous() or x.shape[1] != channels or channels % groups:
+        return NotImplemented
+    for affine in (weight, bias):
+        if affine is not None and tuple(affine.shape) != (channels,):
+            return NotImplemented
+    saved = x.new_empty((batch, groups))
+    return torch.empty_like(x), saved, saved
+
+
+def _addmm(bias: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Any:
+    plain = not kwargs and bias.dim() == 1 and left.dim() == right.dim() == 2
+    if not plain or left.shape[1] != right.shape[0] or bias.shape[0] != right.shape[1]:
+        return NotImplemented
+    if not left.dtype is right.dtype is bias.dtype:
+        return NotImplemented
+    return left.new_empty((left.shape[0], right.shape[1]))
+
+
+FUNCTIONS: dict[Any, ShapeFunction] = {
+    aten.native_batch_norm.default: _batch_norm,
+    aten.native_layer_norm.default: _layer_norm,
+    aten.native_group_norm.default: _group_norm,
+    aten.addmm.default: _addmm,
+    aten.add.Tensor: _binary,
+    aten.mul.Tensor: _binary,
+    **{
+        getattr(aten, name).default: _unary
+        for name in ("relu", "hardtanh", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu",
+                     "sigmoid", "tanh", "silu")
+    },
+    **{
+        getattr(aten, name).default: _in_place
+        for name in ("relu_", "hardtanh_", "hardswish_", "hardsigmoid_", "leaky_relu_", "elu_",
+                     "silu_")
+    },
+}  # fmt: skip
+
+
+def run(func: Any, args: Any, kwargs: Any) -> Any:
+    """The result of an op on meta tensors."""
+    shape = FUNCTIONS.get(func)
+    if shape is not None:
+        out = shape(*args, **kwargs)
+        if out is not NotImplemented:
+            return out
+    return func(*args, **kwargs)
