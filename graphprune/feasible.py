@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from torch import nn
@@ -20,57 +21,87 @@ from graphprune.inputs import Call
 from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.rewrite.forward import mark_literals, symbolic
 from graphprune.rewrite.shrink import shrink
-from graphprune.rules import Reason
 from graphprune.sizes import Attribute, Literal
 from graphprune.trace import Record, record, run, skeleton
 
 Trusted = frozenset[tuple[int, int]]
+TRIALS = 2
 
 
-def analyse(model: nn.Module, call: Call, first: Record) -> tuple[Analysis, Trusted]:
+@dataclass
+class Settled:
+    """An analysis whose sizes can all be changed as its groups need it.
+
+    ``owners`` are the modules whose forward is rewritten, ``trusted`` the (record, op) positions
+    of plain ints that were seen to follow the shapes by themselves.
+    """
+
+    analysis: Analysis
+    owners: tuple[str, ...] = ()
+    trusted: Trusted = frozenset()
+
+
+def analyse(
+    model: nn.Module, call: Call, first: Record | None = None, owners: Sequence[str] = ()
+) -> Settled:
     """Record, analyse and settle all sizes.
 
     Args:
         model: the user's model, not touched.
         call: inputs it runs on.
-        first: the recorded forward pass in eval mode.
+        first: the recorded forward pass in eval mode, when there is one already.
+        owners: modules whose forward is rewritten.
     """
-    owners: list[str] = []
     records = _records(model, call, owners, first)
-    while True:
-        analysis = Analysis.build(model, records)
-        owner, trusted = _settle(model, call, analysis, owners)
-        if owner is None:
-            return analysis, trusted
-        owners.append(owner)
-        records = _records(model, call, owners)
+    settled = Settled(Analysis.build(model, records), tuple(owners))
+    owner = _settle(model, call, settled)
+    return settled if owner is None else analyse(model, call, None, (*owners, owner))
 
 
-def _settle(
-    model: nn.Module, call: Call, analysis: Analysis, owners: Sequence[str]
-) -> tuple[str | None, Trusted]:
+def _settle(model: nn.Module, call: Call, settled: Settled) -> str | None:
     """Freeze what cannot be resized; or name a module whose literals must be traced."""
-    while True:
-        alive = analysis.alive(trial(analysis))
-        problems = adapt.changes(analysis, alive).problems
-        unclear = [problem for problem in problems if problem.literal]
-        if len(unclear) < len(problems):
-            problems = [problem for problem in problems if not problem.literal]
-        elif unclear:
-            trusted, problems = _try(model, call, analysis, alive, unclear)
+    for number in range(TRIALS):
+        while True:
+            alive = settled.analysis.alive(trial(settled.analysis, number))
+            problems = adapt.changes(settled.analysis, alive, settled.trusted).problems
+            unclear = [problem for problem in problems if problem.literal]
+            if unclear and len(unclear) == len(problems):
+                trusted, problems = _try(model, call, settled.analysis, alive, unclear)
+                settled.trusted |= trusted
             if not problems:
-                return None, trusted
-        else:
-            return None, frozenset()
-        owner = _new_owner(model, problems, owners)
-        if owner is not None:
-            return owner, frozenset()
-        freeze_problems(analysis, problems)
+                break
+            owner = resolve_problems(model, settled, problems)
+            if owner is not None:
+                return owner
+    return None
 
 
-def trial(analysis: Analysis) -> dict[str, list[int]]:
+def resolve_problems(
+    model: nn.Module, settled: Settled, problems: Sequence[adapt.Problem]
+) -> str | None:
+    """Name a module whose forward can be rewritten; otherwise freeze the channels concerned."""
+    certain = [problem for problem in problems if not problem.literal] or problems
+    for problem in certain:
+        if problem.owner not in settled.owners and _rewritable(model, problem.owner):
+            return problem.owner
+    for problem in certain:
+        for ids in adapt.ids_of(settled.analysis, problem.node):
+            settled.analysis.freeze(ids, problem.reason)
+    return None
+
+
+def _rewritable(model: nn.Module, owner: str) -> bool:
+    try:
+        for training in (False, True):
+            symbolic(model.get_submodule(owner), training)
+    except RewriteError:
+        return False
+    return True
+
+
+def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
     """Kept channels of irregular number and place, the same for every call."""
-    generator = np.random.default_rng(7)
+    generator = np.random.default_rng(number)
     kept = {}
     for group in analysis.groups:
         count = int(generator.integers(1, max(group.size, 2)))
@@ -83,7 +114,7 @@ def _records(
 ) -> list[Record]:
     prepare = mark_literals(owners) if owners else None
     evaluated = first or record(model, call, False, prepare)
-    if not _depends_on_mode(model, evaluated.used):
+    if not owners and not _depends_on_mode(model, evaluated.used):
         return [evaluated]
     batch = {t.shape[0] for t in call.tensors() if t.dim()}
     call = call.repeated(2) if batch == {1} else call
@@ -141,21 +172,6 @@ def _try(
         before = [p for p in unclear if ops[p.node][0] == number and ops[p.node][1] <= position]
         guilty = before[-1:] or list(unclear[:1])
     return frozenset(), guilty
-
-
-def _new_owner(
-    model: nn.Module, failed: Sequence[adapt.Problem], owners: Sequence[str]
-) -> str | None:
-    """A module whose forward holds a literal to change and can be rewritten."""
-    for problem in failed:
-        if problem.literal and problem.owner not in owners:
-            try:
-                for training in (False, True):
-                    symbolic(model.get_submodule(problem.owner), training)
-            except RewriteError:
-                continue
-            return problem.owner
-    return None
 
 
 def first_mismatch(
@@ -223,13 +239,3 @@ def bare_plan(analysis: Analysis, alive: np.ndarray) -> Plan:
         if isinstance(leaf, Literal)
     ]
     return Plan(analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals))
-
-
-def freeze_problems(analysis: Analysis, problems: Iterable[adapt.Problem]) -> list[Reason]:
-    """Freeze the channels around sizes that cannot be changed."""
-    reasons = []
-    for problem in problems:
-        for ids in adapt.ids_of(analysis, problem.node):
-            analysis.freeze(ids, problem.reason)
-        reasons.append(problem.reason)
-    return reasons

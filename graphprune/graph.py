@@ -14,13 +14,19 @@ import numpy as np
 from torch import nn
 
 from graphprune import drawing
-from graphprune.adapt import changes
+from graphprune.adapt import changes, ids_of
 from graphprune.analysis import Analysis, Group
 from graphprune.checks import check_model
 from graphprune.counting import macs
 from graphprune.criteria import Criterion, scores
-from graphprune.errors import InputError, PruningWarning
-from graphprune.feasible import analyse, bare_plan, first_mismatch, freeze_problems
+from graphprune.errors import InputError, PruningWarning, RewriteError
+from graphprune.feasible import (
+    Settled,
+    analyse,
+    bare_plan,
+    first_mismatch,
+    resolve_problems,
+)
 from graphprune.inputs import Call, infer
 from graphprune.plan import Cost, GroupPlan, Plan, shorten
 from graphprune.rules import Reason
@@ -65,8 +71,7 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:
     else:
         call = Call.of(example_inputs)
         first = runs(call)
-    analysis, trusted = analyse(model, call, first)
-    return ChannelGraph(model, call, analysis, trusted)
+    return ChannelGraph(model, call, analyse(model, call, first))
 
 
 @dataclass
@@ -75,8 +80,12 @@ class ChannelGraph:
 
     model: nn.Module = field(repr=False)
     call: Call
-    analysis: Analysis = field(repr=False)
-    trusted: frozenset[tuple[int, int]] = field(repr=False)
+    settled: Settled = field(repr=False)
+
+    @property
+    def analysis(self) -> Analysis:
+        """The channel ids behind the groups."""
+        return self.settled.analysis
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -164,30 +173,47 @@ class ChannelGraph:
             2
         """
         ratio = check_ratio(ratio)
+        request = {
+            "ratio": ratio,
+            "criterion": criterion if isinstance(criterion, str) else _name(criterion),
+            "scope": scope,
+            "seed": seed,
+        }
         tensors = dict(named_tensors(self.model))
-        spared = self._kept_groups(keep)
         while True:
+            spared = self._kept_groups(keep)
             groups = [g for g in self.groups if g.name not in spared and (g.exact or not exact_only)]
             if not self.groups:
                 raise InputError(f"no channel of this model can be removed:\n{self._why()}")
             kept = select(scores(criterion, groups, tensors, seed), ratio, scope)
-            alive = self.analysis.alive(kept)
-            problems = changes(self.analysis, alive, self.trusted).problems
-            if not problems:
-                break
-            freeze_problems(self.analysis, problems)
-            spared = self._kept_groups(keep)
-        request = {
-            "ratio": ratio,
-            "criterion": criterion if isinstance(criterion, str) else getattr(
-                criterion, "__name__", type(criterion).__name__
-            ),
-            "scope": scope,
-            "seed": seed,
-        }  # fmt: skip
-        plan = self.plan_of(kept, request)
-        self._warn(plan, ratio, spared)
-        return plan
+            if self._feasible(kept):
+                plan = self.plan_of(kept, request)
+                self._warn(plan, ratio, spared)
+                return plan
+
+    def _feasible(self, kept: Kept) -> bool:
+        """Whether the code of the model can follow; otherwise more channels freeze."""
+        alive = self.analysis.alive(kept)
+        found = changes(self.analysis, alive, self.settled.trusted)
+        if found.problems:
+            owner = resolve_problems(self.model, self.settled, found.problems)
+            if owner is not None:
+                owners = (*self.settled.owners, owner)
+                self.settled = analyse(self.model, self.call, None, owners)
+            return False
+        if not found.values and not self.settled.trusted:
+            return True
+        mismatch = first_mismatch(self.model, self.call, self.analysis, alive)
+        if mismatch is None:
+            return True
+        node = self.analysis.records[mismatch[0]].ops[mismatch[1]]
+        reason = Reason(f"{node.target} does not follow", node.meta["module"], node.meta["line"])
+        touched = [ids for ids in ids_of(self.analysis, node) if not alive[ids.numpy()].all()]
+        if not touched:
+            raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
+        for ids in touched:
+            self.analysis.freeze(ids, reason)
+        return False
 
     def plan_of(
         self, kept: Mapping[str, Iterable[int]], request: Mapping[str, Any] | None = None
@@ -230,18 +256,6 @@ class ChannelGraph:
             str(self.call),
             dict(request or {}),
         )
-
-    def problem(self, plan: Plan) -> str | None:
-        """Where a plan would not run as foreseen; ``None`` when all is well."""
-        alive = self.analysis.alive({group.name: group.kept for group in plan.groups})
-        found = first_mismatch(self.model, self.call, self.analysis, alive)
-        if found is None:
-            return None
-        number, position = found
-        node = self.analysis.records[number].ops[position]
-        shape = self.analysis.shape(node, alive) if "shape" in node.meta else ()
-        reason = Reason(f"{node.target} should give {list(shape)}", node.meta["module"])
-        return f"{reason} at {node.meta['line']}"
 
     def _cost(self, alive: np.ndarray | None) -> Cost:
         params = size = 0
@@ -318,6 +332,10 @@ class ChannelGraph:
             f"{sum(group.size for group in self)} removable channels"
         )
         return render(title, ("group", "channels", "kind", "layers", "why"), rows)
+
+
+def _name(criterion: Criterion) -> str:
+    return getattr(criterion, "__name__", type(criterion).__name__)
 
 
 def _matches(pattern: str, tensor: str) -> bool:

@@ -135,14 +135,13 @@ def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
     for owner in dict.fromkeys(change.module for change in changes):
         module = model.get_submodule(owner)
         mine = [change for change in changes if change.module == owner]
-        sources = {}
-        for training in (False, True):
-            graph = symbolic(module, training)
+        graphs = {training: symbolic(module, training) for training in (False, True)}
+        same = str(graphs[False]) == str(graphs[True])
+        for training, graph in graphs.items():
             for change in mine:
-                if change.training == training:
+                if change.training == (training and not same):
                     set_literal(graph, change.node, change.path, change.new)
-            sources[training] = graph
-        module.forward = types.MethodType(_switch(sources), module)  # type: ignore[assignment]
+        module.forward = types.MethodType(_switch(graphs), module)  # type: ignore[assignment]
 
 
 def _switch(graphs: Mapping[bool, fx.Graph]) -> Callable[..., Any]:

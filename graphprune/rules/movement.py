@@ -194,15 +194,14 @@ def constant_pad_nd(
 
 def _pad_ids(walk: Walk, layer: Tensor, dim: int, before: int, after: int) -> Tensor:
     start, stop = max(-before, 0), layer.shape[dim] - max(-after, 0)
-    parts = [layer.narrow(dim, start, stop - start)]
     shape = list(layer.shape)
-    shape[dim] = 1
-    for amount, where in ((before, 0), (after, len(parts))):
-        if amount > 0:
-            ids = along(walk.ties.fresh(amount), dim, layer.dim())
-            shape[dim] = amount
-            parts.insert(where, ids.expand(shape))
-    return torch.cat(parts, dim)
+
+    def constant(amount: int) -> list[Tensor]:
+        shape[dim] = amount
+        return [along(walk.ties.fresh(amount), dim, layer.dim()).expand(shape)] if amount > 0 else []
+
+    middle = layer.narrow(dim, start, stop - start)
+    return torch.cat([*constant(before), middle, *constant(after)], dim)
 
 
 @register_rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,

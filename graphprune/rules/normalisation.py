@@ -43,7 +43,8 @@ def batch_norm(
     vectors = [v for v in (weight, bias, mean, var) if isinstance(v, Value)]
     layers = _per_channel(walk, x, list(vectors))
     own = tuple(layer.reshape(-1) for layer in layers if varying(layer) == {1})
-    return [layers, own, own]
+    saved = [item.meta["shape"] for item in node.meta["items"].values()][1:]
+    return [layers, *(own if shape == (x.shape[1],) else () for shape in saved)]
 
 
 @register_rule(aten.native_layer_norm)
