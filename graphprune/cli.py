@@ -13,7 +13,6 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from graphprune.api import rebuild
@@ -58,7 +57,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 
 @app.command()
 def demo(
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 8,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 15,
     out: Annotated[Path, typer.Option(help="Folder for the small model and the picture.")] = Path(
         "graphprune-demo"
     ),

@@ -144,7 +144,7 @@ def run(epochs: int, out: Path, console: Console) -> Demo:
         f"{len(data.images)} images of digits to train on, {len(data.test_images)} to test on; "
         f"a ResNet of {len(widths(model))} convolutions"
     )
-    train(model, data, epochs, 0.1, "training", console)
+    train(model, data, epochs, 0.03, "training", console)
     stages = [_stage(COLUMNS[0], model, data, out)]
 
     small = rebuild(model, RATIO, data.images[:1])
@@ -180,10 +180,10 @@ def train(
         for epoch in range(epochs):
             model.train()
             order = torch.randperm(len(data.images), generator=generator)
-            for index in order.split(BATCH):
+            for index in torch.split(order, BATCH):
                 loss = F.cross_entropy(model(data.images[index]), data.digits[index])
                 optimizer.zero_grad()
-                loss.backward()
+                torch.autograd.backward(loss)
                 optimizer.step()
                 schedule.step()
                 advance(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}")
@@ -232,6 +232,8 @@ def draw_widths(model: nn.Module, small: nn.Module, path: Path) -> Path:
     axes.set_yticks(places, names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.14 * max(before.values()))
+    axes.set_xticks(range(0, max(before.values()) + 1, 32))
+    axes.margins(y=0.02)
     axes.set_xlabel("output channels", fontsize=9)
     axes.set_title("Layer widths before and after", loc="left", fontsize=12, weight="bold")
     axes.legend(loc="upper right", frameon=False, fontsize=9)

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import InputError, TraceError
 
 _SIDES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8, 512)
+_VOLUMES = ((16, 112, 112), (16, 224, 224), (8, 32, 32), (16, 16, 16), (4, 8, 8))
 _CONVOLUTIONS = {
     1: (nn.Conv1d, nn.ConvTranspose1d),
     2: (nn.Conv2d, nn.ConvTranspose2d),
@@ -97,8 +98,7 @@ def candidates(model: nn.Module) -> Iterator[Call]:
         for spatial, kinds in _CONVOLUTIONS.items():
             if isinstance(module, kinds):
                 channels = module.in_channels
-                for side in _SIDES:
-                    shape = (16, side // 2, side // 2) if spatial == 3 else (side,) * spatial
+                for shape in _VOLUMES if spatial == 3 else ((side,) * spatial for side in _SIDES):
                     yield zeros(1, channels, *shape)
                 return
         if isinstance(module, nn.Linear):

@@ -91,7 +91,7 @@ class Recorder:
 
     def register(self, node: fx.Node, tensor: Tensor) -> None:
         """Remember which node produced a tensor."""
-        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype)
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=tensor.stride())
         self.nodes[id(tensor)] = node
         self.alive.append(tensor)
 

@@ -53,6 +53,18 @@ def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
     return tuple(reshape_layer(layer, x.shape, node.meta["shape"]) for layer in x.layers)
 
 
+@register_rule(aten.as_strided_, aten.as_strided)
+def as_strided(
+    walk: Walk, node: fx.Node, x: Value, size: Any, stride: Any, offset: int | None = None
+) -> Layers:
+    """Only the form that leaves every element where it was is understood."""
+    source = node.args[0].meta["stride"]  # type: ignore[union-attr]
+    moves = [d for d, n in enumerate(x.shape) if n > 1 and source[d] != stride[d]]
+    if tuple(size) != tuple(x.shape) or offset or moves:
+        return walk.refuse([x], "as_strided that moves channels")
+    return x.layers
+
+
 @register_rule(aten.slice)
 def slice_(
     walk: Walk,
