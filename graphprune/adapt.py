@@ -6,6 +6,7 @@ expression behind the size says which attribute or literal to change for that.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,10 +21,11 @@ from graphprune.sizes import (
     Attribute,
     Expression,
     Extent,
-    Leaf,
     Literal,
+    Settable,
     evaluate,
     expression,
+    extents,
     settable,
     solve,
 )
@@ -48,7 +50,20 @@ def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     given = node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
     if isinstance(given, list | tuple):
         new = list(graph.shape(node, alive))[-len(given) :] if given else []
-        yield list(given), [n if g != -1 else -1 for g, n in zip(given, new)]
+        new = [n if g != -1 else -1 for g, n in zip(given, new)]
+        if match(given, node.meta["ints"]) is None:  # unflatten gives the sizes of one dimension
+            given, new = _part(given, new, node.meta["ints"])
+        yield list(given), new
+
+
+def _part(given: Any, new: list[int], ints: Sequence[int]) -> Want:
+    """The part of a shape that ends the ints of a call."""
+    for width in range(len(ints), 1, -1):
+        tail = ints[-width:]
+        for start in range(len(given) - width + 1):
+            if match(given[start : start + width], tail) is not None:
+                return list(given[start : start + width]), new[start : start + width]
+    return list(given), new
 
 
 @_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
@@ -166,8 +181,9 @@ class Problem:
 class Changes:
     """New values of attributes and literals, and what could not be solved."""
 
-    values: dict[Attribute | Literal, int] = field(default_factory=dict)
+    values: dict[Settable, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    given: bool = False  # whether the code gives any size to an op that carries channels
 
 
 def sized(node: fx.Node) -> bool:
@@ -186,55 +202,58 @@ def changes(
         trusted: (record, node) positions of plain ints known to follow the shapes by themselves.
     """
     found = Changes()
-    demands = list(_demands(graph, alive, trusted))
+    demands = list(_demands(graph, alive, trusted, found))
 
-    def leaves(leaf: Leaf) -> int:
-        if isinstance(leaf, Extent):
-            return graph.shape(leaf.node, alive)[leaf.dim]
-        return found.values.get(leaf, leaf.value)
+    @functools.cache
+    def extent(leaf: Extent) -> int:
+        return graph.shape(leaf.node, alive)[leaf.dim]
 
     demands.sort(key=lambda demand: not isinstance(demand[3], Attribute | Literal))
     for node, old, new, expr in demands:
         if isinstance(expr, Attribute | Literal) and expr not in found.values:
             found.values[expr] = new
             continue
-        if evaluate(expr, leaves) == new:
+        if evaluate(expr, found.values, extent) == new:
             continue
-        if not _solve(found, expr, new, leaves):
+        if not _solve(found, expr, new, extent):
             found.problems.append(Problem(node, old, new, expr))
     for record in graph.records:
         for left, right in record.equal:
-            a, b = evaluate(left.expression, leaves), evaluate(right.expression, leaves)
-            if a != b and not _solve(found, left.expression, int(b), leaves):
-                _solve(found, right.expression, int(a), leaves)
+            a = evaluate(left.expression, found.values, extent)
+            b = evaluate(right.expression, found.values, extent)
+            if a != b and not _solve(found, left.expression, int(b), extent):
+                _solve(found, right.expression, int(a), extent)
     found.values = {leaf: new for leaf, new in found.values.items() if new != leaf.value}
     return found
 
 
 def _solve(
-    found: Changes, expr: Expression, want: int, leaves: Callable[[Leaf], int]
+    found: Changes, expr: Expression, want: int, extent: Callable[[Extent], int]
 ) -> bool:
-    for leaf in settable(expr, found.values):
-        value = solve(expr, want, leaf, leaves)
+    """Give one attribute or literal of an expression the value that makes it right."""
+    for leaf in settable(expr):
+        if leaf in found.values:
+            continue
+        value = solve(expr, want, leaf, found.values, extent)
         if value is not None:
-            before = found.values.get(leaf)
             found.values[leaf] = value
-            if evaluate(expr, leaves) == want:
+            if evaluate(expr, found.values, extent) == want:
                 return True
-            found.values.pop(leaf) if before is None else found.values.update({leaf: before})
+            del found.values[leaf]
     return False
 
 
 def _demands(
-    graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]]
+    graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]], found: Changes
 ) -> Iterator[tuple[fx.Node, int, int, Expression]]:
     for number, record in enumerate(graph.records):
         for position, node in enumerate(record.ops):
-            if not sized(node) or not graph.touched(node, alive):
+            if not sized(node):
                 continue
             rule = _RULES[node.target.overloadpacket]  # type: ignore[union-attr]
             for old, new in rule(graph, node, alive):
                 given = match(old, node.meta["ints"])
+                found.given |= given is not None
                 for size, was, now in zip(given or (), old, new):
                     if was == -1 or size == -1:
                         continue
@@ -254,9 +273,21 @@ def match(pattern: Sequence[int], ints: Sequence[int]) -> list[int] | None:
     return None
 
 
-def ids_of(graph: Analysis, node: fx.Node) -> list[Tensor]:
+def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:
     """All layers an op reads or makes, for freezing."""
     layers = list(graph.values[node].layers) if node in graph.values else []
     for other in (*node.all_input_nodes, *node.meta.get("items", {}).values()):
         layers.extend(graph.values[other].layers)
     return layers
+
+
+def freeze(graph: Analysis, problem: Problem) -> bool:
+    """Freeze the channels that a size depends on; whether that changed anything."""
+    layers = ids_around(graph, problem.node)
+    for extent in extents(problem.expression):
+        value = graph.values[extent.node]
+        layers += [layer for layer in value.layers if layer.shape[extent.dim] > 1]
+    moving = [layer for layer in layers if not graph.units.frozen[graph.units.labels[layer]].all()]
+    for layer in moving:
+        graph.freeze(layer, problem.reason)
+    return bool(moving)

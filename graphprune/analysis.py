@@ -107,7 +107,7 @@ class Analysis:
         """Analyse recorded forward passes of a model."""
         ties = Ties()
         slots, values = _slots(model, ties)
-        walk = Walk(ties, values.get)
+        walk = Walk(ties, values.get)  # ids made from here on belong to no parameter
         for record in records:
             walk.run(record.graph)
         units = resolve(ties, walk.choices, walk.grids)
@@ -154,16 +154,6 @@ class Analysis:
                 stays[group.units] = False
                 stays[group.units[list(kept[group.name])]] = True
         return stays[self.units.labels]
-
-    def touched(self, node: fx.Node, alive: np.ndarray) -> bool:
-        """Whether an op reads or makes values that lose channels."""
-        around = (node, *node.all_input_nodes, *node.meta.get("items", {}).values())
-        return any(
-            not alive[layer.numpy()].all()
-            for other in around
-            if other in self.values
-            for layer in self.values[other].layers
-        )
 
     def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
         """For each position of a value along ``dim`` whether it stays."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import os
@@ -16,12 +15,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from graphprune.errors import CheckpointError, InputError, ModelError, PlanError
+from graphprune.errors import CheckpointError, InputError, PlanError
 from graphprune.plan import Plan, shorten
-from graphprune.rewrite import shrink
+from graphprune.rewrite.shrink import shrink
 from graphprune.trace import aliases
+from graphprune.weightless import weightless
 
 FORMAT = "graphprune"
 VERSION = 1
@@ -64,18 +63,12 @@ def save(small: nn.Module, path: str | Path) -> Path:
             "graphprune_plan"
         )
     tensors, tied = _distinct(small.state_dict(keep_vars=True))
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # Copies of tensors that are parts of one another: safetensors refuses shared memory.
-    pointers: set[int] = set()
-    for name, tensor in stored.items():
-        pointer = tensor.untyped_storage().data_ptr()
-        stored[name] = tensor.clone() if pointer in pointers else tensor
-        pointers.add(pointer)
     extra = {
         "aliases": tied,
         "layouts": {n: layout for n, t in tensors.items() if (layout := _layout(t))},
         "dtypes": {n: _dtype_name(t.dtype) for n, t in _unsaved_buffers(small).items()},
     }
+    stored = _apart(tensors)
     metadata = {
         "format": FORMAT,
         "version": str(VERSION),
@@ -115,7 +108,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
         256
     """
     content = _read(Path(path))
-    original = _weightless(model_or_factory)
+    original = weightless(model_or_factory)
     _check_fit(content, original.model)
     try:
         small = shrink(original.model, content.plan)
@@ -145,6 +138,18 @@ def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, st
         else:
             tied[name] = owner
     return tensors, tied
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two in the same memory: safetensors refuses that."""
+    stored = {}
+    memory: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        pointer = tensor.untyped_storage().data_ptr()
+        stored[name] = tensor.clone() if pointer in memory else tensor
+        memory.add(pointer)
+    return stored
 
 
 def _layout(tensor: Tensor) -> str | None:
@@ -187,7 +192,10 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Path:
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # as the user's umask has it; safetensors makes it private
         save_file(tensors, part, metadata=metadata)
+        part.chmod(mode)
         os.replace(part, path)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
@@ -248,86 +256,6 @@ def _check_format(name: str, metadata: Mapping[str, str]) -> None:
         )
 
 
-# --- the original architecture without its weights --------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Original:
-    model: nn.Module
-    devices: Mapping[str, torch.device]
-
-
-def _weightless(source: nn.Module | Callable[[], nn.Module]) -> _Original:
-    """A copy whose saved tensors are on meta; all other tensors keep their values.
-
-    Raises:
-        CheckpointError: other tensors are on meta, too, so that their values are unknown.
-    """
-    if isinstance(source, nn.Module):
-        original, unknown = _emptied(source)
-    else:
-        original, unknown = _emptied_from(source)
-    if unknown:
-        raise CheckpointError(
-            f"{type(original.model).__name__} has {unknown} tensors outside its state_dict "
-            "(non-persistent buffers, plain attributes) on the meta device, and the file does not "
-            "hold them: pass a model that is not on meta, or a function that makes one"
-        )
-    return original
-
-
-def _emptied_from(factory: Callable[[], nn.Module]) -> tuple[_Original, int]:
-    if not callable(factory):
-        raise InputError(
-            f"expected a model or a function that makes one, got {type(factory).__name__}"
-        )
-    with torch.random.fork_rng([]):
-        try:
-            with torch.device("meta"):
-                model = _made(factory)
-            original, unknown = _emptied(model)
-            if not unknown:
-                return original, 0
-        except (InputError, ModelError):
-            raise
-        except Exception:  # a factory that reads values cannot run on meta
-            pass
-        return _emptied(_made(factory))
-
-
-def _made(factory: Callable[[], nn.Module]) -> nn.Module:
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise InputError(f"the factory returned a {type(model).__name__} instead of a module")
-    return model
-
-
-def _emptied(model: nn.Module) -> tuple[_Original, int]:
-    """The copy, and how many tensors are on meta although no file has them."""
-    devices = {}
-    memo: dict[int, Any] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            continue
-        if is_lazy(tensor):
-            raise ModelError(f"{name!r} is not initialised (lazy module): run the model once first")
-        devices[name] = tensor.device
-        empty: Tensor = torch.empty_like(tensor.detach(), device="meta")
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-            vars(empty).update(vars(tensor))
-        memo.setdefault(id(tensor), empty)
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, Tensor) and not value.is_leaf:  # recomputed by hooks
-                memo.setdefault(id(value), torch.empty_like(value.detach(), device="cpu"))
-    saved = set(memo)
-    clone = copy.deepcopy(model, memo)
-    others = [v for key, v in memo.items() if key not in saved and isinstance(v, Tensor)]
-    unknown = len({id(tensor) for tensor in others if tensor.is_meta})
-    return _Original(clone, devices), unknown
-
-
 # --- fitting and filling ----------------------------------------------------------------------
 
 
@@ -375,10 +303,11 @@ def _listed(title: str, names: Iterable[str]) -> str:
 
 
 def _fill(small: nn.Module, content: _Content, devices: Mapping[str, torch.device]) -> None:
-    state: dict[str, Tensor] = {}
+    state = small.state_dict(keep_vars=True)  # with the versions that some modules ask for
     values: dict[int, Tensor] = {}  # one new tensor for each tensor of the model: ties stay
     owners = {**{name: name for name in content.tensors}, **content.aliases}
-    for name, old in small.state_dict(keep_vars=True).items():
+    olds = dict(state)
+    for name, old in olds.items():
         if id(old) not in values:
             values[id(old)] = _ready(content, owners[name], old, devices.get(name))
         state[name] = values[id(old)]

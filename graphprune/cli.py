@@ -13,6 +13,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from graphprune.api import rebuild
@@ -110,7 +111,7 @@ def shrink(
         _say_verified(session, report)
         for title, path in (("small model", out), ("plan", plan)):
             if path is not None:
-                session.print(f"{title} written to [bold]{path}[/]")
+                session.print(f"{title} written to [bold]{escape(str(path))}[/]")
         if out is None:
             session.print("[dim]nothing was saved: pass --out small.safetensors[/]")
         session.finish(
@@ -144,7 +145,7 @@ def inspect(
         session.print(_cost(cost))
         if draw is not None:
             graph.draw(draw)
-            session.print(f"picture written to [bold]{draw}[/]")
+            session.print(f"picture written to [bold]{escape(str(draw))}[/]")
         session.finish(
             {
                 "model": model,
@@ -303,7 +304,7 @@ def _groups_of_plan(plan: Plan) -> Table:
     for group in plan.groups:
         kind = "exact" if group.exact else "renormalising"
         kept = f"{group.size} -> {len(group.kept)}"
-        table.add_row(group.name, kept, kind, shorten(group.layers, 3))
+        table.add_row(group.name, kept, kind, escape(shorten(group.layers, 3)))
     return table
 
 
@@ -312,22 +313,23 @@ def _groups_of_graph(graph: ChannelGraph) -> Table:
     title = f"{type(graph.model).__name__}: {len(graph)} groups, {channels:,} removable channels"
     table = _table(title, "group", "channels", "kind", "layers", wide=3)
     for group in graph.analysis.all_groups:
-        layers = shorten(group.layers, 3)
-        note = f"{layers}\n[dim]{group.note}[/]" if group.note else layers
+        layers = escape(shorten(group.layers, 3))
+        note = f"{layers}\n[dim]{escape(group.note)}[/]" if group.note else layers
         style = "dim" if group.frozen else ""
         table.add_row(group.name, str(group.size), group.kind, note, style=style)
     return table
 
 
 def _costs(before: Measurement, after: Measurement) -> Table:
-    table = _table(f"cost on {after.inputs}, {after.device}", "", "original", "small", "share")
+    title = f"cost on {escape(after.inputs)}, {after.device}"
+    table = _table(title, "", "original", "small", "share")
     for row in before.compare(after).rows():
         table.add_row(*row)
     return table
 
 
 def _cost(cost: Measurement) -> Table:
-    table = _table(f"cost on {cost.inputs}", "", "original")
+    table = _table(f"cost on {escape(cost.inputs)}", "", "original")
     for name, text, _ in cost.rows():
         table.add_row(name, text)
     return table
@@ -337,7 +339,7 @@ def _checks(report: Report) -> Table:
     title = f"largest relative differences, tolerance {report.tolerance:.0e}"
     table = _table(title, "compared", "inputs", "difference", wide=0)
     for check in report.checks:
-        table.add_row(check.name, check.inputs, f"{check.difference:.1e}")
+        table.add_row(escape(check.name), escape(check.inputs), f"{check.difference:.1e}")
     return table
 
 

@@ -84,9 +84,8 @@ def resolve_problems(
     for problem in certain:
         if problem.owner not in settled.owners and _rewritable(model, problem.owner):
             return problem.owner
-    for problem in certain:
-        for ids in adapt.ids_of(settled.analysis, problem.node):
-            settled.analysis.freeze(ids, problem.reason)
+    if not any([adapt.freeze(settled.analysis, problem) for problem in certain]):
+        raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
     return None
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from graphprune import drawing
-from graphprune.adapt import changes, ids_of
+from graphprune.adapt import changes, ids_around
 from graphprune.analysis import Analysis, Group
 from graphprune.checks import check_model
 from graphprune.counting import macs
@@ -63,14 +63,11 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:
     """
     check_model(model)
 
-    def runs(call: Call) -> Any:
-        return record(model, call, training=False)
-
     if example_inputs is None:
-        call, first = infer(model, runs)
+        call, first = infer(model, lambda c: record(model, c, False, devices=("meta",)))
     else:
         call = Call.of(example_inputs)
-        first = runs(call)
+        first = record(model, call, training=False)
     return ChannelGraph(model, call, analyse(model, call, first))
 
 
@@ -201,18 +198,18 @@ class ChannelGraph:
                 owners = (*self.settled.owners, owner)
                 self.settled = analyse(self.model, self.call, None, owners)
             return False
-        if not found.values and not self.settled.trusted:
+        if not found.given:
             return True
         mismatch = first_mismatch(self.model, self.call, self.analysis, alive)
         if mismatch is None:
             return True
         node = self.analysis.records[mismatch[0]].ops[mismatch[1]]
         reason = Reason(f"{node.target} does not follow", node.meta["module"], node.meta["line"])
-        touched = [ids for ids in ids_of(self.analysis, node) if not alive[ids.numpy()].all()]
-        if not touched:
+        ids = ids_around(self.analysis, node)
+        if all(alive[layer.numpy()].all() for layer in ids):
             raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
-        for ids in touched:
-            self.analysis.freeze(ids, reason)
+        for layer in ids:
+            self.analysis.freeze(layer, reason)
         return False
 
     def plan_of(

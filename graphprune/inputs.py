@@ -55,7 +55,13 @@ class Call:
 
     def on(self, device: str | torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh copies of the arguments on a device."""
-        call = self.map(lambda tensor: tensor.detach().to(device, copy=True))
+
+        def move(tensor: Tensor) -> Tensor:
+            if tensor.is_meta:  # inferred inputs have no values
+                return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+            return tensor.detach().to(device, copy=True)
+
+        call = self.map(move)
         return call.args, call.kwargs
 
     def tensors(self) -> list[Tensor]:

@@ -79,20 +79,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     Raises:
         CheckpointError: the file cannot be read, or says which names and shapes do not fit.
     """
-    state = _unwrapped(_read(Path(path)), str(path))
     wanted = model.state_dict()
-    state = _without_prefix(state, wanted)
+    state = _without_prefix(_unwrapped(_read(Path(path)), str(path)), wanted)
     shapes = [
         f"{name} is {list(value.shape)} in the file, {list(wanted[name].shape)} in the model"
         for name, value in state.items()
         if isinstance(wanted.get(name), Tensor) and wanted[name].shape != value.shape
     ]
-    missing: list[str] = []
     unexpected = [name for name in state if name not in wanted]
-    if not shapes:
-        result = model.load_state_dict(state, strict=False)
-        unexpected = result.unexpected_keys
-        missing = _untied(model, result.missing_keys, state)
+    missing = _untied(model, [name for name in wanted if name not in state], state)
     parts = [
         f"{title}: {shorten(names, 5)}"
         for title, names in (
@@ -106,6 +101,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise CheckpointError(
             f"{str(path)!r} does not fit {type(model).__name__}: {'; '.join(parts)}"
         )
+    wanted.update(state)  # keeps the versions that some modules ask for
+    model.load_state_dict(wanted)
 
 
 def parse_inputs(shapes: list[str], model: nn.Module) -> tuple[Tensor, ...] | None:
@@ -253,7 +250,14 @@ def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict
 
 
 def _untied(model: nn.Module, missing: list[str], state: Mapping[str, Tensor]) -> list[str]:
-    """The missing names whose tensor is not in the file under another name, either."""
+    """The missing names that are not in the file under another name, either.
+
+    Counters of batches are forgiven: they are not in old files, and nothing depends on them.
+    """
     first = aliases(model)
     given = {first[name] for name in state if name in first}
-    return [name for name in missing if first.get(name, name) not in given]
+    return [
+        name
+        for name in missing
+        if first.get(name, name) not in given and not name.endswith("num_batches_tracked")
+    ]

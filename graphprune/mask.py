@@ -239,6 +239,22 @@ def _layer_norm(
     return (out if bias is None else out + bias), mean, scale
 
 
+def _batch_norm(
+    keep: Tensor, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
+    momentum: float, eps: float,
+) -> Any:  # fmt: skip
+    if not training or all(n == 1 for d, n in enumerate(keep.shape) if d != 1):
+        return aten.native_batch_norm.default(
+            x, weight, bias, mean, var, training, momentum, eps
+        )
+    dims = [d for d in range(x.dim()) if d != 1]
+    spread, centre = _moments(keep, x, dims, 0)
+    out = (x - centre) * (spread + eps).rsqrt()
+    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
+    out = out if weight is None else out * weight.reshape(shape)
+    return (out if bias is None else out + bias.reshape(shape)), centre, spread
+
+
 def _rms_norm(
     keep: Tensor, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -270,6 +286,7 @@ _STATISTICS: dict[Any, Callable[..., Any]] = {
     aten.std: _variance(torch.sqrt, both=False),
     aten.var_mean: _variance(lambda var: var, both=True),
     aten.std_mean: _variance(torch.sqrt, both=True),
+    aten.native_batch_norm: _batch_norm,
     aten.native_layer_norm: _layer_norm,
     aten._fused_rms_norm: _rms_norm,
     aten.native_group_norm: _group_norm,

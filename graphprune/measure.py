@@ -251,13 +251,13 @@ def _aliased(node: fx.Node, index: int) -> fx.Node | None:
     returned = schema.returns[min(index, len(schema.returns) - 1)].alias_info
     if returned is None:
         return None
+    names = returned.before_set  # empty for lists of views, which have one source
     for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not returned.before_set & argument.alias_info.before_set:
-            continue
-        name = argument.name
-        value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-        if isinstance(value, fx.Node):
-            return value
+        source = argument.alias_info
+        if source is not None and (not names or names & source.before_set):
+            rest = node.kwargs.get(argument.name)
+            value = node.args[position] if position < len(node.args) else rest
+            return value if isinstance(value, fx.Node) else None
     return None
 
 
@@ -287,7 +287,7 @@ def _latency(
             torch.cuda.synchronize(device)
 
     devices = [device] if device.type == "cuda" else []
-    with _threads(threads), torch.random.fork_rng(devices), torch.no_grad():
+    with cpu_threads(threads), torch.random.fork_rng(devices), torch.no_grad():
         try:
             run()
         except Exception as error:
@@ -338,7 +338,8 @@ def _shared_copy(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
+def cpu_threads(number: int | None) -> Iterator[None]:
+    """Compute with this many CPU threads, for a while; ``None`` leaves the setting alone."""
     before = torch.get_num_threads()
     if number is not None:
         torch.set_num_threads(number)

@@ -52,8 +52,16 @@ class Operation:
     right: Expression
 
 
-Leaf = Attribute | Extent | Literal
-Expression = Leaf | Operation | int | float
+@dataclass(frozen=True)
+class Override:
+    """A computed argument that may be replaced by a literal where the code gives it to an op."""
+
+    literal: Literal
+    computed: Expression
+
+
+Settable = Attribute | Literal
+Expression = Settable | Extent | Operation | Override | int | float
 Observer = Callable[["Size", Any], None]
 
 _OPS: dict[str, Callable[[Any, Any], Any]] = {
@@ -61,7 +69,6 @@ _OPS: dict[str, Callable[[Any, Any], Any]] = {
     "sub": operator.sub,
     "mul": operator.mul,
     "floordiv": operator.floordiv,
-    "truediv": operator.truediv,
     "mod": operator.mod,
 }
 _INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
@@ -139,35 +146,65 @@ def expression(value: Any) -> Expression:
     return value.expression if isinstance(value, Size) else value
 
 
-def evaluate(expr: Expression, leaves: Callable[[Leaf], int]) -> int | float:
-    """The value of an expression, given the values of its leaves."""
+def evaluate(
+    expr: Expression, known: Mapping[Settable, int], extent: Callable[[Extent], int]
+) -> int | float:
+    """The value of an expression.
+
+    Args:
+        expr: what to evaluate.
+        known: the attributes and literals that have a new value.
+        extent: the new size of a dimension of a value.
+    """
     if isinstance(expr, Operation):
-        return _OPS[expr.op](evaluate(expr.left, leaves), evaluate(expr.right, leaves))
-    if isinstance(expr, int | float):
-        return expr
-    return leaves(expr)
+        left, right = evaluate(expr.left, known, extent), evaluate(expr.right, known, extent)
+        if not right and expr.op in ("floordiv", "mod"):
+            return 0
+        return _OPS[expr.op](left, right)  # type: ignore[no-any-return]
+    if isinstance(expr, Override):
+        if expr.literal in known:
+            return known[expr.literal]
+        return evaluate(expr.computed, known, extent)
+    if isinstance(expr, Extent):
+        return extent(expr)
+    if isinstance(expr, Attribute | Literal):
+        return known.get(expr, expr.value)
+    return expr
 
 
-def settable(
-    expr: Expression, known: Mapping[Leaf, int]
-) -> list[Attribute | Literal]:
-    """The attributes and literals of an expression that have no new value yet."""
+def settable(expr: Expression) -> list[Settable]:
+    """The attributes and literals of an expression."""
     if isinstance(expr, Operation):
-        return settable(expr.left, known) + settable(expr.right, known)
-    return [expr] if isinstance(expr, Attribute | Literal) and expr not in known else []
+        return settable(expr.left) + settable(expr.right)
+    if isinstance(expr, Override):
+        return [expr.literal]
+    return [expr] if isinstance(expr, Attribute | Literal) else []
+
+
+def extents(expr: Expression) -> list[Extent]:
+    """The sizes of values that an expression depends on."""
+    if isinstance(expr, Operation):
+        return extents(expr.left) + extents(expr.right)
+    if isinstance(expr, Override):
+        return extents(expr.computed)
+    return [expr] if isinstance(expr, Extent) else []
 
 
 def solve(
-    expr: Expression, want: int, leaf: Leaf, leaves: Callable[[Leaf], int]
+    expr: Expression,
+    want: int,
+    leaf: Settable,
+    known: Mapping[Settable, int],
+    extent: Callable[[Extent], int],
 ) -> int | None:
     """The value of ``leaf`` that makes ``expr`` equal ``want``, if there is one."""
-    if expr == leaf:
+    if leaf == expr or (isinstance(expr, Override) and leaf == expr.literal):
         return want
     if not isinstance(expr, Operation):
         return None
-    side = "left" if leaf in settable(expr.left, {}) else "right"
+    side = "left" if leaf in settable(expr.left) else "right"
     inner, other = (expr.left, expr.right) if side == "left" else (expr.right, expr.left)
-    if leaf in settable(other, {}) or (expr.op, side) not in _INVERSES:
+    if leaf in settable(other) or (expr.op, side) not in _INVERSES:
         return None
-    value = _INVERSES[expr.op, side](want, int(evaluate(other, leaves)))
-    return None if value is None else solve(inner, value, leaf, leaves)
+    value = _INVERSES[expr.op, side](want, int(evaluate(other, known, extent)))
+    return None if value is None else solve(inner, value, leaf, known, extent)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -240,14 +240,16 @@ def recorder_to_meta(recorder: Recorder) -> Callable[[Tensor], Tensor]:
 
 
 def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
-    original = torch.autograd.Function.apply
+    """``Function.apply`` as one op: what its backward does to channels cannot be seen."""
+    original = recorder.apply
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        function = original.__get__(None, cls)
         if recorder.opaque:
-            return original.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+            return function(*args, **kwargs)
         recorder.opaque = True
         try:
-            out = original.__func__(cls, *args, **kwargs)  # type: ignore[attr-defined]
+            out = function(*args, **kwargs)
         finally:
             recorder.opaque = False
         recorder.call(cls.apply, args, kwargs, out)
@@ -356,7 +358,11 @@ def _mark(value: Any, leaf: Attribute) -> Any:
 
 
 def record(
-    model: nn.Module, call: Call, training: bool, prepare: Callable[[nn.Module], None] | None = None
+    model: nn.Module,
+    call: Call,
+    training: bool,
+    prepare: Callable[[nn.Module], None] | None = None,
+    devices: Sequence[str] = ("meta", "cpu"),
 ) -> Record:
     """Run a copy of the model on the inputs and record it.
 
@@ -365,17 +371,20 @@ def record(
         call: the inputs.
         training: record in train mode instead of eval mode.
         prepare: called with the copy before it runs.
+        devices: where to run it, in this order, until it works.
 
     Raises:
         TraceError: the model does not run on these inputs.
     """
-    try:
-        return _record(model, call, training, "meta", prepare)
-    except TraceError as error:
+    failure: TraceError | None = None
+    for device in devices:
         try:
-            return _record(model, call, training, "cpu", prepare)
-        except TraceError as second:
-            raise second from error
+            return _record(model, call, training, device, prepare)
+        except TraceError as error:
+            error.__cause__ = error.__cause__ or failure
+            failure = error
+    assert failure is not None
+    raise failure
 
 
 def _record(

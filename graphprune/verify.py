@@ -109,7 +109,7 @@ def verify(
     plan.check(model)
     tolerance = TOLERANCES.get(dtype, 1e-5) if tolerance is None else tolerance
     call = (
-        infer(model, lambda call: record(model, call, training=False))[0]
+        infer(model, lambda c: record(model, c, False, devices=("meta",)))[0]
         if example_inputs is None
         else Call.of(example_inputs)
     )
@@ -198,15 +198,18 @@ class _Session:
 
     def steps(self, variants: list[tuple[str, Call]]) -> list[Check]:
         """Gradients in both modes, on the last inputs on which the original trains."""
-        name, inputs = variants[-1]
-        checks = self.gradients(f"eval mode, {name}", inputs, training=False)
-        reason = ""
-        for name, inputs in reversed(variants):
-            try:
-                return checks + self.gradients(f"train mode, {name}", inputs, training=True)
-            except _DoesNotRun as error:
-                reason = str(error)
-        return [*checks, Check(f"train mode: the original does not run ({reason})", "", 0.0)]
+        checks: list[Check] = []
+        for mode, training in (("eval", False), ("train", True)):
+            reason = ""
+            for name, inputs in reversed(variants):
+                try:
+                    checks += self.gradients(f"{mode} mode, {name}", inputs, training)
+                    break
+                except _DoesNotRun as error:
+                    reason = str(error)
+            else:
+                checks.append(Check(f"{mode} mode: the original does not train ({reason})", "", 0.0))
+        return checks
 
     def outputs(self, name: str, call: Call, training: bool) -> Check:
         """Compare outputs without gradients."""
@@ -233,19 +236,12 @@ class _Session:
             model.zero_grad(set_to_none=True)
             try:
                 out = self._run(model, call, training)
+                self._backward(out)
             except Exception as error:
                 if model is pair[0]:
                     raise _DoesNotRun(f"{type(error).__name__}: {error}") from error
                 self._fail(name, call, training, f"{type(error).__name__}: {error}")
             outs.append(out)
-            generator = torch.Generator().manual_seed(self.seed)
-            loss = sum(
-                (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
-                for t in _tensors(out)
-                if t.is_floating_point() and t.requires_grad
-            )
-            if isinstance(loss, Tensor):
-                loss.backward()
         checks = [self._compare(f"output, {name}", call, *outs, training)]
         kept = kept_indices(self.plan)
         grads = [{n: p.grad for n, p in model.named_parameters()} for model in pair]
@@ -268,6 +264,17 @@ class _Session:
         if training:
             checks.append(self._buffers(name, call, pair[0], pair[1]))
         return checks
+
+    def _backward(self, out: Any) -> None:
+        """Gradients of a random weighting of all outputs."""
+        generator = torch.Generator().manual_seed(self.seed)
+        loss = sum(
+            (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
+            for t in _tensors(out)
+            if t.is_floating_point() and t.requires_grad
+        )
+        if isinstance(loss, Tensor):
+            loss.backward()
 
     def _buffers(self, name: str, call: Call, masked: nn.Module, small: nn.Module) -> Check:
         kept = kept_indices(self.plan)

@@ -8,18 +8,21 @@ its ``forward`` is overridden on the instance.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import LiteralChange
-from graphprune.sizes import Literal, Size
+from graphprune.sizes import Literal, Override, Size, expression
 
 
 class _Leaves(fx.Tracer):
-    """Keeps every child module as a leaf."""
+    """Keeps every child module as a leaf, and buffers as what they are."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -45,29 +48,6 @@ def symbolic(module: nn.Module, training: bool) -> fx.Graph:
             child.training = mode
         module.training = before
     return graph
-
-
-def literals(graph: fx.Graph) -> Iterator[tuple[fx.Node, tuple[int | str, ...], int]]:
-    """All plain ints in the arguments of calls, with their paths."""
-    for node in graph.nodes:
-        if node.op in ("call_function", "call_method"):
-            for index, arg in enumerate(node.args):
-                yield from _paths(node, (index,), arg)
-            for key, arg in node.kwargs.items():
-                yield from _paths(node, (key,), arg)
-
-
-def _paths(
-    node: fx.Node, path: tuple[int | str, ...], value: Any
-) -> Iterator[tuple[fx.Node, tuple[int | str, ...], int]]:
-    if isinstance(value, int) and not isinstance(value, bool):
-        yield node, path, int(value)
-    elif isinstance(value, tuple | list):
-        for index, item in enumerate(value):
-            yield from _paths(node, (*path, index), item)
-    elif isinstance(value, slice):
-        for key in ("start", "stop"):
-            yield from _paths(node, (*path, key), getattr(value, key))
 
 
 def replaced(value: Any, path: tuple[int | str, ...], new: int) -> Any:
@@ -103,31 +83,60 @@ def mark_literals(owners: Sequence[str]) -> Callable[[nn.Module], None]:
     def prepare(model: nn.Module) -> None:
         for name in owners:
             module = model.get_submodule(name)
-            graph = symbolic(module, module.training)
-            for node, path, value in list(literals(graph)):
-                leaf = Literal(name, node.name, path, module.training, value)
-                set_literal(graph, node.name, path, Size(value, leaf))
-            module.forward = _Marked(module, graph)  # type: ignore[assignment]
+            module.forward = _Marked(module, name)  # type: ignore[assignment]
 
     return prepare
 
 
-class _Marked:
-    """Runs a graph whose arguments hold sizes (code generation would print them as ints)."""
+class _Marked(fx.Interpreter):
+    """Runs the forward of a module, marking the ints given to ops as literals.
 
-    def __init__(self, module: nn.Module, graph: fx.Graph) -> None:
-        self.names = [node.target for node in graph.nodes if node.op == "placeholder"]
-        self.interpreter = fx.Interpreter(module, graph=graph, garbage_collect_values=False)
-        self.defaults = {
-            node.target: node.args[0]
-            for node in graph.nodes
-            if node.op == "placeholder" and node.args
-        }
+    Ints that are computed in the forward are marked as well: they can be replaced by a literal.
+    """
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        graph = symbolic(module, module.training)
+        super().__init__(module, garbage_collect_values=False, graph=graph)
+        self.owner, self.training = name, module.training
+        inputs = [node for node in graph.nodes if node.op == "placeholder"]
+        self.defaults = {node.target: node.args[0] if node.args else None for node in inputs}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(self.names, args))
-        values = {**self.defaults, **given, **kwargs}
-        return self.interpreter.run(*(values[name] for name in self.names))
+        values = {**self.defaults, **dict(zip(self.defaults, args)), **kwargs}
+        return self.run(*values.values())
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op not in ("call_function", "call_method"):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        leaves = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(leaf, Tensor) for leaf in leaves) and n.target != "size":
+            args = tuple(self._mark(n, (i,), arg) for i, arg in enumerate(args))
+            kwargs = {key: self._mark(n, (key,), arg) for key, arg in kwargs.items()}
+        return getattr(self, n.op)(n.target, args, kwargs)
+
+    def _mark(self, node: fx.Node, path: tuple[int | str, ...], value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool):
+            literal = Literal(self.owner, node.name, path, self.training, int(value))
+            computed = isinstance(_at(node, path), fx.Node)
+            return Size(value, Override(literal, expression(value)) if computed else literal)
+        if isinstance(value, tuple | list) and not isinstance(_at(node, path), fx.Node):
+            return type(value)([self._mark(node, (*path, i), item) for i, item in enumerate(value)])
+        if isinstance(value, slice) and not isinstance(_at(node, path), fx.Node):
+            start, stop = (self._mark(node, (*path, k), getattr(value, k)) for k in _ENDS)
+            return slice(start, stop, value.step)
+        return value
+
+
+_ENDS = ("start", "stop")
+
+
+def _at(node: fx.Node, path: tuple[int | str, ...]) -> Any:
+    """What stands at a path in the arguments of a node."""
+    value: Any = node.args if isinstance(path[0], int) else node.kwargs
+    for key in path:
+        value = getattr(value, str(key)) if isinstance(value, slice) else value[key]
+    return value
 
 
 def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:

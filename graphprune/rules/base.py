@@ -101,6 +101,13 @@ class Walk:
     readers: set[fx.Node] = field(default_factory=set)
     node: fx.Node | None = None
 
+    def __post_init__(self) -> None:
+        self.first_fresh = self.ties.size
+
+    def is_fresh(self, layer: Tensor) -> bool:
+        """Whether the ids of a layer belong to no parameter."""
+        return bool((layer >= self.first_fresh).all())
+
     def run(self, graph: fx.Graph, keep_outputs: bool = True) -> None:
         """Walk a recorded graph."""
         for node in graph.nodes:
@@ -186,9 +193,8 @@ class Walk:
         """Freeze everything an op reads: the fate of ops without a rule."""
         node = self.node
         assert node is not None
-        name = getattr(node.target, "__qualname__", None) or str(node.target)
         for value in inputs:
-            self.freeze_value(value, self.reason(text or f"unknown op {name}"))
+            self.freeze_value(value, self.reason(text or f"unknown op {op_name(node.target)}"))
         return ()
 
     def settle(self, value: Value, dims: Iterable[int], text: str) -> Layers:
@@ -265,3 +271,12 @@ class Walk:
             for dim, size in enumerate(shape)
             if size > 1
         )
+
+
+def op_name(target: Any) -> str:
+    """The name of an op or of a custom autograd function, for reports."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if isinstance(getattr(target, "__self__", None), type):
+        return f"{target.__self__.__name__} (autograd function)"
+    return getattr(target, "__name__", str(target))

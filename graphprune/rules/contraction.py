@@ -224,3 +224,31 @@ def attention(
         4,
     )
     return [out]
+
+
+@register_rule(aten._trilinear)
+def trilinear(
+    walk: Walk, node: fx.Node, a: Value, b: Value, c: Value,
+    expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *args: Any,
+) -> Layers:  # fmt: skip
+    """The product of three tensors, with dimensions inserted, summed over some (``nn.Bilinear``)."""
+    walk.reading()
+    wide = []
+    for value, places in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        layers, shape = list(value.layers), list(value.shape)
+        for place in sorted(places):
+            shape.insert(place, 1)
+            layers = [layer.unsqueeze(place) for layer in layers]
+        wide.append(Value(tuple(shape), tuple(layers), value.constant, value.given))
+    for value in wide:
+        if value.constant:
+            walk.read(*(layer for d in summed for layer in value.on(d)))
+    text = FIXED_INPUT if any(v.given for v in wide) else "multiplied with a fixed tensor"
+    product = walk.broadcast(wide, wide[0].ndim, text)
+    rest = []
+    for layer in product:
+        if varying(layer) & set(summed):
+            layer = walk.collapse(layer, summed) if varying(layer) - set(summed) else None
+        if layer is not None:
+            rest.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in summed]))
+    return tuple(rest)

@@ -11,7 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.ids import KEPT, Layers, along, compact, move_layer, reshape_layer, spread, varying
+from graphprune.ids import (
+    KEPT,
+    Layers,
+    align,
+    along,
+    compact,
+    move_layer,
+    reshape_blocks,
+    reshape_layer,
+    spread,
+    varying,
+)
 from graphprune.rules.base import Value, Walk, aten, register_rule
 
 
@@ -21,15 +32,12 @@ from graphprune.rules.base import Value, Walk, aten, register_rule
     aten.t,
     aten.unsqueeze,
     aten.squeeze,
-    aten.expand,
     aten.movedim,
     aten.flip,
     aten.repeat,
     aten.unfold,
     aten.pixel_shuffle,
     aten.pixel_unshuffle,
-    aten.channel_shuffle,
-    aten.im2col,
     aten.diagonal,
     aten.unsqueeze_,
     aten.squeeze_,
@@ -45,12 +53,57 @@ def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Lay
     )
 
 
+@register_rule(aten.expand)
+def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
+    """Copies of a single position can be cut anywhere: they get fresh ids."""
+    shape = node.meta["shape"]
+    new = len(shape) - x.ndim
+    layers = [align(layer, len(shape)) for layer in x.layers]
+    for dim, count in enumerate(shape):
+        if count > 1 and (dim < new or x.shape[dim - new] == 1):
+            layers.append(along(walk.ties.fresh(count), dim, len(shape)))
+    return tuple(layers)
+
+
+expand.makes = True  # type: ignore[attr-defined]
+
+
+@register_rule(aten.channel_shuffle)
+def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
+    """Groups must stay equal: column j of each is tied to column j of all."""
+    for layer in x.on(1):
+        walk.collapse(spread(layer, x.shape, {1}).unflatten(1, (groups, -1)), {1})
+    return moved(walk, node, x, groups)
+
+
+@register_rule(aten.im2col)
+def im2col(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+    """Patches: the op has no kernel for integers."""
+    return tuple(
+        compact(aten.im2col(spread(layer, x.shape).double(), *args).long()) for layer in x.layers
+    )
+
+
 @register_rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.view_copy)
 def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
     """A reshape; ``view(dtype)`` is refused."""
     if not isinstance(size, list | tuple):
         return walk.refuse([x])
-    return tuple(reshape_layer(layer, x.shape, node.meta["shape"]) for layer in x.layers)
+    shape = node.meta["shape"]
+    return tuple(reshape_layer(layer, x.shape, shape) for layer in _without_copies(walk, x, shape))
+
+
+def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
+    """Fresh ids that are about to share a dimension with others are not worth keeping."""
+    kept = list(x.layers)
+    for before, _ in reshape_blocks(x.shape, shape):
+        inside = [layer for layer in kept if varying(layer) & set(before)]
+        fresh = [layer for layer in inside if walk.is_fresh(layer)]
+        if len(inside) > 1 and len(before) > 1:
+            for layer in fresh:
+                walk.freeze(layer, "copies merged with channels")
+                kept = [other for other in kept if other is not layer]
+    return kept
 
 
 @register_rule(aten.as_strided_, aten.as_strided)
@@ -251,3 +304,9 @@ def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: A
     layers = walk.settle(weight, {0}, "rows of an embedding table")
     ndim = len(node.meta["shape"])
     return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)
+
+
+@register_rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
+    """Sums or means of rows of a table."""
+    return [walk.settle(weight, {0}, "rows of an embedding table")]

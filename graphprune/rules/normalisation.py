@@ -38,8 +38,19 @@ def batch_norm(
     var: Any = None,
     *args: Any,
 ) -> list[Layers]:
-    """Every channel by itself: exact."""
-    x = Value(x.shape, walk.settle(x, range(2, x.ndim), "normalised over channels"))
+    """Every channel by itself: exact. (Weights can be standardised this way: not exact.)"""
+    others = set(range(x.ndim)) - {1}
+    passing = []
+    for layer in x.layers:
+        over = others & varying(layer)
+        if over and args and args[0] is True:  # statistics of the batch
+            if varying(layer) - others:
+                layer = walk.collapse(layer, over)
+            else:
+                walk.renormalise(layer, "statistics of BatchNorm")
+                walk.mask(layer)
+        passing.append(layer)
+    x = Value(x.shape, tuple(passing))
     vectors = [v for v in (weight, bias, mean, var) if isinstance(v, Value)]
     layers = _per_channel(walk, x, list(vectors))
     own = tuple(layer.reshape(-1) for layer in layers if varying(layer) == {1})

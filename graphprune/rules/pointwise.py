@@ -77,3 +77,30 @@ def same(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Laye
 def native_dropout(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
     """Dropout with its mask."""
     return [x.layers, x.layers]
+
+
+@register_rule(aten.log_sigmoid_forward)
+def log_sigmoid(walk: Walk, node: fx.Node, x: Value) -> list[Layers]:
+    """Returns a work buffer as well."""
+    return [x.layers]
+
+
+@register_rule(aten.glu)
+def glu(walk: Walk, node: fx.Node, x: Value, dim: int = -1) -> Layers:
+    """The first half times the sigmoid of the second: the halves stay equal."""
+    dim %= x.ndim
+    halves = []
+    for layer in x.layers:
+        if layer.shape[dim] > 1:
+            walk.collapse(layer.unflatten(dim, (2, -1)), {dim})
+            layer = layer.narrow(dim, 0, x.shape[dim] // 2)
+        halves.append(layer)
+    return tuple(halves)
+
+
+@register_rule(aten.max_unpool2d, aten.max_unpool3d)
+def max_unpool(walk: Walk, node: fx.Node, x: Value, indices: Value, *args: Any) -> Layers:
+    """Values go back to where their maxima were, channel by channel."""
+    spatial = range(2, x.ndim)
+    sides = [Value(v.shape, walk.settle(v, spatial, "unpooled channels")) for v in (x, indices)]
+    return walk.broadcast(sides, x.ndim)

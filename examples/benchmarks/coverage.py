@@ -1,0 +1,189 @@
+"""Shrink every model of a suite, verify it, and write one line per model.
+
+    python examples/benchmarks/coverage.py --models 'resnet*' --ratio 0.5
+    python examples/benchmarks/coverage.py --write docs/coverage.md
+
+Results are appended to the cache as they come; a second run continues where the first stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import coverage_table
+import peer
+import torch
+from isolate import isolated
+from suites import SUITES, Case, cases
+from torch.utils._pytree import tree_leaves
+
+import graphprune
+
+HUGE = 250_000_000  # parameters: above, only outputs are compared
+
+
+def run(case: Case, ratio: float, scope: str) -> dict[str, Any]:
+    """Shrink and verify one model; stops at the first stage that fails."""
+    torch.set_num_threads(1)
+    row: dict[str, Any] = {"seconds": {}}
+
+    def stage(name: str, function: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return function()
+        except Exception as error:
+            kind = "does not verify" if name.startswith("verify") else "fails"
+            row["status"] = row.get("status") or f"{name} {kind}"
+            row["reason"] = row.get("reason") or f"{type(error).__name__}: {error}"
+            return None
+        finally:
+            row["seconds"][name] = round(time.perf_counter() - start, 3)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", graphprune.errors.PruningWarning)
+        model = stage("build", case.model)
+        x = torch.randn(case.small)
+        graph = model and stage("trace", lambda: graphprune.trace(model, x))
+        plan = graph and stage("plan", lambda: graph.plan(ratio, scope=scope))
+        small = plan and stage("rebuild", lambda: graphprune.rebuild(model, plan))
+    pruning = [w for w in caught if issubclass(w.category, graphprune.errors.PruningWarning)]
+    row["warning"] = "\n".join(str(w.message) for w in pruning)
+    if graph is not None:
+        row["groups"] = len(graph)
+        row["frozen"] = sorted({str(group.note) for group in graph.frozen})
+    if plan is not None:
+        row["exact"] = plan.exact
+        row["params"] = [plan.before.params, plan.after.params]
+        row["macs"] = [plan.before.macs, plan.after.macs]
+    if small is not None:
+        huge = plan.before.params > HUGE
+        full = stage("verify64", lambda: (outputs if huge else everything)(model, small, x))
+        single = stage("verify32", lambda: outputs(model, small, x, torch.float32))
+        row["verify64"], row["checks"] = full or (None, [])
+        row["verify32"] = single and single[0]
+    return row
+
+
+def everything(
+    model: torch.nn.Module, small: torch.nn.Module, x: torch.Tensor
+) -> tuple[float, list[str]]:
+    """The largest relative difference in float64, and the names of the checks made."""
+    report = graphprune.verify(model, small, x)
+    return report.difference, [check.name for check in report.checks]
+
+
+@torch.no_grad()
+def outputs(
+    model: torch.nn.Module,
+    small: torch.nn.Module,
+    x: torch.Tensor,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[float, list[str]]:
+    """The largest relative difference of the outputs in eval mode.
+
+    That is all that can be compared in float32: rounding flips ReLU and max-pooling, so the
+    gradients of one and the same model differ by up to a tenth between float32 and float64.
+    """
+    x = torch.randn(2, *x.shape[1:], dtype=dtype)
+    masked = graphprune.mask(copy.deepcopy(model).to(dtype), small.graphprune_plan)
+    wanted = tree_leaves(masked(x))
+    del masked
+    found = tree_leaves(copy.deepcopy(small).to(dtype)(x))
+    gap = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, found))
+    limit = 1e-10 if dtype == torch.float64 else 1e-5
+    if not gap <= limit:
+        raise graphprune.errors.VerificationError(f"outputs in {dtype} differ by {gap:.1e}")
+    return gap, ["output"]
+
+
+def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """The row of one model, with the peer's result beside it."""
+    row = isolated(run, case, options.ratio, options.scope, timeout=options.timeout)
+    other: dict[str, Any] = {}
+    if not options.no_peer:
+        arguments = (case, options.ratio, options.scope)
+        other = isolated(peer.outcome, *arguments, timeout=options.timeout)
+        if other.pop("status") != "ok":
+            other = {"peer": other["reason"]}
+        other.pop("reason", None)
+    return {
+        "suite": options.suite,
+        "name": case.name,
+        "kind": case.kind,
+        "input": list(case.small),
+        "ratio": options.ratio,
+        "scope": options.scope,
+        **row,
+        **other,
+    }
+
+
+def read(cache: Path) -> dict[tuple[str, str, float, str], dict[str, Any]]:
+    """The rows of a cache; later lines replace earlier ones."""
+    rows = {}
+    if cache.exists():
+        for line in cache.read_text().splitlines():
+            row = json.loads(line)
+            rows[row["suite"], row["name"], row["ratio"], row["scope"]] = row
+    return rows
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Command-line options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=sorted(SUITES), default="torchvision")
+    parser.add_argument("--models", nargs="+", default=["*"], help="glob patterns of names")
+    parser.add_argument("--ratio", type=float, default=0.5)
+    parser.add_argument("--scope", choices=("local", "global"), default="local")
+    parser.add_argument("--timeout", type=float, default=600, help="seconds per model")
+    parser.add_argument("--no-peer", action="store_true", help="leave Torch-Pruning out")
+    parser.add_argument("--redo", choices=("failed", "all"), help="run cached models again")
+    parser.add_argument("--cached", action="store_true", help="only show what is cached")
+    parser.add_argument("--write", type=Path, help="the Markdown file to write")
+    parser.add_argument(
+        "--cache", type=Path, default=Path(tempfile.gettempdir(), "graphprune-coverage.jsonl")
+    )
+    return parser.parse_args(arguments)
+
+
+def main() -> int:
+    """Run what is not cached, print one line per model, write the table."""
+    options = parse()
+    chosen = cases(options.suite, options.models)
+    rows = read(options.cache)
+    print(coverage_table.HEADER)
+    if options.cached:
+        done = {(key[0], key[1]) for key in rows if key[2:] == (options.ratio, options.scope)}
+        chosen = [case for case in chosen if (options.suite, case.name) in done]
+    for case in chosen:
+        key = (options.suite, case.name, options.ratio, options.scope)
+        old = rows.get(key)
+        again = options.redo == "all" or (
+            options.redo == "failed" and old and old["status"] != "ok"
+        )
+        if old is None or (again and not options.cached):
+            rows[key] = measured(case, options)
+            with options.cache.open("a") as file:
+                file.write(json.dumps(rows[key]) + "\n")
+        print(coverage_table.line(rows[key]), flush=True)
+    keys = {(options.suite, case.name) for case in chosen}
+    mine = [row for key, row in rows.items() if key[:2] in keys]
+    current = [r for r in mine if r["ratio"] == options.ratio and r["scope"] == options.scope]
+    print(coverage_table.summary(current))
+    if options.write:
+        names = [case.name for case in chosen]
+        options.write.write_text(coverage_table.document(options.suite, names, mine))
+    return 0 if all(row["status"] == "ok" for row in current) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Bad input: a clear error of the library's own tree, and the model untouched."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune
+from graphprune.criteria import criteria
+from graphprune.errors import (
+    GraphPruneError,
+    InputError,
+    ModelError,
+    PlanError,
+    PruningWarning,
+    TraceError,
+)
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.bn(self.conv1(x)))
+        return self.fc(torch.relu(self.conv2(x)).mean((2, 3)))
+
+
+X = torch.zeros(1, 3, 8, 8)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    net = Small().eval()
+    before = copy.deepcopy(net.state_dict())
+    yield net
+    assert not net.training
+    after = net.state_dict()
+    assert all(
+        torch.equal(before[key].nan_to_num(7.0), after[key].nan_to_num(7.0)) for key in before
+    )
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1, -0.1, 50, float("nan"), "half", None, True, [0.5]])
+def test_ratio(model, ratio):
+    with pytest.raises(InputError, match=r"ratio must be .*\[0, 1\)"):
+        graphprune.rebuild(model, ratio, X)
+
+
+def test_criterion_lists_the_valid_ones(model):
+    with pytest.raises(InputError, match="unknown criterion 'l3'") as caught:
+        graphprune.rebuild(model, 0.5, X, criterion="l3")
+    assert all(name in str(caught.value) for name in criteria())
+
+
+def test_criterion_of_wrong_shape_or_not_finite(model):
+    with pytest.raises(InputError, match="one score per channel"):
+        graphprune.rebuild(model, 0.5, X, criterion=lambda g, t, r: torch.zeros(g.size + 1))
+    with pytest.raises(InputError, match="not finite"):
+        graphprune.rebuild(model, 0.5, X, criterion=lambda g, t, r: torch.full((g.size,), torch.nan))
+    with pytest.raises(InputError, match="name or a callable"):
+        graphprune.rebuild(model, 0.5, X, criterion=3)
+
+
+def test_scope(model):
+    with pytest.raises(InputError, match="unknown scope 'everywhere'; choose one of local, global"):
+        graphprune.rebuild(model, 0.5, X, scope="everywhere")
+
+
+def test_keep_pattern_that_matches_nothing(model):
+    with pytest.raises(InputError, match=r"'layer9\.\*' matches no layer"):
+        graphprune.rebuild(model, 0.5, X, keep=["layer9.*"])
+
+
+def test_keep_patterns_keep(model):
+    small = graphprune.rebuild(model, 0.5, X, keep="conv1")
+    assert small.conv1.out_channels == 8
+    assert small.conv2.out_channels == 3
+
+
+def test_example_inputs_of_wrong_shape(model):
+    with pytest.raises(TraceError, match=r"inside module 'conv1'") as caught:
+        graphprune.rebuild(model, 0.5, torch.zeros(1, 5, 8, 8))
+    assert "float32[1, 5, 8, 8]" in str(caught.value)
+    assert "expected input" in str(caught.value)
+
+
+def test_example_inputs_without_tensor(model):
+    with pytest.raises(InputError, match="holds no tensor"):
+        graphprune.rebuild(model, 0.5, [1, 2])
+
+
+def test_inputs_that_cannot_be_inferred():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 4)
+
+        def forward(self, a, b):
+            return self.fc(a + b)
+
+    with pytest.raises(InputError, match="pass example_inputs="):
+        graphprune.trace(Two())
+
+
+def test_no_prunable_group_says_why():
+    with pytest.raises(InputError, match="model output") as caught:
+        graphprune.rebuild(nn.Linear(3, 2), 0.5)
+    assert "reads a model input" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(model, value):
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.conv2.weight[1, 2, 0, 0] = value
+    with pytest.raises(ModelError, match=r"'conv2.weight' holds NaN or infinite"):
+        graphprune.rebuild(model, 0.5, X)
+
+
+def test_wrappers(model):
+    with pytest.raises(ModelError, match=r"pass model\.module"):
+        graphprune.rebuild(nn.DataParallel(model), 0.5, X)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_scripted(model):
+    with pytest.raises(ModelError, match="scripted"):
+        graphprune.rebuild(torch.jit.script(copy.deepcopy(model)), 0.5, X)
+
+
+def test_compiled(model):
+    with pytest.raises(ModelError, match="compiled: pass the original"):
+        graphprune.rebuild(torch.compile(model), 0.5, X)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantized():
+    from torch.ao.nn.quantized import Conv2d
+
+    with pytest.raises(ModelError, match="quantized"):
+        graphprune.rebuild(nn.Sequential(Conv2d(3, 4, 1)), 0.5, X)
+
+
+def test_meta():
+    with pytest.raises(ModelError, match="on the meta device"):
+        graphprune.rebuild(Small().to("meta"), 0.5, X)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_lazy():
+    with pytest.raises(ModelError, match="not initialised"):
+        graphprune.rebuild(nn.Sequential(nn.LazyConv2d(4, 3)), 0.5, X)
+
+
+def test_not_a_module():
+    with pytest.raises(ModelError, match="must be a torch.nn.Module, not dict"):
+        graphprune.rebuild({}, 0.5)
+
+
+def test_no_parameters():
+    with pytest.raises(ModelError, match="no parameters"):
+        graphprune.rebuild(nn.ReLU(), 0.5, X)
+
+
+def test_plan_of_another_architecture(model):
+    plan = graphprune.trace(nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 3))).plan(0.5)
+    with pytest.raises(PlanError, match=r"another architecture: it expects '0\.weight'"):
+        graphprune.rebuild(model, plan)
+    with pytest.raises(PlanError):
+        graphprune.mask(model, plan)
+    with pytest.raises(PlanError):
+        graphprune.verify(model, plan, X)
+
+
+def test_plan_applied_twice(model):
+    plan = graphprune.trace(model, X).plan(0.5)
+    with pytest.raises(PlanError, match="applied to this model already"):
+        graphprune.rebuild(graphprune.rebuild(model, plan), plan)
+
+
+def test_damaged_plans(model, tmp_path):
+    text = graphprune.trace(model, X).plan(0.5).to_json()
+    for bad, message in (
+        (text[: len(text) // 2], "not JSON"),
+        (text.replace('"kept": "', '"kept": "1,', 1), "damaged: its content does not match"),
+        ('{"a": 1}', "not a graphprune plan"),
+        ("[]", "not a graphprune plan"),
+        (text.replace('"version": 1', '"version": 99'), "version 99"),
+    ):
+        with pytest.raises(PlanError, match=message):
+            graphprune.Plan.from_json(bad)
+    with pytest.raises(PlanError, match="cannot read a plan"):
+        graphprune.Plan.from_json(tmp_path / "absent.json")
+    outer = json.loads(text)
+    assert outer["format"] == "graphprune-plan"
+
+
+def test_plan_of_checks_groups(model):
+    graph = graphprune.trace(model, X)
+    with pytest.raises(InputError, match="no removable group 'g99'"):
+        graph.plan_of({"g99": [0]})
+    name = graph.groups[0].name
+    for kept in ([], [8], [-1]):
+        with pytest.raises(InputError, match="must keep at least one of its channels"):
+            graph.plan_of({name: kept})
+
+
+def test_group_of_unknown_layer(model):
+    with pytest.raises(InputError, match=r"no channels of 'conv9'.*conv1"):
+        graphprune.trace(model, X).group_of("conv9")
+
+
+def test_verify_needs_a_plan(model):
+    with pytest.raises(InputError, match="without a graphprune_plan"):
+        graphprune.verify(model, copy.deepcopy(model), X)
+
+
+def test_draw_to_unknown_format(model, tmp_path):
+    with pytest.raises(InputError, match="cannot draw"):
+        graphprune.trace(model, X).draw(tmp_path / "graph.xyz")
+
+
+def test_nothing_removed_is_a_warning_with_reasons():
+    class Odd(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.flip(1)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.flip(1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 40), nn.Linear(40, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.c(self.b(Odd.apply(self.a(x))))
+
+    with pytest.warns(PruningWarning, match=r"2 of 44 channels were removed where 50%.*") as caught:
+        graphprune.rebuild(Net(), 0.5)
+    text = str(caught[0].message)
+    assert "Odd" in text
+    assert "test_errors.py:" in text
+    assert caught[0].filename == __file__
+
+
+def test_every_error_is_one_of_ours():
+    for name in ("InputError", "ModelError", "PlanError", "TraceError"):
+        assert issubclass(getattr(graphprune.errors, name), GraphPruneError)
