@@ -223,7 +223,11 @@ def changes(
             b = evaluate(right.expression, found.values, extent)
             if a != b and not _solve(found, left.expression, int(b), extent):
                 _solve(found, right.expression, int(a), extent)
-    found.values = {leaf: new for leaf, new in found.values.items() if new != leaf.value}
+    found.values = {
+        leaf: new
+        for leaf, new in found.values.items()
+        if new != leaf.value or (isinstance(leaf, Literal) and leaf.computed)
+    }
     return found
 
 

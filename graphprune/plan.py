@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -183,6 +183,34 @@ class Plan:
             "trace this model anew"
         )
 
+    def then(self, later: Plan) -> Plan:
+        """This plan followed by one for the model it makes, as one plan for the original.
+
+        Args:
+            later: a plan for a model made by this one.
+        """
+        first = {(slot.tensor, slot.dim): slot for slot in self.slots}
+        slots = dict(first)
+        for slot in later.slots:
+            key = slot.tensor, slot.dim
+            kept = first[key].kept if key in first else tuple(range(slot.size))
+            size = first[key].size if key in first else slot.size
+            slots[key] = replace(slot, size=size, kept=tuple(kept[index] for index in slot.kept))
+        return Plan(
+            architecture=self.architecture,
+            groups=_compose_groups(self.groups, later.groups),
+            slots=tuple(slots.values()),
+            sizes=_compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
+            literals=_compose(
+                self.literals, later.literals, lambda c: (c.module, c.node, c.path, c.training)
+            ),
+            evaluated=self.evaluated or later.evaluated,
+            before=self.before,
+            after=later.after,
+            inputs=later.inputs,
+            request={**later.request, "after": dict(self.request)},
+        )
+
     def __str__(self) -> str:
         """A table of the groups, with the cost before and after."""
         rows = [
@@ -201,6 +229,34 @@ class Plan:
             f"({share(self.after.macs, self.before.macs)})"
         )
         return render(title, ("group", "channels", "kind", "layers"), rows)
+
+
+Change = TypeVar("Change", SizeChange, LiteralChange)
+
+
+def _compose(
+    first: Sequence[Change], later: Sequence[Change], key: Callable[[Change], Hashable]
+) -> tuple[Change, ...]:
+    changes = {key(change): change for change in first}
+    for change in later:
+        old = changes[key(change)].old if key(change) in changes else change.old
+        changes[key(change)] = replace(change, old=old)
+    return tuple(changes.values())
+
+
+def _compose_groups(
+    first: Sequence[GroupPlan], later: Sequence[GroupPlan]
+) -> tuple[GroupPlan, ...]:
+    """Groups are matched by the layers they tie; one that cannot be matched is kept as it is."""
+    known = {group.layers: group for group in first}
+    groups = []
+    for group in later:
+        old = known.get(group.layers)
+        if old is not None and len(old.kept) == group.size:
+            kept = tuple(old.kept[index] for index in group.kept)
+            group = replace(group, name=old.name, size=old.size, kept=kept)
+        groups.append(group)
+    return tuple(groups)
 
 
 def share(part: float, whole: float) -> str:

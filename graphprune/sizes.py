@@ -41,6 +41,7 @@ class Literal:
     path: tuple[int | str, ...]
     training: bool
     value: int = field(default=0, compare=False)
+    computed: bool = field(default=False, compare=False)  # replaces a computed argument
 
 
 @dataclass(frozen=True)

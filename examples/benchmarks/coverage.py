@@ -59,6 +59,8 @@ def run(case: Case, ratio: float, scope: str) -> dict[str, Any]:
     row["warning"] = "\n".join(str(w.message) for w in pruning)
     if graph is not None:
         row["groups"] = len(graph)
+        heads = sum(p.numel() for head in case.heads(model) for p in head.parameters())
+        row["head"] = heads / sum(p.numel() for p in model.parameters())
         row["frozen"] = sorted({str(group.note) for group in graph.frozen})
     if plan is not None:
         row["exact"] = plan.exact

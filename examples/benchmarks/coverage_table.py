@@ -138,7 +138,11 @@ def _large(rows: Sequence[Row]) -> str:
         return f"Every classifier keeps at most {100 * LIMIT:.0f} % of its parameters."
     lines = [f"Classifiers that keep more than {100 * LIMIT:.0f} % of their parameters:\n"]
     for row in large:
-        lines.append(f"- {row['name']}: {share(row['params'])}; frozen: {'; '.join(row['frozen'])}")
+        lines.append(
+            f"- {row['name']}: {share(row['params'])}. {100 * row.get('head', 0):.0f} % of its "
+            "parameters are in the output layer, which loses inputs but no outputs. Frozen: "
+            f"{'; '.join(row['frozen'])}."
+        )
     return "\n".join(lines)
 
 

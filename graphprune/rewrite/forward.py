@@ -117,8 +117,8 @@ class _Marked(fx.Interpreter):
 
     def _mark(self, node: fx.Node, path: tuple[int | str, ...], value: Any) -> Any:
         if isinstance(value, int) and not isinstance(value, bool):
-            literal = Literal(self.owner, node.name, path, self.training, int(value))
             computed = isinstance(_at(node, path), fx.Node)
+            literal = Literal(self.owner, node.name, path, self.training, int(value), computed)
             return Size(value, Override(literal, expression(value)) if computed else literal)
         if isinstance(value, tuple | list) and not isinstance(_at(node, path), fx.Node):
             return type(value)([self._mark(node, (*path, i), item) for i, item in enumerate(value)])

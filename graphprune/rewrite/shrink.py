@@ -26,12 +26,14 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         inplace: change ``model`` itself; its parameters stay the same objects.
 
     Returns:
-        The small model, which carries the plan as ``graphprune_plan``.
+        The small model, which carries the plan as ``graphprune_plan`` (composed with the plan
+        that made ``model``, if one did).
 
     Raises:
         PlanError: the plan does not fit the model; nothing was changed.
     """
     plan.check(model)
+    earlier = getattr(model, "graphprune_plan", None)
     kept = kept_indices(plan)
     if inplace:
         for name, tensor in named_tensors(model):
@@ -50,7 +52,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     for module in model.modules():
         refresh(module)
     rewrite_forward(model, plan.literals)
-    model.graphprune_plan = plan  # type: ignore[assignment]
+    model.graphprune_plan = plan if earlier is None else earlier.then(plan)  # type: ignore
     return model
 
 

@@ -206,13 +206,10 @@ class Walk:
         dims = frozenset(dims)
         kept = []
         for layer in value.layers:
-            if dims & varying(layer):
-                rest = self.collapse(layer, dims)
-                if not varying(rest):
-                    self.freeze(rest, text)
-                    continue
-                layer = rest
-            kept.append(layer)
+            if varying(layer) <= dims:
+                self.freeze(layer, text)
+            else:
+                kept.append(self.collapse(layer, dims))
         return tuple(kept)
 
     def broadcast(self, values: Iterable[Value], ndim: int, text: str = "") -> Layers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -115,8 +116,8 @@ def convolution(
     """A convolution of any number of dimensions, grouped or transposed."""
     ndim = x.ndim
     kernel = "convolution over channels"
-    x = Value(x.shape, walk.settle(x, range(2, ndim), kernel), x.constant)
-    weight = Value(weight.shape, walk.settle(weight, range(2, ndim), "kernel size"), weight.constant)
+    x = replace(x, layers=walk.settle(x, range(2, ndim), kernel))
+    weight = replace(weight, layers=walk.settle(weight, range(2, ndim), "kernel size"))
     out_channels = node.meta["shape"][1]
     rows = [layer for layer in x.layers if varying(layer) == {0}]
     if groups == 1:
