@@ -44,10 +44,24 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
     return decorate
 
 
-@_rule(aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.new_zeros, aten.new_ones,
-       aten.new_full, aten.new_empty, aten.view_copy)
+def _args(node: fx.Node) -> Any:
+    """The positional arguments of a node; their types are known from the op."""
+    return node.args
+
+
+@_rule(
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    aten.expand,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+    aten.view_copy,
+)
 def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    given = node.args[1] if len(node.args) > 1 else node.kwargs.get("size")
+    given = _args(node)[1] if len(_args(node)) > 1 else node.kwargs.get("size")
     if isinstance(given, list | tuple):
         new = list(graph.shape(node, alive))[-len(given) :] if given else []
         new = [n if g != -1 else -1 for g, n in zip(given, new)]
@@ -68,15 +82,15 @@ def _part(given: Any, new: list[int], ints: Sequence[int]) -> Want:
 
 @_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
 def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    yield list(node.args[0]), list(graph.shape(node, alive))  # type: ignore[arg-type]
+    yield list(_args(node)[0]), list(graph.shape(node, alive))
 
 
 @_rule(aten.split, aten.unsafe_split)
 def _split(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    dim = int(node.args[2]) if len(node.args) > 2 else int(node.kwargs.get("dim", 0))
+    dim = int(_args(node)[2]) if len(_args(node)) > 2 else int(node.kwargs.get("dim", 0))
     items = node.meta["items"]
     new = [graph.shape(item, alive)[dim] for item in items.values()]
-    given = node.args[1]
+    given = _args(node)[1]
     yield (list(given), new) if isinstance(given, list | tuple) else ([given], new[:1])
 
 
@@ -85,7 +99,7 @@ _rule(aten.split_with_sizes, aten.unsafe_split_with_sizes)(_split)
 
 @_rule(aten.slice)
 def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    x, dim, start, end, step = (*node.args, *(0, None, None, 1)[len(node.args) - 1 :])
+    x, dim, start, end, step = (*_args(node), *(0, None, None, 1)[len(_args(node)) - 1 :])
     if step != 1:
         return
     keep = graph.positions(x, dim, alive)
@@ -106,7 +120,7 @@ def _clip(index: int, size: int) -> int:
 
 @_rule(aten.select)
 def _select(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    x, dim, index = node.args
+    x, dim, index = _args(node)
     keep = graph.positions(x, dim, alive)
     new = int(keep[: index % len(keep)].sum())
     if new != index % len(keep):
@@ -115,7 +129,7 @@ def _select(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]
 
 @_rule(aten.constant_pad_nd)
 def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    pad = list(node.args[1])  # type: ignore[arg-type]
+    pad = list(_args(node)[1])
     new = list(pad)
     ndim = len(node.meta["shape"])
     for i in range(0, len(pad), 2):
@@ -130,7 +144,7 @@ def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
 
 @_rule(aten.convolution)
 def _convolution(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    groups = int(node.args[8])  # type: ignore[arg-type]
+    groups = int(_args(node)[8])
     if groups > 1:
         keep = graph.positions(node, 1, alive).reshape(groups, -1)
         yield [groups], [int(keep.any(1).sum())]
@@ -138,7 +152,7 @@ def _convolution(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[
 
 @_rule(aten.native_group_norm)
 def _group_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    groups = int(node.args[6])  # type: ignore[arg-type]
+    groups = int(_args(node)[6])
     if groups > 1:
         keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
         yield [groups], [int(keep.any(1).sum())]
@@ -146,7 +160,7 @@ def _group_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[W
 
 @_rule(aten.native_layer_norm, aten._fused_rms_norm)
 def _layer_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    given = list(node.args[1])  # type: ignore[arg-type]
+    given = list(_args(node)[1])
     yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
 
 
@@ -172,9 +186,7 @@ class Problem:
     @property
     def reason(self) -> Reason:
         """For reports."""
-        return Reason(
-            f"size {self.old} cannot be changed", self.owner, self.node.meta.get("line")
-        )
+        return Reason(f"size {self.old} cannot be changed", self.owner, self.node.meta.get("line"))
 
 
 @dataclass
@@ -231,9 +243,7 @@ def changes(
     return found
 
 
-def _solve(
-    found: Changes, expr: Expression, want: int, extent: Callable[[Extent], int]
-) -> bool:
+def _solve(found: Changes, expr: Expression, want: int, extent: Callable[[Extent], int]) -> bool:
     """Give one attribute or literal of an expression the value that makes it right."""
     for leaf in settable(expr):
         if leaf in found.values:

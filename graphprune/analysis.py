@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,9 +14,10 @@ from torch import fx, nn
 
 from graphprune.ids import Shape, Ties, along
 from graphprune.plan import fingerprint
+from graphprune.recorder import Record
 from graphprune.resolve import Units, resolve
 from graphprune.rules import Reason, Value, Walk
-from graphprune.trace import Record, aliases, named_tensors
+from graphprune.skeleton import aliases, named_tensors
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,8 @@ class Analysis:
             if group.name in kept:
                 stays[group.units] = False
                 stays[group.units[list(kept[group.name])]] = True
-        return stays[self.units.labels]
+        by_id: np.ndarray = stays[self.units.labels]
+        return by_id
 
     def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
         """For each position of a value along ``dim`` whether it stays."""
@@ -183,9 +186,7 @@ def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Va
             if size > 1:
                 ids = ties.fresh(size)
                 weight = id(tensor) in parameters and tensor.dim() > 1
-                slots.append(
-                    Slot(name, dim, int(ids[0]), size, weight, id(tensor) in parameters)
-                )
+                slots.append(Slot(name, dim, int(ids[0]), size, weight, id(tensor) in parameters))
                 layers.append(along(ids, dim, tensor.dim()))
         values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True)
     return tuple(slots), values
@@ -217,7 +218,7 @@ def _groups(graph: Analysis) -> Iterator[Group]:
     found: list[tuple[int, Group]] = []
     bounds = np.flatnonzero(np.diff(signature[label])) + 1
     starts = np.concatenate([[0], bounds, [len(label)]])
-    for start, stop in zip(starts[:-1], starts[1:]):
+    for start, stop in itertools.pairwise(starts.tolist()):
         part = slice(start, stop)
         labels, counts = np.unique(label[part], return_counts=True)
         per_unit = int(counts[0])

@@ -9,10 +9,9 @@ from torch import nn
 
 from graphprune.checks import check_model
 from graphprune.criteria import Criterion
-from graphprune.errors import InputError
 from graphprune.graph import trace
 from graphprune.plan import Plan
-from graphprune.rewrite import shrink
+from graphprune.rewrite.shrink import shrink
 from graphprune.select import check_ratio
 
 
@@ -72,6 +71,3 @@ def rebuild(
         ratio, criterion=criterion, scope=scope, keep=keep, seed=seed, exact_only=exact_only
     )
     return shrink(model, plan, inplace=inplace)
-
-
-__all__ = ["InputError", "rebuild"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from graphprune.errors import CheckpointError, InputError, PlanError
 from graphprune.plan import Plan, shorten
 from graphprune.rewrite.shrink import shrink
-from graphprune.trace import aliases
+from graphprune.skeleton import aliases
 from graphprune.weightless import weightless
 
 FORMAT = "graphprune"

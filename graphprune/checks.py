@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from graphprune.errors import ModelError
-from graphprune.trace import named_tensors
+from graphprune.skeleton import named_tensors
 
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
@@ -34,16 +34,20 @@ def check_model(model: object) -> None:
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise ModelError(f"{where} is quantized: prune the float model first, then quantize")
     for path, tensor in named_tensors(model):
-        if is_lazy(tensor):
-            raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
-        if tensor.is_meta:
-            raise ModelError(f"{path!r} is on the meta device: load the weights first")
-        if tensor.is_quantized:
-            raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
-        if tensor.is_floating_point() and not _finite(tensor):
-            raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
+        _check_tensor(path, tensor)
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{name} has no parameters: nothing can be pruned")
+
+
+def _check_tensor(path: str, tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
+    if tensor.is_meta:
+        raise ModelError(f"{path!r} is on the meta device: load the weights first")
+    if tensor.is_quantized:
+        raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
+    if tensor.is_floating_point() and not _finite(tensor):
+        raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
 
 
 def _finite(tensor: torch.Tensor) -> bool:

@@ -44,9 +44,9 @@ def _copies_itself(kind: type) -> bool:
     for base in kind.__mro__:
         if base is nn.Module:
             return False
-        if not base.__module__.startswith("torch.nn.modules"):
-            if any(name in vars(base) for name in _HOOKS_OF_COPY):
-                return True
+        ours = base.__module__.startswith("torch.nn.modules")
+        if not ours and any(name in vars(base) for name in _HOOKS_OF_COPY):
+            return True
     return False
 
 

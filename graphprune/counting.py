@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from graphprune.ids import Shape
-from graphprune.trace import Record
+from graphprune.recorder import Record
 
 aten = torch.ops.aten
 ShapeOf = Callable[[fx.Node], Shape]

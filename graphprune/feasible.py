@@ -19,10 +19,12 @@ from graphprune.analysis import Analysis
 from graphprune.errors import RewriteError, TraceError
 from graphprune.inputs import Call
 from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
+from graphprune.recorder import Record
 from graphprune.rewrite.forward import mark_literals, symbolic
 from graphprune.rewrite.shrink import shrink
 from graphprune.sizes import Attribute, Literal
-from graphprune.trace import Record, record, run, skeleton
+from graphprune.skeleton import skeleton
+from graphprune.trace import record, run
 
 Trusted = frozenset[tuple[int, int]]
 TRIALS = 2

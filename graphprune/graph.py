@@ -31,8 +31,9 @@ from graphprune.inputs import Call, infer
 from graphprune.plan import Cost, GroupPlan, Plan, shorten
 from graphprune.rules import Reason
 from graphprune.select import Kept, check_ratio, select
+from graphprune.skeleton import named_tensors
 from graphprune.table import render
-from graphprune.trace import named_tensors, record
+from graphprune.trace import record
 
 _NATURAL = ("model output", "reads a model input")
 
@@ -115,8 +116,8 @@ class ChannelGraph:
                 elif slot.module == name and not member.reads:
                     found.append((1, -position, group))
         if not found:
-            layers = sorted({slot.module for slot in self.analysis.slots})
-            raise InputError(f"no channels of {name!r} in this graph; layers: {shorten(layers, 12)}")
+            layers = shorten(sorted({slot.module for slot in self.analysis.slots}), 12)
+            raise InputError(f"no channels of {name!r} in this graph; layers: {layers}")
         return max(found, key=lambda item: item[:2])[2]
 
     def to_networkx(self) -> nx.Graph:
@@ -179,7 +180,8 @@ class ChannelGraph:
         tensors = dict(named_tensors(self.model))
         while True:
             spared = self._kept_groups(keep)
-            groups = [g for g in self.groups if g.name not in spared and (g.exact or not exact_only)]
+            groups = [g for g in self.groups if g.name not in spared]
+            groups = [g for g in groups if g.exact or not exact_only]
             if not self.groups:
                 raise InputError(f"no channel of this model can be removed:\n{self._why()}")
             kept = select(scores(criterion, groups, tensors, seed), ratio, scope)
@@ -222,13 +224,14 @@ class ChannelGraph:
         """
         by_name = {group.name: group for group in self.groups}
         chosen: Kept = {}
-        for name, channels in kept.items():
+        for name, wanted in kept.items():
             if name not in by_name:
                 raise InputError(f"no removable group {name!r}; groups: {shorten(by_name, 12)}")
-            chosen[name] = tuple(sorted({int(channel) for channel in channels}))
+            chosen[name] = tuple(sorted({int(channel) for channel in wanted}))
             size = by_name[name].size
             if not chosen[name] or not 0 <= chosen[name][0] <= chosen[name][-1] < size:
-                raise InputError(f"group {name} must keep at least one of its channels 0..{size - 1}")
+                channels = f"0..{size - 1}"
+                raise InputError(f"group {name} must keep at least one of its channels {channels}")
         alive = self.analysis.alive(chosen)
         bare = bare_plan(self.analysis, alive)
         masked = self.analysis.walk.masked.values()
@@ -280,8 +283,9 @@ class ChannelGraph:
         for pattern in patterns:
             names = [name for name in self.analysis.names if _matches(pattern, name)]
             if not names:
-                modules = sorted({name.rpartition(".")[0] for name in self.analysis.names})
-                raise InputError(f"keep pattern {pattern!r} matches no layer; {shorten(modules, 12)}")
+                layers = sorted({name.rpartition(".")[0] for name in self.analysis.names})
+                text = f"keep pattern {pattern!r} matches no layer; layers: {shorten(layers, 12)}"
+                raise InputError(text)
             tensors = {self.analysis.names[name] for name in names}
             for group in self.analysis.all_groups:
                 if any(m.slot.tensor in tensors and not m.reads for m in group.members):
@@ -292,8 +296,8 @@ class ChannelGraph:
         lines: dict[str, list[str]] = {}
         for group in self.frozen if groups is None else groups:
             lines.setdefault(group.note, []).append(shorten(group.layers, 2))
-        shown = [f"  {reason}: {shorten(layers, 3)}" for reason, layers in list(lines.items())[:most]]
-        return "\n".join(shown)
+        shown = list(lines.items())[:most]
+        return "\n".join(f"  {reason}: {shorten(layers, 3)}" for reason, layers in shown)
 
     def _warn(self, plan: Plan, ratio: float, spared: set[str]) -> None:
         unusual = [g for g in self.frozen if not str(g.reason).startswith(_NATURAL)]

@@ -35,13 +35,13 @@ class Call:
             return example_inputs
         if isinstance(example_inputs, Mapping):
             if not all(isinstance(key, str) for key in example_inputs):
-                raise InputError("a dict of example_inputs is taken as keyword arguments: use str keys")
+                raise InputError("a dict of example_inputs holds keyword arguments: use str keys")
             call = cls((), dict(example_inputs))
         elif isinstance(example_inputs, tuple | list):
             call = cls(tuple(example_inputs))
         else:
             call = cls((example_inputs,))
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((call.args, call.kwargs))):
+        if not call.tensors():
             raise InputError(
                 f"example_inputs holds no tensor (found {type(example_inputs).__name__}); pass a "
                 "tensor, a tuple of positional arguments or a dict of keyword arguments"
@@ -74,9 +74,7 @@ class Call:
 
     def repeated(self, times: int) -> Call:
         """The same inputs with the batch dimension repeated."""
-        return self.map(
-            lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t
-        )
+        return self.map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t)
 
     def __str__(self) -> str:
         """The shapes, for messages."""
@@ -90,7 +88,8 @@ class Call:
                 return f"{{{', '.join(f'{k}: {show(v)}' for k, v in tree.items())}}}"
             return type(tree).__name__
 
-        return ", ".join([*map(show, self.args), *(f"{k}={show(v)}" for k, v in self.kwargs.items())])
+        named = (f"{key}={show(value)}" for key, value in self.kwargs.items())
+        return ", ".join([*map(show, self.args), *named])
 
 
 def candidates(model: nn.Module) -> Iterator[Call]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError
 from graphprune.plan import shorten
-from graphprune.trace import aliases
+from graphprune.skeleton import aliases
 
 _FORMS = "torchvision:NAME, package.module:factory or path/to/file.py:factory"
 _WRAPPED = ("state_dict", "model_state_dict", "model")

@@ -19,11 +19,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.analysis import Analysis
-from graphprune.inputs import Call
 from graphprune.copying import copy_module
+from graphprune.inputs import Call
 from graphprune.plan import Plan
+from graphprune.recorder import Record, leak
 from graphprune.rules import Value
-from graphprune.trace import Record, leak, named_tensors, record
+from graphprune.skeleton import named_tensors
+from graphprune.trace import record
 
 aten = torch.ops.aten
 
@@ -130,9 +132,7 @@ class Masks:
         return self.analysis.values[node]
 
 
-def _evaluate(
-    module: nn.Module, rec: Record, masks: Masks, call: Call
-) -> dict[fx.Node, Any]:
+def _evaluate(module: nn.Module, rec: Record, masks: Masks, call: Call) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {}
     tensors = dict(named_tensors(module))
     inputs = iter(call.tensors())
@@ -155,7 +155,8 @@ def _step(
     devices: tuple[torch.device, torch.device],
 ) -> Any:
     if node.target is operator.getitem:
-        return values[node.args[0]][node.args[1]]  # type: ignore[index]
+        source, index = node.args
+        return values[source][index]  # type: ignore[index]
     if node.target is leak:
         return None
 
@@ -180,7 +181,7 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """Zero where the mask is false, whatever stood there."""
     if keep is None:
         return tensor
-    return torch.where(keep.to(tensor.device), tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+    return torch.where(keep.to(tensor.device), tensor, tensor.new_zeros(()))
 
 
 def _dims(dim: Any, ndim: int) -> list[int]:
@@ -199,18 +200,14 @@ def _mean(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: 
     return mean if keepdim else mean.squeeze(dims)
 
 
-def _moments(
-    keep: Tensor, x: Tensor, dims: list[int], correction: float
-) -> tuple[Tensor, Tensor]:
+def _moments(keep: Tensor, x: Tensor, dims: list[int], correction: float) -> tuple[Tensor, Tensor]:
     count = _count(keep, x, dims)
     mean = x.sum(dims, keepdim=True) / count
     square = zeroed((x - mean).square(), keep).sum(dims, keepdim=True)
     return square / (count - correction), mean
 
 
-def _variance(
-    finish: Callable[[Tensor], Tensor], both: bool
-) -> Callable[..., Any]:
+def _variance(finish: Callable[[Tensor], Tensor], both: bool) -> Callable[..., Any]:
     def rule(
         keep: Tensor, x: Tensor, dim: Any = None, unbiased: Any = None, keep_dim: Any = None,
         *, correction: Any = None, keepdim: bool = False,
@@ -244,9 +241,7 @@ def _batch_norm(
     momentum: float, eps: float,
 ) -> Any:  # fmt: skip
     if not training or all(n == 1 for d, n in enumerate(keep.shape) if d != 1):
-        return aten.native_batch_norm.default(
-            x, weight, bias, mean, var, training, momentum, eps
-        )
+        return aten.native_batch_norm.default(x, weight, bias, mean, var, training, momentum, eps)
     dims = [d for d in range(x.dim()) if d != 1]
     spread, centre = _moments(keep, x, dims, 0)
     out = (x - centre) * (spread + eps).rsqrt()

@@ -19,8 +19,10 @@ from graphprune.counting import macs
 from graphprune.errors import InputError, ModelError, TraceError
 from graphprune.inputs import Call, infer
 from graphprune.plan import share
+from graphprune.recorder import Record
+from graphprune.skeleton import named_tensors
 from graphprune.table import render
-from graphprune.trace import Record, named_tensors, record
+from graphprune.trace import record
 
 _MIN_RUNS, _MAX_RUNS, _SECONDS = 5, 50, 2.0
 _ALIASING = {torch.ops.aten._unsafe_view.default}  # share storage though the schema is silent

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from graphprune.errors import PlanError
 from graphprune.sizes import Attribute
+from graphprune.skeleton import named_tensors
 from graphprune.table import render
-from graphprune.trace import named_tensors
 
 FORMAT = "graphprune-plan"
 VERSION = 1
@@ -88,7 +88,7 @@ class Plan:
     Example:
         >>> import torch, graphprune
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> plan = graphprune.trace(net).plan(0.5)
+        >>> plan = graphprune.skeleton(net).plan(0.5)
         >>> graphprune.Plan.from_json(plan.to_json()) == plan
         True
     """
@@ -150,7 +150,7 @@ class Plan:
             raise PlanError(
                 f"{name} has plan version {outer.get('version')!r}; this graphprune reads {VERSION}"
             )
-        body = outer.get("plan")
+        body: Any = outer.get("plan")
         if _digest(json.dumps(body, sort_keys=True)) != outer.get("digest"):
             raise PlanError(f"{name} is damaged: its content does not match its digest")
         try:
@@ -168,7 +168,7 @@ class Plan:
             return
         applied = getattr(model, "graphprune_plan", None)
         if applied == self:
-            raise PlanError("this plan was applied to this model already; make a new one with trace")
+            raise PlanError("this plan was applied to this model already; trace it for a new one")
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
         for slot in self.slots:
             found = shapes.get(slot.tensor)

@@ -26,7 +26,7 @@ def check_ratio(ratio: Any) -> float:
             f"ratio must be a number in [0, 1) or a Plan, not {type(ratio).__name__} {ratio!r}"
         )
     if not 0 <= ratio < 1:
-        raise InputError(f"ratio must be in [0, 1), the fraction of channels to remove: got {ratio}")
+        raise InputError(f"ratio must be in [0, 1), the fraction to remove: got {ratio}")
     return float(ratio)
 
 

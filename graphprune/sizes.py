@@ -90,9 +90,7 @@ class Size(int):
     expression: Expression
     observer: Observer | None
 
-    def __new__(
-        cls, value: int, expression: Expression, observer: Observer | None = None
-    ) -> Size:
+    def __new__(cls, value: int, expression: Expression, observer: Observer | None = None) -> Size:
         """Make an int that equals ``value`` and remembers ``expression``."""
         self = super().__new__(cls, value)
         self.expression = expression

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from graphprune.criteria.registry import register_criterion
 from graphprune.analysis import Group, Member
+from graphprune.criteria.registry import register_criterion
 
 
 def slice_norms(member: Member, tensors: Mapping[str, Tensor], order: float) -> Tensor:

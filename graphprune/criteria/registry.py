@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.errors import InputError
 from graphprune.analysis import Group
+from graphprune.errors import InputError
 
 Criterion = Callable[[Group, Mapping[str, Tensor], torch.Generator], Tensor]
 _REGISTRY: dict[str, Criterion] = {}

@@ -12,7 +12,7 @@ from graphprune.copying import copy_module
 from graphprune.plan import Plan, SizeChange
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
-from graphprune.trace import named_tensors
+from graphprune.skeleton import named_tensors
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension
 
@@ -72,9 +72,9 @@ def cut(tensor: Tensor, kept: Kept) -> Tensor:
     if small is tensor:
         return tensor.clone()
     for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
-        if tensor.dim() == ndim and tensor.is_contiguous(memory_format=layout):
-            if not tensor.is_contiguous():
-                return small.contiguous(memory_format=layout)
+        plain = tensor.dim() != ndim or tensor.is_contiguous()
+        if not plain and tensor.is_contiguous(memory_format=layout):
+            return small.contiguous(memory_format=layout)
     return small
 
 

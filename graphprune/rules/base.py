@@ -124,7 +124,7 @@ class Walk:
 
     def _apply(self, node: fx.Node) -> None:
         self.node = node
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self.values[n])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         inputs = list(self._values((node.args, node.kwargs)))
         constant = all(value.constant for value in inputs)
         rule = _RULES.get(getattr(node.target, "overloadpacket", node.target))
@@ -142,6 +142,9 @@ class Walk:
         for index, item in node.meta.get("items", {}).items():
             layers = result[index] if result and index < len(result) else ()
             self._store(item, layers, constant, given)
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.values[node]
 
     def _store(self, node: fx.Node, layers: Iterable[Tensor], constant: bool, given: bool) -> None:
         layers = self.vary(layers)

@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from graphprune.ids import Alternatives, Layers, along, spread, varying
 from graphprune.rules.base import Value, Walk, aten, register_rule
 
-
 FIXED_INPUT = "reads a model input"
 
 
@@ -29,7 +28,8 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
             if len(varying(layer)) > 1:
                 walk.collapse(layer, {dim})
         sides.append([layer.reshape(-1) for layer in pure])
-    for value, other, own, others in ((left, right, *sides), (right, left, sides[1], sides[0])):
+    here, there = sides
+    for value, other, own, others in ((left, right, here, there), (right, left, there, here)):
         for ids in own:
             if not others:
                 walk.freeze(ids, FIXED_INPUT if other.given else "multiplied with a fixed tensor")
@@ -121,7 +121,7 @@ def convolution(
     out_channels = node.meta["shape"][1]
     rows = [layer for layer in x.layers if varying(layer) == {0}]
     if groups == 1:
-        out_dim, in_dim = (1, 0) if transposed else (0, 1)
+        in_dim = 0 if transposed else 1
         contract(walk, x, weight, 1, in_dim)
         own = [layer.reshape(-1) for layer in free(weight, in_dim)]
     else:
@@ -132,7 +132,8 @@ def convolution(
     )
     if bias is None:
         return product.layers
-    shaped = Value((1, out_channels, *[1] * (ndim - 2)), tuple(along(i, 1, ndim) for i in bias.layers))
+    shape = (1, out_channels, *[1] * (ndim - 2))
+    shaped = Value(shape, tuple(along(ids, 1, ndim) for ids in bias.layers))
     return walk.broadcast([product, shaped], ndim)
 
 
@@ -232,7 +233,7 @@ def trilinear(
     walk: Walk, node: fx.Node, a: Value, b: Value, c: Value,
     expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *args: Any,
 ) -> Layers:  # fmt: skip
-    """The product of three tensors, with dimensions inserted, summed over some (``nn.Bilinear``)."""
+    """The product of three tensors with dimensions inserted, summed over some: ``nn.Bilinear``."""
     walk.reading()
     wide = []
     for value, places in ((a, expand_a), (b, expand_b), (c, expand_c)):
@@ -249,7 +250,8 @@ def trilinear(
     rest = []
     for layer in product:
         if varying(layer) & set(summed):
-            layer = walk.collapse(layer, summed) if varying(layer) - set(summed) else None
-        if layer is not None:
-            rest.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in summed]))
+            if not varying(layer) - set(summed):
+                continue
+            layer = walk.collapse(layer, summed)
+        rest.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in summed]))
     return tuple(rest)

@@ -47,9 +47,9 @@ from graphprune.rules.base import Value, Walk, aten, register_rule
 )
 def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
     """Run the op on the ids."""
+    op: Any = node.target
     return tuple(
-        move_layer(layer, x.shape, lambda ids: node.target(ids, *args, **kwargs))
-        for layer in x.layers
+        move_layer(layer, x.shape, lambda ids: op(ids, *args, **kwargs)) for layer in x.layers
     )
 
 
@@ -164,9 +164,7 @@ def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
 
 
 @register_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes, aten.split_with_sizes_copy)
-def split_with_sizes(
-    walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int = 0
-) -> list[Layers]:
+def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> list[Layers]:
     """Parts of given sizes."""
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [
@@ -188,9 +186,7 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
             continue
         parts = spread(layer, x.shape, {dim}).unflatten(dim, (len(starts), size))
         walk.collapse(parts, {dim})
-    return [
-        slice_(walk, node, x, dim, start, min(start + size, x.shape[dim])) for start in starts
-    ]
+    return [slice_(walk, node, x, dim, start, min(start + size, x.shape[dim])) for start in starts]
 
 
 @register_rule(aten.cat, aten.concat)
@@ -234,7 +230,7 @@ def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     dim %= ndim
     parts = [
         Value(
-            value.shape[:dim] + (1,) + value.shape[dim:],
+            (*value.shape[:dim], 1, *value.shape[dim:]),
             tuple(layer.unsqueeze(dim) for layer in value.layers),
         )
         for value in tensors
@@ -243,9 +239,7 @@ def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
 
 
 @register_rule(aten.constant_pad_nd)
-def constant_pad_nd(
-    walk: Walk, node: fx.Node, x: Value, pad: Any, value: float = 0
-) -> Layers:
+def constant_pad_nd(walk: Walk, node: fx.Node, x: Value, pad: Any, value: float = 0) -> Layers:
     """Padding: padded channels hold a constant and get ids of their own, which tie nothing."""
     amounts = {x.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
     layers = []
@@ -262,15 +256,23 @@ def _pad_ids(walk: Walk, layer: Tensor, dim: int, before: int, after: int) -> Te
     shape = list(layer.shape)
 
     def constant(amount: int) -> list[Tensor]:
+        if amount <= 0:
+            return []
         shape[dim] = amount
-        return [along(walk.ties.fresh(amount), dim, layer.dim()).expand(shape)] if amount > 0 else []
+        return [along(walk.ties.fresh(amount), dim, layer.dim()).expand(shape)]
 
     middle = layer.narrow(dim, start, stop - start)
     return torch.cat([*constant(before), middle, *constant(after)], dim)
 
 
-@register_rule(aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
-               aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
+@register_rule(
+    aten.reflection_pad1d,
+    aten.reflection_pad2d,
+    aten.reflection_pad3d,
+    aten.replication_pad1d,
+    aten.replication_pad2d,
+    aten.replication_pad3d,
+)
 def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Any) -> Layers:
     """Padding with values of the border, over the last dimensions."""
     dims = range(x.ndim - len(pad) // 2, x.ndim)
@@ -291,8 +293,7 @@ def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     moved = []
     for layer in layers:
         items = [
-            None if item is None else torch.zeros(item.shape, dtype=torch.int64)
-            for item in indices
+            None if item is None else torch.zeros(item.shape, dtype=torch.int64) for item in indices
         ]
         moved.append(compact(aten.index(layer, items)))
     return tuple(moved)

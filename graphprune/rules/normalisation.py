@@ -13,7 +13,10 @@ from graphprune.rules.base import Value, Walk, aten, register_rule
 def _per_channel(walk: Walk, x: Value, vectors: list[Value | None]) -> Layers:
     """Tie vectors of one entry per channel to dimension 1."""
     shaped = [
-        Value((1, *vector.shape, *[1] * (x.ndim - 2)), tuple(along(i, 1, x.ndim) for i in vector.layers))
+        Value(
+            (1, *vector.shape, *[1] * (x.ndim - 2)),
+            tuple(along(ids, 1, x.ndim) for ids in vector.layers),
+        )
         for vector in vectors
         if vector is not None
     ]
@@ -38,7 +41,7 @@ def batch_norm(
     var: Any = None,
     *args: Any,
 ) -> list[Layers]:
-    """Every channel by itself: exact. (Weights can be standardised this way: not exact.)"""
+    """Every channel by itself: exact. Other dimensions share statistics of the batch."""
     others = set(range(x.ndim)) - {1}
     passing = []
     for layer in x.layers:

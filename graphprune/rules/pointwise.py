@@ -9,6 +9,7 @@ from torch import fx
 from graphprune.ids import Layers
 from graphprune.rules.base import Value, Walk, aten, register_rule
 
+
 @register_rule(
     "pointwise",
     aten._prelu_kernel,

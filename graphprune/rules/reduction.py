@@ -109,8 +109,9 @@ def softmax(walk: Walk, node: fx.Node, x: Value, dim: int, *args: Any) -> Layers
     return walk.settle(x, {dim % x.ndim}, "softmax over channels")
 
 
-@register_rule(aten.amax, aten.amin, aten.argmax, aten.argmin, aten.logsumexp, aten.prod,
-               aten.any, aten.all)
+@register_rule(
+    aten.amax, aten.amin, aten.argmax, aten.argmin, aten.logsumexp, aten.prod, aten.any, aten.all
+)
 def extremum(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: Any) -> Layers:
     """Reductions that a removed channel would change."""
     dims = dims_of(dim, x.ndim)

@@ -37,7 +37,7 @@ def empty(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
 empty.makes = True  # type: ignore[attr-defined]
 
 
-@register_rule(aten.sym_size, aten.sym_numel, aten.is_same_size, aten._has_compatible_shallow_copy_type)
+@register_rule(aten.sym_size, aten.sym_numel, aten.is_same_size)
 def nothing(walk: Walk, node: fx.Node, *args: Value, **kwargs: Any) -> Layers:
     """No values are read."""
     return ()

@@ -1,0 +1,292 @@
+"""Record what runs as a ``torch.fx`` graph of ATen ops."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.modules.module as nn_module
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphprune import shapes
+from graphprune.sizes import Extent, Size
+from graphprune.skeleton import named_tensors
+
+_TORCH = str(Path(torch.__file__).parent)
+_HERE = str(Path(__file__).parent)
+_RUNS = str(Path(__file__).with_name("trace.py"))
+_SHAPES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
+_LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+
+
+def leak(tensor: Tensor) -> None:
+    """Stands in the graph for a tensor whose values leave torch."""
+
+
+@dataclass
+class Record:
+    """One recorded forward pass.
+
+    Each node has ``meta``: ``shape``, ``dtype``, ``module`` (qualified name of the innermost
+    module running), ``line`` (``file:line`` of the user's code) and ``ints`` (the ints given to
+    the torch function that called it).
+    """
+
+    training: bool
+    device: str = "meta"
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    outputs: list[fx.Node] = field(default_factory=list)
+    output_spec: Any = None
+    output_leaves: list[Any] = field(default_factory=list)  # None where a tensor goes
+    calls: list[tuple[str, fx.Node]] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    equal: list[tuple[Size, Size]] = field(default_factory=list)
+
+    @property
+    def ops(self) -> list[fx.Node]:
+        """The op nodes in execution order."""
+        return [
+            node
+            for node in self.graph.nodes
+            if node.op == "call_function" and node.target is not operator.getitem
+        ]
+
+
+class Recorder:
+    """Records what runs inside ``with recorder:`` into ``recorder.record``."""
+
+    def __init__(self, model: nn.Module, device: str, training: bool) -> None:
+        self.record = Record(training, device)
+        self.device = device
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.params = {id(tensor): name for name, tensor in named_tensors(model)}
+        self.nodes: dict[int, fx.Node] = {}
+        self.alive: list[Any] = []  # tensors whose id() is a key of ``nodes``
+        self.stack: list[str] = []
+        self.innermost: str | None = None
+        self.ints: list[int] = []
+        self.opaque = False
+        self.modes = (_Functions(self), _Dispatch(self))
+
+    def placeholder(self, tensor: Tensor) -> None:
+        """Register an input tensor."""
+        node = self.record.graph.placeholder(f"input_{len(self.alive)}")
+        self.register(node, tensor)
+
+    def register(self, node: fx.Node, tensor: Tensor) -> None:
+        """Remember which node produced a tensor."""
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=tensor.stride())
+        self.nodes[id(tensor)] = node
+        self.alive.append(tensor)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor; parameters and unknown tensors become ``get_attr`` nodes."""
+        node = self.nodes.get(id(tensor))
+        if node is None:
+            name = self.params.get(id(tensor))
+            if name is None:
+                name = f"constant_{len(self.record.constants)}"
+                self.record.constants[name] = tensor
+            node = self.record.graph.create_node("get_attr", name)
+            self.register(node, tensor)
+        return node
+
+    def call(self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
+        """Append an op that has just run."""
+        args, kwargs = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs))
+        node = self.record.graph.call_function(target, _plain(args), _plain(kwargs))
+        node.meta.update(
+            module=self.stack[-1] if self.stack else "", line=user_line(), ints=self.ints
+        )
+        if isinstance(out, Tensor):
+            self.register(node, out)
+        elif isinstance(out, list | tuple):
+            node.meta["items"] = items = {}
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    items[index] = getitem = self.record.graph.call_function(
+                        operator.getitem, (node, index)
+                    )
+                    self.register(getitem, item)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """Forward pre-hook of every module."""
+        name = self.names.get(id(module), self.stack[-1] if self.stack else "")
+        self.stack.append(name)
+        self.innermost = None
+        self.record.used.add(name)
+
+    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
+        """Forward hook of every module."""
+        name = self.stack.pop()
+        if out is None and self.innermost is None:
+            self.innermost = name
+        if isinstance(out, Tensor) and id(out) in self.nodes:
+            self.record.calls.append((name, self.nodes[id(out)]))
+
+    def observe(self, left: Size, right: Size) -> None:
+        """Two sizes were found equal by the model's own code."""
+        self.record.equal.append((left, right))
+
+    def extents(self, tensor: Tensor) -> torch.Size:
+        """The shape of a tensor, each size knowing where it comes from."""
+        node = self.node_of(tensor)
+        return torch.Size(
+            [Size(n, Extent(node, dim), self.observe) for dim, n in enumerate(tensor.shape)]
+        )
+
+    def __enter__(self) -> Recorder:
+        self.handles = [
+            nn_module.register_module_forward_pre_hook(self.enter),
+            nn_module.register_module_forward_hook(self.leave, always_call=True),
+        ]
+        for mode in self.modes:
+            mode.__enter__()  # type: ignore[no-untyped-call]
+        self.apply = torch.autograd.Function.__dict__["apply"]
+        torch.autograd.Function.apply = classmethod(_opaque_apply(self))  # type: ignore
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
+        for mode in reversed(self.modes):
+            mode.__exit__(*exc)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+
+
+class _Functions(TorchFunctionMode):
+    """Sees torch functions with the ints that the user's code gave them."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder, kwargs = self.recorder, kwargs or {}
+        if func in _SHAPES and isinstance(args[0], Tensor):
+            shape = recorder.extents(args[0])
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            return shape if dim is None else shape[dim]
+        if func is torch.Tensor.numel or func is torch.Tensor.nelement:
+            product: int = 1
+            for size in recorder.extents(args[0]):
+                product = product * size
+            return product
+        recorder.ints = list(_ints((args, kwargs)))
+        try:
+            out = func(*args, **kwargs)
+        finally:
+            recorder.ints = []
+        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+            recorder.call(torch.ops.aten.detach.default, args, {}, out)
+        elif func in _LEAKS:
+            recorder.call(leak, args[:1], {}, None)
+        return out
+
+
+class _Dispatch(TorchDispatchMode):
+    """Sees the ATen ops."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder, kwargs = self.recorder, kwargs or {}
+        if recorder.device == "meta" and _mixed((args, kwargs)):
+            args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
+        on_meta = recorder.device == "meta"
+        out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        if not recorder.opaque:
+            recorder.call(func, args, kwargs, out)
+        return out
+
+
+def _to_meta(recorder: Recorder) -> Callable[[Tensor], Tensor]:
+    """Moves constants that live on another device to meta, keeping their node."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        moved = torch.empty_like(tensor, device="meta")
+        node = recorder.node_of(tensor)
+        recorder.nodes[id(moved)] = node
+        recorder.alive.append(moved)
+        return moved
+
+    return move
+
+
+def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
+    """``Function.apply`` as one op: what its backward does to channels cannot be seen."""
+    original = recorder.apply
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        function = original.__get__(None, cls)
+        if recorder.opaque:
+            return function(*args, **kwargs)
+        recorder.opaque = True
+        try:
+            out = function(*args, **kwargs)
+        finally:
+            recorder.opaque = False
+        recorder.call(cls.apply, args, kwargs, out)
+        return out
+
+    return apply
+
+
+def _mixed(tree: Any) -> bool:
+    kinds = {leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
+    return len(kinds) == 2
+
+
+def _plain(tree: Any) -> Any:
+    """Sizes as plain ints, and everything that fx cannot hold as its name."""
+    if isinstance(tree, fx.Node) or tree is None:
+        return tree
+    if isinstance(tree, Size):
+        return int(tree)
+    if isinstance(tree, tuple | list):
+        return (
+            type(tree)(map(_plain, tree))
+            if type(tree) in (tuple, list)
+            else tuple(map(_plain, tree))
+        )
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    return tree
+
+
+def _ints(tree: Any) -> Iterator[int]:
+    if isinstance(tree, int) and not isinstance(tree, bool):
+        yield tree
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            yield from _ints(item)
+    elif isinstance(tree, dict):
+        yield from _ints(tuple(tree.values()))
+    elif isinstance(tree, slice):
+        yield from _ints((tree.start, tree.stop, tree.step))
+
+
+def user_line() -> str | None:
+    """``file:line`` of the innermost frame outside torch and graphprune."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if name == _RUNS:
+            return None
+        if not name.startswith((_TORCH, _HERE, "<")):
+            return f"{name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
