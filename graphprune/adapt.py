@@ -87,7 +87,8 @@ def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want
 
 @_rule(aten.split, aten.unsafe_split)
 def _split(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    dim = int(_args(node)[2]) if len(_args(node)) > 2 else int(node.kwargs.get("dim", 0))
+    kwargs: Any = node.kwargs
+    dim = _args(node)[2] if len(_args(node)) > 2 else kwargs.get("dim", 0)
     items = node.meta["items"]
     new = [graph.shape(item, alive)[dim] for item in items.values()]
     given = _args(node)[1]
@@ -99,7 +100,8 @@ _rule(aten.split_with_sizes, aten.unsafe_split_with_sizes)(_split)
 
 @_rule(aten.slice)
 def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    x, dim, start, end, step = (*_args(node), *(0, None, None, 1)[len(_args(node)) - 1 :])
+    given: list[Any] = [*_args(node), *(0, None, None, 1)[len(_args(node)) - 1 :]]
+    x, dim, start, end, step = given
     if step != 1:
         return
     keep = graph.positions(x, dim, alive)
@@ -134,11 +136,11 @@ def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     ndim = len(node.meta["shape"])
     for i in range(0, len(pad), 2):
         dim = ndim - 1 - i // 2
-        keep = graph.positions(node, dim, alive)
-        if pad[i] > 0:
-            new[i] = int(keep[: pad[i]].sum())
-        if pad[i + 1] > 0:
-            new[i + 1] = int(keep[len(keep) - pad[i + 1] :].sum())
+        before, after = pad[i], pad[i + 1]
+        keep, source = (graph.positions(n, dim, alive) for n in (node, _args(node)[0]))
+        new[i] = int(keep[:before].sum() if before > 0 else -source[:-before].sum())
+        end = len(keep) - after
+        new[i + 1] = int(keep[end:].sum() if after > 0 else -source[len(source) + after :].sum())
     yield pad, new
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -130,6 +131,16 @@ class Analysis:
                 for name, t in named_tensors(model)
             },
         )
+
+    def copy(self) -> Analysis:
+        """An analysis in which more can be frozen without changing this one."""
+        units = replace(self.units, frozen=self.units.frozen.copy())
+        ties = replace(self.walk.ties, frozen=list(self.walk.ties.frozen))
+        walk = copy.copy(self.walk)
+        walk.ties = ties
+        clone = replace(self, units=units, walk=walk)
+        clone.__dict__["all_groups"] = self.all_groups
+        return clone
 
     def freeze(self, ids: torch.Tensor, reason: Reason) -> None:
         """Freeze more ids, for a reason found after the walk."""

@@ -122,7 +122,10 @@ class Session:
         """Compare outputs without gradients."""
         with torch.no_grad():
             wanted = self._run(self.masked, call, training)
-            found = self._run(self.small, call, training)
+            try:
+                found = self._run(self.small, call, training)
+            except Exception as error:
+                self._fail(name, call, training, f"{type(error).__name__}: {error}")
         return self._compare(name, call, wanted, found, training)
 
     def _compare(self, name: str, call: Call, wanted: Any, found: Any, training: bool) -> Check:

@@ -93,7 +93,7 @@ class _Page:
         """A page with room for these names and this many lanes."""
         leaf = 0.25 + _CHARACTER * (_longest(_block(name) for name in layers) + 2)
         first = leaf + _CHARACTER * _longest(_leaf(name) for name in layers) + 0.35
-        width = max(first + lanes * _LANE + 0.05, 5.2, 0.5 + 0.11 * len(title))
+        width = max(first + lanes * _LANE + 0.05, 4.4, 0.5 + 0.12 * len(title))
         return cls(width, 0.95 + _ROW * len(layers) + 0.5, leaf, first, 0.95)
 
     def x(self, lane: int) -> float:
@@ -163,12 +163,13 @@ def _header(axes: Axes, page: _Page, title: str, analysis: Analysis) -> None:
 def _names(axes: Axes, page: _Page, layers: Sequence[str]) -> None:
     """Names of layers behind the name of their block, every other block shaded."""
     shaded, before = False, None
+    several = len({_block(name) for name in layers}) > 1
     for row, layer in enumerate(layers):
         block, y = _block(layer), page.y(row)
         if block != before:
             shaded, before = not shaded, block
             axes.text(0.25, y, block, size=7.5, family="monospace", color=_PALE, va="center")
-        if shaded and len({_block(name) for name in layers}) > 1:
+        if shaded and several:
             axes.axhspan(y - _ROW / 2, y + _ROW / 2, color=_STRIPE, linewidth=0, zorder=0)
         name = _leaf(layer)
         axes.text(page.leaf, y, name, size=7.5, family="monospace", color=_INK, va="center")
@@ -179,21 +180,22 @@ def _line(axes: Axes, page: _Page, band: _Band) -> None:
     ends = [page.y(min(band.rows)), page.y(max(band.rows))]
     axes.plot([x, x], ends, color=colour, linewidth=11, alpha=0.16, solid_capstyle="round")
     axes.plot([x, x], ends, color=colour, linewidth=1.4, zorder=3)
-    for row, reads in band.rows.items():
-        _dot(axes, x, page.y(row), colour, reads)
+    for hollow in (False, True):
+        ys = [page.y(row) for row, reads in band.rows.items() if reads is hollow]
+        _dots(axes, x, ys, colour, hollow)
     label = f"{band.group.name} · {band.group.size}"
     axes.text(x + 0.14, ends[0], label, size=7.5, color=colour, va="center", weight="bold")
 
 
-def _dot(axes: Axes, x: float, y: float, colour: str, hollow: bool) -> None:
+def _dots(axes: Axes, x: float, ys: Sequence[float], colour: str, hollow: bool) -> None:
     face = "white" if hollow else colour
-    axes.scatter(x, y, s=26, color=face, edgecolors=colour, linewidths=1.4, zorder=4)
+    axes.scatter([x] * len(ys), ys, s=26, color=face, edgecolors=colour, linewidths=1.4, zorder=4)
 
 
 def _legend(axes: Axes, page: _Page, kinds: Sequence[str]) -> None:
     x, y = 0.3, page.height - 0.26
     for text, hollow in (("writes", False), ("reads", True)):
-        _dot(axes, x, y, _INK, hollow)
+        _dots(axes, x, [y], _INK, hollow)
         axes.text(x + 0.12, y, text, size=8, color=_INK, va="center")
         x += 0.3 + _CHARACTER * len(text)
     x += 0.2

@@ -42,6 +42,10 @@ class Settled:
     owners: tuple[str, ...] = ()
     trusted: Trusted = frozenset()
 
+    def copy(self) -> Settled:
+        """A copy in which more can be frozen."""
+        return Settled(self.analysis.copy(), self.owners, self.trusted)
+
 
 def analyse(
     model: nn.Module, call: Call, first: Record | None = None, owners: Sequence[str] = ()
@@ -183,7 +187,7 @@ def first_mismatch(
     Returns:
         (record, op) of the first op that fails or has another shape; ``None`` when all is well.
     """
-    plan = bare_plan(analysis, alive)
+    plan = bare_plan(analysis, alive, adapt.changes(analysis, alive))
     for number, original in enumerate(analysis.records):
         clone = skeleton(model, original.device).train(original.training)
         shrink(clone, plan, inplace=True)
@@ -215,14 +219,17 @@ def _first_difference(
             return position
         others = other.meta.get("items", {})
         for index, item in mine.meta.get("items", {}).items():
-            if index in others and analysis.shape(item, alive) != others[index].meta["shape"]:
+            if (
+                item.users
+                and index in others
+                and analysis.shape(item, alive) != others[index].meta["shape"]
+            ):
                 return position
     return None
 
 
-def bare_plan(analysis: Analysis, alive: np.ndarray) -> Plan:
+def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Plan:
     """The slots and sizes of a plan, without its report."""
-    found = adapt.changes(analysis, alive)
     slots = []
     for slot in analysis.slots:
         keep = alive[slot.start : slot.start + slot.size]

@@ -178,20 +178,21 @@ class ChannelGraph:
             "seed": seed,
         }
         tensors = dict(named_tensors(self.model))
+        draft = ChannelGraph(self.model, self.call, self.settled.copy())
         while True:
-            spared = self._kept_groups(keep)
-            groups = [g for g in self.groups if g.name not in spared]
+            spared = draft._kept_groups(keep)
+            groups = [g for g in draft.groups if g.name not in spared]
             groups = [g for g in groups if g.exact or not exact_only]
-            if not self.groups:
-                raise InputError(f"no channel of this model can be removed:\n{self._why()}")
+            if not draft.groups:
+                raise InputError(f"no channel of this model can be removed:\n{draft._why()}")
             kept = select(scores(criterion, groups, tensors, seed), ratio, scope)
-            if self._feasible(kept):
-                plan = self.plan_of(kept, request)
-                self._warn(plan, ratio, spared)
+            if draft._feasible(kept):
+                plan = draft.plan_of(kept, request)
+                draft._warn(plan, ratio, spared)
                 return plan
 
     def _feasible(self, kept: Kept) -> bool:
-        """Whether the code of the model can follow; otherwise more channels freeze."""
+        """Whether the code of the model can follow; if not, more channels of this draft freeze."""
         alive = self.analysis.alive(kept)
         found = changes(self.analysis, alive, self.settled.trusted)
         if found.problems:
@@ -220,7 +221,8 @@ class ChannelGraph:
         """A plan from kept channels by group name; groups not named stay whole.
 
         Raises:
-            InputError: an unknown or emptied group, or channels it does not have.
+            InputError: an unknown or emptied group, channels it does not have, or a size in the
+                code of the model that cannot follow.
         """
         by_name = {group.name: group for group in self.groups}
         chosen: Kept = {}
@@ -233,7 +235,10 @@ class ChannelGraph:
                 channels = f"0..{size - 1}"
                 raise InputError(f"group {name} must keep at least one of its channels {channels}")
         alive = self.analysis.alive(chosen)
-        bare = bare_plan(self.analysis, alive)
+        found = changes(self.analysis, alive, self.settled.trusted)
+        if found.problems:
+            raise InputError(f"these channels cannot leave: {found.problems[0].reason}")
+        bare = bare_plan(self.analysis, alive, found)
         masked = self.analysis.walk.masked.values()
         return Plan(
             bare.architecture,

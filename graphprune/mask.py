@@ -155,8 +155,7 @@ def _step(
     devices: tuple[torch.device, torch.device],
 ) -> Any:
     if node.target is operator.getitem:
-        source, index = node.args
-        return values[source][index]  # type: ignore[index]
+        return _item(values, *node.args)
     if node.target is leak:
         return None
 
@@ -175,6 +174,10 @@ def _step(
     if node.target is aten.view.default:  # strides may differ from the recorded ones
         return aten.reshape.default(*args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _item(values: Mapping[fx.Node, Any], source: Any, index: Any) -> Any:
+    return values[source][index]
 
 
 def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:

@@ -11,7 +11,9 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
@@ -28,6 +30,24 @@ class _Leaves(fx.Tracer):
         return True
 
 
+_FACTORIES = frozenset(
+    {torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, torch.randn, torch.arange}
+)
+
+
+class _Factories(TorchFunctionMode):
+    """Makes a tensor factory a call of the graph instead of a constant."""
+
+    def __init__(self, tracer: fx.Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FACTORIES:
+            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
+
+
 def symbolic(module: nn.Module, training: bool) -> fx.Graph:
     """The forward of one module as a graph, its children as leaves.
 
@@ -37,8 +57,10 @@ def symbolic(module: nn.Module, training: bool) -> fx.Graph:
     before = module.training
     modes = {child: child.training for child in module.modules()}
     module.train(training)
+    tracer = _Leaves()
     try:
-        graph = _Leaves().trace(module)
+        with _Factories(tracer):
+            graph = tracer.trace(module)
     except Exception as error:
         raise RewriteError(
             f"the forward of {type(module).__name__} cannot be rewritten: {error}"
@@ -110,7 +132,8 @@ class _Marked(fx.Interpreter):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, Tensor) for leaf in leaves) and n.target != "size":
+        reads = any(isinstance(leaf, Tensor) for leaf in leaves) and n.target != "size"
+        if reads or n.target in _FACTORIES:
             args = tuple(self._mark(n, (i,), arg) for i, arg in enumerate(args))
             kwargs = {key: self._mark(n, (key,), arg) for key, arg in kwargs.items()}
         return getattr(self, n.op)(n.target, args, kwargs)
