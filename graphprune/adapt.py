@@ -166,6 +166,12 @@ def _layer_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[W
     yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
 
 
+# Ops of torch's own layers: when a layer gives its own attribute, nothing else depends on it.
+_LAYERS = frozenset(
+    {aten.convolution, aten.native_group_norm, aten.native_layer_norm, aten._fused_rms_norm}
+)
+
+
 @dataclass(frozen=True)
 class Problem:
     """A size that could not be changed as a plan needs it."""
@@ -269,7 +275,9 @@ def _demands(
             rule = _RULES[node.target.overloadpacket]  # type: ignore[union-attr]
             for old, new in rule(graph, node, alive):
                 given = match(old, node.meta["ints"])
-                found.given |= given is not None
+                own = node.target.overloadpacket in _LAYERS  # type: ignore[union-attr]
+                direct = given and all(isinstance(expression(s), Attribute) for s in given)
+                found.given |= given is not None and not (own and bool(direct))
                 for size, was, now in zip(given or (), old, new):
                     if was == -1 or size == -1:
                         continue

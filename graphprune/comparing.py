@@ -189,9 +189,11 @@ class Session:
     def _buffers(self, name: str, call: Call, masked: nn.Module, small: nn.Module) -> Check:
         kept = kept_indices(self.plan)
         others = dict(small.named_buffers())
+        floating = [b for b in masked.buffers() if b.is_floating_point() and b.numel()]
+        peak = max((float(b.abs().max()) for b in floating), default=0.0)
         worst = 0.0
         for key, buffer in masked.named_buffers():
-            gap = difference(cut(buffer, kept.get(key, {})), others[key])
+            gap = difference(cut(buffer, kept.get(key, {})), others[key], floor=1e-3 * peak)
             if not gap <= worst:
                 worst = gap
                 if not gap <= self.tolerance:

@@ -163,6 +163,8 @@ def _step(
         return zeroed(values[source], masks.of(source)) if reads else values[source]
 
     reads = node in masks.readers
+    args: Any
+    kwargs: Any
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     if kwargs.get("device") == devices[0]:  # recorded there, evaluated here
         kwargs = {**kwargs, "device": devices[1]}

@@ -86,8 +86,12 @@ def test_pruning_twice_is_pruning_once(spec, data):
     first = graphprune.rebuild(model, graph.plan_of(drawn(data, graph)))
     again = graphprune.trace(first, inputs)
     assume(again.groups)
-    second = graphprune.rebuild(first, again.plan_of(drawn(data, again)))
-    kept = composed(first.graphprune_plan, second.graphprune_plan)
+    plans = first.graphprune_plan, again.plan_of(drawn(data, again))
+    second = graphprune.rebuild(first, plans[1])
+    assert graphprune.verify(first, plans[1], inputs).difference <= 1e-10
+    assert graphprune.verify(model, second, inputs).difference <= 1e-10
+    kept = composed(*plans)
+    assert {(s.tensor, s.dim): list(s.kept) for s in second.graphprune_plan.slots} == kept
     for name, tensor in state(model).items():
         for dim in range(tensor.dim()):
             index = kept.get((name, dim), range(tensor.shape[dim]))

@@ -52,8 +52,10 @@ def line(row: Row) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """How many of the models pass, here and with the peer."""
     good = sum(row["status"] == "ok" for row in rows)
-    peer = sum(row.get("peer") == "runs" for row in rows)
-    return f"{good} of {len(rows)} models shrunk and verified; peer: {peer} run"
+    tried = [row["peer"] for row in rows if "peer" in row]
+    text = f"{good} of {len(rows)} models shrunk and verified"
+    runs = sum(state == "runs" for state in tried)
+    return f"{text}; the peer's result runs for {runs} of {len(tried)}" if tried else text
 
 
 def document(suite: str, names: Sequence[str], rows: Sequence[Row]) -> str:
@@ -67,7 +69,7 @@ def document(suite: str, names: Sequence[str], rows: Sequence[Row]) -> str:
         parts.append(f"## Ratio {ratio}, {scope}\n\n{summary(chosen)}.\n\n{_table(chosen)}")
         if ratio == 0.5:
             parts.append(_large(chosen))
-        parts.append(_failures(chosen))
+        parts += [_fewer(chosen), _failures(chosen)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -138,12 +140,26 @@ def _large(rows: Sequence[Row]) -> str:
         return f"Every classifier keeps at most {100 * LIMIT:.0f} % of its parameters."
     lines = [f"Classifiers that keep more than {100 * LIMIT:.0f} % of their parameters:\n"]
     for row in large:
-        lines.append(
-            f"- {row['name']}: {share(row['params'])}. {100 * row.get('head', 0):.0f} % of its "
-            "parameters are in the output layer, which loses inputs but no outputs. Frozen: "
-            f"{'; '.join(row['frozen'])}."
-        )
+        text = f"- {row['name']}: {share(row['params'])}."
+        if "head" in row:
+            text += (
+                f" {100 * row['head']:.0f} % of its parameters are in the output layer, which "
+                "loses inputs but no outputs."
+            )
+        lines.append(f"{text} Frozen: {'; '.join(row['frozen'])}.")
     return "\n".join(lines)
+
+
+def _fewer(rows: Sequence[Row]) -> str:
+    """Which models were verified by less than all checks."""
+    lines = []
+    for row in rows:
+        checks = row.get("checks") or ["output, another resolution, train"]
+        if checks == ["output"]:
+            lines.append(f"- {row['name']}: outputs in eval mode only, for its size")
+        elif not any("resolution" in check for check in checks):
+            lines.append(f"- {row['name']}: no other resolution")
+    return "\n".join(["Verified by fewer checks:\n", *lines]) if lines else ""
 
 
 def _failures(rows: Sequence[Row]) -> str:

@@ -15,6 +15,8 @@ from graphprune.rewrite.modules import refresh
 from graphprune.skeleton import named_tensors
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension
+Selection = tuple[int, Tensor]
+CHUNK = 1 << 22  # elements
 
 
 def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
@@ -66,15 +68,30 @@ def kept_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:
 
 def cut(tensor: Tensor, kept: Kept) -> Tensor:
     """A copy of the kept slices, in the memory format of the original."""
-    small = tensor
-    for dim, index in sorted(kept.items(), key=lambda item: len(item[1])):
-        small = small.index_select(dim, index.to(tensor.device))
-    if small is tensor:
+    if not kept:
         return tensor.clone()
+    first, *rest = ((dim, index.to(tensor.device)) for dim, index in sorted(kept.items()))
+    small = _select(tensor, first, rest) if rest else tensor.index_select(*first)
     for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
         plain = tensor.dim() != ndim or tensor.is_contiguous()
         if not plain and tensor.is_contiguous(memory_format=layout):
             return small.contiguous(memory_format=layout)
+    return small
+
+
+def _select(tensor: Tensor, first: Selection, rest: list[Selection]) -> Tensor:
+    """Select along several dimensions, in chunks so that nothing large lies in between."""
+    dim, index = first
+    shape = list(tensor.shape)
+    for other, kept in (first, *rest):
+        shape[other] = len(kept)
+    small = tensor.new_empty(shape)
+    step = max(1, CHUNK * tensor.shape[dim] // max(tensor.numel(), 1))
+    for start in range(0, len(index), step):
+        part = tensor.index_select(dim, index[start : start + step])
+        for other, kept in rest:
+            part = part.index_select(other, kept)
+        small.narrow(dim, start, part.shape[dim]).copy_(part)
     return small
 
 

@@ -1,0 +1,81 @@
+"""Run the python blocks of Markdown files: ``python docs/blocks.py`` refreshes what they print.
+
+A ``text`` block right after a ``python`` block is what that block prints; ``...`` stands for
+anything. The blocks of one file share their names and run in a temporary directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import os
+import re
+import sys
+import tempfile
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+FILES = (HERE.parent / "README.md", *sorted(HERE.glob("*.md")))
+FENCE = re.compile(r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One python block: what it prints, and what the file says that it prints."""
+
+    line: int
+    code: str
+    printed: str
+    shown: str | None
+
+    @property
+    def true(self) -> bool:
+        """Whether the file shows what is printed (line numbers of the file itself may move)."""
+        if self.shown is None:
+            return True
+        shown, printed = (re.sub(r"\.md:\d+", ".md:N", t) for t in (self.shown, self.printed))
+        flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+        return doctest.OutputChecker().check_output(shown, printed, flags)
+
+
+def run(path: Path) -> list[Block]:
+    """Run all python blocks of a file, in order."""
+    text = path.read_text(encoding="utf-8")
+    module = types.ModuleType(path.stem.replace("-", "_"))
+    sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
+    torch.manual_seed(0)
+    blocks = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for match in FENCE.finditer(text):
+            line = text.count("\n", 0, match.start(1))
+            code = compile("\n" * line + match[1], os.path.basename(path), "exec")
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                exec(code, vars(module))
+            blocks.append(Block(line + 1, match[1], out.getvalue(), match[2]))
+    del sys.modules[module.__name__]
+    return blocks
+
+
+def refresh(path: Path) -> None:
+    """Write what the blocks of a file print below them, where it changed."""
+    blocks = iter(run(path))
+
+    def fill(match: re.Match[str]) -> str:
+        block = next(blocks)
+        if block.true:
+            return match[0]
+        lines = "\n".join(line.rstrip() for line in block.printed.splitlines())
+        return f"```python\n{block.code}```\n\n```text\n{lines}\n```"
+
+    text = path.read_text(encoding="utf-8")
+    path.write_text(FENCE.sub(fill, text), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    for file in FILES:
+        refresh(file)
