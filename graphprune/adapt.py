@@ -203,7 +203,7 @@ class Changes:
 
     values: dict[Settable, int] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    given: bool = False  # whether the code gives any size to an op that carries channels
+    unsure: bool = False  # whether a run must show that the code follows
 
 
 def sized(node: fx.Node) -> bool:
@@ -275,16 +275,36 @@ def _demands(
             rule = _RULES[node.target.overloadpacket]  # type: ignore[union-attr]
             for old, new in rule(graph, node, alive):
                 given = match(old, node.meta["ints"])
-                own = node.target.overloadpacket in _LAYERS  # type: ignore[union-attr]
-                direct = given and all(isinstance(expression(s), Attribute) for s in given)
-                found.given |= given is not None and not (own and bool(direct))
+                found.unsure |= _unsure(graph, node, given)
                 for size, was, now in zip(given or (), old, new):
-                    if was == -1 or size == -1:
-                        continue
+                    if was == now == -1 or (size == -1 and was != -1):
+                        continue  # inferred by the op
                     expr = expression(size)
                     if isinstance(expr, int) and (now == was or (number, position) in trusted):
                         continue
                     yield node, was, now, expr
+
+
+def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool:
+    """Whether sizes given to an op that carries channels are not fully understood.
+
+    Sizes of tensors are, and the attributes that torch's own layers give to their own op.
+    """
+    if given is None:  # computed inside a function of torch, from its ints or from shapes
+        rank = len(node.meta.get("shape", ()))
+        doubtful = [n for n in node.meta["ints"] if abs(n) > rank]
+    elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
+        return not all(isinstance(expression(size), Attribute) for size in given)
+    else:
+        doubtful = [n for n in given if n not in (-1, 0, 1) and not _follows(expression(n))]
+    return bool(doubtful) and any(
+        not graph.walk.is_fresh(layer) for layer in ids_around(graph, node)
+    )
+
+
+def _follows(expr: Expression) -> bool:
+    """Whether an expression is made of sizes of tensors."""
+    return bool(extents(expr)) and not settable(expr)
 
 
 def match(pattern: Sequence[int], ints: Sequence[int]) -> list[int] | None:

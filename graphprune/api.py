@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.checks import check_model
+from graphprune.collecting import uncollected
 from graphprune.criteria import Criterion
 from graphprune.graph import trace
 from graphprune.plan import Plan
@@ -15,6 +16,7 @@ from graphprune.rewrite.shrink import shrink
 from graphprune.select import check_ratio
 
 
+@uncollected
 def rebuild(
     model: nn.Module,
     ratio_or_plan: float | Plan,

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from torch import nn
+import torch
+from torch import fx, nn
 
 from graphprune import adapt
 from graphprune.analysis import Analysis
@@ -22,6 +23,7 @@ from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.recorder import Record
 from graphprune.rewrite.forward import mark_literals, symbolic
 from graphprune.rewrite.shrink import shrink
+from graphprune.rules import Reason
 from graphprune.sizes import Attribute, Literal
 from graphprune.skeleton import skeleton
 from graphprune.trace import record, run
@@ -69,17 +71,37 @@ def _settle(model: nn.Module, call: Call, settled: Settled) -> str | None:
     for number in range(TRIALS):
         while True:
             alive = settled.analysis.alive(trial(settled.analysis, number))
-            problems = adapt.changes(settled.analysis, alive, settled.trusted).problems
+            found = adapt.changes(settled.analysis, alive, settled.trusted)
+            problems = found.problems
             unclear = [problem for problem in problems if problem.literal]
             if unclear and len(unclear) == len(problems):
                 trusted, problems = _try(model, call, settled.analysis, alive, unclear)
                 settled.trusted |= trusted
             if not problems:
-                break
+                if not found.unsure or unclear or follows(model, call, settled, alive):
+                    break
+                continue
             owner = resolve_problems(model, settled, problems)
             if owner is not None:
                 return owner
     return None
+
+
+def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -> bool:
+    """Whether a shrunk copy runs as foreseen; if not, the channels concerned are frozen."""
+    analysis = settled.analysis
+    mismatch = first_mismatch(model, call, analysis, alive)
+    if mismatch is None:
+        return True
+    node = analysis.records[mismatch[0]].ops[mismatch[1]]
+    module, line = node.meta["module"], node.meta["line"]
+    reason = Reason(f"the code around {node.target} does not follow", module, line)
+    ids = adapt.ids_around(analysis, node)
+    if all(alive[layer.numpy()].all() for layer in ids):
+        raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
+    for layer in ids:
+        analysis.freeze(layer, reason)
+    return False
 
 
 def resolve_problems(
@@ -212,20 +234,28 @@ def first_mismatch(
 def _first_difference(
     analysis: Analysis, original: Record, small: Record, alive: np.ndarray
 ) -> int | None:
-    for position, (mine, other) in enumerate(zip(original.ops, small.ops)):
-        if mine.target is not other.target:
+    """The first op of another kind or shape. Whether a reshape copies depends on strides."""
+    mine = [(position, node) for position, node in enumerate(original.ops) if _compared(node)]
+    others = [node for node in small.ops if _compared(node)]
+    for (position, node), other in zip(mine, others):
+        same = node.target is other.target or {node.target, other.target} <= _RESHAPES
+        if not same:
             return position
-        if "shape" in mine.meta and analysis.shape(mine, alive) != other.meta.get("shape"):
+        if "shape" in node.meta and analysis.shape(node, alive) != other.meta.get("shape"):
             return position
-        others = other.meta.get("items", {})
-        for index, item in mine.meta.get("items", {}).items():
-            if (
-                item.users
-                and index in others
-                and analysis.shape(item, alive) != others[index].meta["shape"]
-            ):
+        results = other.meta.get("items", {})
+        for index, item in node.meta.get("items", {}).items():
+            used = item.users and index in results
+            if used and analysis.shape(item, alive) != results[index].meta["shape"]:
                 return position
     return None
+
+
+_RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}
+
+
+def _compared(node: fx.Node) -> bool:
+    return node.target is not torch.ops.aten.clone.default
 
 
 def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Plan:

@@ -14,22 +14,22 @@ import numpy as np
 from torch import nn
 
 from graphprune import drawing
-from graphprune.adapt import changes, ids_around
+from graphprune.adapt import changes
 from graphprune.analysis import Analysis, Group
 from graphprune.checks import check_model
+from graphprune.collecting import uncollected
 from graphprune.counting import macs
 from graphprune.criteria import Criterion, scores
-from graphprune.errors import InputError, PruningWarning, RewriteError
+from graphprune.errors import InputError, PruningWarning
 from graphprune.feasible import (
     Settled,
     analyse,
     bare_plan,
-    first_mismatch,
+    follows,
     resolve_problems,
 )
 from graphprune.inputs import Call, infer
 from graphprune.plan import Cost, GroupPlan, Plan, shorten
-from graphprune.rules import Reason
 from graphprune.select import Kept, check_ratio, select
 from graphprune.skeleton import named_tensors
 from graphprune.table import render
@@ -38,6 +38,7 @@ from graphprune.trace import record
 _NATURAL = ("model output", "reads a model input")
 
 
+@uncollected
 def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
@@ -138,6 +139,7 @@ class ChannelGraph:
         """
         return drawing.draw(self.analysis, type(self.model).__name__, Path(path))
 
+    @uncollected
     def plan(
         self,
         ratio: float,
@@ -201,19 +203,7 @@ class ChannelGraph:
                 owners = (*self.settled.owners, owner)
                 self.settled = analyse(self.model, self.call, None, owners)
             return False
-        if not found.given:
-            return True
-        mismatch = first_mismatch(self.model, self.call, self.analysis, alive)
-        if mismatch is None:
-            return True
-        node = self.analysis.records[mismatch[0]].ops[mismatch[1]]
-        reason = Reason(f"{node.target} does not follow", node.meta["module"], node.meta["line"])
-        ids = ids_around(self.analysis, node)
-        if all(alive[layer.numpy()].all() for layer in ids):
-            raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
-        for layer in ids:
-            self.analysis.freeze(layer, reason)
-        return False
+        return not found.unsure or follows(self.model, self.call, self.settled, alive)
 
     def plan_of(
         self, kept: Mapping[str, Iterable[int]], request: Mapping[str, Any] | None = None

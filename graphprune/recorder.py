@@ -70,6 +70,7 @@ class Recorder:
         self.names = {id(module): name for name, module in model.named_modules()}
         self.params = {id(tensor): name for name, tensor in named_tensors(model)}
         self.nodes: dict[int, fx.Node] = {}
+        self.parts: dict[int, tuple[fx.Node, int]] = {}
         self.alive: list[Any] = []  # tensors whose id() is a key of ``nodes``
         self.stack: list[str] = []
         self.innermost: str | None = None
@@ -91,6 +92,8 @@ class Recorder:
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; parameters and unknown tensors become ``get_attr`` nodes."""
         node = self.nodes.get(id(tensor))
+        if node is None and id(tensor) in self.parts:
+            return self.part(tensor)
         if node is None:
             name = self.params.get(id(tensor))
             if name is None:
@@ -102,8 +105,7 @@ class Recorder:
 
     def call(self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Append an op that has just run."""
-        args, kwargs = pytree.tree_map_only(Tensor, self.node_of, (args, kwargs))
-        node = self.record.graph.call_function(target, _plain(args), _plain(kwargs))
+        node = self.record.graph.call_function(target, self.plain(args), self.plain(kwargs))
         node.meta.update(
             module=self.stack[-1] if self.stack else "", line=user_line(), ints=self.ints
         )
@@ -113,10 +115,31 @@ class Recorder:
             node.meta["items"] = items = {}
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    items[index] = getitem = self.record.graph.call_function(
-                        operator.getitem, (node, index)
-                    )
-                    self.register(getitem, item)
+                    self.parts[id(item)] = (node, index)
+                    self.alive.append(item)
+                    if index == 0 or isinstance(out, list):
+                        items[index] = self.part(item)
+
+    def part(self, tensor: Tensor) -> fx.Node:
+        """The node of one result of an op with several; most of them are never used."""
+        node, index = self.parts.pop(id(tensor))
+        getitem = self.record.graph.call_function(operator.getitem, (node, index))
+        node.meta["items"][index] = getitem
+        self.register(getitem, tensor)
+        return getitem
+
+    def plain(self, tree: Any) -> Any:
+        """Arguments as fx holds them: tensors as nodes, sizes as plain ints."""
+        if isinstance(tree, Tensor):
+            return self.node_of(tree)
+        if isinstance(tree, Size):
+            return int(tree)
+        if isinstance(tree, tuple | list):
+            items = [self.plain(item) for item in tree]
+            return items if type(tree) is list else tuple(items)
+        if isinstance(tree, dict):
+            return {key: self.plain(value) for key, value in tree.items()}
+        return tree
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of every module."""
@@ -202,7 +225,7 @@ class _Dispatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder, kwargs = self.recorder, kwargs or {}
-        if recorder.device == "meta" and _mixed((args, kwargs)):
+        if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
             args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
         on_meta = recorder.device == "meta"
         out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
@@ -246,25 +269,17 @@ def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
 
 
 def _mixed(tree: Any) -> bool:
-    kinds = {leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)}
-    return len(kinds) == 2
-
-
-def _plain(tree: Any) -> Any:
-    """Sizes as plain ints, and everything that fx cannot hold as its name."""
-    if isinstance(tree, fx.Node) or tree is None:
-        return tree
-    if isinstance(tree, Size):
-        return int(tree)
+    """Whether any tensor of the arguments is not on meta."""
+    if isinstance(tree, Tensor):
+        return not tree.is_meta
     if isinstance(tree, tuple | list):
-        return (
-            type(tree)(map(_plain, tree))
-            if type(tree) in (tuple, list)
-            else tuple(map(_plain, tree))
-        )
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    return tree
+        return any(map(_mixed, tree))
+    return isinstance(tree, dict) and any(map(_mixed, tree.values()))
+
+
+def _meta(tree: Any) -> bool:
+    """Whether any tensor of the arguments is on meta."""
+    return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 def _ints(tree: Any) -> Iterator[int]:

@@ -102,8 +102,10 @@ class Size(int):
     def __eq__(self, other: object) -> bool:
         """Compare as ints; an equality that holds between two sizes is reported."""
         equal = int.__eq__(self, other)  # type: ignore[operator]
-        if equal is True and isinstance(other, Size) and self.observer is not None:
-            self.observer(self, other)
+        if equal is True and isinstance(other, Size):
+            observer = self.observer or other.observer
+            if observer is not None:
+                observer(self, other)
         return equal
 
     def __ne__(self, other: object) -> bool:

@@ -15,8 +15,14 @@ from graphprune.sizes import Attribute, Size
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, tied ones once, by their first name."""
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    seen: set[int] = set()
+    modules = list(model.named_modules())
+    for members in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for name, tensor in vars(module)[members].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield (f"{prefix}.{name}" if prefix else name), tensor
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

@@ -21,6 +21,7 @@ import graphprune
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13)
 MOST = 36
 SIDE = 8
+EPS = 0.1  # norms of dead channels would otherwise blow rounding up by 1 / sqrt(eps) each
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Conv(Step):
         bias = norm == "none"
         self.conv = nn.Conv2d(into, out, kernel, padding=kernel // 2, groups=groups, bias=bias)
         self.norm = {
-            "none": nn.Identity, "batch": lambda: nn.BatchNorm2d(out),
-            "instance": lambda: nn.InstanceNorm2d(out, affine=True),
-            "group": lambda: nn.GroupNorm(2 if out % 2 == 0 else 1, out),
+            "none": nn.Identity, "batch": lambda: nn.BatchNorm2d(out, eps=EPS),
+            "instance": lambda: nn.InstanceNorm2d(out, EPS, affine=True),
+            "group": lambda: nn.GroupNorm(2 if out % 2 == 0 else 1, out, EPS),
         }[norm]()  # fmt: skip
         self.act = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
                     "prelu": nn.PReLU(out), "none": nn.Identity()}[act]  # fmt: skip
@@ -109,7 +110,7 @@ class Concat(Step):
 
     def __init__(self, other: int, channels: int) -> None:
         super().__init__()
-        self.other, self.norm = other, nn.BatchNorm2d(channels)
+        self.other, self.norm = other, nn.BatchNorm2d(channels, eps=EPS)
 
     def forward(self, values: list[Tensor]) -> Tensor:
         return self.norm(torch.cat([values[self.other], values[-1]], dim=1))
@@ -152,7 +153,7 @@ class Shared(Step):
 
     def __init__(self, channels: int, times: int) -> None:
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels)
+        self.conv, self.norm = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels, eps=EPS)
         self.times = times
 
     def forward(self, values: list[Tensor]) -> Tensor:

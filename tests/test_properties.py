@@ -89,7 +89,6 @@ def test_pruning_twice_is_pruning_once(spec, data):
     plans = first.graphprune_plan, again.plan_of(drawn(data, again))
     second = graphprune.rebuild(first, plans[1])
     assert graphprune.verify(first, plans[1], inputs).difference <= 1e-10
-    assert graphprune.verify(model, second, inputs).difference <= 1e-10
     kept = composed(*plans)
     assert {(s.tensor, s.dim): list(s.kept) for s in second.graphprune_plan.slots} == kept
     for name, tensor in state(model).items():
@@ -101,6 +100,7 @@ def test_pruning_twice_is_pruning_once(spec, data):
     if choice is not None:
         event("composed plan is a plan")
         assert_same_state(second, graphprune.rebuild(model, graph.plan_of(choice)))
+        assert graphprune.verify(model, second, inputs).difference <= 1e-10
 
 
 def composed(first, second):

@@ -235,11 +235,12 @@ class Walk:
             for other, _, shape, _ in found:
                 if other not in met and any(shape[dim] > 1 for dim in dims):
                     self.freeze(layer, text or "combined with a tensor of fixed size")
-        chosen: list[tuple[Tensor, frozenset[int]]] = []
-        for _, layer, _, dims in sorted(found, key=lambda item: -len(item[3])):
-            if dims and not any(dims <= taken for _, taken in chosen):
-                chosen.append((layer, dims))
-        return tuple(layer for layer, _ in chosen)
+        chosen: list[tuple[int, Tensor, frozenset[int]]] = []
+        for index, layer, _, dims in sorted(found, key=lambda item: -len(item[3])):
+            tied = any(other != index and dims <= taken for other, _, taken in chosen)
+            if dims and not tied:
+                chosen.append((index, layer, dims))
+        return tuple(layer for _, layer, _ in chosen)
 
     def choose(self, choice: Alternatives) -> None:
         """Leave a decision between several ways to tie until the walk is over."""
