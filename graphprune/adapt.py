@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from graphprune.analysis import Analysis
 from graphprune.rules import Reason
 from graphprune.sizes import (
+    COMPARISONS,
     Attribute,
+    Comparison,
     Expression,
     Extent,
     Literal,
@@ -238,11 +240,8 @@ def changes(
         if not _solve(found, expr, new, extent):
             found.problems.append(Problem(node, old, new, expr))
     for record in graph.records:
-        for left, right in record.equal:
-            a = evaluate(left.expression, found.values, extent)
-            b = evaluate(right.expression, found.values, extent)
-            if a != b and not _solve(found, left.expression, int(b), extent):
-                _solve(found, right.expression, int(a), extent)
+        for comparison in dict.fromkeys(record.comparisons):
+            found.unsure |= not _holds(found, comparison, extent)
     found.values = {
         leaf: new
         for leaf, new in found.values.items()
@@ -263,6 +262,23 @@ def _solve(found: Changes, expr: Expression, want: int, extent: Callable[[Extent
                 return True
             del found.values[leaf]
     return False
+
+
+def _holds(found: Changes, comparison: Comparison, extent: Callable[[Extent], int]) -> bool:
+    """Whether a comparison comes out as before; an equality can be solved for an attribute."""
+
+    def sides() -> tuple[float, float]:
+        left, right = comparison.left, comparison.right
+        return evaluate(left, found.values, extent), evaluate(right, found.values, extent)
+
+    compare = COMPARISONS[comparison.op]
+    left, right = sides()
+    if compare(left, right) == comparison.result:
+        return True
+    if (comparison.op == "eq") == comparison.result:
+        if not _solve(found, comparison.left, int(right), extent):
+            _solve(found, comparison.right, int(left), extent)
+    return compare(*sides()) == comparison.result
 
 
 def _demands(

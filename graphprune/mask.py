@@ -111,12 +111,18 @@ class Masks:
     def __init__(self, analysis: Analysis, plan: Plan) -> None:
         self.analysis = analysis
         self.readers = analysis.walk.readers
-        stays = np.ones(len(analysis.units.frozen), bool)
+        labels = analysis.units.labels
+        self.alive = np.ones(len(labels), bool)
         starts = {(slot.tensor, slot.dim): slot.start for slot in analysis.slots}
         for slot in plan.slots:
             gone = np.setdiff1d(np.arange(slot.size), slot.kept)
-            stays[analysis.units.labels[starts[slot.tensor, slot.dim] + gone]] = False
-        self.alive = stays[analysis.units.labels]
+            self.alive[starts[slot.tensor, slot.dim] + gone] = False
+        fresh = analysis.walk.first_fresh  # constants leave with the last channel they are tied to
+        owned = np.zeros(len(analysis.units.frozen), bool)
+        owned[labels[:fresh]] = True
+        alive = ~owned
+        np.logical_or.at(alive, labels[:fresh], self.alive[:fresh])
+        self.alive[fresh:] = alive[labels[fresh:]]
 
     def of(self, node: fx.Node) -> Tensor | None:
         """A boolean mask that broadcasts to the value of a node; ``None`` when all stays."""

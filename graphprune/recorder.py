@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import shapes
-from graphprune.sizes import Extent, Size
+from graphprune.sizes import Comparison, Extent, Size
 from graphprune.skeleton import named_tensors
 
 _TORCH = str(Path(torch.__file__).parent)
@@ -49,7 +49,7 @@ class Record:
     output_leaves: list[Any] = field(default_factory=list)  # None where a tensor goes
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
-    equal: list[tuple[Size, Size]] = field(default_factory=list)
+    comparisons: list[Comparison] = field(default_factory=list)
 
     @property
     def ops(self) -> list[fx.Node]:
@@ -156,9 +156,9 @@ class Recorder:
         if isinstance(out, Tensor) and id(out) in self.nodes:
             self.record.calls.append((name, self.nodes[id(out)]))
 
-    def observe(self, left: Size, right: Size) -> None:
-        """Two sizes were found equal by the model's own code."""
-        self.record.equal.append((left, right))
+    def observe(self, comparison: Comparison) -> None:
+        """The model's own code compared two sizes."""
+        self.record.comparisons.append(comparison)
 
     def extents(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor, each size knowing where it comes from."""

@@ -63,7 +63,19 @@ class Override:
 
 Settable = Attribute | Literal
 Expression = Settable | Extent | Operation | Override | int | float
-Observer = Callable[["Size", Any], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison of sizes that the model's code made, and how it came out."""
+
+    op: str
+    left: Expression
+    right: Expression
+    result: bool
+
+
+Observer = Callable[[Comparison], None]
 
 _OPS: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
@@ -99,20 +111,6 @@ class Size(int):
 
     __hash__ = int.__hash__
 
-    def __eq__(self, other: object) -> bool:
-        """Compare as ints; an equality that holds between two sizes is reported."""
-        equal = int.__eq__(self, other)  # type: ignore[operator]
-        if equal is True and isinstance(other, Size):
-            observer = self.observer or other.observer
-            if observer is not None:
-                observer(self, other)
-        return equal
-
-    def __ne__(self, other: object) -> bool:
-        """Compare as ints; see ``__eq__``."""
-        equal = self.__eq__(other)
-        return equal if equal is NotImplemented else not equal
-
     def __deepcopy__(self, memo: object) -> Size:
         """Sizes are immutable."""
         return self
@@ -140,6 +138,24 @@ def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
 for _name in ("add", "sub", "mul", "floordiv", "mod"):
     setattr(Size, f"__{_name}__", _binary(_name, reflected=False))
     setattr(Size, f"__r{_name}__", _binary(_name, reflected=True))
+
+
+def _compared(name: str) -> Callable[[Size, Any], Any]:
+    plain = getattr(int, f"__{name}__")
+
+    def method(self: Size, other: Any) -> Any:
+        result = plain(self, other)
+        observer = self.observer or getattr(other, "observer", None)
+        if observer is not None and result is not NotImplemented:
+            observer(Comparison(name, expression(self), expression(other), result))
+        return result
+
+    return method
+
+
+COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
+for _name in COMPARISONS:
+    setattr(Size, f"__{_name}__", _compared(_name))
 
 
 def expression(value: Any) -> Expression:

@@ -382,7 +382,9 @@ def specs(draw: Callable[[Any], Any], most: int = 12) -> Spec:
 
 
 @st.composite
-def kept_channels(draw: Callable[[Any], Any], graph: graphprune.ChannelGraph) -> dict[str, list[int]]:
+def kept_channels(
+    draw: Callable[[Any], Any], graph: graphprune.ChannelGraph
+) -> dict[str, list[int]]:
     """At least one channel of every group, and by group name."""
     kept = {}
     for group in graph.groups:

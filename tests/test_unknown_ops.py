@@ -111,7 +111,8 @@ def test_the_rest_is_pruned_and_verifies(net):
         small = graphprune.rebuild(net, 0.5, X)
         report = graphprune.verify(net, small, X)
     assert report.difference <= 1e-10
-    assert [small.conv1.out_channels, small.conv2.out_channels, small.conv3.out_channels] == [4, 7, 3]
+    widths = [layer.out_channels for layer in (small.conv1, small.conv2, small.conv3)]
+    assert widths == [4, 7, 3]
 
 
 def test_a_request_that_the_op_blocks_warns_with_its_name():

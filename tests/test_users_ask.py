@@ -42,7 +42,9 @@ def parameters(model):
 
 
 @pytest.mark.parametrize(
-    "name", ["c2f_with_reuse", "overlapping_slices", "split_into_literal_sizes", "layer_called_twice"])
+    "name",
+    ["c2f_with_reuse", "overlapping_slices", "split_into_literal_sizes", "layer_called_twice"],
+)
 def test_row_1_chunk_split_slices_and_reuse(name):
     model, small = verified(name)
     assert parameters(small) < 0.6 * parameters(model)
@@ -73,7 +75,8 @@ def test_row_6_reshape_view_flatten(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["channel_shuffle_by_view", "channel_shuffle_layer", "pixel_shuffle", "pixel_unshuffle"])
+    "name", ["channel_shuffle_by_view", "channel_shuffle_layer", "pixel_shuffle", "pixel_unshuffle"]
+)
 def test_row_7_shuffles(name):
     verified(name)
 

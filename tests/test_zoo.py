@@ -31,7 +31,7 @@ def check(entry, ratio, scope, training):
     """Shrink, compare with the masked original, and look at everything that must not change."""
     graph = graph_of(entry)
     if not graph.groups:
-        with pytest.raises(graphprune.errors.InputError, match="no channel .*of this model"):
+        with pytest.raises(graphprune.errors.InputError, match=r"no channel .*of this model"):
             graph.plan(ratio, scope=scope)
         return
     model, inputs, free = entry.build().train(training), entry.inputs(), removable(graph)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from zoo.registry import IMAGE, awkward, conv, sandwich
 
 
@@ -31,7 +32,8 @@ def generator_of_transposed():
 @awkward((2, 3, 9), removable=8)
 def transposed_1d():
     return nn.Sequential(
-        nn.Conv1d(3, 8, 1), nn.ReLU(), nn.ConvTranspose1d(8, 2, 3, stride=2, output_padding=1))
+        nn.Conv1d(3, 8, 1), nn.ReLU(), nn.ConvTranspose1d(8, 2, 3, stride=2, output_padding=1)
+    )
 
 
 @awkward((1, 2, 3, 4, 4), removable=8)
@@ -83,7 +85,8 @@ def depthwise_multiplier_transposed():
 @awkward(IMAGE, removable=5)  # depthwise on the image: its outputs stay
 def depthwise_on_the_image():
     return nn.Sequential(
-        conv(3, 6, groups=3), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 5), nn.ReLU(), conv(5, 2))
+        conv(3, 6, groups=3), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 5), nn.ReLU(), conv(5, 2)
+    )
 
 
 # 8 -> 8 -> 8 in 2 groups each: rows 2 in all, columns 4 + 4 + 4 with whatever ties them.

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from zoo.registry import IMAGE, Apply, awkward, conv, sandwich
 
 
@@ -125,9 +126,9 @@ def efficient_channel_attention():
 
 @awkward(IMAGE, removable=8 + 5)
 def activations():
-    return sandwich(nn.Sequential(
-        nn.Hardswish(), nn.SiLU(), nn.GELU(), nn.Mish(), nn.Softplus(), nn.Hardsigmoid(), nn.ELU(),
-        nn.CELU(), nn.SELU(), nn.Hardtanh(), nn.LeakyReLU(), nn.Softsign(), nn.LogSigmoid()))  # fmt: skip
+    kinds = (nn.Hardswish, nn.SiLU, nn.GELU, nn.Mish, nn.Softplus, nn.Hardsigmoid, nn.ELU, nn.CELU,
+             nn.SELU, nn.Hardtanh, nn.LeakyReLU, nn.Softsign, nn.LogSigmoid)  # fmt: skip
+    return sandwich(nn.Sequential(*(kind() for kind in kinds)))
 
 
 @awkward(IMAGE, removable=8 + 5)

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from zoo.registry import IMAGE, Apply, awkward, conv, sandwich
 
 

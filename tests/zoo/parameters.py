@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
+
 from zoo.registry import IMAGE, awkward, conv, sandwich
 
 
@@ -192,17 +193,21 @@ def frozen_backbone():
 @awkward(lambda: torch.randn(2, 3, 8, 8).half(), removable=8 + 6)
 def half_precision():
     return nn.Sequential(
-        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)).half()
+        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)
+    ).half()
 
 
 @awkward(lambda: torch.randn(2, 3, 8, 8).bfloat16(), removable=8 + 6)
 def bfloat16_parameters():
     return nn.Sequential(
-        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)).bfloat16()
+        conv(3, 8), nn.BatchNorm2d(8), nn.ReLU(), conv(8, 6), nn.ReLU(), conv(6, 2)
+    ).bfloat16()
 
 
 @awkward(
-    lambda: torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last), removable=8 + 4 + 5)
+    lambda: torch.randn(2, 3, 8, 8).contiguous(memory_format=torch.channels_last),
+    removable=8 + 4 + 5,
+)
 def channels_last_memory():
     inner = nn.Sequential(nn.AdaptiveAvgPool2d(2), conv(8, 4, 1), nn.ReLU())
     return sandwich(inner, 8, 4).to(memory_format=torch.channels_last)

@@ -22,7 +22,6 @@ class Entry:
     factory: Callable[[], nn.Module]
     draw: Callable[[], Any]
     removable: int | None
-    trains: bool
 
     def build(self, seed: int = 0) -> nn.Module:
         """The network with random weights and non-trivial norms, in eval mode."""
@@ -38,7 +37,7 @@ class Entry:
 
 
 def awkward(
-    *shapes: tuple[int, ...] | Callable[[], Any], removable: int | None, trains: bool = True
+    *shapes: tuple[int, ...] | Callable[[], Any], removable: int | None
 ) -> Callable[[Any], Any]:
     """Register a network class or function; ``shapes`` of its inputs, or a function of none."""
 
@@ -51,7 +50,7 @@ def awkward(
         name = factory.__name__
         if name in ZOO:
             raise KeyError(f"two networks called {name}")
-        ZOO[name] = Entry(name, factory, draw, removable, trains)
+        ZOO[name] = Entry(name, factory, draw, removable)
         return factory
 
     return register
