@@ -24,7 +24,10 @@ from graphprune.sizes import (
     Expression,
     Extent,
     Literal,
+    Override,
+    Scale,
     Settable,
+    Size,
     evaluate,
     expression,
     extents,
@@ -67,8 +70,8 @@ def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     if isinstance(given, list | tuple):
         new = list(graph.shape(node, alive))[-len(given) :] if given else []
         new = [n if g != -1 else -1 for g, n in zip(given, new)]
-        if match(given, node.meta["ints"]) is None:  # unflatten gives the sizes of one dimension
-            given, new = _part(given, new, node.meta["ints"])
+        if match(given, _ints(node)) is None:  # unflatten gives the sizes of one dimension
+            given, new = _part(given, new, _ints(node))
         yield list(given), new
 
 
@@ -179,8 +182,8 @@ class Problem:
     """A size that could not be changed as a plan needs it."""
 
     node: fx.Node
-    old: int
-    new: int
+    old: float
+    new: float
     expression: Expression
 
     @property
@@ -203,14 +206,19 @@ class Problem:
 class Changes:
     """New values of attributes and literals, and what could not be solved."""
 
-    values: dict[Settable, int] = field(default_factory=dict)
+    values: dict[Settable, float] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     unsure: bool = False  # whether a run must show that the code follows
 
 
+def _ints(node: fx.Node) -> list[int]:
+    """The ints given to the function that called an op."""
+    return [number for number in node.meta["numbers"] if isinstance(number, int)]
+
+
 def sized(node: fx.Node) -> bool:
     """Whether an op may be given a size."""
-    return getattr(node.target, "overloadpacket", None) in _RULES and bool(node.meta.get("ints"))
+    return getattr(node.target, "overloadpacket", None) in _RULES and bool(node.meta.get("numbers"))
 
 
 def changes(
@@ -239,6 +247,14 @@ def changes(
             continue
         if not _solve(found, expr, new, extent):
             found.problems.append(Problem(node, old, new, expr))
+    for node, number in _scalars(graph):
+        expr = expression(number)
+        if evaluate(expr, found.values, extent) == number:
+            continue
+        if isinstance(expr, Override | Literal):
+            found.values[expr.literal if isinstance(expr, Override) else expr] = number
+        else:
+            found.problems.append(Problem(node, number, number, expr))
     for record in graph.records:
         for comparison in dict.fromkeys(record.comparisons):
             found.unsure |= not _holds(found, comparison, extent)
@@ -264,6 +280,18 @@ def _solve(found: Changes, expr: Expression, want: int, extent: Callable[[Extent
     return False
 
 
+def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float]]:
+    """Numbers computed from sizes that meet values, such as ``1 / sqrt(width)``: they stay."""
+    for record in graph.records:
+        for node in record.ops:
+            numbers = node.meta.get("numbers")
+            if numbers and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+                scalars = {arg for arg in node.args if isinstance(arg, int | float)}
+                for number in numbers:
+                    if isinstance(number, Size | Scale) and float(number) in scalars:
+                        yield node, number
+
+
 def _holds(found: Changes, comparison: Comparison, extent: Callable[[Extent], int]) -> bool:
     """Whether a comparison comes out as before; an equality can be solved for an attribute."""
 
@@ -275,9 +303,9 @@ def _holds(found: Changes, comparison: Comparison, extent: Callable[[Extent], in
     left, right = sides()
     if compare(left, right) == comparison.result:
         return True
-    if (comparison.op == "eq") == comparison.result:
-        if not _solve(found, comparison.left, int(right), extent):
-            _solve(found, comparison.right, int(left), extent)
+    equal = (comparison.op == "eq") == comparison.result
+    if equal and not _solve(found, comparison.left, int(right), extent):
+        _solve(found, comparison.right, int(left), extent)
     return compare(*sides()) == comparison.result
 
 
@@ -290,7 +318,7 @@ def _demands(
                 continue
             rule = _RULES[node.target.overloadpacket]  # type: ignore[union-attr]
             for old, new in rule(graph, node, alive):
-                given = match(old, node.meta["ints"])
+                given = match(old, _ints(node))
                 found.unsure |= _unsure(graph, node, given)
                 for size, was, now in zip(given or (), old, new):
                     if was == now == -1 or (size == -1 and was != -1):
@@ -308,7 +336,7 @@ def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool
     """
     if given is None:  # computed inside a function of torch, from its ints or from shapes
         rank = len(node.meta.get("shape", ()))
-        doubtful = [n for n in node.meta["ints"] if abs(n) > rank]
+        doubtful = [n for n in _ints(node) if abs(n) > rank]
     elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
         return not all(isinstance(expression(size), Attribute) for size in given)
     else:

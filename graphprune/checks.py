@@ -42,6 +42,8 @@ def check_model(model: object) -> None:
 def _check_tensor(path: str, tensor: torch.Tensor) -> None:
     if is_lazy(tensor):
         raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
+    if type(tensor).__name__ == "DTensor":
+        raise ModelError(f"{path!r} is sharded over devices: prune the plain model, then shard it")
     if tensor.is_meta:
         raise ModelError(f"{path!r} is on the meta device: load the weights first")
     if tensor.is_quantized:

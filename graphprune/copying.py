@@ -9,11 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.sizes import Size
+from graphprune.sizes import Scale, Size
 
 Memo = dict[int, Any]
 _ATOMS = frozenset(
-    {int, float, bool, str, bytes, complex, type(None), Size, torch.Size, torch.dtype, torch.device}
+    {
+        int,
+        float,
+        bool,
+        str,
+        bytes,
+        complex,
+        type(None),
+        Scale,
+        Size,
+        torch.Size,
+        torch.dtype,
+        torch.device,
+    }
 )
 _HOOKS_OF_COPY = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
 

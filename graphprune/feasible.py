@@ -267,7 +267,7 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Pl
             kept = tuple(np.flatnonzero(keep).tolist())
             slots.append(SlotPlan(slot.tensor, slot.dim, slot.size, kept))
     sizes = [
-        SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, new)
+        SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, int(new))
         for leaf, new in found.values.items()
         if isinstance(leaf, Attribute)
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +37,8 @@ from graphprune.skeleton import named_tensors
 from graphprune.table import render
 from graphprune.trace import record
 
-_NATURAL = ("model output", "reads a model input")
+_HERE = str(Path(__file__).parent) + os.sep
+_NATURAL = ("model output", "reads a model input", "rows of an embedding table")
 
 
 @uncollected
@@ -178,6 +181,7 @@ class ChannelGraph:
             "criterion": criterion if isinstance(criterion, str) else _name(criterion),
             "scope": scope,
             "seed": seed,
+            "exact_only": exact_only,
         }
         tensors = dict(named_tensors(self.model))
         draft = ChannelGraph(self.model, self.call, self.settled.copy())
@@ -303,13 +307,17 @@ class ChannelGraph:
         if ratio * total < 1 or plan.removed >= 0.5 * ratio * total:
             return
         small = [group for group in free if group.size * ratio < 1]
+        whole = [g for g in free if not g.exact and plan.request["exact_only"]]
         text = f"{plan.removed} of {total} channels were removed where {ratio:.0%} was asked for"
         if unusual:
             text += f"; frozen:\n{self._why(unusual)}"
+        if whole:
+            names = shorten([group.layers[0] for group in whole], 6)
+            text += f"\n  left whole by exact_only: {names}"
         if small:
             names = shorten([group.layers[0] for group in small], 6)
             text += f"\n  too small to lose a channel at this ratio: {names}"
-        warnings.warn(text, PruningWarning, stacklevel=4)
+        warnings.warn(text, PruningWarning, stacklevel=_outside())
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -328,6 +336,14 @@ class ChannelGraph:
             f"{sum(group.size for group in self)} removable channels"
         )
         return render(title, ("group", "channels", "kind", "layers", "why"), rows)
+
+
+def _outside() -> int:
+    """The stack level of the first caller outside this package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _name(criterion: Criterion) -> str:

@@ -59,14 +59,14 @@ class SizeChange:
 
 @dataclass(frozen=True)
 class LiteralChange:
-    """An int written in the code of a module's forward: argument ``path`` of its call ``node``."""
+    """A number in the code of a module's forward: argument ``path`` of its call ``node``."""
 
     module: str
     node: str
     path: tuple[int | str, ...]
     training: bool
-    old: int
-    new: int
+    old: float
+    new: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Plan:
     Example:
         >>> import torch, graphprune
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> plan = graphprune.skeleton(net).plan(0.5)
+        >>> plan = graphprune.trace(net).plan(0.5)
         >>> graphprune.Plan.from_json(plan.to_json()) == plan
         True
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import shapes
-from graphprune.sizes import Comparison, Extent, Size
+from graphprune.sizes import Comparison, Extent, Scale, Size
 from graphprune.skeleton import named_tensors
 
-_TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent) + os.sep
+_HERE = str(Path(__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("trace.py"))
 _SHAPES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
@@ -36,8 +37,8 @@ class Record:
     """One recorded forward pass.
 
     Each node has ``meta``: ``shape``, ``dtype``, ``module`` (qualified name of the innermost
-    module running), ``line`` (``file:line`` of the user's code) and ``ints`` (the ints given to
-    the torch function that called it).
+    module running), ``line`` (``file:line`` of the user's code) and ``numbers`` (the ints given to
+    the torch function that called it, and the floats computed from sizes).
     """
 
     training: bool
@@ -74,7 +75,7 @@ class Recorder:
         self.alive: list[Any] = []  # tensors whose id() is a key of ``nodes``
         self.stack: list[str] = []
         self.innermost: str | None = None
-        self.ints: list[int] = []
+        self.numbers: list[float] = []
         self.opaque = False
         self.modes = (_Functions(self), _Dispatch(self))
 
@@ -107,7 +108,7 @@ class Recorder:
         """Append an op that has just run."""
         node = self.record.graph.call_function(target, self.plain(args), self.plain(kwargs))
         node.meta.update(
-            module=self.stack[-1] if self.stack else "", line=user_line(), ints=self.ints
+            module=self.stack[-1] if self.stack else "", line=user_line(), numbers=self.numbers
         )
         if isinstance(out, Tensor):
             self.register(node, out)
@@ -134,6 +135,8 @@ class Recorder:
             return self.node_of(tree)
         if isinstance(tree, Size):
             return int(tree)
+        if isinstance(tree, Scale):
+            return float(tree)
         if isinstance(tree, tuple | list):
             items = [self.plain(item) for item in tree]
             return items if type(tree) is list else tuple(items)
@@ -204,11 +207,11 @@ class _Functions(TorchFunctionMode):
             for size in recorder.extents(args[0]):
                 product = product * size
             return product
-        recorder.ints = list(_ints((args, kwargs)))
+        recorder.numbers = list(_numbers((args, kwargs)))
         try:
             out = func(*args, **kwargs)
         finally:
-            recorder.ints = []
+            recorder.numbers = []
         if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             recorder.call(torch.ops.aten.detach.default, args, {}, out)
         elif func in _LEAKS:
@@ -282,16 +285,16 @@ def _meta(tree: Any) -> bool:
     return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _ints(tree: Any) -> Iterator[int]:
-    if isinstance(tree, int) and not isinstance(tree, bool):
+def _numbers(tree: Any) -> Iterator[float]:
+    if isinstance(tree, Scale) or (isinstance(tree, int) and not isinstance(tree, bool)):
         yield tree
     elif isinstance(tree, tuple | list):
         for item in tree:
-            yield from _ints(item)
+            yield from _numbers(item)
     elif isinstance(tree, dict):
-        yield from _ints(tuple(tree.values()))
+        yield from _numbers(tuple(tree.values()))
     elif isinstance(tree, slice):
-        yield from _ints((tree.start, tree.stop, tree.step))
+        yield from _numbers((tree.start, tree.stop, tree.step))
 
 
 def user_line() -> str | None:

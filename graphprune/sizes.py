@@ -40,7 +40,7 @@ class Literal:
     node: str
     path: tuple[int | str, ...]
     training: bool
-    value: int = field(default=0, compare=False)
+    value: float = field(default=0, compare=False)
     computed: bool = field(default=False, compare=False)  # replaces a computed argument
 
 
@@ -83,6 +83,8 @@ _OPS: dict[str, Callable[[Any, Any], Any]] = {
     "mul": operator.mul,
     "floordiv": operator.floordiv,
     "mod": operator.mod,
+    "truediv": operator.truediv,
+    "pow": operator.pow,
 }
 _INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
     ("add", "left"): lambda want, other: want - other,
@@ -120,24 +122,51 @@ class Size(int):
         return int, (int(self),)
 
 
+class Scale(float):
+    """A float computed from sizes, with the expression that produced it."""
+
+    expression: Expression
+    observer: Observer | None
+
+    def __new__(
+        cls, value: float, expression: Expression, observer: Observer | None = None
+    ) -> Scale:
+        """Make a float that equals ``value`` and remembers ``expression``."""
+        self = super().__new__(cls, value)
+        self.expression = expression
+        self.observer = observer
+        return self
+
+    def __reduce__(self) -> tuple[type, tuple[float]]:
+        """A pickled scale is a plain float."""
+        return float, (float(self),)
+
+
 def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
     op = _OPS[name]
-    plain = getattr(int, f"__r{name}__" if reflected else f"__{name}__")
+    dunder = f"__r{name}__" if reflected else f"__{name}__"
 
-    def method(self: Size, other: Any) -> Any:
+    def method(self: Size | Scale, other: Any) -> Any:
+        plain = getattr(int if isinstance(self, int) else float, dunder)
         value = plain(self, other)
-        if type(value) is not int or isinstance(other, bool):
+        if value is NotImplemented and isinstance(other, float):  # an int meets a float
+            value = getattr(float, dunder)(float(int(self)), other)
+        if type(value) not in (int, float) or isinstance(other, bool):
             return value
         left, right = (other, self) if reflected else (self, other)
-        return Size(value, Operation(name, expression(left), expression(right)), self.observer)
+        formula = Operation(name, expression(left), expression(right))
+        if isinstance(value, int):
+            return Size(value, formula, self.observer)
+        return Scale(value, formula, self.observer)
 
     method.__name__ = op.__name__
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod"):
-    setattr(Size, f"__{_name}__", _binary(_name, reflected=False))
-    setattr(Size, f"__r{_name}__", _binary(_name, reflected=True))
+for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
+    for _kind in (Size, Scale):
+        setattr(_kind, f"__{_name}__", _binary(_name, reflected=False))
+        setattr(_kind, f"__r{_name}__", _binary(_name, reflected=True))
 
 
 def _compared(name: str) -> Callable[[Size, Any], Any]:
@@ -160,11 +189,11 @@ for _name in COMPARISONS:
 
 def expression(value: Any) -> Expression:
     """The expression behind an int."""
-    return value.expression if isinstance(value, Size) else value
+    return value.expression if isinstance(value, Size | Scale) else value
 
 
 def evaluate(
-    expr: Expression, known: Mapping[Settable, int], extent: Callable[[Extent], int]
+    expr: Expression, known: Mapping[Settable, float], extent: Callable[[Extent], int]
 ) -> int | float:
     """The value of an expression.
 
@@ -175,7 +204,7 @@ def evaluate(
     """
     if isinstance(expr, Operation):
         left, right = evaluate(expr.left, known, extent), evaluate(expr.right, known, extent)
-        if not right and expr.op in ("floordiv", "mod"):
+        if not right and expr.op in ("floordiv", "mod", "truediv"):
             return 0
         return _OPS[expr.op](left, right)  # type: ignore[no-any-return]
     if isinstance(expr, Override):
@@ -211,7 +240,7 @@ def solve(
     expr: Expression,
     want: int,
     leaf: Settable,
-    known: Mapping[Settable, int],
+    known: Mapping[Settable, float],
     extent: Callable[[Extent], int],
 ) -> int | None:
     """The value of ``leaf`` that makes ``expr`` equal ``want``, if there is one."""

@@ -7,8 +7,10 @@ its ``forward`` is overridden on the instance.
 
 from __future__ import annotations
 
+import importlib
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import LiteralChange
-from graphprune.sizes import Literal, Override, Size, expression
+from graphprune.sizes import Literal, Override, Scale, Size, expression
 
 
 class _Leaves(fx.Tracer):
@@ -58,7 +60,12 @@ def symbolic(module: nn.Module, training: bool) -> fx.Graph:
     modes = {child: child.training for child in module.modules()}
     module.train(training)
     tracer = _Leaves()
+    kind = type(module)
+    rewritten = vars(module).get("forward")
     try:
+        if isinstance(rewritten, RewrittenForward):  # torch.fx traces the forward of the class
+            forward = rewritten.functions[training]
+            module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
         with _Factories(tracer):
             graph = tracer.trace(module)
     except Exception as error:
@@ -66,13 +73,14 @@ def symbolic(module: nn.Module, training: bool) -> fx.Graph:
             f"the forward of {type(module).__name__} cannot be rewritten: {error}"
         ) from error
     finally:
+        module.__class__ = kind
         for child, mode in modes.items():
             child.training = mode
         module.training = before
     return graph
 
 
-def replaced(value: Any, path: tuple[int | str, ...], new: int) -> Any:
+def replaced(value: Any, path: tuple[int | str, ...], new: float) -> Any:
     """Nested arguments with one int replaced."""
     if not path:
         return new
@@ -88,7 +96,7 @@ def replaced(value: Any, path: tuple[int | str, ...], new: int) -> Any:
     return tuple(items) if isinstance(value, tuple) else items
 
 
-def set_literal(graph: fx.Graph, name: str, path: tuple[int | str, ...], new: int) -> None:
+def set_literal(graph: fx.Graph, name: str, path: tuple[int | str, ...], new: float) -> None:
     """Replace one int in a graph."""
     node = next((node for node in graph.nodes if node.name == name), None)
     if node is None:
@@ -139,8 +147,11 @@ class _Marked(fx.Interpreter):
         return getattr(self, n.op)(n.target, args, kwargs)
 
     def _mark(self, node: fx.Node, path: tuple[int | str, ...], value: Any) -> Any:
+        computed = isinstance(_at(node, path), fx.Node)
+        if isinstance(value, Scale):
+            literal = Literal(self.owner, node.name, path, self.training, float(value), computed)
+            return Scale(value, Override(literal, value.expression) if computed else literal)
         if isinstance(value, int) and not isinstance(value, bool):
-            computed = isinstance(_at(node, path), fx.Node)
             literal = Literal(self.owner, node.name, path, self.training, int(value), computed)
             return Size(value, Override(literal, expression(value)) if computed else literal)
         if isinstance(value, tuple | list) and not isinstance(_at(node, path), fx.Node):
@@ -162,6 +173,56 @@ def _at(node: fx.Node, path: tuple[int | str, ...]) -> Any:
     return value
 
 
+class RewrittenForward:
+    """The forward of one module as code that torch.fx generated, one version per mode.
+
+    It sits in the module's ``__dict__``, where it takes the place of the class's ``forward``;
+    it can be copied and pickled with the module.
+    """
+
+    def __init__(
+        self, module: nn.Module, sources: Mapping[bool, str], names: Mapping[str, Any]
+    ) -> None:
+        self.module, self.sources, self.names = module, dict(sources), dict(names)
+        self._compile()
+
+    def _compile(self) -> None:
+        self.functions: dict[bool, Callable[..., Any]] = {}
+        for training, source in self.sources.items():
+            namespace = dict(self.names)
+            exec(source, namespace)  # what torch.fx wrote from the module's own forward
+            self.functions[training] = namespace["forward"]
+        self.train, self.eval = self.functions[True], self.functions[False]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the version of the module's mode."""
+        if self.module.training:
+            return self.train(self.module, *args, **kwargs)
+        return self.eval(self.module, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = {
+            name: _Imported(value.__name__) if isinstance(value, types.ModuleType) else value
+            for name, value in self.names.items()
+        }
+        return {"module": self.module, "sources": self.sources, "names": names}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.module, self.sources = state["module"], state["sources"]
+        self.names = {
+            name: importlib.import_module(value.name) if isinstance(value, _Imported) else value
+            for name, value in state["names"].items()
+        }
+        self._compile()
+
+
+@dataclass(frozen=True)
+class _Imported:
+    """A Python module by name, which pickle cannot hold itself."""
+
+    name: str
+
+
 def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
     """Override the forward of every module that a plan changes literals in."""
     for owner in dict.fromkeys(change.module for change in changes):
@@ -169,24 +230,12 @@ def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
         mine = [change for change in changes if change.module == owner]
         graphs = {training: symbolic(module, training) for training in (False, True)}
         same = str(graphs[False]) == str(graphs[True])
+        sources, names = {}, {}
         for training, graph in graphs.items():
             for change in mine:
                 if change.training == (training and not same):
                     set_literal(graph, change.node, change.path, change.new)
-        module.forward = types.MethodType(_switch(graphs), module)  # type: ignore[assignment]
-
-
-def _switch(graphs: Mapping[bool, fx.Graph]) -> Callable[..., Any]:
-    functions = {training: _function(graph) for training, graph in graphs.items()}
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return functions[self.training](self, *args, **kwargs)
-
-    return forward
-
-
-def _function(graph: fx.Graph) -> Callable[..., Any]:
-    code = graph.python_code("self")
-    namespace: dict[str, Any] = dict(code.globals)
-    exec(code.src, namespace)  # the code that torch.fx generated from the module's own forward
-    return namespace["forward"]  # type: ignore[no-any-return]
+            code = graph.python_code("self")
+            sources[training] = code.src
+            names.update(code.globals)
+        module.forward = RewrittenForward(module, sources, names)  # type: ignore[assignment]

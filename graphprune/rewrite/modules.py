@@ -53,6 +53,22 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
 
 def refresh(module: nn.Module) -> None:
     """Bring the remembered sizes of one of torch's own layers in line with its parameters."""
+    training = module.training
+    module.training = False
+    parametrizations = getattr(module, "parametrizations", None)
+    inner = list(parametrizations.modules()) if isinstance(parametrizations, nn.Module) else []
+    modes = [(part, part.training) for part in inner]
+    for part in inner:  # reading a weight in train mode may update spectral norms
+        part.training = False
+    try:
+        _refresh(module)
+    finally:
+        module.training = training
+        for part, mode in modes:
+            part.training = mode
+
+
+def _refresh(module: nn.Module) -> None:
     for kinds, sizes in TABLE:
         if isinstance(module, kinds):
             for name, value in sizes(module).items():
