@@ -193,7 +193,7 @@ class ChannelGraph:
                 raise InputError(f"no channel of this model can be removed:\n{draft._why()}")
             kept = select(scores(criterion, groups, tensors, seed), ratio, scope)
             if draft._feasible(kept):
-                plan = draft.plan_of(kept, request)
+                plan = draft.plan_of(kept, request, check=False)
                 draft._warn(plan, ratio, spared)
                 return plan
 
@@ -210,9 +210,18 @@ class ChannelGraph:
         return not found.unsure or follows(self.model, self.call, self.settled, alive)
 
     def plan_of(
-        self, kept: Mapping[str, Iterable[int]], request: Mapping[str, Any] | None = None
+        self,
+        kept: Mapping[str, Iterable[int]],
+        request: Mapping[str, Any] | None = None,
+        *,
+        check: bool = True,
     ) -> Plan:
         """A plan from kept channels by group name; groups not named stay whole.
+
+        Args:
+            kept: indices of channels by the name of their group.
+            request: what the plan says of how it was made.
+            check: run a shrunk copy without weights where the code of the model demands it.
 
         Raises:
             InputError: an unknown or emptied group, channels it does not have, or a size in the
@@ -232,6 +241,11 @@ class ChannelGraph:
         found = changes(self.analysis, alive, self.settled.trusted)
         if found.problems:
             raise InputError(f"these channels cannot leave: {found.problems[0].reason}")
+        if check and found.unsure:
+            settled = self.settled.copy()
+            if not follows(self.model, self.call, settled, alive):
+                reason = settled.analysis.walk.ties.frozen[-1][1]
+                raise InputError(f"these channels cannot leave: {reason}")
         bare = bare_plan(self.analysis, alive, found)
         masked = self.analysis.walk.masked.values()
         return Plan(

@@ -25,6 +25,11 @@ _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("trace.py"))
 _SHAPES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
+_NORMS = {  # their saved statistics are hardly ever read
+    torch.ops.aten.native_batch_norm.default,
+    torch.ops.aten.native_layer_norm.default,
+    torch.ops.aten.native_group_norm.default,
+}
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
@@ -118,7 +123,7 @@ class Recorder:
                 if isinstance(item, Tensor):
                     self.parts[id(item)] = (node, index)
                     self.alive.append(item)
-                    if index == 0 or isinstance(out, list):
+                    if index == 0 or target not in _NORMS:
                         items[index] = self.part(item)
 
     def part(self, tensor: Tensor) -> fx.Node:
