@@ -64,8 +64,8 @@ def rebuild(
         >>> sum(p.numel() for p in small.parameters()) < 0.3 * 11_700_000
         True
     """
-    check_model(model)
     if isinstance(ratio_or_plan, Plan):
+        check_model(model, values=False)
         return shrink(model, ratio_or_plan, inplace=inplace)
     ratio = check_ratio(ratio_or_plan)
     graph = trace(model, example_inputs)

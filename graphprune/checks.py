@@ -9,13 +9,17 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from graphprune.errors import ModelError
-from graphprune.skeleton import named_tensors
+from graphprune.skeleton import named_modules, named_tensors
 
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_model(model: object) -> None:
+def check_model(model: object, *, values: bool = True) -> None:
     """Raise unless the model is an initialised, floating point, plain ``nn.Module``.
+
+    Args:
+        model: what the user passed.
+        values: also look for NaN and infinite values.
 
     Raises:
         ModelError: says what was found and what to pass instead.
@@ -27,7 +31,7 @@ def check_model(model: object) -> None:
         raise ModelError(f"the model is wrapped in {name}: pass model.module, and wrap the result")
     if name == "OptimizedModule":
         raise ModelError("the model is compiled: pass the original module, and compile the result")
-    for path, module in model.named_modules():
+    for path, module in named_modules(model):
         where = f"module {path!r}" if path else "the model"
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(f"{where} is scripted or traced: pass the Python module instead")
@@ -35,6 +39,8 @@ def check_model(model: object) -> None:
             raise ModelError(f"{where} is quantized: prune the float model first, then quantize")
     for path, tensor in named_tensors(model):
         _check_tensor(path, tensor)
+        if values and tensor.is_floating_point() and not _finite(tensor):
+            raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{name} has no parameters: nothing can be pruned")
 
@@ -48,8 +54,6 @@ def _check_tensor(path: str, tensor: torch.Tensor) -> None:
         raise ModelError(f"{path!r} is on the meta device: load the weights first")
     if tensor.is_quantized:
         raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
-    if tensor.is_floating_point() and not _finite(tensor):
-        raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
 
 
 def _finite(tensor: torch.Tensor) -> bool:

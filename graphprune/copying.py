@@ -28,6 +28,7 @@ _ATOMS = frozenset(
         torch.device,
     }
 )
+_DICTIONARIES = frozenset({dict, OrderedDict})
 _HOOKS_OF_COPY = ("__deepcopy__", "__getstate__", "__setstate__", "__reduce__", "__reduce_ex__")
 
 
@@ -67,11 +68,13 @@ def _copy(value: Any, memo: Memo) -> Any:
     kind = type(value)
     if kind in _ATOMS:
         return value
+    if kind in _DICTIONARIES and not value:
+        return kind()
     if id(value) in memo:
         return memo[id(value)]
     if isinstance(value, nn.Module):
         return copy_module(value, memo)
-    if kind in (dict, OrderedDict) and all(type(key) in _ATOMS for key in value):
+    if kind in _DICTIONARIES and all(type(key) in _ATOMS for key in value):
         clone = memo[id(value)] = kind()
         for key, item in value.items():
             clone[key] = _copy(item, memo)

@@ -25,11 +25,13 @@ from graphprune.rewrite.forward import mark_literals, symbolic
 from graphprune.rewrite.shrink import shrink
 from graphprune.rules import Reason
 from graphprune.sizes import Attribute, Literal
-from graphprune.skeleton import skeleton
+from graphprune.skeleton import named_modules, skeleton
 from graphprune.trace import record, run
 
 Trusted = frozenset[tuple[int, int]]
 TRIALS = 2
+# Layers of torch whose train mode acts position by position or on statistics of one channel.
+_NEUTRAL = ("torch.nn.", "torchvision.ops.")
 
 
 @dataclass
@@ -155,8 +157,8 @@ def _depends_on_mode(model: nn.Module, used: Iterable[str]) -> bool:
     """Whether train mode may run other ops: code reads ``training``, or layers were not run."""
     used = set(used)
     classes = set()
-    for name, module in model.named_modules():
-        if name not in used and any(True for _ in module.parameters(recurse=False)):
+    for name, module in named_modules(model):
+        if name not in used and any(p is not None for p in module._parameters.values()):
             return True
         classes.add(type(module))
     return any(_reads_training(cls) for cls in classes)
@@ -164,9 +166,7 @@ def _depends_on_mode(model: nn.Module, used: Iterable[str]) -> bool:
 
 def _reads_training(cls: type) -> bool:
     for base in cls.__mro__:
-        if base.__module__.startswith("torch.nn.") and not base.__module__.startswith(
-            "torch.nn.modules.activation"
-        ):
+        if base.__module__.startswith(_NEUTRAL):
             continue
         for value in vars(base).values():
             function = inspect.unwrap(value) if callable(value) else value

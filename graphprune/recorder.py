@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import shapes
 from graphprune.sizes import Comparison, Extent, Scale, Size
-from graphprune.skeleton import named_tensors
+from graphprune.skeleton import named_modules, named_tensors
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
@@ -73,7 +73,7 @@ class Recorder:
     def __init__(self, model: nn.Module, device: str, training: bool) -> None:
         self.record = Record(training, device)
         self.device = device
-        self.names = {id(module): name for name, module in model.named_modules()}
+        self.names = {id(module): name for name, module in named_modules(model)}
         self.params = {id(tensor): name for name, tensor in named_tensors(model)}
         self.nodes: dict[int, fx.Node] = {}
         self.parts: dict[int, tuple[fx.Node, int]] = {}

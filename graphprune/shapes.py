@@ -32,9 +32,25 @@ def _in_place(x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _binary(x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or args or kwargs:
         return NotImplemented
-    if x.shape != y.shape or x.dtype is not y.dtype or x.stride() != y.stride():
+    if x.dtype is not y.dtype or x.dim() != y.dim():
         return NotImplemented
-    return torch.empty_like(x)
+    if x.shape == y.shape:
+        return torch.empty_like(x) if x.stride() == y.stride() else NotImplemented
+    plain = x.is_contiguous() and all(n in (1, m) for m, n in zip(x.shape, y.shape))
+    return torch.empty_like(x) if plain else NotImplemented
+
+
+def _binary_in_place(x: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+    same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype
+    return x if same and not kwargs else NotImplemented
+
+
+def _mean(x: Tensor, dim: Any, keepdim: bool = False, **kwargs: Any) -> Any:
+    if not dim or kwargs or x.dtype not in _FLOATING or not isinstance(dim, list | tuple):
+        return NotImplemented
+    gone = {d % x.dim() for d in dim}
+    shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]
+    return x.new_empty(shape) if len(gone) == len(dim) else NotImplemented
 
 
 def _batch_norm(
@@ -88,6 +104,9 @@ FUNCTIONS: dict[Any, ShapeFunction] = {
     aten.addmm.default: _addmm,
     aten.add.Tensor: _binary,
     aten.mul.Tensor: _binary,
+    aten.add_.Tensor: _binary_in_place,
+    aten.mul_.Tensor: _binary_in_place,
+    aten.mean.dim: _mean,
     **{
         getattr(aten, name).default: _unary
         for name in ("relu", "hardtanh", "hardswish", "hardsigmoid", "gelu", "leaky_relu", "elu",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +11,32 @@ from torch import Tensor, nn
 from graphprune.copying import copy_module
 from graphprune.sizes import Attribute, Size
 
+_SEQUENCES = frozenset({tuple, list, torch.Size})
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules()`` yields, without its nested generators."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    def visit(module: nn.Module, name: str) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        found.append((name, module))
+        prefix = f"{name}." if name else ""
+        for key, child in module._modules.items():
+            if child is not None:
+                visit(child, prefix + key)
+
+    visit(model, "")
+    return found
+
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, tied ones once, by their first name."""
     seen: set[int] = set()
-    modules = list(model.named_modules())
+    modules = named_modules(model)
     for members in ("_parameters", "_buffers"):
         for prefix, module in modules:
             for name, tensor in vars(module)[members].items():
@@ -40,7 +60,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 def skeleton(model: nn.Module, device: str) -> nn.Module:
     """A copy without weights on ``meta`` (with weights for any other device)."""
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for _, module in named_modules(model):
         members = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in members:
             if not isinstance(tensor, Tensor) or id(tensor) in memo:
@@ -51,23 +71,12 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
                 copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = copied
     clone = copy_module(model, memo)
-    for name, module in clone.named_modules():
-        for key, value in vars(module).items():
-            marked = _mark(value, Attribute(name, key))
-            if marked is not value:
-                vars(module)[key] = marked
+    for name, module in named_modules(clone):
+        state = vars(module)
+        for key, value in state.items():
+            if type(value) is int:
+                state[key] = Size(value, Attribute(name, key, (), value))
+            elif type(value) in _SEQUENCES and value and all(type(i) is int for i in value):
+                marks = [Size(n, Attribute(name, key, (i,), n)) for i, n in enumerate(value)]
+                state[key] = type(value)(marks)
     return clone
-
-
-def _mark(value: Any, leaf: Attribute) -> Any:
-    if type(value) is int:
-        return Size(value, replace(leaf, value=value))
-    if type(value) in (tuple, list, torch.Size) and value:
-        if not all(type(item) is int for item in value):
-            return value
-        marked = [
-            Size(item, Attribute(leaf.module, leaf.name, (index,), item))
-            for index, item in enumerate(value)
-        ]
-        return type(value)(marked)
-    return value

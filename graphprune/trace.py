@@ -58,7 +58,9 @@ def _record(
     device: str,
     prepare: Callable[[nn.Module], None] | None,
 ) -> Record:
-    clone = skeleton(model, device).to(device).train(training)
+    clone = skeleton(model, device).train(training)
+    if device != "meta":
+        clone.to(device)
     if prepare is not None:
         prepare(clone)
     return run(clone, call, device)

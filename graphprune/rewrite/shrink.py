@@ -12,7 +12,7 @@ from graphprune.copying import copy_module
 from graphprune.plan import Plan, SizeChange
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
-from graphprune.skeleton import named_tensors
+from graphprune.skeleton import named_modules, named_tensors
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension
 Selection = tuple[int, Tensor]
@@ -51,7 +51,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         model = copy_module(model, memo)
     for change in plan.sizes:
         _resize(model.get_submodule(change.module), change)
-    for module in model.modules():
+    for _, module in named_modules(model):
         refresh(module)
     rewrite_forward(model, plan.literals)
     model.graphprune_plan = plan if earlier is None else earlier.then(plan)  # type: ignore
