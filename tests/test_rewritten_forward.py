@@ -1,0 +1,105 @@
+"""Models whose forward was rewritten: copied, pickled, exported, shrunk again; scales are kept."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphprune
+from graphprune.rewrite.forward import RewrittenForward
+
+
+class Padded(nn.Module):
+    """A parameter-free shortcut that pads channels by a literal amount."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 16, 3, padding=1), nn.BatchNorm2d(16)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)) + F.pad(x, (0, 0, 0, 0, 4, 4)))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.block, self.head = nn.Conv2d(3, 8, 3), Padded(), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.block(torch.relu(self.stem(x))).mean((2, 3)))
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def pair():
+    torch.manual_seed(0)
+    model = Net().eval()
+    small = graphprune.rebuild(model, 0.5, X)
+    assert isinstance(small.block.forward, RewrittenForward)
+    assert isinstance(small.block, Padded)
+    return model, small
+
+
+def test_a_copy_has_a_forward_of_its_own(pair):
+    _, small = pair
+    clone = copy.deepcopy(small)
+    assert clone.block.forward.module is clone.block
+    assert torch.equal(clone(X), small(X))
+
+
+def test_it_can_be_pickled(pair):
+    _, small = pair
+    file = io.BytesIO()
+    torch.save(small, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert torch.equal(loaded(X), small(X))
+    assert torch.equal(loaded.train()(X), small.train()(X))
+
+
+def test_it_can_be_exported(pair):
+    _, small = pair
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(small, (X,)).module()
+    assert torch.allclose(exported(X), small(X), atol=1e-6)
+
+
+def test_it_can_be_shrunk_again(pair):
+    model, small = pair
+    smaller = graphprune.rebuild(small, 0.5, X)
+    assert smaller.stem.out_channels == 2
+    assert graphprune.verify(model, smaller, X).difference <= 1e-10
+
+
+class Attention(nn.Module):
+    """Self-attention whose scale and sizes are computed from the width of its input."""
+
+    def __init__(self, power: bool):
+        super().__init__()
+        self.inner, self.heads, self.power = nn.Linear(7, 16), 4, power
+        self.qkv, self.out, self.last = nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        x = self.inner(x)
+        b, n, c = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        scale = (c // self.heads) ** -0.5 if self.power else 1 / c
+        weights = (q @ k.transpose(-2, -1) * scale).softmax(-1)
+        return self.last(x + self.out((weights @ v).transpose(1, 2).reshape(b, n, c)))
+
+
+@pytest.mark.parametrize("power", [True, False])
+def test_a_scale_computed_from_a_width_keeps_its_value(power):
+    torch.manual_seed(0)
+    model, x = Attention(power), torch.randn(2, 5, 7)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.qkv.weight.shape == (24, 8)  # two of four heads, half of the stream
+    assert graphprune.verify(model, small, x).difference <= 1e-10
