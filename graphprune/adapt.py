@@ -208,6 +208,7 @@ class Changes:
 
     values: dict[Settable, float] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    origin: dict[Settable, fx.Node] = field(default_factory=dict)
     unsure: bool = False  # whether a run must show that the code follows
 
 
@@ -240,6 +241,8 @@ def changes(
 
     demands.sort(key=lambda demand: not isinstance(demand[3], Attribute | Literal))
     for node, old, new, expr in demands:
+        for leaf in settable(expr):
+            found.origin.setdefault(leaf, node)
         if isinstance(expr, Attribute | Literal) and expr not in found.values:
             found.values[expr] = new
             continue
@@ -257,7 +260,16 @@ def changes(
             found.problems.append(Problem(node, number, number, expr))
     for record in graph.records:
         for comparison in dict.fromkeys(record.comparisons):
-            found.unsure |= not _holds(found, comparison, extent)
+            if _holds(found, comparison, extent):
+                continue
+            places = [leaf.node for leaf in extents(comparison.left)]
+            places += [found.origin[leaf] for leaf in settable(comparison.left)]
+            if comparison.op == "is" and places:
+                value = float(evaluate(comparison.right, {}, extent))
+                found.problems.append(Problem(places[0], value, value, comparison.left))
+            else:
+                found.unsure = True
+    found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
     found.values = {
         leaf: new
         for leaf, new in found.values.items()
@@ -280,12 +292,24 @@ def _solve(found: Changes, expr: Expression, want: int, extent: Callable[[Extent
     return False
 
 
+_FILLING = frozenset({aten.full, aten.new_full, aten.full_like, aten.scalar_tensor, aten.fill_})
+
+
+def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
+    """Whether a squeeze would drop a dimension that shrinks to a single channel."""
+    if getattr(node.target, "overloadpacket", None) is not aten.squeeze:
+        return False
+    source = _args(node)[0]
+    return any(n > 1 == m for n, m in zip(source.meta["shape"], graph.shape(source, alive)))
+
+
 def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float]]:
     """Numbers computed from sizes that meet values, such as ``1 / sqrt(width)``: they stay."""
     for record in graph.records:
         for node in record.ops:
             numbers = node.meta.get("numbers")
-            if numbers and torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            filled = getattr(node.target, "overloadpacket", None) in _FILLING
+            if numbers and (filled or torch.Tag.pointwise in getattr(node.target, "tags", ())):
                 scalars = {arg for arg in node.args if isinstance(arg, int | float)}
                 for number in numbers:
                     if isinstance(number, Size | Scale) and float(number) in scalars:

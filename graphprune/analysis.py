@@ -199,7 +199,7 @@ def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Va
                 weight = id(tensor) in parameters and tensor.dim() > 1
                 slots.append(Slot(name, dim, int(ids[0]), size, weight, id(tensor) in parameters))
                 layers.append(along(ids, dim, tensor.dim()))
-        values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True)
+        values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True, linear=True)
     return tuple(slots), values
 
 

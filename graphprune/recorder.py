@@ -82,6 +82,7 @@ class Recorder:
         self.innermost: str | None = None
         self.numbers: list[float] = []
         self.opaque = False
+        self.recording = True
         self.modes = (_Functions(self), _Dispatch(self))
 
     def placeholder(self, tensor: Tensor) -> None:
@@ -166,7 +167,8 @@ class Recorder:
 
     def observe(self, comparison: Comparison) -> None:
         """The model's own code compared two sizes."""
-        self.record.comparisons.append(comparison)
+        if self.recording:
+            self.record.comparisons.append(comparison)
 
     def extents(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor, each size knowing where it comes from."""
@@ -187,6 +189,7 @@ class Recorder:
         return self
 
     def __exit__(self, *exc: Any) -> None:
+        self.recording = False
         torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
         for mode in reversed(self.modes):
             mode.__exit__(*exc)  # type: ignore[no-untyped-call]

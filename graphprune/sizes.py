@@ -111,7 +111,23 @@ class Size(int):
         self.observer = observer
         return self
 
-    __hash__ = int.__hash__
+    def __float__(self) -> float:
+        """A float of a size is a number that must not change."""
+        if self.observer is not None:
+            self.observer(Comparison("is", self.expression, int(self), True))
+        return int.__float__(self)
+
+    def __bool__(self) -> bool:
+        """Compared with zero."""
+        if self.observer is not None:
+            self.observer(Comparison("ne", self.expression, 0, int.__bool__(self)))
+        return int.__bool__(self)
+
+    def __hash__(self) -> int:
+        """A key that must not change."""
+        if self.observer is not None:
+            self.observer(Comparison("is", self.expression, int(self), True))
+        return int.__hash__(self)
 
     def __deepcopy__(self, memo: object) -> Size:
         """Sizes are immutable."""
@@ -185,6 +201,7 @@ def _compared(name: str) -> Callable[[Size, Any], Any]:
 COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 for _name in COMPARISONS:
     setattr(Size, f"__{_name}__", _compared(_name))
+COMPARISONS["is"] = operator.eq  # a value that left the sizes: nothing may change it
 
 
 def expression(value: Any) -> Expression:

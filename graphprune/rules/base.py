@@ -22,6 +22,16 @@ _RULES: dict[Any, Rule] = {}
 aten = torch.ops.aten
 
 
+# Ops that move or scale values: zeroes stay zeroes.
+_LINEAR = frozenset(
+    getattr(aten, name)
+    for name in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "neg",
+                 "unsqueeze", "squeeze", "slice", "select", "clone", "_to_copy", "detach", "alias",
+                 "split", "split_with_sizes", "unbind", "cat", "stack", "flip", "repeat")
+)  # fmt: skip
+_PRODUCTS = {aten.mul: 2, aten.div: 1}  # how many of the operands may be the zero
+
+
 @dataclass(frozen=True)
 class Reason:
     """Why channels are frozen: the op, the module that ran it and the user's source line."""
@@ -40,13 +50,15 @@ class Reason:
 class Value:
     """A tensor of the recorded graph.
 
-    ``constant`` values are made of parameters alone; ``given`` ones of model inputs alone.
+    ``constant`` values are made of parameters alone; ``given`` ones of model inputs alone. A value
+    is ``linear`` in a parameter when zeroing the parameter zeroes it as well.
     """
 
     shape: Shape
     layers: Layers = ()
     constant: bool = False
     given: bool = False
+    linear: bool = False
 
     @property
     def ndim(self) -> int:
@@ -126,8 +138,11 @@ class Walk:
         self.node = node
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         inputs = list(self._values((node.args, node.kwargs)))
-        constant = all(value.constant for value in inputs)
-        rule = _RULES.get(getattr(node.target, "overloadpacket", node.target))
+        packet = getattr(node.target, "overloadpacket", node.target)
+        constant = bool(inputs) and all(value.constant for value in inputs)
+        linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
+        linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
+        rule = None if _writes_out(node) else _RULES.get(packet)
         if not any(value.layers for value in inputs) and not getattr(rule, "makes", False):
             result: Any = ()
         elif rule is not None:
@@ -138,17 +153,20 @@ class Walk:
             result = self.refuse(inputs)
         given = any(value.given for value in inputs)
         if "shape" in node.meta:
-            self._store(node, result or (), constant, given)
+            self._store(node, result or (), constant, given, linear)
         for index, item in node.meta.get("items", {}).items():
             layers = result[index] if result and index < len(result) else ()
-            self._store(item, layers, constant, given)
+            self._store(item, layers, constant, given, linear)
 
     def _value(self, node: fx.Node) -> Any:
         return self.values[node]
 
-    def _store(self, node: fx.Node, layers: Iterable[Tensor], constant: bool, given: bool) -> None:
+    def _store(
+        self, node: fx.Node, layers: Iterable[Tensor], constant: bool, given: bool, linear: bool
+    ) -> None:
         layers = self.vary(layers)
-        self.values[node] = Value(node.meta["shape"], layers, constant, given and not layers)
+        given = given and not layers
+        self.values[node] = Value(node.meta["shape"], layers, constant, given, linear)
 
     def _values(self, tree: Any) -> Iterable[Value]:
         found: list[Value] = []
@@ -272,6 +290,12 @@ class Walk:
             for dim, size in enumerate(shape)
             if size > 1
         )
+
+
+def _writes_out(node: fx.Node) -> bool:
+    """Whether an op that is not pointwise writes into a tensor given as ``out``."""
+    name = getattr(node.target, "_overloadname", "")
+    return name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore
 
 
 def op_name(target: Any) -> str:

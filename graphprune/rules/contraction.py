@@ -37,7 +37,7 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
                 walk.read(ids)
             for partner in others:
                 walk.tie(ids, partner)
-    if not (left.constant or right.constant):
+    if not (left.linear or right.linear):
         walk.mask(*sides[0], *sides[1])
 
 
@@ -169,6 +169,8 @@ def _grouped(
         walk.read(*short)
     if not (entering and long):
         return [ids.reshape(-1) for ids in leaving]
+    if not weight.linear:
+        walk.mask(*entering)
     rows = [(ids[:, :1], ids) for ids in (*entering, *leaving)]
     rows += [(a[:, :1], b[:, :1]) for a in entering for b in leaving]
     columns = [(ids[:1], ids) for ids in (*entering, *leaving)]

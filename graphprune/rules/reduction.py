@@ -89,8 +89,8 @@ def statistics(walk: Walk, node: fx.Node, x: Value, dim: Any, text: str) -> Laye
     for layer in gone:
         walk.renormalise(layer, text)
     walk.mask(*gone)
-    shape = node.meta.get("shape") or next(iter(node.meta["items"].values())).meta["shape"]
-    return drop(kept, dims, shape)
+    first = node if "shape" in node.meta else next(iter(node.meta["items"].values()))
+    return drop(kept, dims, first.meta["shape"])
 
 
 @register_rule(aten._weight_norm_interface)
@@ -142,6 +142,9 @@ def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> A
 def _spatial(count: int) -> Any:
     def rule(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
         """The last dimensions are pooled or resampled; batch and channel pass."""
+        for other in (*args, *kwargs.values()):  # a sampling grid
+            if isinstance(other, Value):
+                walk.freeze_value(other, walk.reason("positions to sample"))
         kept = walk.settle(x, range(x.ndim - count, x.ndim), "pooled or resampled channels")
         return [kept] * len(node.meta["items"]) if "items" in node.meta else kept
 
