@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,142 +33,9 @@ from graphprune.sizes import (
     settable,
     solve,
 )
+from graphprune.wanted import POSITIONS, WANTED, args_of, ints_of, match
 
 aten = torch.ops.aten
-Want = tuple[list[int], list[int]]  # the sizes an op was given, and those it needs
-Rule = Callable[[Analysis, fx.Node, np.ndarray], Iterator[Want]]
-_RULES: dict[Any, Rule] = {}
-
-
-def _rule(*targets: Any) -> Callable[[Rule], Rule]:
-    def decorate(rule: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(targets, rule))
-        return rule
-
-    return decorate
-
-
-def _args(node: fx.Node) -> Any:
-    """The positional arguments of a node; their types are known from the op."""
-    return node.args
-
-
-@_rule(
-    aten.view,
-    aten._unsafe_view,
-    aten.reshape,
-    aten.expand,
-    aten.new_zeros,
-    aten.new_ones,
-    aten.new_full,
-    aten.new_empty,
-    aten.view_copy,
-)
-def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    given = _args(node)[1] if len(_args(node)) > 1 else node.kwargs.get("size")
-    if isinstance(given, list | tuple):
-        new = list(graph.shape(node, alive))[-len(given) :] if given else []
-        new = [n if g != -1 else -1 for g, n in zip(given, new)]
-        if match(given, _ints(node)) is None:  # unflatten gives the sizes of one dimension
-            given, new = _part(given, new, _ints(node))
-        yield list(given), new
-
-
-def _part(given: Any, new: list[int], ints: Sequence[int]) -> Want:
-    """The part of a shape that ends the ints of a call."""
-    for width in range(len(ints), 1, -1):
-        tail = ints[-width:]
-        for start in range(len(given) - width + 1):
-            if match(given[start : start + width], tail) is not None:
-                return list(given[start : start + width]), new[start : start + width]
-    return list(given), new
-
-
-@_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
-def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    yield list(_args(node)[0]), list(graph.shape(node, alive))
-
-
-@_rule(aten.split, aten.unsafe_split)
-def _split(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    kwargs: Any = node.kwargs
-    dim = _args(node)[2] if len(_args(node)) > 2 else kwargs.get("dim", 0)
-    items = node.meta["items"]
-    new = [graph.shape(item, alive)[dim] for item in items.values()]
-    given = _args(node)[1]
-    yield (list(given), new) if isinstance(given, list | tuple) else ([given], new[:1])
-
-
-_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes)(_split)
-
-
-@_rule(aten.slice)
-def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    given: list[Any] = [*_args(node), *(0, None, None, 1)[len(_args(node)) - 1 :]]
-    x, dim, start, end, step = given
-    if step != 1:
-        return
-    keep = graph.positions(x, dim, alive)
-    size, new_size = len(keep), int(keep.sum())
-    first = 0 if start is None else _clip(start, size)
-    last = size if end is None else _clip(end, size)
-    begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
-    if start:
-        yield [start], [begin if start > 0 else begin - new_size]
-    if end is not None and end < size:
-        yield [end], [stop if end > 0 else stop - new_size]
-        yield [last - first], [stop - begin]
-
-
-def _clip(index: int, size: int) -> int:
-    return max(0, min(size, index + size if index < 0 else index))
-
-
-@_rule(aten.select)
-def _select(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    x, dim, index = _args(node)
-    keep = graph.positions(x, dim, alive)
-    new = int(keep[: index % len(keep)].sum())
-    if new != index % len(keep):
-        yield [index], [new if index >= 0 else new - int(keep.sum())]
-
-
-@_rule(aten.constant_pad_nd)
-def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    pad = list(_args(node)[1])
-    new = list(pad)
-    ndim = len(node.meta["shape"])
-    for i in range(0, len(pad), 2):
-        dim = ndim - 1 - i // 2
-        before, after = pad[i], pad[i + 1]
-        keep, source = (graph.positions(n, dim, alive) for n in (node, _args(node)[0]))
-        new[i] = int(keep[:before].sum() if before > 0 else -source[:-before].sum())
-        end = len(keep) - after
-        new[i + 1] = int(keep[end:].sum() if after > 0 else -source[len(source) + after :].sum())
-    yield pad, new
-
-
-@_rule(aten.convolution)
-def _convolution(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    groups = int(_args(node)[8])
-    if groups > 1:
-        keep = graph.positions(node, 1, alive).reshape(groups, -1)
-        yield [groups], [int(keep.any(1).sum())]
-
-
-@_rule(aten.native_group_norm)
-def _group_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    groups = int(_args(node)[6])
-    if groups > 1:
-        keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
-        yield [groups], [int(keep.any(1).sum())]
-
-
-@_rule(aten.native_layer_norm, aten._fused_rms_norm)
-def _layer_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    given = list(_args(node)[1])
-    yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
-
 
 # Ops of torch's own layers: when a layer gives its own attribute, nothing else depends on it.
 _LAYERS = frozenset(
@@ -179,17 +45,21 @@ _LAYERS = frozenset(
 
 @dataclass(frozen=True)
 class Problem:
-    """A size that could not be changed as a plan needs it."""
+    """A size that could not be changed as a plan needs it.
+
+    A ``position`` (the index of a channel) must be right: no run shows whether it is.
+    """
 
     node: fx.Node
     old: float
     new: float
     expression: Expression
+    position: bool = False
 
     @property
     def literal(self) -> bool:
         """Whether the size was a plain int: a literal, or computed where we could not follow."""
-        return isinstance(self.expression, int)
+        return isinstance(self.expression, int) and not self.position
 
     @property
     def owner(self) -> str:
@@ -212,14 +82,9 @@ class Changes:
     unsure: bool = False  # whether a run must show that the code follows
 
 
-def _ints(node: fx.Node) -> list[int]:
-    """The ints given to the function that called an op."""
-    return [number for number in node.meta["numbers"] if isinstance(number, int)]
-
-
 def sized(node: fx.Node) -> bool:
     """Whether an op may be given a size."""
-    return getattr(node.target, "overloadpacket", None) in _RULES and bool(node.meta.get("numbers"))
+    return getattr(node.target, "overloadpacket", None) in WANTED and bool(node.meta.get("numbers"))
 
 
 def changes(
@@ -248,27 +113,11 @@ def changes(
             continue
         if evaluate(expr, found.values, extent) == new:
             continue
-        if not _solve(found, expr, new, extent):
-            found.problems.append(Problem(node, old, new, expr))
-    for node, number in _scalars(graph):
-        expr = expression(number)
-        if evaluate(expr, found.values, extent) == number:
-            continue
-        if isinstance(expr, Override | Literal):
-            found.values[expr.literal if isinstance(expr, Override) else expr] = number
-        else:
-            found.problems.append(Problem(node, number, number, expr))
-    for record in graph.records:
-        for comparison in dict.fromkeys(record.comparisons):
-            if _holds(found, comparison, extent):
-                continue
-            places = [leaf.node for leaf in extents(comparison.left)]
-            places += [found.origin[leaf] for leaf in settable(comparison.left)]
-            if comparison.op == "is" and places:
-                value = float(evaluate(comparison.right, {}, extent))
-                found.problems.append(Problem(places[0], value, value, comparison.left))
-            else:
-                found.unsure = True
+        if not _solve(graph, found, expr, new, extent):
+            position = node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
+            found.problems.append(Problem(node, old, new, expr, position))
+    _check_numbers(graph, found, extent)
+    _check_comparisons(graph, found, extent)
     found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
     found.values = {
         leaf: new
@@ -278,10 +127,48 @@ def changes(
     return found
 
 
-def _solve(found: Changes, expr: Expression, want: int, extent: Callable[[Extent], int]) -> bool:
+def _check_numbers(graph: Analysis, found: Changes, extent: Callable[[Extent], int]) -> None:
+    """Numbers computed from sizes keep their value."""
+    for node, number in _scalars(graph):
+        expr = expression(number)
+        if evaluate(expr, found.values, extent) == number:
+            continue
+        if isinstance(expr, Override | Literal) and _carried(graph, expr):
+            found.values[expr.literal if isinstance(expr, Override) else expr] = number
+        else:
+            found.problems.append(Problem(node, number, number, expr))
+
+
+def _check_comparisons(graph: Analysis, found: Changes, extent: Callable[[Extent], int]) -> None:
+    """Comparisons of sizes come out as before, or a run must show that it does not matter."""
+    for record in graph.records:
+        for comparison in dict.fromkeys(record.comparisons):
+            if _holds(graph, found, comparison, extent):
+                continue
+            places = [leaf.node for leaf in extents(comparison.left)]
+            places += [found.origin[leaf] for leaf in settable(comparison.left)]
+            if comparison.op == "is" and places:  # its value has left the sizes
+                value = float(evaluate(comparison.right, {}, extent))
+                found.problems.append(Problem(places[0], value, value, comparison.left))
+            else:
+                found.unsure = True
+
+
+def _carried(graph: Analysis, expr: Expression) -> bool:
+    """Whether an expression depends on channels only: a literal would fix a batch size."""
+    return all(
+        any(layer.shape[leaf.dim] > 1 for layer in graph.values[leaf.node].layers)
+        for leaf in extents(expr)
+    )
+
+
+def _solve(
+    graph: Analysis, found: Changes, expr: Expression, want: int, extent: Callable[[Extent], int]
+) -> bool:
     """Give one attribute or literal of an expression the value that makes it right."""
     for leaf in settable(expr):
-        if leaf in found.values:
+        fixes = isinstance(expr, Override) and not _carried(graph, expr)
+        if leaf in found.values or fixes:
             continue
         value = solve(expr, want, leaf, found.values, extent)
         if value is not None:
@@ -299,7 +186,7 @@ def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
     """Whether a squeeze would drop a dimension that shrinks to a single channel."""
     if getattr(node.target, "overloadpacket", None) is not aten.squeeze:
         return False
-    source = _args(node)[0]
+    source = args_of(node)[0]
     return any(n > 1 == m for n, m in zip(source.meta["shape"], graph.shape(source, alive)))
 
 
@@ -316,7 +203,9 @@ def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float]]:
                         yield node, number
 
 
-def _holds(found: Changes, comparison: Comparison, extent: Callable[[Extent], int]) -> bool:
+def _holds(
+    graph: Analysis, found: Changes, comparison: Comparison, extent: Callable[[Extent], int]
+) -> bool:
     """Whether a comparison comes out as before; an equality can be solved for an attribute."""
 
     def sides() -> tuple[float, float]:
@@ -328,8 +217,8 @@ def _holds(found: Changes, comparison: Comparison, extent: Callable[[Extent], in
     if compare(left, right) == comparison.result:
         return True
     equal = (comparison.op == "eq") == comparison.result
-    if equal and not _solve(found, comparison.left, int(right), extent):
-        _solve(found, comparison.right, int(left), extent)
+    if equal and not _solve(graph, found, comparison.left, int(right), extent):
+        _solve(graph, found, comparison.right, int(left), extent)
     return compare(*sides()) == comparison.result
 
 
@@ -340,15 +229,19 @@ def _demands(
         for position, node in enumerate(record.ops):
             if not sized(node):
                 continue
-            rule = _RULES[node.target.overloadpacket]  # type: ignore[union-attr]
+            packet = node.target.overloadpacket  # type: ignore[union-attr]
+            rule = WANTED[packet]
             for old, new in rule(graph, node, alive):
-                given = match(old, _ints(node))
+                given = match(old, ints_of(node))
+                if given is None and packet in POSITIONS and old != new:
+                    yield node, old[0], new[0], old[0]
                 found.unsure |= _unsure(graph, node, given)
                 for size, was, now in zip(given or (), old, new):
                     if was == now == -1 or (size == -1 and was != -1):
                         continue  # inferred by the op
                     expr = expression(size)
-                    if isinstance(expr, int) and (now == was or (number, position) in trusted):
+                    seen = (number, position) in trusted and packet not in POSITIONS
+                    if isinstance(expr, int) and (now == was or seen):
                         continue
                     yield node, was, now, expr
 
@@ -360,7 +253,7 @@ def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool
     """
     if given is None:  # computed inside a function of torch, from its ints or from shapes
         rank = len(node.meta.get("shape", ()))
-        doubtful = [n for n in _ints(node) if abs(n) > rank]
+        doubtful = [n for n in ints_of(node) if abs(n) > rank]
     elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
         return not all(isinstance(expression(size), Attribute) for size in given)
     else:
@@ -373,16 +266,6 @@ def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool
 def _follows(expr: Expression) -> bool:
     """Whether an expression is made of sizes of tensors."""
     return bool(extents(expr)) and not settable(expr)
-
-
-def match(pattern: Sequence[int], ints: Sequence[int]) -> list[int] | None:
-    """Find the sizes an op was given among the ints of the torch function that called it."""
-    width = len(pattern)
-    for start in range(len(ints) - width + 1):
-        part = list(ints[start : start + width])
-        if all(int(a) == int(b) or int(a) == -1 for a, b in zip(part, pattern)):
-            return part
-    return None
 
 
 def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:

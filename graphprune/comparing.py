@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.copying import copy_module
-from graphprune.errors import GraphPruneError, TraceError, VerificationError
+from graphprune.errors import GraphPruneError, ModelError, TraceError, VerificationError
 from graphprune.inputs import Call
 from graphprune.mask import MaskedForward, mask
 from graphprune.plan import Plan
@@ -65,17 +65,21 @@ class Session:
                 ran = True
                 yield name, inputs
         if not ran:
-            inputs = self.random(call, lambda t, c: tuple(t.shape))
+            inputs = self.random(call, lambda t, c: tuple(t.shape), unchanged=True)
             assert inputs is not None
             yield "example inputs", inputs
 
     def random(
-        self, call: Call, shape: Callable[[Tensor, Call], tuple[int, ...] | None]
+        self,
+        call: Call,
+        shape: Callable[[Tensor, Call], tuple[int, ...] | None],
+        unchanged: bool = False,
     ) -> Call | None:
         """Inputs of changed shapes: floats are drawn, other values are repeated."""
         generator = torch.Generator().manual_seed(self.seed)
         shapes = [shape(tensor, call) for tensor in call.tensors()]
-        if all(new == tuple(t.shape) for new, t in zip(shapes, call.tensors())):
+        same = all(new == tuple(t.shape) for new, t in zip(shapes, call.tensors()))
+        if same and not unchanged:
             return None
         wanted = iter(shapes)
 
@@ -121,7 +125,11 @@ class Session:
     def outputs(self, name: str, call: Call, training: bool) -> Check:
         """Compare outputs without gradients."""
         with torch.no_grad():
-            wanted = self._run(self.masked, call, training)
+            try:
+                wanted = self._run(self.masked, call, training)
+            except Exception as error:
+                text = f"the original does not run on {call} in {self.dtype} ({error})"
+                raise ModelError(f"{text}: pass another dtype=, or example_inputs=") from error
             try:
                 found = self._run(self.small, call, training)
             except Exception as error:

@@ -92,7 +92,7 @@ class MaskedForward:
         values = _evaluate(self.module, rec, masks, call)
         outputs = [values[node] for node in rec.outputs]
         iterator = iter(outputs)
-        leaves = [next(iterator) if leaf is None else leaf for leaf in rec.output_leaves]
+        leaves = [next(iterator) if leaf is Tensor else leaf for leaf in rec.output_leaves]
         return pytree.tree_unflatten(leaves, rec.output_spec), values
 
     def prepared(self, call: Call) -> tuple[Record, Masks]:

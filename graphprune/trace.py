@@ -89,7 +89,7 @@ def run(clone: nn.Module, call: Call, device: str) -> Record:
     result = recorder.record
     leaves, result.output_spec = pytree.tree_flatten(_fields(out))
     for leaf in leaves:
-        result.output_leaves.append(None if isinstance(leaf, Tensor) else leaf)
+        result.output_leaves.append(Tensor if isinstance(leaf, Tensor) else leaf)
         if isinstance(leaf, Tensor):
             result.outputs.append(recorder.node_of(leaf))
     result.graph.output(tuple(result.outputs))

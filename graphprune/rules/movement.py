@@ -288,6 +288,9 @@ def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) ->
 @register_rule(aten.index)
 def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
+    sources: Any = [source for source in node.args[1] if source is not None]  # type: ignore
+    if any(source.meta["dtype"] == torch.bool for source in sources):
+        return walk.refuse([x, *(item for item in indices if item is not None)])
     picked = {dim for dim, item in enumerate(indices) if item is not None}
     layers = walk.settle(x, picked, "channels picked by index")
     moved = []

@@ -46,7 +46,9 @@ def batch_norm(
     passing = []
     for layer in x.layers:
         over = others & varying(layer)
-        if over and args and args[0] is True:  # statistics of the batch
+        if over and mean is not None:  # running statistics of other dimensions than the channels
+            walk.freeze(layer, "channels where BatchNorm takes its statistics")
+        elif over and args and args[0] is True:  # statistics of the batch
             if varying(layer) - others:
                 layer = walk.collapse(layer, over)
             else:

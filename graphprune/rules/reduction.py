@@ -73,6 +73,8 @@ def vector_norm(
     walk: Walk, node: fx.Node, x: Value, ord: float = 2, dim: Any = None, *args: Any, **kwargs: Any
 ) -> Layers:
     """A norm over channels sums over the kept ones."""
+    if not 0 < ord < float("inf"):
+        return extremum(walk, node, x, dim)
     return statistics(walk, node, x, dim, "norm over channels")
 
 

@@ -1,0 +1,168 @@
+"""Which sizes and positions each op needs after pruning: one rule per op that is given any."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphprune.analysis import Analysis
+
+aten = torch.ops.aten
+Want = tuple[list[int], list[int]]  # the sizes an op was given, and those it needs
+Rule = Callable[[Analysis, fx.Node, np.ndarray], Iterator[Want]]
+WANTED: dict[Any, Rule] = {}
+
+
+# Ops given the places of channels: a wrong place has the right shape.
+POSITIONS = frozenset({aten.slice, aten.select, aten.constant_pad_nd})
+
+
+def _rule(*targets: Any) -> Callable[[Rule], Rule]:
+    def decorate(rule: Rule) -> Rule:
+        WANTED.update(dict.fromkeys(targets, rule))
+        return rule
+
+    return decorate
+
+
+def args_of(node: fx.Node) -> Any:
+    """The positional arguments of a node; their types are known from the op."""
+    return node.args
+
+
+@_rule(
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    aten.expand,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+    aten.new_empty,
+    aten.view_copy,
+)
+def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    given = args_of(node)[1] if len(args_of(node)) > 1 else node.kwargs.get("size")
+    if isinstance(given, list | tuple):
+        new = list(graph.shape(node, alive))[-len(given) :] if given else []
+        new = [n if g != -1 else -1 for g, n in zip(given, new)]
+        if match(given, ints_of(node)) is None:  # unflatten gives the sizes of one dimension
+            given, new = _part(given, new, ints_of(node))
+        yield list(given), new
+
+
+def _part(given: Any, new: list[int], ints: Sequence[int]) -> Want:
+    """The part of a shape that ends the ints of a call."""
+    for width in range(len(ints), 1, -1):
+        tail = ints[-width:]
+        for start in range(len(given) - width + 1):
+            if match(given[start : start + width], tail) is not None:
+                return list(given[start : start + width]), new[start : start + width]
+    return list(given), new
+
+
+@_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
+def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    yield list(args_of(node)[0]), list(graph.shape(node, alive))
+
+
+@_rule(aten.split, aten.unsafe_split)
+def _split(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    kwargs: Any = node.kwargs
+    dim = args_of(node)[2] if len(args_of(node)) > 2 else kwargs.get("dim", 0)
+    items = node.meta["items"]
+    new = [graph.shape(item, alive)[dim] for item in items.values()]
+    given = args_of(node)[1]
+    yield (list(given), new) if isinstance(given, list | tuple) else ([given], new[:1])
+
+
+_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes)(_split)
+
+
+@_rule(aten.slice)
+def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    given: list[Any] = [*args_of(node), *(0, None, None, 1)[len(args_of(node)) - 1 :]]
+    x, dim, start, end, step = given
+    if step != 1:
+        return
+    keep = graph.positions(x, dim, alive)
+    size, new_size = len(keep), int(keep.sum())
+    first = 0 if start is None else _clip(start, size)
+    last = size if end is None else _clip(end, size)
+    begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
+    if start:
+        yield [start], [begin if start > 0 else begin - new_size]
+    if end is not None and end < size:
+        length = [last - first], [stop - begin]  # what narrow is given
+        ints = ints_of(node)
+        by_length = match([end], ints) is None and match(length[0], ints) is not None
+        yield length if by_length else ([end], [stop if end > 0 else stop - new_size])
+
+
+def _clip(index: int, size: int) -> int:
+    return max(0, min(size, index + size if index < 0 else index))
+
+
+@_rule(aten.select)
+def _select(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    x, dim, index = args_of(node)
+    keep = graph.positions(x, dim, alive)
+    new = int(keep[: index % len(keep)].sum())
+    if new != index % len(keep):
+        yield [index], [new if index >= 0 else new - int(keep.sum())]
+
+
+@_rule(aten.constant_pad_nd)
+def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    pad = list(args_of(node)[1])
+    new = list(pad)
+    ndim = len(node.meta["shape"])
+    for i in range(0, len(pad), 2):
+        dim = ndim - 1 - i // 2
+        before, after = pad[i], pad[i + 1]
+        keep, source = (graph.positions(n, dim, alive) for n in (node, args_of(node)[0]))
+        new[i] = int(keep[:before].sum() if before > 0 else -source[:-before].sum())
+        end = len(keep) - after
+        new[i + 1] = int(keep[end:].sum() if after > 0 else -source[len(source) + after :].sum())
+    yield pad, new
+
+
+@_rule(aten.convolution)
+def _convolution(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    groups = int(args_of(node)[8])
+    if groups > 1:
+        keep = graph.positions(node, 1, alive).reshape(groups, -1)
+        yield [groups], [int(keep.any(1).sum())]
+
+
+@_rule(aten.native_group_norm)
+def _group_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    groups = int(args_of(node)[6])
+    if groups > 1:
+        keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
+        yield [groups], [int(keep.any(1).sum())]
+
+
+@_rule(aten.native_layer_norm, aten._fused_rms_norm)
+def _layer_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
+    given = list(args_of(node)[1])
+    yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
+
+
+def ints_of(node: fx.Node) -> list[int]:
+    """The ints given to the function that called an op."""
+    return [number for number in node.meta["numbers"] if isinstance(number, int)]
+
+
+def match(pattern: Sequence[int], ints: Sequence[int]) -> list[int] | None:
+    """Find the sizes an op was given among the ints of the torch function that called it."""
+    width = len(pattern)
+    for start in range(len(ints) - width + 1):
+        part = list(ints[start : start + width])
+        if all(int(a) == int(b) or int(a) == -1 for a, b in zip(part, pattern)):
+            return part
+    return None
