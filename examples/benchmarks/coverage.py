@@ -28,10 +28,8 @@ from torch.utils._pytree import tree_leaves
 
 import graphprune
 
-HUGE = 250_000_000  # parameters: above, only outputs are compared
 
-
-def run(case: Case, ratio: float, scope: str) -> dict[str, Any]:
+def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, Any]:
     """Shrink and verify one model; stops at the first stage that fails."""
     torch.set_num_threads(1)
     row: dict[str, Any] = {"seconds": {}}
@@ -67,7 +65,7 @@ def run(case: Case, ratio: float, scope: str) -> dict[str, Any]:
         row["params"] = [plan.before.params, plan.after.params]
         row["macs"] = [plan.before.macs, plan.after.macs]
     if small is not None:
-        huge = plan.before.params > HUGE
+        huge = plan.before.params > full_below
         full = stage("verify64", lambda: (outputs if huge else everything)(model, small, x))
         single = stage("verify32", lambda: outputs(model, small, x, torch.float32))
         row["verify64"], row["checks"] = full or (None, [])
@@ -109,10 +107,10 @@ def outputs(
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one model, with the peer's result beside it."""
-    row = isolated(run, case, options.ratio, options.scope, timeout=options.timeout)
+    arguments = (case, options.ratio, options.scope)
+    row = isolated(run, *arguments, options.full_below, timeout=options.timeout)
     other: dict[str, Any] = {}
     if not options.no_peer:
-        arguments = (case, options.ratio, options.scope)
         other = isolated(peer.outcome, *arguments, timeout=options.timeout)
         if other.pop("status") != "ok":
             other = {"peer": other["reason"]}
@@ -147,6 +145,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--scope", choices=("local", "global"), default="local")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per model")
+    text = "parameters above which outputs in eval mode alone are compared"
+    parser.add_argument("--full-below", type=float, default=250e6, help=text)
     parser.add_argument("--no-peer", action="store_true", help="leave Torch-Pruning out")
     parser.add_argument("--redo", choices=("failed", "all"), help="run cached models again")
     parser.add_argument("--cached", action="store_true", help="only show what is cached")

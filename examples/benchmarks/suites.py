@@ -112,7 +112,7 @@ def _video(name: str) -> Case:
         "video",
         lambda: torchvision.models.get_model(name, weights=None),
         (1, 3, 14, 224, 224) if name == "s3d" else (1, 3, 8, 64, 64),
-        (1, 3, 16, 112, 112),
+        (1, 3, 16, 224, 224) if name == "s3d" else (1, 3, 16, 112, 112),
         400,
     )
 
