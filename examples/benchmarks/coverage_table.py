@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -146,19 +147,22 @@ def _large(rows: Sequence[Row]) -> str:
                 f" {100 * row['head']:.0f} % of its parameters are in the output layer, which "
                 "loses inputs but no outputs."
             )
-        lines.append(f"{text} Frozen: {'; '.join(row['frozen'])}.")
+        frozen = (re.sub(r"\(/.*/", "(", reason) for reason in row["frozen"])
+        lines.append(f"{text} Frozen: {'; '.join(frozen)}.")
     return "\n".join(lines)
 
 
 def _fewer(rows: Sequence[Row]) -> str:
     """Which models were verified by less than all checks."""
-    lines = []
+    lines, outputs = [], []
     for row in rows:
         checks = row.get("checks") or ["output, another resolution, train"]
         if checks == ["output"]:
-            lines.append(f"- {row['name']}: outputs in eval mode only, for its size")
+            outputs.append(row["name"])
         elif not any("resolution" in check for check in checks):
             lines.append(f"- {row['name']}: no other resolution")
+    if outputs:
+        lines.append(f"- outputs in eval mode only, for their size: {', '.join(outputs)}")
     return "\n".join(["Verified by fewer checks:\n", *lines]) if lines else ""
 
 
