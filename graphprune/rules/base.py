@@ -120,7 +120,7 @@ class Walk:
         """Whether the ids of a layer belong to no parameter."""
         return bool((layer >= self.first_fresh).all())
 
-    def run(self, graph: fx.Graph, keep_outputs: bool = True) -> None:
+    def run(self, graph: fx.Graph) -> None:
         """Walk a recorded graph."""
         for node in graph.nodes:
             if node.op == "placeholder":
