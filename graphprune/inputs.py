@@ -68,10 +68,6 @@ class Call:
         """All tensors of the call, in order."""
         return [t for t in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
 
-    def to_dtype(self, dtype: torch.dtype) -> Call:
-        """Floating point tensors cast to ``dtype``."""
-        return self.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-
     def repeated(self, times: int) -> Call:
         """The same inputs with the batch dimension repeated."""
         return self.map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t)
