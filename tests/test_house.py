@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import graphprune
-from graphprune import wanted, errors
+from graphprune import errors, wanted
 from graphprune.criteria import criteria, register_criterion
 from graphprune.rules import base, register_rule
 
