@@ -276,8 +276,11 @@ class _NoDropout(TorchFunctionMode):
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention and kwargs.get("dropout_p"):
-            kwargs = {**kwargs, "dropout_p": 0.0}
+        if func is F.scaled_dot_product_attention:
+            if len(args) > 4:
+                args = (*args[:4], 0.0, *args[5:])
+            else:
+                kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
 
 
@@ -306,6 +309,8 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for module in clone.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
+        elif isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            module.dropout = 0.0
     return clone
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.attention import replace_attention
 from graphprune.copying import copy_module
 from graphprune.sizes import Attribute, Size
 
@@ -58,7 +59,7 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def skeleton(model: nn.Module, device: str) -> nn.Module:
-    """A copy without weights on ``meta`` (with weights for any other device)."""
+    """A copy without weights on ``meta`` (with weights for any other device), ready to record."""
     memo: dict[int, Any] = {}
     for _, module in named_modules(model):
         members = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
@@ -72,6 +73,7 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
             memo[id(tensor)] = copied
     clone = copy_module(model, memo)
     for name, module in named_modules(clone):
+        replace_attention(module)
         state = vars(module)
         for key, value in state.items():
             if type(value) is int:

@@ -33,6 +33,13 @@ def _affine(name: str) -> Refresh:
     return refresh
 
 
+def _attention(layer: Any) -> dict[str, Any]:
+    packed = layer.in_proj_weight
+    weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+    inputs = [w.shape[1] for w in ((packed,) * 3 if packed is not None else weights)]
+    return dict(zip(("embed_dim", "kdim", "vdim"), inputs))
+
+
 TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (_ConvNd, _convolution),
     (nn.Linear, lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}),
@@ -43,6 +50,7 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (_NormBase, _norm),
     (nn.GroupNorm, _affine("num_channels")),
     ((nn.LayerNorm, nn.RMSNorm), _affine("normalized_shape")),
+    (nn.MultiheadAttention, _attention),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.numel()}),
     (
         (nn.Embedding, nn.EmbeddingBag),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.attention import replace_attention
 from graphprune.copying import copy_module
 from graphprune.plan import Plan, SizeChange
 from graphprune.rewrite.forward import rewrite_forward
@@ -49,6 +50,8 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
                 small = _as_parameter(small, tensor)
             memo[id(tensor)] = small
         model = copy_module(model, memo)
+    for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
+        replace_attention(model.get_submodule(owner))
     for change in plan.sizes:
         _resize(model.get_submodule(change.module), change)
     for _, module in named_modules(model):

@@ -111,6 +111,7 @@ class Walk:
     renormalising: list[tuple[Tensor, Reason]] = field(default_factory=list)
     masked: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     readers: set[fx.Node] = field(default_factory=set)
+    unused: set[fx.Node] = field(default_factory=set)
     node: fx.Node | None = None
 
     def __post_init__(self) -> None:
@@ -122,6 +123,7 @@ class Walk:
 
     def run(self, graph: fx.Graph) -> None:
         """Walk a recorded graph."""
+        self.unused |= _unused(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = Value(node.meta["shape"], given=True)
@@ -274,8 +276,9 @@ class Walk:
         self.readers.add(self.node)
 
     def renormalise(self, ids: Tensor, text: str) -> None:
-        """Removing these ids changes statistics."""
-        self.renormalising.append((ids.reshape(-1), self.reason(text)))
+        """Removing these ids changes statistics (which matters when someone reads these)."""
+        if self.node not in self.unused:
+            self.renormalising.append((ids.reshape(-1), self.reason(text)))
 
     def mask(self, *layers: Tensor) -> None:
         """Zeroed parameters do not zero these ids in what the current node reads."""
@@ -290,6 +293,17 @@ class Walk:
             for dim, size in enumerate(shape)
             if size > 1
         )
+
+
+def _unused(graph: fx.Graph) -> set[fx.Node]:
+    """Ops whose results nothing reads in the end."""
+    unused: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        changes = node.target is not operator.getitem and (schema is None or schema.is_mutable)
+        if node.op == "call_function" and not changes and all(u in unused for u in node.users):
+            unused.add(node)
+    return unused
 
 
 def _writes_out(node: fx.Node) -> bool:
