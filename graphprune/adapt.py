@@ -114,8 +114,11 @@ def changes(
         if evaluate(expr, found.values, extent) == new:
             continue
         if not _solve(graph, found, expr, new, extent):
-            position = node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
-            found.problems.append(Problem(node, old, new, expr, position))
+            found.problems.append(_problem(node, old, new, expr))
+    unsolved = {problem.node for problem in found.problems}
+    for node, old, new, expr in demands:  # what was solved later may have changed it
+        if settable(expr) and evaluate(expr, found.values, extent) != new and node not in unsolved:
+            found.problems.append(_problem(node, old, new, expr))
     _check_numbers(graph, found, extent)
     _check_comparisons(graph, found, extent)
     found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
@@ -125,6 +128,11 @@ def changes(
         if new != leaf.value or (isinstance(leaf, Literal) and leaf.computed)
     }
     return found
+
+
+def _problem(node: fx.Node, old: int, new: int, expr: Expression) -> Problem:
+    position = node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
+    return Problem(node, old, new, expr, position)
 
 
 def _check_numbers(graph: Analysis, found: Changes, extent: Callable[[Extent], int]) -> None:
@@ -257,15 +265,10 @@ def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool
     elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
         return not all(isinstance(expression(size), Attribute) for size in given)
     else:
-        doubtful = [n for n in given if n not in (-1, 0, 1) and not _follows(expression(n))]
+        doubtful = [n for n in given if n not in (-1, 0, 1) and isinstance(expression(n), int)]
     return bool(doubtful) and any(
         not graph.walk.is_fresh(layer) for layer in ids_around(graph, node)
     )
-
-
-def _follows(expr: Expression) -> bool:
-    """Whether an expression is made of sizes of tensors."""
-    return bool(extents(expr)) and not settable(expr)
 
 
 def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:

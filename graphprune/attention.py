@@ -17,10 +17,9 @@ from torch.nn import functional as F
 class MultiheadAttention(nn.MultiheadAttention):
     """Multi-head attention whose heads need not add up to the embedding.
 
-    Parameters, their names, arguments and results of ``forward`` are those of
-    ``nn.MultiheadAttention`` (Vaswani et al., "Attention Is All You Need", 2017). ``in_proj_weight``
-    holds ``num_heads`` heads of ``head_dim`` for queries and keys each, and of ``value_dim`` for
-    values.
+    Parameters, arguments and results of ``forward`` are those of ``nn.MultiheadAttention``
+    (Vaswani et al., "Attention Is All You Need", 2017): ``num_heads`` heads
+    of ``head_dim`` for queries and keys each, and of ``value_dim`` for values.
 
     Example:
         >>> import torch

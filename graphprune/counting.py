@@ -46,11 +46,7 @@ COUNTS: dict[Any, Callable[[fx.Node, ShapeOf], int]] = {
     aten.baddbmm: _matrix(1),
     aten.mv: lambda node, shape: math.prod(_first(node, shape, 0)),
     aten.dot: lambda node, shape: math.prod(_first(node, shape, 0)),
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    aten._scaled_dot_product_flash_attention: _attention,
-    aten._scaled_dot_product_efficient_attention: _attention,
-    aten._scaled_dot_product_cudnn_attention: _attention,
-    aten._scaled_dot_product_fused_attention_overrideable: _attention,
+    aten.scaled_dot_product_attention: _attention,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -143,7 +143,7 @@ def _records(
 ) -> list[Record]:
     prepare = mark_literals(owners) if owners else None
     evaluated = first or record(model, call, False, prepare)
-    if not owners and not _depends_on_mode(model, evaluated.used):
+    if not owners and not _depends_on_mode(model, evaluated):
         return [evaluated]
     batch = {t.shape[0] for t in call.tensors() if t.dim()}
     call = call.repeated(2) if batch == {1} else call
@@ -153,9 +153,10 @@ def _records(
         return [evaluated]
 
 
-def _depends_on_mode(model: nn.Module, used: Iterable[str]) -> bool:
-    """Whether train mode may run other ops: code reads ``training``, or layers were not run."""
-    used = set(used)
+def _depends_on_mode(model: nn.Module, evaluated: Record) -> bool:
+    """Whether train mode may run other ops: code reads ``training``, or layers were not used."""
+    tensors = (str(n.target) for n in evaluated.graph.nodes if n.op == "get_attr")
+    used = {*evaluated.used, *(tensor.rpartition(".")[0] for tensor in tensors)}
     classes = set()
     for name, module in named_modules(model):
         if name not in used and any(p is not None for p in module._parameters.values()):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.modules.module as nn_module
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,6 +30,9 @@ _NORMS = {  # their saved statistics are hardly ever read
     torch.ops.aten.native_batch_norm.default,
     torch.ops.aten.native_layer_norm.default,
     torch.ops.aten.native_group_norm.default,
+}
+_WHOLE = {  # recorded as one op, whichever kernels it is made of
+    F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default
 }
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
@@ -127,6 +131,17 @@ class Recorder:
                     if index == 0 or target not in _NORMS:
                         items[index] = self.part(item)
 
+    def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a composite op and record it as one node."""
+        self.opaque = True
+        try:
+            on_meta = self.device == "meta"
+            out = shapes.run(target, args, kwargs) if on_meta else target(*args, **kwargs)
+        finally:
+            self.opaque = False
+        self.call(target, args, kwargs, out)
+        return out
+
     def part(self, tensor: Tensor) -> fx.Node:
         """The node of one result of an op with several; most of them are never used."""
         node, index = self.parts.pop(id(tensor))
@@ -217,6 +232,8 @@ class _Functions(TorchFunctionMode):
             return product
         recorder.numbers = list(_numbers((args, kwargs)))
         try:
+            if func in _WHOLE:
+                return recorder.whole(_WHOLE[func], args, kwargs)
             out = func(*args, **kwargs)
         finally:
             recorder.numbers = []

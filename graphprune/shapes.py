@@ -97,11 +97,31 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Any:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    batch = query.shape[:-3] if query.dim() > 3 else ()
+    fits = query.dim() == key.dim() == value.dim() > 3 and key.shape[:-1] == value.shape[:-1]
+    fits = fits and query.shape[-1] == key.shape[-1] and batch == key.shape[:-3]
+    heads = query.shape[-3] if fits else 0
+    if (
+        not fits
+        or (heads != key.shape[-3] and not kwargs.get("enable_gqa"))
+        or heads % key.shape[-3]
+    ):
+        return NotImplemented
+    scores = (*query.shape[:-1], key.shape[-2])
+    if mask is not None and torch.broadcast_shapes(mask.shape, scores) != scores:
+        return NotImplemented
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
 FUNCTIONS: dict[Any, ShapeFunction] = {
     aten.native_batch_norm.default: _batch_norm,
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,
     aten.addmm.default: _addmm,
+    aten.scaled_dot_product_attention.default: _attention,
     aten.add.Tensor: _binary,
     aten.mul.Tensor: _binary,
     aten.add_.Tensor: _binary_in_place,

@@ -129,6 +129,10 @@ class Size(int):
             self.observer(Comparison("is", self.expression, int(self), True))
         return int.__hash__(self)
 
+    def __neg__(self) -> Size:
+        """Counted from the end."""
+        return Size(-int(self), Operation("sub", 0, self.expression), self.observer)
+
     def __deepcopy__(self, memo: object) -> Size:
         """Sizes are immutable."""
         return self

@@ -193,41 +193,46 @@ def _grouped(
     return [ids.reshape(-1) for ids in leaving]
 
 
-@register_rule(
-    aten._scaled_dot_product_flash_attention_for_cpu,
-    aten._scaled_dot_product_flash_attention,
-    aten._scaled_dot_product_efficient_attention,
-    aten._scaled_dot_product_fused_attention_overrideable,
-    aten._scaled_dot_product_cudnn_attention,
-)
+@register_rule(aten.scaled_dot_product_attention)
 def attention(
     walk: Walk, node: fx.Node, query: Value, key: Value, value: Value, *args: Any, **kwargs: Any
-) -> list[Layers]:
-    """``softmax(query key^T + mask) value`` over ``[batch, heads, length, width]``."""
+) -> Layers:
+    """``softmax(query key^T + mask) value`` over ``[..., heads, length, width]``.
+
+    With fewer key and value heads than queries, each serves several queries in a row.
+    """
     masks = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
-    contract(walk, query, key, 3, 3)
-    scores = walk.broadcast(
-        [
-            Value((*query.shape[:3], 1), tuple(free(query, 3))),
-            Value(
-                (*key.shape[:2], 1, key.shape[2]),
-                tuple(layer.transpose(2, 3) for layer in free(key, 3)),
-            ),
-            *masks,
-        ],
-        4,
+    ndim = query.ndim
+    if kwargs.get("enable_gqa"):
+        key, value = (_repeated(other, query.shape[-3]) for other in (key, value))
+    contract(walk, query, key, ndim - 1, ndim - 1)
+    turned = tuple(layer.transpose(-1, -2) for layer in free(key, ndim - 1))
+    length = key.shape[-2]
+    sides = [
+        Value((*query.shape[:-1], 1), tuple(free(query, ndim - 1))),
+        Value((*key.shape[:-2], 1, length), turned),
+    ]
+    scores = walk.broadcast([*sides, *masks], ndim)
+    kept = walk.settle(
+        Value((*query.shape[:-1], length), scores), {ndim - 1}, "softmax over channels"
     )
-    shape = (*query.shape[:3], key.shape[2])
-    weights = Value(shape, walk.settle(Value(shape, scores), {3}, "softmax over channels"))
-    contract(walk, weights, value, 3, 2)
-    out = walk.broadcast(
-        [
-            Value((*shape[:3], 1), tuple(free(weights, 3))),
-            Value((*value.shape[:2], 1, value.shape[3]), tuple(free(value, 2))),
-        ],
-        4,
-    )
-    return [out]
+    weights = Value((*query.shape[:-1], length), kept)
+    contract(walk, weights, value, ndim - 1, ndim - 2)
+    sides = [
+        Value((*query.shape[:-1], 1), tuple(free(weights, ndim - 1))),
+        Value((*value.shape[:-2], 1, value.shape[-1]), tuple(free(value, ndim - 2))),
+    ]
+    return walk.broadcast(sides, ndim)
+
+
+def _repeated(value: Value, heads: int) -> Value:
+    """Key or value heads, each as often as there are queries for it."""
+    times = heads // value.shape[-3]
+    layers = [
+        layer.repeat_interleave(times, -3) if layer.shape[-3] > 1 else layer
+        for layer in value.layers
+    ]
+    return replace(value, shape=(*value.shape[:-3], heads, *value.shape[-2:]), layers=tuple(layers))
 
 
 @register_rule(aten._trilinear)

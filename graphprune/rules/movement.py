@@ -31,18 +31,30 @@ from graphprune.rules.base import Value, Walk, aten, register_rule
     aten.transpose,
     aten.t,
     aten.unsqueeze,
-    aten.squeeze,
     aten.movedim,
+    aten.unsqueeze_,
+    aten.transpose_,
+    aten.t_,
+)
+def permuted(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+    """Dimensions change places: the op is run on the layers as they are."""
+    op: Any = node.target.overloadpacket  # type: ignore[union-attr]
+    view = _VIEWS.get(op, op)
+    return tuple(view(layer, *args) for layer in x.layers)
+
+
+_VIEWS = {aten.unsqueeze_: aten.unsqueeze, aten.transpose_: aten.transpose, aten.t_: aten.t}
+
+
+@register_rule(
+    aten.squeeze,
     aten.flip,
     aten.repeat,
     aten.unfold,
     aten.pixel_shuffle,
     aten.pixel_unshuffle,
     aten.diagonal,
-    aten.unsqueeze_,
     aten.squeeze_,
-    aten.transpose_,
-    aten.t_,
     aten.unfold_copy,
 )
 def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
