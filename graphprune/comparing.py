@@ -212,7 +212,7 @@ class Session:
         model.train(training)
         args, kwargs = call.on(self.device)
         devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), _NoDropout():
+        with torch.random.fork_rng(devices), _NoDropout(self.dtype):
             torch.manual_seed(self.seed)
             return model(*args, **kwargs)
 
@@ -239,7 +239,7 @@ class Session:
         small = copy_module(self.small, {})
         handles = [m.register_forward_hook(hook(n)) for n, m in small.named_modules()]
         try:
-            with torch.no_grad(), _NoDropout():
+            with torch.no_grad(), _NoDropout(self.dtype):
                 rec, masks = forward.prepared(call)
                 torch.manual_seed(self.seed)
                 _, values = forward.run(call)
@@ -266,17 +266,34 @@ class Session:
         return None
 
 
+_ATTENTION = {
+    F.scaled_dot_product_attention,
+    torch.ops.aten.scaled_dot_product_attention.default,
+}
+
+
 class _NoDropout(TorchFunctionMode):
-    """Dropout draws other numbers for other shapes: leave it out."""
+    """Leaves dropout out, which draws other numbers for other shapes; computes in one precision.
+
+    Code that computes parts in float32 (norms, softmax) does so in float64 when that is asked for.
+    """
 
     names = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout",
                        "feature_alpha_dropout", "dropout_", "feature_dropout"})  # fmt: skip
 
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.dtype is torch.float64:
+            func = torch.Tensor.double if func is torch.Tensor.float else func
+            args = tuple(self.dtype if arg is torch.float32 else arg for arg in args)
+            kwargs = {k: self.dtype if v is torch.float32 else v for k, v in kwargs.items()}
         if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
+        if func in _ATTENTION:
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])
             else:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,11 +24,13 @@ from graphprune.recorder import Record
 from graphprune.rewrite.forward import mark_literals, symbolic
 from graphprune.rewrite.shrink import shrink
 from graphprune.rules import Reason
+from graphprune.signatures import Given
 from graphprune.sizes import Attribute, Literal
 from graphprune.skeleton import named_modules, skeleton
 from graphprune.trace import record, run
 
 Trusted = frozenset[tuple[int, int]]
+Owners = Mapping[str, Given]
 TRIALS = 2
 # Layers of torch whose train mode acts position by position or on statistics of one channel.
 _NEUTRAL = ("torch.nn.", "torchvision.ops.")
@@ -43,7 +45,7 @@ class Settled:
     """
 
     analysis: Analysis
-    owners: tuple[str, ...] = ()
+    owners: Owners = field(default_factory=dict)
     trusted: Trusted = frozenset()
 
     def copy(self) -> Settled:
@@ -52,7 +54,7 @@ class Settled:
 
 
 def analyse(
-    model: nn.Module, call: Call, first: Record | None = None, owners: Sequence[str] = ()
+    model: nn.Module, call: Call, first: Record | None = None, owners: Owners | None = None
 ) -> Settled:
     """Record, analyse and settle all sizes.
 
@@ -60,12 +62,15 @@ def analyse(
         model: the user's model, not touched.
         call: inputs it runs on.
         first: the recorded forward pass in eval mode, when there is one already.
-        owners: modules whose forward is rewritten.
+        owners: modules whose forward is rewritten, and for which arguments.
     """
+    owners = owners or {}
     records = _records(model, call, owners, first)
-    settled = Settled(Analysis.build(model, records), tuple(owners))
+    settled = Settled(Analysis.build(model, records), owners)
     owner = _settle(model, call, settled)
-    return settled if owner is None else analyse(model, call, None, (*owners, owner))
+    if owner is None:
+        return settled
+    return analyse(model, call, None, {**owners, owner: given_to(settled, owner)})
 
 
 def _settle(model: nn.Module, call: Call, settled: Settled) -> str | None:
@@ -112,17 +117,28 @@ def resolve_problems(
     """Name a module whose forward can be rewritten; otherwise freeze the channels concerned."""
     certain = [problem for problem in problems if not problem.literal] or problems
     for problem in certain:
-        if problem.owner not in settled.owners and _rewritable(model, problem.owner):
-            return problem.owner
+        owner = problem.owner
+        if owner not in settled.owners and _rewritable(model, owner, given_to(settled, owner)):
+            return owner
     if not any([adapt.freeze(settled.analysis, problem) for problem in certain]):
         raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
     return None
 
 
-def _rewritable(model: nn.Module, owner: str) -> bool:
+def given_to(settled: Settled, owner: str) -> Given:
+    """The arguments that a module was called with whenever it was recorded."""
+    found = [record.given.get(owner, {}) for record in settled.analysis.records]
+    return tuple(
+        (name, value)
+        for name, value in found[0].items()
+        if all(name in other and other[name] == value for other in found)
+    )
+
+
+def _rewritable(model: nn.Module, owner: str, given: Given) -> bool:
     try:
         for training in (False, True):
-            symbolic(model.get_submodule(owner), training)
+            symbolic(model.get_submodule(owner), training, given)
     except RewriteError:
         return False
     return True
@@ -139,7 +155,7 @@ def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
 
 
 def _records(
-    model: nn.Module, call: Call, owners: Sequence[str], first: Record | None = None
+    model: nn.Module, call: Call, owners: Owners, first: Record | None = None
 ) -> list[Record]:
     prepare = mark_literals(owners) if owners else None
     evaluated = first or record(model, call, False, prepare)
@@ -239,7 +255,7 @@ def _first_difference(
     mine = [(position, node) for position, node in enumerate(original.ops) if _compared(node)]
     others = [node for node in small.ops if _compared(node)]
     for (position, node), other in zip(mine, others):
-        same = node.target is other.target or {node.target, other.target} <= _RESHAPES
+        same = node.target == other.target or {node.target, other.target} <= _RESHAPES
         if not same:
             return position
         if "shape" in node.meta and analysis.shape(node, alive) != other.meta.get("shape"):
@@ -273,7 +289,7 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Pl
         if isinstance(leaf, Attribute)
     ]
     literals = [
-        LiteralChange(leaf.module, leaf.node, leaf.path, leaf.training, leaf.value, new)
+        LiteralChange(leaf.module, leaf.node, leaf.path, leaf.training, leaf.value, new, leaf.given)
         for leaf, new in found.values.items()
         if isinstance(leaf, Literal)
     ]

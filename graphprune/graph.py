@@ -28,6 +28,7 @@ from graphprune.feasible import (
     analyse,
     bare_plan,
     follows,
+    given_to,
     resolve_problems,
 )
 from graphprune.inputs import Call, infer
@@ -204,7 +205,7 @@ class ChannelGraph:
         if found.problems:
             owner = resolve_problems(self.model, self.settled, found.problems)
             if owner is not None:
-                owners = (*self.settled.owners, owner)
+                owners = {**self.settled.owners, owner: given_to(self.settled, owner)}
                 self.settled = analyse(self.model, self.call, None, owners)
             return False
         return not found.unsure or follows(self.model, self.call, self.settled, alive)

@@ -148,7 +148,7 @@ def _evaluate(module: nn.Module, rec: Record, masks: Masks, call: Call) -> dict[
             values[node] = next(inputs)
         elif node.op == "get_attr":
             name = str(node.target)
-            values[node] = tensors[name] if name in tensors else rec.constants[name]
+            values[node] = tensors[name] if name in tensors else rec.constants[name].to(device)
         elif node.op == "call_function":
             values[node] = _step(node, values, masks, (torch.device(rec.device), device))
     return values

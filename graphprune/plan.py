@@ -67,6 +67,7 @@ class LiteralChange:
     training: bool
     old: float
     new: float
+    given: tuple[tuple[str, Any], ...] = ()  # arguments that the forward is rewritten for
 
 
 @dataclass(frozen=True)
@@ -324,6 +325,13 @@ def unrun(text: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
+def _tuples(value: Any) -> Any:
+    """Nested data with tuples for lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def _plan(body: Mapping[str, Any]) -> Plan:
     unknown = set(body) - {f.name for f in fields(Plan)}
     if unknown:
@@ -336,7 +344,7 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         ),
         slots=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["slots"]),
         sizes=tuple(SizeChange(**{**s, "path": tuple(s["path"])}) for s in body["sizes"]),
-        literals=tuple(LiteralChange(**{**s, "path": tuple(s["path"])}) for s in body["literals"]),
+        literals=tuple(LiteralChange(**_tuples(literal)) for literal in body["literals"]),
         evaluated=bool(body["evaluated"]),
         before=Cost(**body["before"]),
         after=Cost(**body["after"]),

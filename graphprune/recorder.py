@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import os
 import sys
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import shapes
+from graphprune.signatures import given
 from graphprune.sizes import Comparison, Extent, Scale, Size
 from graphprune.skeleton import named_modules, named_tensors
 
@@ -34,6 +36,8 @@ _NORMS = {  # their saved statistics are hardly ever read
 _WHOLE = {  # recorded as one op, whichever kernels it is made of
     F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default
 }
+_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
@@ -60,6 +64,7 @@ class Record:
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
+    given: dict[str, dict[str, Any]] = field(default_factory=dict)  # by module, see signatures
 
     @property
     def ops(self) -> list[fx.Node]:
@@ -87,6 +92,9 @@ class Recorder:
         self.numbers: list[float] = []
         self.opaque = False
         self.recording = True
+        for name, module in named_modules(model):
+            if not type(module).__module__.startswith("torch.nn."):
+                module.register_forward_pre_hook(self.entered(name), with_kwargs=True)
         self.modes = (_Functions(self), _Dispatch(self))
 
     def placeholder(self, tensor: Tensor) -> None:
@@ -142,6 +150,14 @@ class Recorder:
         self.call(target, args, kwargs, out)
         return out
 
+    def constant(self, real: Tensor) -> Tensor:
+        """The meta version of values that the model's code makes."""
+        name = f"constant_{len(self.record.constants)}"
+        self.record.constants[name] = real
+        tensor = torch.empty_like(real, device="meta")
+        self.register(self.record.graph.create_node("get_attr", name), tensor)
+        return tensor
+
     def part(self, tensor: Tensor) -> fx.Node:
         """The node of one result of an op with several; most of them are never used."""
         node, index = self.parts.pop(id(tensor))
@@ -164,6 +180,18 @@ class Recorder:
         if isinstance(tree, dict):
             return {key: self.plain(value) for key, value in tree.items()}
         return tree
+
+    def entered(self, name: str) -> Callable[..., None]:
+        """A forward pre-hook that remembers the arguments that are the same in every call."""
+
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found = given(module, args, kwargs)
+            known = self.record.given.setdefault(name, found)
+            if known is not found:
+                same = {k: v for k, v in known.items() if k in found and found[k] == v}
+                self.record.given[name] = same
+
+        return hook
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of every module."""
@@ -221,6 +249,8 @@ class _Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder, kwargs = self.recorder, kwargs or {}
+        if recorder.opaque:
+            return func(*args, **kwargs)
         if func in _SHAPES and isinstance(args[0], Tensor):
             shape = recorder.extents(args[0])
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
@@ -231,6 +261,13 @@ class _Functions(TorchFunctionMode):
                 product = product * size
             return product
         recorder.numbers = list(_numbers((args, kwargs)))
+        if func in _INDEXING:
+            args = (args[0], _with_tensors(args[1]), *args[2:])
+        elif func in _VALUES:
+            for number in recorder.numbers:
+                hash(number)  # a value that leaves the sizes must not change
+            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+                return recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
         try:
             if func in _WHOLE:
                 return recorder.whole(_WHOLE[func], args, kwargs)
@@ -288,9 +325,9 @@ def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
         recorder.opaque = True
         try:
             out = function(*args, **kwargs)
+            recorder.call(function, args, kwargs, out)
         finally:
             recorder.opaque = False
-        recorder.call(cls.apply, args, kwargs, out)
         return out
 
     return apply
@@ -308,6 +345,21 @@ def _mixed(tree: Any) -> bool:
 def _meta(tree: Any) -> bool:
     """Whether any tensor of the arguments is on meta."""
     return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _with_tensors(index: Any) -> Any:
+    """Lists of positions in an index as tensors, whose values are remembered."""
+    if isinstance(index, list) and index and all(type(i) is int for i in index):
+        with _plain():
+            return torch.tensor(index)
+    return tuple(map(_with_tensors, index)) if type(index) is tuple else index
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Outside all modes."""
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        yield
 
 
 def _numbers(tree: Any) -> Iterator[float]:

@@ -42,6 +42,7 @@ class Literal:
     training: bool
     value: float = field(default=0, compare=False)
     computed: bool = field(default=False, compare=False)  # replaces a computed argument
+    given: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # see signatures
 
 
 @dataclass(frozen=True)

@@ -95,12 +95,18 @@ def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     last = size if end is None else _clip(end, size)
     begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
     if start:
-        yield [start], [begin - new_size if start < 0 and begin < new_size else begin]
+        yield [start], [start if keep.all() else _place(start, begin, new_size)]
     if end is not None and end < size:
         length = [last - first], [stop - begin]  # what narrow is given
         ints = ints_of(node)
         by_length = match([end], ints) is None and match(length[0], ints) is not None
-        yield length if by_length else ([end], [stop - new_size if end < 0 and stop < new_size else stop])
+        new_end = end if keep.all() else _place(end, stop, new_size)
+        yield length if by_length else ([end], [new_end])
+
+
+def _place(old: int, new: int, size: int) -> int:
+    """Counted from the end as before, where that is possible."""
+    return new - size if old < 0 and new < size else new
 
 
 def _clip(index: int, size: int) -> int:

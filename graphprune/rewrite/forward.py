@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import RewriteError
 from graphprune.plan import LiteralChange
+from graphprune.signatures import Given, entry, specialised
 from graphprune.sizes import Literal, Override, Scale, Size, expression
 
 
@@ -50,8 +51,8 @@ class _Factories(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def symbolic(module: nn.Module, training: bool) -> fx.Graph:
-    """The forward of one module as a graph, its children as leaves.
+def symbolic(module: nn.Module, training: bool, given: Given = ()) -> fx.Graph:
+    """The forward of one module as a graph, its children as leaves, for given arguments.
 
     Raises:
         RewriteError: the forward branches on values or converts sizes.
@@ -63,8 +64,12 @@ def symbolic(module: nn.Module, training: bool) -> fx.Graph:
     kind = type(module)
     rewritten = vars(module).get("forward")
     try:
+        forward: Callable[..., Any]
         if isinstance(rewritten, RewrittenForward):  # torch.fx traces the forward of the class
             forward = rewritten.functions[training]
+        else:
+            forward = specialised(kind.forward, given)
+        if forward is not kind.forward:
             module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
         with _Factories(tracer):
             graph = tracer.trace(module)
@@ -107,13 +112,13 @@ def set_literal(graph: fx.Graph, name: str, path: tuple[int | str, ...], new: fl
         node.kwargs = replaced(node.kwargs, path, new)
 
 
-def mark_literals(owners: Sequence[str]) -> Callable[[nn.Module], None]:
+def mark_literals(owners: Mapping[str, Given]) -> Callable[[nn.Module], None]:
     """A preparation for recording: the ints in the forward of these modules become sizes."""
 
     def prepare(model: nn.Module) -> None:
-        for name in owners:
+        for name, given in owners.items():
             module = model.get_submodule(name)
-            module.forward = _Marked(module, name)  # type: ignore[assignment]
+            module.forward = _Marked(module, name, given)  # type: ignore[assignment]
 
     return prepare
 
@@ -124,16 +129,18 @@ class _Marked(fx.Interpreter):
     Ints that are computed in the forward are marked as well: they can be replaced by a literal.
     """
 
-    def __init__(self, module: nn.Module, name: str) -> None:
-        graph = symbolic(module, module.training)
+    def __init__(self, module: nn.Module, name: str, given: Given) -> None:
+        graph = symbolic(module, module.training, given)
         super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.owner, self.training = name, module.training
-        inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        self.defaults = {node.target: node.args[0] if node.args else None for node in inputs}
+        self.owner, self.training, self.given = name, module.training, given
+        rewritten = vars(module).get("forward")
+        if isinstance(rewritten, RewrittenForward):
+            self.entry = rewritten.entry
+        else:
+            self.entry = compiled(*entry(type(module).forward, given, name), "entry")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        values = {**self.defaults, **dict(zip(self.defaults, args)), **kwargs}
-        return self.run(*values.values())
+        return self.run(*self.entry(self.module, *args, **kwargs)[1:])
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op not in ("call_function", "call_method"):
@@ -146,13 +153,16 @@ class _Marked(fx.Interpreter):
             kwargs = {key: self._mark(n, (key,), arg) for key, arg in kwargs.items()}
         return getattr(self, n.op)(n.target, args, kwargs)
 
+    def _literal(self, node: fx.Node, path: Any, value: float, computed: bool) -> Literal:
+        return Literal(self.owner, node.name, path, self.training, value, computed, self.given)
+
     def _mark(self, node: fx.Node, path: tuple[int | str, ...], value: Any) -> Any:
         computed = isinstance(_at(node, path), fx.Node)
         if isinstance(value, Scale):
-            literal = Literal(self.owner, node.name, path, self.training, float(value), computed)
+            literal = self._literal(node, path, float(value), computed)
             return Scale(value, Override(literal, value.expression) if computed else literal)
         if isinstance(value, int) and not isinstance(value, bool):
-            literal = Literal(self.owner, node.name, path, self.training, int(value), computed)
+            literal = self._literal(node, path, int(value), computed)
             return Size(value, Override(literal, expression(value)) if computed else literal)
         if isinstance(value, tuple | list) and not isinstance(_at(node, path), fx.Node):
             return type(value)([self._mark(node, (*path, i), item) for i, item in enumerate(value)])
@@ -173,32 +183,39 @@ def _at(node: fx.Node, path: tuple[int | str, ...]) -> Any:
     return value
 
 
+def compiled(source: str, names: Mapping[str, Any], name: str) -> Callable[..., Any]:
+    """A function from source that torch.fx or ``signatures`` wrote."""
+    namespace = dict(names)
+    exec(source, namespace)
+    return namespace[name]  # type: ignore[no-any-return]
+
+
 class RewrittenForward:
     """The forward of one module as code that torch.fx generated, one version per mode.
 
     It sits in the module's ``__dict__``, where it takes the place of the class's ``forward``;
-    it can be copied and pickled with the module.
+    it can be copied and pickled with the module. ``sources`` by mode, and of ``entry``, which has
+    the signature of the original.
     """
 
     def __init__(
-        self, module: nn.Module, sources: Mapping[bool, str], names: Mapping[str, Any]
+        self, module: nn.Module, sources: Mapping[Any, str], names: Mapping[str, Any]
     ) -> None:
         self.module, self.sources, self.names = module, dict(sources), dict(names)
         self._compile()
 
     def _compile(self) -> None:
-        self.functions: dict[bool, Callable[..., Any]] = {}
-        for training, source in self.sources.items():
-            namespace = dict(self.names)
-            exec(source, namespace)  # what torch.fx wrote from the module's own forward
-            self.functions[training] = namespace["forward"]
+        self.functions = {
+            training: compiled(self.sources[training], self.names, "forward")
+            for training in (False, True)
+        }
         self.train, self.eval = self.functions[True], self.functions[False]
+        self.entry = compiled(self.sources["entry"], self.names, "entry")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the version of the module's mode."""
-        if self.module.training:
-            return self.train(self.module, *args, **kwargs)
-        return self.eval(self.module, *args, **kwargs)
+        args = self.entry(self.module, *args, **kwargs)
+        return self.train(*args) if self.module.training else self.eval(*args)
 
     def __getstate__(self) -> dict[str, Any]:
         names = {
@@ -228,9 +245,16 @@ def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
     for owner in dict.fromkeys(change.module for change in changes):
         module = model.get_submodule(owner)
         mine = [change for change in changes if change.module == owner]
-        graphs = {training: symbolic(module, training) for training in (False, True)}
+        given = mine[0].given
+        graphs = {training: symbolic(module, training, given) for training in (False, True)}
         same = str(graphs[False]) == str(graphs[True])
-        sources, names = {}, {}
+        rewritten = vars(module).get("forward")
+        sources: dict[Any, str] = {}
+        if isinstance(rewritten, RewrittenForward):
+            names = {**rewritten.names}
+            sources["entry"] = rewritten.sources["entry"]
+        else:
+            sources["entry"], names = entry(type(module).forward, given, type(module).__name__)
         for training, graph in graphs.items():
             for change in mine:
                 if change.training == (training and not same):

@@ -6,6 +6,8 @@ materialising the dimensions along which the ids do not vary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -141,13 +143,26 @@ def slice_(
     step: int = 1,
 ) -> Layers:
     """A slice; strided slices over channels would pick other channels after pruning."""
-    layers = x.layers if step == 1 else walk.settle(x, {dim % x.ndim}, "strided slice of channels")
-    return tuple(
-        move_layer(layer, x.shape, lambda ids: aten.slice(ids, dim, start, end, step))
-        if layer.shape[dim] > 1
-        else layer
-        for layer in layers
-    )
+    dim %= x.ndim
+    if step != 1:
+        x = replace(x, layers=walk.settle(x, {dim}, "strided slice of channels"))
+    if x.constant:
+        first, last, _ = slice(start, end).indices(x.shape[dim])
+        _unread(walk, x, dim, [*range(first), *range(last, x.shape[dim])])
+    return tuple(_part(layer, dim, start, end, step) for layer in x.layers)
+
+
+def _part(layer: Tensor, dim: int, start: Any, end: Any, step: int = 1) -> Tensor:
+    if layer.shape[dim] == 1:
+        return layer
+    return compact(aten.slice(layer, dim, start, end, step))
+
+
+def _unread(walk: Walk, x: Value, dim: int, positions: Sequence[int]) -> None:
+    """Rows of a table that these inputs do not read may be read by others."""
+    for layer in x.on(dim):
+        if positions:
+            walk.freeze(layer.index_select(dim, torch.tensor(positions)), "rows not read here")
 
 
 @register_rule(aten.roll)
@@ -161,18 +176,25 @@ def roll(walk: Walk, node: fx.Node, x: Value, shifts: Any, dims: Any = ()) -> La
 def select(walk: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Layers:
     """One position of a dimension, which must then stay."""
     dim %= x.ndim
+    if x.constant:
+        others = [n for n in range(x.shape[dim]) if n != index % x.shape[dim]]
+        _unread(walk, x, dim, others)
+    return _one(walk, x, dim, index)
+
+
+def _one(walk: Walk, x: Value, dim: int, index: int) -> Layers:
     for layer in x.on(dim):
         if len(varying(layer)) > 1:
             walk.grids.append((layer, frozenset({dim})))
     return tuple(
-        move_layer(layer, x.shape, lambda ids: ids.select(dim, index)) for layer in x.layers
+        compact(layer.select(dim, index if layer.shape[dim] > 1 else 0)) for layer in x.layers
     )
 
 
 @register_rule(aten.unbind)
 def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
     """All positions of a dimension, one by one."""
-    return [select(walk, node, x, dim, index) for index in range(x.shape[dim])]
+    return [_one(walk, x, dim % x.ndim, index) for index in range(x.shape[dim])]
 
 
 @register_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes, aten.split_with_sizes_copy)
@@ -180,7 +202,7 @@ def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int =
     """Parts of given sizes."""
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [
-        slice_(walk, node, x, dim % x.ndim, start, start + size)
+        tuple(_part(layer, dim % x.ndim, start, start + size) for layer in x.layers)
         for start, size in zip(starts, sizes, strict=True)
     ]
 
@@ -198,7 +220,7 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
             continue
         parts = spread(layer, x.shape, {dim}).unflatten(dim, (len(starts), size))
         walk.collapse(parts, {dim})
-    return [slice_(walk, node, x, dim, start, min(start + size, x.shape[dim])) for start in starts]
+    return [tuple(_part(layer, dim, n, n + size) for layer in x.layers) for n in starts]
 
 
 @register_rule(aten.cat, aten.concat)
@@ -294,6 +316,7 @@ def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Any) -> Layers:
 @register_rule(aten.index_select)
 def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
     """Positions picked by an index, which must then stay."""
+    walk.freeze_value(index, walk.reason("positions to read"))
     return walk.settle(x, {dim % x.ndim}, "channels picked by index")
 
 
@@ -305,6 +328,9 @@ def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
         return walk.refuse([x, *(item for item in indices if item is not None)])
     picked = {dim for dim, item in enumerate(indices) if item is not None}
     layers = walk.settle(x, picked, "channels picked by index")
+    for item in indices:
+        if item is not None:
+            walk.freeze_value(item, walk.reason("positions to read"))
     moved = []
     for layer in layers:
         items = [
@@ -318,6 +344,7 @@ def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
 def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
     """Rows of a table: which rows are read is known only at run time."""
     layers = walk.settle(weight, {0}, "rows of an embedding table")
+    walk.freeze_value(indices, walk.reason("positions to read"))
     ndim = len(node.meta["shape"])
     return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)
 
