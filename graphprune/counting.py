@@ -44,6 +44,8 @@ COUNTS: dict[Any, Callable[[fx.Node, ShapeOf], int]] = {
     aten.bmm: _matrix(0),
     aten.addmm: _matrix(1),
     aten.baddbmm: _matrix(1),
+    aten.linear: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 1)[-1],
+    aten.matmul: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 0)[-1],
     aten.mv: lambda node, shape: math.prod(_first(node, shape, 0)),
     aten.dot: lambda node, shape: math.prod(_first(node, shape, 0)),
     aten.scaled_dot_product_attention: _attention,

@@ -34,7 +34,11 @@ _NORMS = {  # their saved statistics are hardly ever read
     torch.ops.aten.native_group_norm.default,
 }
 _WHOLE = {  # recorded as one op, whichever kernels it is made of
-    F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default
+    F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
+    F.linear: torch.ops.aten.linear.default,
+    torch.matmul: torch.ops.aten.matmul.default,
+    torch.Tensor.matmul: torch.ops.aten.matmul.default,
+    torch.Tensor.__matmul__: torch.ops.aten.matmul.default,
 }
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _VALUES = {torch.tensor, torch.as_tensor, torch.asarray}

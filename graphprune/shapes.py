@@ -97,19 +97,36 @@ def _addmm(bias: Tensor, left: Tensor, right: Tensor, **kwargs: Any) -> Any:
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+    plain = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
+    plain = plain and x.dtype is weight.dtype
+    if bias is not None:
+        plain = plain and tuple(bias.shape) == (weight.shape[0],) and bias.dtype is x.dtype
+    return x.new_empty((*x.shape[:-1], weight.shape[0])) if plain else NotImplemented
+
+
+def _matmul(left: Tensor, right: Tensor) -> Any:
+    if left.dim() < 2 or right.dim() < 2 or left.dtype is not right.dtype:
+        return NotImplemented
+    if left.shape[-1] != right.shape[-2]:
+        return NotImplemented
+    batch = left.shape[:-2]
+    if batch != right.shape[:-2]:
+        batch = torch.broadcast_shapes(batch, right.shape[:-2])
+    return left.new_empty((*batch, left.shape[-2], right.shape[-1]))
+
+
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kwargs: Any
 ) -> Any:
-    batch = query.shape[:-3] if query.dim() > 3 else ()
-    fits = query.dim() == key.dim() == value.dim() > 3 and key.shape[:-1] == value.shape[:-1]
-    fits = fits and query.shape[-1] == key.shape[-1] and batch == key.shape[:-3]
-    heads = query.shape[-3] if fits else 0
-    if (
-        not fits
-        or (heads != key.shape[-3] and not kwargs.get("enable_gqa"))
-        or heads % key.shape[-3]
-    ):
+    if not query.dim() == key.dim() == value.dim() > 3 or key.shape[:-1] != value.shape[:-1]:
         return NotImplemented
+    if query.shape[-1] != key.shape[-1] or query.shape[:-3] != key.shape[:-3]:
+        return NotImplemented
+    heads, served = query.shape[-3], key.shape[-3]
+    if heads != served and (not kwargs.get("enable_gqa") or heads % served):
+        return NotImplemented
+    mask = kwargs.get("attn_mask", mask)
     scores = (*query.shape[:-1], key.shape[-2])
     if mask is not None and torch.broadcast_shapes(mask.shape, scores) != scores:
         return NotImplemented
@@ -121,6 +138,8 @@ FUNCTIONS: dict[Any, ShapeFunction] = {
     aten.native_layer_norm.default: _layer_norm,
     aten.native_group_norm.default: _group_norm,
     aten.addmm.default: _addmm,
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
     aten.scaled_dot_product_attention.default: _attention,
     aten.add.Tensor: _binary,
     aten.mul.Tensor: _binary,

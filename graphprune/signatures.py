@@ -96,7 +96,7 @@ def entry(function: Callable[..., Any], values: Given, owner: str) -> tuple[str,
             value = f"tuple({name}.items())" if extra else name
             checks.append(f"    _check(_owner, {name!r}, {value}, _given[{name!r}])\n")
         else:
-            rest.append(name)
+            rest.append(f"*{name}" if parameter.kind is _MORE else name)
     result = "".join(f"{name}, " for name in rest)
     return f"def entry({', '.join(heads)}):\n{''.join(checks)}    return ({result})\n", names
 

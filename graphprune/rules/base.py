@@ -109,6 +109,8 @@ class Walk:
     choices: list[Alternatives] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
     renormalising: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    partly_read: list[Tensor] = field(default_factory=list)
     masked: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     readers: set[fx.Node] = field(default_factory=set)
     unused: set[fx.Node] = field(default_factory=set)
@@ -135,6 +137,14 @@ class Walk:
                     self.freeze_value(value, Reason("model output"))
             elif node.target is not operator.getitem:
                 self._apply(node)
+        self._keep_unread()
+
+    def _keep_unread(self) -> None:
+        parts = torch.cat([torch.zeros(0, dtype=torch.int64), *self.partly_read])
+        for ids, reason in self.unread:
+            left = ids[torch.isin(ids, parts, invert=True)]
+            if left.numel():
+                self.ties.freeze(left, reason)
 
     def _apply(self, node: fx.Node) -> None:
         self.node = node
@@ -242,25 +252,59 @@ class Walk:
             for index, value in enumerate(values)
             for layer in (value.layers or (torch.zeros((1,) * value.ndim, dtype=torch.int64),))
         ]
-        found = [(index, layer, shape, varying(layer)) for index, layer, shape in items]
+        found = self._around_fixed(items, text or "combined with a tensor of fixed size")
         for index, layer, _, dims in found:
             if not dims:
                 continue
-            met = {index}
             for other, partner, _, others in found:
-                if other != index and dims & others:
-                    met.add(other)
-                    if other > index:
-                        self.tie(layer, partner)
-            for other, _, shape, _ in found:
-                if other not in met and any(shape[dim] > 1 for dim in dims):
-                    self.freeze(layer, text or "combined with a tensor of fixed size")
+                if other > index and dims & others:
+                    self._meet(layer, partner)
         chosen: list[tuple[int, Tensor, frozenset[int]]] = []
         for index, layer, _, dims in sorted(found, key=lambda item: -len(item[3])):
             tied = any(other != index and dims <= taken for other, _, taken in chosen)
             if dims and not tied:
                 chosen.append((index, layer, dims))
         return tuple(layer for _, layer, _ in chosen)
+
+    def _meet(self, a: Tensor, b: Tensor) -> None:
+        """Tie two layers; copies of one position follow a grid along either of its sides."""
+        for copies, grid in ((a, b), (b, a)):
+            side = varying(copies)
+            if len(side) == 1 and side < varying(grid) and self.is_fresh(copies):
+                (dim,) = side
+                across = (((copies, grid),), ())
+                whole = (((grid.narrow(dim, 0, 1), grid),), (copies,))
+                self.choose(Alternatives(grid, (whole, across), ("whole rows", "columns")))
+                return
+        self.tie(a, b)
+
+    def _around_fixed(
+        self, items: list[tuple[int, Tensor, Shape]], text: str
+    ) -> list[tuple[int, Tensor, Shape, frozenset[int]]]:
+        """Dimensions in which another operand has a fixed size keep theirs.
+
+        Layers that vary elsewhere too (heads x width) are tied along them, others are frozen.
+        """
+        sizes: dict[int, Shape] = {}
+        moving: dict[int, set[int]] = {}
+        for index, layer, shape in items:
+            sizes[index] = shape
+            moving.setdefault(index, set()).update(varying(layer))
+        found = []
+        for index, layer, shape in items:
+            dims = varying(layer)
+            fixed = {
+                dim
+                for dim in dims
+                for other, size in sizes.items()
+                if other != index and size[dim] > 1 and dim not in moving[other]
+            }
+            if fixed == dims and dims:
+                self.freeze(layer, text)
+            elif fixed:
+                layer = self.collapse(layer, fixed)
+            found.append((index, layer, shape, varying(layer)))
+        return found
 
     def choose(self, choice: Alternatives) -> None:
         """Leave a decision between several ways to tie until the walk is over."""
@@ -269,6 +313,12 @@ class Walk:
     def read(self, *layers: Tensor) -> None:
         """Ids of a parameter that is contracted away: a reading slot."""
         self.reads.extend(layers)
+
+    def read_part(self, parts: Tensor, others: Tensor) -> None:
+        """A slice of a table is read; what no slice reads may be read for other inputs."""
+        self.partly_read.append(parts.reshape(-1))
+        if others.numel():
+            self.unread.append((others.reshape(-1), self.reason("rows not read here")))
 
     def reading(self) -> None:
         """The current node sums over channels: the reference zeroes what it reads."""

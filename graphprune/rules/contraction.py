@@ -59,6 +59,48 @@ def mm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     return (*free(left, 1), *free(right, 0))
 
 
+@register_rule(aten.linear)
+def linear(walk: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Layers:
+    """``x @ weight.T + bias`` along the last dimension."""
+    if weight.ndim == 1:
+        weight = Value((1, *weight.shape), tuple(i.unsqueeze(0) for i in weight.layers),
+                       weight.constant, weight.given, weight.linear)  # fmt: skip
+    contract(walk, x, weight, x.ndim - 1, 1)
+    out = [layer.reshape(-1) for layer in free(weight, 1)]
+    shape = (*x.shape[:-1], weight.shape[0])
+    layers = [*free(x, x.ndim - 1), *(along(ids, x.ndim - 1, x.ndim) for ids in out)]
+    product = Value(shape, tuple(layers))
+    found = product.layers if bias is None else walk.broadcast([product, bias], x.ndim)
+    return tuple(layer.reshape(layer.shape[: len(node.meta["shape"])]) for layer in found)
+
+
+@register_rule(aten.matmul)
+def matmul(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
+    """Products of matrices; a vector is a matrix of one row or column; batches broadcast."""
+    wide_left = _reshaped(left, (1, *left.shape)) if left.ndim == 1 else left
+    wide_right = _reshaped(right, (*right.shape, 1)) if right.ndim == 1 else right
+    contract(walk, wide_left, wide_right, wide_left.ndim - 1, wide_right.ndim - 2)
+    a, b = (tuple(free(v, d)) for v, d in
+            ((wide_left, wide_left.ndim - 1), (wide_right, wide_right.ndim - 2)))  # fmt: skip
+    sides = [
+        Value((*wide_left.shape[:-1], 1), a),
+        Value((*wide_right.shape[:-2], 1, wide_right.shape[-1]), b),
+    ]
+    layers = walk.broadcast(sides, max(wide_left.ndim, wide_right.ndim))
+    shape = node.meta["shape"]
+    if left.ndim == 1:
+        layers = tuple(layer.squeeze(-2) for layer in layers)
+    if right.ndim == 1:
+        layers = tuple(layer.squeeze(-1) for layer in layers)
+    assert all(layer.dim() == len(shape) for layer in layers)
+    return layers
+
+
+def _reshaped(value: Value, shape: tuple[int, ...]) -> Value:
+    layers = [along(layer.reshape(-1), shape.index(max(shape)), 2) for layer in value.layers]
+    return replace(value, shape=shape, layers=tuple(layers))
+
+
 @register_rule(aten.addmm)
 def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
     """``bias + left @ right``."""

@@ -108,14 +108,20 @@ def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
 
 
 def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
-    """Fresh ids that are about to share a dimension with others are not worth keeping."""
+    """Layers that come to share a dimension: one of them can be cut there, the others stay.
+
+    That is the one along the outermost dimension (heads), unless it holds copies only.
+    """
     kept = list(x.layers)
     for before, _ in reshape_blocks(x.shape, shape):
         inside = [layer for layer in kept if varying(layer) & set(before)]
-        fresh = [layer for layer in inside if walk.is_fresh(layer)]
-        if len(inside) > 1 and len(before) > 1:
-            for layer in fresh:
-                walk.freeze(layer, "copies merged with channels")
+        if len(before) < 2 or len(inside) < 2:
+            continue
+        inside.sort(key=lambda layer: (walk.is_fresh(layer), min(varying(layer) & set(before))))
+        first = varying(inside[0]) & set(before)
+        for layer in inside[1:]:
+            if not varying(layer) & first or walk.is_fresh(layer):
+                walk.freeze(layer, "merged with other channels")
                 kept = [other for other in kept if other is not layer]
     return kept
 
@@ -146,9 +152,7 @@ def slice_(
     dim %= x.ndim
     if step != 1:
         x = replace(x, layers=walk.settle(x, {dim}, "strided slice of channels"))
-    if x.constant:
-        first, last, _ = slice(start, end).indices(x.shape[dim])
-        _unread(walk, x, dim, [*range(first), *range(last, x.shape[dim])])
+    _read(walk, x, dim, range(*slice(start, end).indices(x.shape[dim])))
     return tuple(_part(layer, dim, start, end, step) for layer in x.layers)
 
 
@@ -158,11 +162,15 @@ def _part(layer: Tensor, dim: int, start: Any, end: Any, step: int = 1) -> Tenso
     return compact(aten.slice(layer, dim, start, end, step))
 
 
-def _unread(walk: Walk, x: Value, dim: int, positions: Sequence[int]) -> None:
-    """Rows of a table that these inputs do not read may be read by others."""
+def _read(walk: Walk, x: Value, dim: int, positions: Sequence[int]) -> None:
+    """Positions of a table that an op reads."""
+    if not x.constant:
+        return
+    chosen = torch.zeros(x.shape[dim], dtype=torch.bool)
+    chosen[list(positions)] = True
     for layer in x.on(dim):
-        if positions:
-            walk.freeze(layer.index_select(dim, torch.tensor(positions)), "rows not read here")
+        read, others = (layer.index_select(dim, m.nonzero().flatten()) for m in (chosen, ~chosen))
+        walk.read_part(read, others)
 
 
 @register_rule(aten.roll)
@@ -176,9 +184,7 @@ def roll(walk: Walk, node: fx.Node, x: Value, shifts: Any, dims: Any = ()) -> La
 def select(walk: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Layers:
     """One position of a dimension, which must then stay."""
     dim %= x.ndim
-    if x.constant:
-        others = [n for n in range(x.shape[dim]) if n != index % x.shape[dim]]
-        _unread(walk, x, dim, others)
+    _read(walk, x, dim, [index % x.shape[dim]])
     return _one(walk, x, dim, index)
 
 
