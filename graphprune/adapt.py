@@ -9,12 +9,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
 from graphprune.analysis import Analysis
+from graphprune.ids import varying
 from graphprune.rules import Reason
 from graphprune.sizes import (
     COMPARISONS,
@@ -33,9 +35,11 @@ from graphprune.sizes import (
     settable,
     solve,
 )
-from graphprune.wanted import POSITIONS, WANTED, args_of, ints_of, match
+from graphprune.wanted import POSITIONS, WANTED, args_of, first_dim, ints_of, match
 
 aten = torch.ops.aten
+Place = tuple[fx.Node, int]  # a dimension of a value
+Demand = tuple[fx.Node, int, int, Expression, Place | None]
 
 # Ops of torch's own layers: when a layer gives its own attribute, nothing else depends on it.
 _LAYERS = frozenset(
@@ -55,6 +59,9 @@ class Problem:
     new: float
     expression: Expression
     position: bool = False
+    place: Place | None = None  # what the size measures
+    rivals: tuple[Place, ...] = ()  # what else the same attribute measures
+    layers: tuple[Tensor, ...] = ()  # what to freeze, when that is known
 
     @property
     def literal(self) -> bool:
@@ -79,6 +86,7 @@ class Changes:
     values: dict[Settable, float] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     origin: dict[Settable, fx.Node] = field(default_factory=dict)
+    places: dict[Settable, Place] = field(default_factory=dict)
     unsure: bool = False  # whether a run must show that the code follows
 
 
@@ -105,20 +113,22 @@ def changes(
         return graph.shape(leaf.node, alive)[leaf.dim]
 
     demands.sort(key=lambda demand: not isinstance(demand[3], Attribute | Literal))
-    for node, old, new, expr in demands:
+    for node, old, new, expr, place in demands:
         for leaf in settable(expr):
             found.origin.setdefault(leaf, node)
+            if place is not None and new != old:
+                found.places.setdefault(leaf, place)
         if isinstance(expr, Attribute | Literal) and expr not in found.values:
             found.values[expr] = new
             continue
         if evaluate(expr, found.values, extent) == new:
             continue
         if not _solve(graph, found, expr, new, extent):
-            found.problems.append(_problem(node, old, new, expr))
+            found.problems.append(_problem(found, node, old, new, expr, place))
     unsolved = {problem.node for problem in found.problems}
-    for node, old, new, expr in demands:  # what was solved later may have changed it
+    for node, old, new, expr, place in demands:  # what was solved later may have changed it
         if settable(expr) and evaluate(expr, found.values, extent) != new and node not in unsolved:
-            found.problems.append(_problem(node, old, new, expr))
+            found.problems.append(_problem(found, node, old, new, expr, place))
     _check_numbers(graph, found, extent)
     _check_comparisons(graph, found, extent)
     found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
@@ -130,13 +140,22 @@ def changes(
     return found
 
 
-def _problem(node: fx.Node, old: int, new: int, expr: Expression) -> Problem:
+def _problem(
+    found: Changes, node: fx.Node, old: int, new: int, expr: Expression, place: Place | None
+) -> Problem:
     position = node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
-    return Problem(node, old, new, expr, position)
+    rivals = tuple(found.places[leaf] for leaf in settable(expr) if leaf in found.places)
+    return Problem(node, old, new, expr, position, place, rivals)
 
 
 def _check_numbers(graph: Analysis, found: Changes, extent: Callable[[Extent], int]) -> None:
     """Numbers computed from sizes keep their value."""
+    for node in _implicit_scales(graph, extent):
+        width = node.args[0].meta["shape"][-1]  # type: ignore[union-attr]
+        layers = graph.values[node.args[0]].on(len(node.meta["shape"]) - 1)  # type: ignore
+        found.problems.append(
+            Problem(node, width, width, width, layers=tuple(layers))  # type: ignore[arg-type]
+        )
     for node, number in _scalars(graph):
         expr = expression(number)
         if evaluate(expr, found.values, extent) == number:
@@ -198,14 +217,29 @@ def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
     return any(n > 1 == m for n, m in zip(source.meta["shape"], graph.shape(source, alive)))
 
 
+def _implicit_scales(graph: Analysis, extent: Callable[[Extent], int]) -> Iterator[fx.Node]:
+    """Attention that takes its scale from a width that changes."""
+    for record in graph.records:
+        for node in record.ops:
+            if getattr(node.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
+                query: Any = node.args[0]
+                dim = len(query.meta["shape"]) - 1
+                width = query.meta["shape"][dim]
+                if node.kwargs.get("scale") is None and extent(Extent(query, dim)) != width:
+                    yield node
+
+
 def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float]]:
     """Numbers computed from sizes that meet values, such as ``1 / sqrt(width)``: they stay."""
     for record in graph.records:
         for node in record.ops:
             numbers = node.meta.get("numbers")
             filled = getattr(node.target, "overloadpacket", None) in _FILLING
-            if numbers and (filled or torch.Tag.pointwise in getattr(node.target, "tags", ())):
-                scalars = {arg for arg in node.args if isinstance(arg, int | float)}
+            tags = getattr(node.target, "tags", ())
+            scaled = isinstance(node.kwargs.get("scale"), float)
+            if numbers and (filled or scaled or torch.Tag.pointwise in tags):
+                given = (*node.args, *node.kwargs.values())
+                scalars = {arg for arg in given if isinstance(arg, int | float)}
                 for number in numbers:
                     if isinstance(number, Size | Scale) and float(number) in scalars:
                         yield node, number
@@ -232,7 +266,7 @@ def _holds(
 
 def _demands(
     graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]], found: Changes
-) -> Iterator[tuple[fx.Node, int, int, Expression]]:
+) -> Iterator[Demand]:
     for number, record in enumerate(graph.records):
         for position, node in enumerate(record.ops):
             if not sized(node):
@@ -242,16 +276,17 @@ def _demands(
             for old, new in rule(graph, node, alive):
                 given = match(old, ints_of(node))
                 if given is None and packet in POSITIONS and old != new:
-                    yield node, old[0], new[0], old[0]
+                    yield node, old[0], new[0], old[0], None
                 found.unsure |= _unsure(graph, node, given)
-                for size, was, now in zip(given or (), old, new):
+                first = first_dim(node, old)
+                for offset, (size, was, now) in enumerate(zip(given or (), old, new)):
                     if was == now == -1 or (size == -1 and was != -1):
                         continue  # inferred by the op
                     expr = expression(size)
                     seen = (number, position) in trusted and packet not in POSITIONS
                     if isinstance(expr, int) and (now == was or seen):
                         continue
-                    yield node, was, now, expr
+                    yield node, was, now, expr, None if first is None else (node, first + offset)
 
 
 def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool:
@@ -275,17 +310,41 @@ def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:
     """All layers an op reads or makes, for freezing."""
     layers = list(graph.values[node].layers) if node in graph.values else []
     for other in (*node.all_input_nodes, *node.meta.get("items", {}).values()):
-        layers.extend(graph.values[other].layers)
+        if other in graph.values:
+            layers.extend(graph.values[other].layers)
     return layers
 
 
 def freeze(graph: Analysis, problem: Problem) -> bool:
     """Freeze the channels that a size depends on; whether that changed anything."""
-    layers = ids_around(graph, problem.node)
-    for extent in extents(problem.expression):
-        value = graph.values[extent.node]
-        layers += [layer for layer in value.layers if layer.shape[extent.dim] > 1]
-    moving = [layer for layer in layers if not graph.units.frozen[graph.units.labels[layer]].all()]
-    for layer in moving:
-        graph.freeze(layer, problem.reason)
-    return bool(moving)
+    layers = [*problem.layers]
+    if not layers:
+        layers = ids_around(graph, problem.node)
+        for extent in extents(problem.expression):
+            value = graph.values[extent.node]
+            layers += [layer for layer in value.layers if layer.shape[extent.dim] > 1]
+    others = [layer for node, dim in problem.rivals for layer in graph.values[node].on(dim)]
+    for candidates in (layers, others):
+        moving = [i for i in candidates if not graph.units.frozen[graph.units.labels[i]].all()]
+        for layer in moving:
+            graph.freeze(layer, problem.reason)
+        if moving:
+            return True
+    return False
+
+
+def unite(graph: Analysis, problem: Problem) -> bool:
+    """Tie two dimensions of one size that one attribute measures; whether that changed anything.
+
+    Queries, keys and values of a single head, say, that are all viewed with ``self.head_dim``.
+    """
+    for rival in problem.rivals:
+        sides = []
+        for place in (problem.place, rival):
+            node, dim = place or (problem.node, -1)
+            pure = [i for i in graph.values[node].layers if varying(i) == {dim}]
+            sides.append(pure[0].reshape(-1) if pure else None)
+        a, b = sides
+        if a is not None and b is not None and a.shape == b.shape and graph.tie(a, b):
+            return True
+    return False

@@ -135,12 +135,22 @@ class Analysis:
     def copy(self) -> Analysis:
         """An analysis in which more can be frozen without changing this one."""
         units = replace(self.units, frozen=self.units.frozen.copy())
-        ties = replace(self.walk.ties, frozen=list(self.walk.ties.frozen))
+        known = self.walk.ties
+        ties = replace(known, left=[*known.left], right=[*known.right], frozen=[*known.frozen])
         walk = copy.copy(self.walk)
         walk.ties = ties
         clone = replace(self, units=units, walk=walk)
         clone.__dict__["all_groups"] = self.all_groups
         return clone
+
+    def tie(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Tie more ids, for a reason found after the walk; whether that changed anything."""
+        before = self.units.labels
+        self.walk.ties.tie(a, b)
+        self.units.tie(((a, b),))
+        self.__dict__.pop("all_groups", None)
+        self.__dict__.pop("groups", None)
+        return self.units.labels is not before
 
     def freeze(self, ids: torch.Tensor, reason: Reason) -> None:
         """Freeze more ids, for a reason found after the walk."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -67,14 +67,12 @@ def analyse(
     owners = owners or {}
     records = _records(model, call, owners, first)
     settled = Settled(Analysis.build(model, records), owners)
-    owner = _settle(model, call, settled)
-    if owner is None:
-        return settled
-    return analyse(model, call, None, {**owners, owner: given_to(settled, owner)})
+    more = _settle(model, call, settled)
+    return analyse(model, call, None, {**owners, **more}) if more else settled
 
 
-def _settle(model: nn.Module, call: Call, settled: Settled) -> str | None:
-    """Freeze what cannot be resized; or name a module whose literals must be traced."""
+def _settle(model: nn.Module, call: Call, settled: Settled) -> Owners:
+    """Freeze what cannot be resized; or name modules whose literals must be traced."""
     for number in range(TRIALS):
         while True:
             alive = settled.analysis.alive(trial(settled.analysis, number))
@@ -88,10 +86,10 @@ def _settle(model: nn.Module, call: Call, settled: Settled) -> str | None:
                 if not found.unsure or unclear or follows(model, call, settled, alive):
                     break
                 continue
-            owner = resolve_problems(model, settled, problems)
-            if owner is not None:
-                return owner
-    return None
+            owners = resolve_problems(model, settled, problems)
+            if owners:
+                return owners
+    return {}
 
 
 def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -> bool:
@@ -113,16 +111,33 @@ def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -
 
 def resolve_problems(
     model: nn.Module, settled: Settled, problems: Sequence[adapt.Problem]
-) -> str | None:
-    """Name a module whose forward can be rewritten; otherwise freeze the channels concerned."""
+) -> Owners:
+    """Name modules whose forward can be rewritten; otherwise tie or freeze channels."""
     certain = [problem for problem in problems if not problem.literal] or problems
-    for problem in certain:
-        owner = problem.owner
-        if owner not in settled.owners and _rewritable(model, owner, given_to(settled, owner)):
-            return owner
-    if not any([adapt.freeze(settled.analysis, problem) for problem in certain]):
+    owners = _owners(model, settled, {problem.owner for problem in certain})
+    if owners:
+        return owners
+    analysis = settled.analysis
+    if any([adapt.unite(analysis, problem) for problem in certain]):
+        return {}
+    if not any([adapt.freeze(analysis, problem) for problem in certain]):
         raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
-    return None
+    return {}
+
+
+def _owners(model: nn.Module, settled: Settled, names: Iterable[str]) -> Owners:
+    """Those of the modules whose forward can be rewritten, and others of the same classes."""
+    found = {}
+    modules = named_modules(model)
+    kinds = {type(module) for name, module in modules if name in names}
+    for name, module in modules:
+        if type(module) in kinds and name not in settled.owners:
+            given = given_to(settled, name)
+            if _rewritable(model, name, given):
+                found[name] = given
+            else:
+                kinds.discard(type(module))
+    return found if found.keys() & set(names) else {}
 
 
 def given_to(settled: Settled, owner: str) -> Given:

@@ -28,7 +28,6 @@ from graphprune.feasible import (
     analyse,
     bare_plan,
     follows,
-    given_to,
     resolve_problems,
 )
 from graphprune.inputs import Call, infer
@@ -203,9 +202,9 @@ class ChannelGraph:
         alive = self.analysis.alive(kept)
         found = changes(self.analysis, alive, self.settled.trusted)
         if found.problems:
-            owner = resolve_problems(self.model, self.settled, found.problems)
-            if owner is not None:
-                owners = {**self.settled.owners, owner: given_to(self.settled, owner)}
+            more = resolve_problems(self.model, self.settled, found.problems)
+            if more:
+                owners = {**self.settled.owners, **more}
                 self.settled = analyse(self.model, self.call, None, owners)
             return False
         return not found.unsure or follows(self.model, self.call, self.settled, alive)

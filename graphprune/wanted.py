@@ -65,6 +65,18 @@ def _part(given: Any, new: list[int], ints: Sequence[int]) -> Want:
     return list(given), new
 
 
+def first_dim(node: fx.Node, given: Sequence[int]) -> int | None:
+    """The dimension of the result that the first size given to a reshape measures."""
+    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    sizes = args_of(node)[1] if len(args_of(node)) > 1 else None
+    if WANTED.get(packet) is not _shape or not isinstance(sizes, list | tuple):
+        return None
+    for start in range(len(sizes) - len(given) + 1):
+        if list(sizes[start : start + len(given)]) == list(given):
+            return len(node.meta["shape"]) - len(sizes) + start
+    return None
+
+
 @_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
 def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     yield list(args_of(node)[0]), list(graph.shape(node, alive))

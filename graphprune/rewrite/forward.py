@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -95,7 +96,7 @@ def replaced(value: Any, path: tuple[int | str, ...], new: float) -> Any:
         parts[str(head)] = new
         return slice(parts["start"], parts["stop"], parts["step"])
     if isinstance(value, Mapping):
-        return {**value, head: replaced(value[head], tuple(rest), new)}
+        return {**value, head: replaced(value.get(head), tuple(rest), new)}
     items = list(value)
     items[head] = replaced(items[head], tuple(rest), new)  # type: ignore[index]
     return tuple(items) if isinstance(value, tuple) else items
@@ -146,6 +147,8 @@ class _Marked(fx.Interpreter):
         if n.op not in ("call_function", "call_method"):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n.target is F.scaled_dot_product_attention and kwargs.get("scale") is None:
+            kwargs = {**kwargs, "scale": args[0].shape[-1] ** -0.5}  # as the op itself does
         leaves = pytree.tree_leaves((args, kwargs))
         reads = any(isinstance(leaf, Tensor) for leaf in leaves) and n.target != "size"
         if reads or n.target in _FACTORIES:
@@ -179,6 +182,8 @@ def _at(node: fx.Node, path: tuple[int | str, ...]) -> Any:
     """What stands at a path in the arguments of a node."""
     value: Any = node.args if isinstance(path[0], int) else node.kwargs
     for key in path:
+        if isinstance(value, Mapping) and key not in value:
+            return node  # left out, and computed by the op
         value = getattr(value, str(key)) if isinstance(value, slice) else value[key]
     return value
 
