@@ -33,6 +33,20 @@ def _matrix(left: int) -> Callable[[fx.Node, ShapeOf], int]:
     return count
 
 
+def _einsum(node: fx.Node, shape: ShapeOf) -> int:
+    equation, tensors = node.args[0], node.args[1]
+    sizes: dict[str, int] = {}
+    dotted: Shape = ()
+    terms = str(equation).replace(" ", "").partition("->")[0].split(",")
+    for term, tensor in zip(terms, tensors):  # type: ignore[arg-type]
+        head, _, tail = term.partition("...")
+        extents = shape(tensor)
+        end = len(extents) - len(tail)
+        dotted = max(dotted, extents[len(head) : end], key=math.prod)
+        sizes.update(zip(head + tail, extents[: len(head)] + extents[end:]))
+    return math.prod(sizes.values()) * math.prod(dotted)
+
+
 def _attention(node: fx.Node, shape: ShapeOf) -> int:
     query, key, value = (_first(node, shape, index) for index in range(3))
     return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]
@@ -45,6 +59,7 @@ COUNTS: dict[Any, Callable[[fx.Node, ShapeOf], int]] = {
     aten.addmm: _matrix(1),
     aten.baddbmm: _matrix(1),
     aten.linear: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 1)[-1],
+    aten.einsum: _einsum,
     aten.matmul: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 0)[-1],
     aten.mv: lambda node, shape: math.prod(_first(node, shape, 0)),
     aten.dot: lambda node, shape: math.prod(_first(node, shape, 0)),

@@ -18,6 +18,7 @@ from torch import fx, nn
 from graphprune import adapt
 from graphprune.analysis import Analysis
 from graphprune.errors import RewriteError, TraceError
+from graphprune.ids import varying
 from graphprune.inputs import Call
 from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.recorder import Record
@@ -269,18 +270,39 @@ def _first_difference(
     """The first op of another kind or shape. Whether a reshape copies depends on strides."""
     mine = [(position, node) for position, node in enumerate(original.ops) if _compared(node)]
     others = [node for node in small.ops if _compared(node)]
+    unsteady: set[fx.Node] = set()
+
+    def differs(node: fx.Node, other: fx.Node) -> bool:
+        wanted, found = analysis.shape(node, alive), other.meta["shape"]
+        if node not in unsteady:
+            return wanted != found
+        moving = {dim for layer in analysis.values[node].layers for dim in varying(layer)}
+        return len(wanted) != len(found) or any(wanted[dim] != found[dim] for dim in moving)
+
     for (position, node), other in zip(mine, others):
-        same = node.target == other.target or {node.target, other.target} <= _RESHAPES
-        if not same:
+        results = node.meta.get("items", {})
+        if _depends_on_values(node) or unsteady & set(node.all_input_nodes):
+            unsteady.update((node, *results.values()))
+        if node.target != other.target and not {node.target, other.target} <= _RESHAPES:
+            return None if unsteady else position  # other values take other ways
+        if "shape" in node.meta and ("shape" not in other.meta or differs(node, other)):
             return position
-        if "shape" in node.meta and analysis.shape(node, alive) != other.meta.get("shape"):
-            return position
-        results = other.meta.get("items", {})
-        for index, item in node.meta.get("items", {}).items():
-            used = item.users and index in results
-            if used and analysis.shape(item, alive) != results[index].meta["shape"]:
+        for index, item in results.items():
+            small_item = other.meta.get("items", {}).get(index)
+            if item.users and small_item is not None and differs(item, small_item):
                 return position
     return None
+
+
+def _depends_on_values(node: fx.Node) -> bool:
+    """Whether the shape of a result depends on values: selected boxes, say."""
+    tags = getattr(node.target, "tags", ())
+    packet = getattr(node.target, "overloadpacket", None)
+    if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+        return True
+    if packet is torch.ops.aten.index:
+        return any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
+    return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims")
 
 
 _RESHAPES = {torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default}

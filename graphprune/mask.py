@@ -21,8 +21,9 @@ from torch.utils import _pytree as pytree
 from graphprune.analysis import Analysis
 from graphprune.copying import copy_module
 from graphprune.inputs import Call
+from graphprune.modes import leak
 from graphprune.plan import Plan
-from graphprune.recorder import Record, leak
+from graphprune.recorder import Record
 from graphprune.rules import Value
 from graphprune.skeleton import named_tensors
 from graphprune.trace import record

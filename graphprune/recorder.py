@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,9 @@ from typing import Any
 import torch
 import torch.nn.modules.module as nn_module
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import shapes
+from graphprune.modes import Dispatch, Functions
 from graphprune.signatures import given
 from graphprune.sizes import Comparison, Extent, Scale, Size
 from graphprune.skeleton import named_modules, named_tensors
@@ -27,26 +23,11 @@ from graphprune.skeleton import named_modules, named_tensors
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("trace.py"))
-_SHAPES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
 _NORMS = {  # their saved statistics are hardly ever read
     torch.ops.aten.native_batch_norm.default,
     torch.ops.aten.native_layer_norm.default,
     torch.ops.aten.native_group_norm.default,
 }
-_WHOLE = {  # recorded as one op, whichever kernels it is made of
-    F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
-    F.linear: torch.ops.aten.linear.default,
-    torch.matmul: torch.ops.aten.matmul.default,
-    torch.Tensor.matmul: torch.ops.aten.matmul.default,
-    torch.Tensor.__matmul__: torch.ops.aten.matmul.default,
-}
-_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
-_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
-_LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
-
-
-def leak(tensor: Tensor) -> None:
-    """Stands in the graph for a tensor whose values leave torch."""
 
 
 @dataclass
@@ -99,7 +80,7 @@ class Recorder:
         for name, module in named_modules(model):
             if not type(module).__module__.startswith("torch.nn."):
                 module.register_forward_pre_hook(self.entered(name), with_kwargs=True)
-        self.modes = (_Functions(self), _Dispatch(self))
+        self.modes = (Functions(self), Dispatch(self))
 
     def placeholder(self, tensor: Tensor) -> None:
         """Register an input tensor."""
@@ -146,6 +127,9 @@ class Recorder:
     def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a composite op and record it as one node."""
         self.opaque = True
+        tensors = [a.name for a in target._schema.arguments[len(args) : 3] if a.name in kwargs]
+        args = (*args, *(kwargs[name] for name in tensors))
+        kwargs = {name: value for name, value in kwargs.items() if name not in tensors}
         try:
             on_meta = self.device == "meta"
             out = shapes.run(target, args, kwargs) if on_meta else target(*args, **kwargs)
@@ -244,80 +228,6 @@ class Recorder:
             handle.remove()
 
 
-class _Functions(TorchFunctionMode):
-    """Sees torch functions with the ints that the user's code gave them."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder, kwargs = self.recorder, kwargs or {}
-        if recorder.opaque:
-            return func(*args, **kwargs)
-        if func in _SHAPES and isinstance(args[0], Tensor):
-            shape = recorder.extents(args[0])
-            dim = args[1] if len(args) > 1 else kwargs.get("dim")
-            return shape if dim is None else shape[dim]
-        if func is torch.Tensor.numel or func is torch.Tensor.nelement:
-            product: int = 1
-            for size in recorder.extents(args[0]):
-                product = product * size
-            return product
-        recorder.numbers = list(_numbers((args, kwargs)))
-        if func in _INDEXING:
-            args = (args[0], _with_tensors(args[1]), *args[2:])
-        elif func in _VALUES:
-            for number in recorder.numbers:
-                hash(number)  # a value that leaves the sizes must not change
-            if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
-                return recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
-        try:
-            if func in _WHOLE:
-                return recorder.whole(_WHOLE[func], args, kwargs)
-            out = func(*args, **kwargs)
-        finally:
-            recorder.numbers = []
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            recorder.call(torch.ops.aten.detach.default, args, {}, out)
-        elif func in _LEAKS:
-            recorder.call(leak, args[:1], {}, None)
-        return out
-
-
-class _Dispatch(TorchDispatchMode):
-    """Sees the ATen ops."""
-
-    def __init__(self, recorder: Recorder) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.recorder = recorder
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        recorder, kwargs = self.recorder, kwargs or {}
-        if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
-            args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
-        on_meta = recorder.device == "meta"
-        out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
-        if not recorder.opaque:
-            recorder.call(func, args, kwargs, out)
-        return out
-
-
-def _to_meta(recorder: Recorder) -> Callable[[Tensor], Tensor]:
-    """Moves constants that live on another device to meta, keeping their node."""
-
-    def move(tensor: Tensor) -> Tensor:
-        if tensor.is_meta:
-            return tensor
-        moved = torch.empty_like(tensor, device="meta")
-        node = recorder.node_of(tensor)
-        recorder.nodes[id(moved)] = node
-        recorder.alive.append(moved)
-        return moved
-
-    return move
-
-
 def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
     """``Function.apply`` as one op: what its backward does to channels cannot be seen."""
     original = recorder.apply
@@ -335,47 +245,6 @@ def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
         return out
 
     return apply
-
-
-def _mixed(tree: Any) -> bool:
-    """Whether any tensor of the arguments is not on meta."""
-    if isinstance(tree, Tensor):
-        return not tree.is_meta
-    if isinstance(tree, tuple | list):
-        return any(map(_mixed, tree))
-    return isinstance(tree, dict) and any(map(_mixed, tree.values()))
-
-
-def _meta(tree: Any) -> bool:
-    """Whether any tensor of the arguments is on meta."""
-    return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
-
-
-def _with_tensors(index: Any) -> Any:
-    """Lists of positions in an index as tensors, whose values are remembered."""
-    if isinstance(index, list) and index and all(type(i) is int for i in index):
-        with _plain():
-            return torch.tensor(index)
-    return tuple(map(_with_tensors, index)) if type(index) is tuple else index
-
-
-@contextlib.contextmanager
-def _plain() -> Iterator[None]:
-    """Outside all modes."""
-    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
-        yield
-
-
-def _numbers(tree: Any) -> Iterator[float]:
-    if isinstance(tree, Scale) or (isinstance(tree, int) and not isinstance(tree, bool)):
-        yield tree
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _numbers(item)
-    elif isinstance(tree, dict):
-        yield from _numbers(tuple(tree.values()))
-    elif isinstance(tree, slice):
-        yield from _numbers((tree.start, tree.stop, tree.step))
 
 
 def user_line() -> str | None:

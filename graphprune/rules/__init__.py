@@ -1,7 +1,16 @@
 """What each ATen op does to channels: one table, keyed by the op."""
 
-from graphprune.rules import contraction, movement, normalisation, pointwise, reduction, sources
-from graphprune.rules.base import Reason, Value, Walk, register_rule, registered
+from graphprune.rules import (
+    contraction,
+    movement,
+    normalisation,
+    pointwise,
+    products,
+    reduction,
+    sources,
+)
+from graphprune.rules.base import Walk
+from graphprune.rules.registry import Reason, Value, register_rule, registered
 
 __all__ = [
     "Reason",
@@ -11,6 +20,7 @@ __all__ = [
     "movement",
     "normalisation",
     "pointwise",
+    "products",
     "reduction",
     "register_rule",
     "registered",

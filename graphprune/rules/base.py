@@ -9,18 +9,16 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from graphprune.ids import Alternatives, Layers, Shape, Ties, align, along, varying
+from graphprune.rules.registry import RULES, Reason, Value, op_name
 
-Rule = Callable[..., Any]
-_RULES: dict[Any, Rule] = {}
 aten = torch.ops.aten
-
 
 # Ops that move or scale values: zeroes stay zeroes.
 _LINEAR = frozenset(
@@ -30,72 +28,6 @@ _LINEAR = frozenset(
                  "split", "split_with_sizes", "unbind", "cat", "stack", "flip", "repeat")
 )  # fmt: skip
 _PRODUCTS = {aten.mul: 2, aten.div: 1}  # how many of the operands may be the zero
-
-
-@dataclass(frozen=True)
-class Reason:
-    """Why channels are frozen: the op, the module that ran it and the user's source line."""
-
-    text: str
-    module: str = ""
-    line: str | None = None
-
-    def __str__(self) -> str:
-        """For tables."""
-        where = f" in {self.module}" if self.module else ""
-        return f"{self.text}{where}" + (f" ({self.line})" if self.line else "")
-
-
-@dataclass(frozen=True)
-class Value:
-    """A tensor of the recorded graph.
-
-    ``constant`` values are made of parameters alone; ``given`` ones of model inputs alone. A value
-    is ``linear`` in a parameter when zeroing the parameter zeroes it as well.
-    """
-
-    shape: Shape
-    layers: Layers = ()
-    constant: bool = False
-    given: bool = False
-    linear: bool = False
-
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions."""
-        return len(self.shape)
-
-    def on(self, dim: int) -> list[Tensor]:
-        """The layers that vary along ``dim``."""
-        return [layer for layer in self.layers if layer.shape[dim] > 1]
-
-
-def register_rule(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register the rule of ops, given as ``torch.ops.namespace.op`` packets or functions.
-
-    Raises:
-        KeyError: an op has a rule already.
-
-    Example:
-        >>> import torch
-        >>> from graphprune.rules import register_rule, registered
-        >>> registered(torch.ops.aten.bmm)
-        True
-    """
-
-    def decorate(rule: Rule) -> Rule:
-        for target in targets:
-            if target in _RULES:
-                raise KeyError(f"{target} has a rule already")
-            _RULES[target] = rule
-        return rule
-
-    return decorate
-
-
-def registered(target: Any) -> bool:
-    """Whether an op has a rule of its own."""
-    return target in _RULES
 
 
 @dataclass
@@ -154,13 +86,13 @@ class Walk:
         constant = bool(inputs) and all(value.constant for value in inputs)
         linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
         linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
-        rule = None if _writes_out(node) else _RULES.get(packet)
+        rule = None if _writes_out(node) else RULES.get(packet) or RULES.get(str(packet))
         if not any(value.layers for value in inputs) and not getattr(rule, "makes", False):
             result: Any = ()
         elif rule is not None:
             result = rule(self, node, *args, **kwargs)
         elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            result = _RULES["pointwise"](self, node, *args, **kwargs)
+            result = RULES["pointwise"](self, node, *args, **kwargs)
         else:
             result = self.refuse(inputs)
         given = any(value.given for value in inputs)
@@ -247,6 +179,7 @@ class Walk:
 
     def broadcast(self, values: Iterable[Value], ndim: int, text: str = "") -> Layers:
         """Tie values position by position, as a pointwise op does, and return their layers."""
+        values = self._single(list(values), ndim)
         items = [
             (index, align(layer, ndim), (1,) * (ndim - value.ndim) + tuple(value.shape))
             for index, value in enumerate(values)
@@ -265,6 +198,36 @@ class Walk:
             if dims and not tied:
                 chosen.append((index, layer, dims))
         return tuple(layer for _, layer, _ in chosen)
+
+    def _single(self, values: list[Value], ndim: int) -> list[Value]:
+        """One layer each in the dimensions where other values vary as well."""
+        if not any(len(value.layers) > 1 for value in values):
+            return values
+        result = []
+        for index, value in enumerate(values):
+            for dim in range(value.ndim) if len(value.layers) > 1 else ():
+                place = dim - value.ndim
+                others = (v for i, v in enumerate(values) if i != index and v.ndim >= -place)
+                if any(v.on(place) for v in others):
+                    value = replace(value, layers=self.single(value, dim))
+            result.append(value)
+        return result
+
+    def single(self, value: Value, dim: int) -> Layers:
+        """The layers of a value, with one of those that vary along ``dim`` alone.
+
+        Two of them come from dimensions that were merged (heads x width): channels can leave along
+        one of these, the outermost. The others stay.
+        """
+        pure = [layer for layer in value.layers if varying(layer) == {dim % value.ndim}]
+        if len(pure) < 2:
+            return value.layers
+        changes = [int((i.flatten().diff() != 0).sum()) for i in pure]
+        best = min(range(len(pure)), key=lambda n: (self.is_fresh(pure[n]), changes[n]))
+        for layer in pure:
+            if layer is not pure[best]:
+                self.freeze(layer, "merged with other channels")
+        return tuple(i for i in value.layers if i is pure[best] or not any(i is p for p in pure))
 
     def _meet(self, a: Tensor, b: Tensor) -> None:
         """Tie two layers; copies of one position follow a grid along either of its sides."""
@@ -360,12 +323,3 @@ def _writes_out(node: fx.Node) -> bool:
     """Whether an op that is not pointwise writes into a tensor given as ``out``."""
     name = getattr(node.target, "_overloadname", "")
     return name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore
-
-
-def op_name(target: Any) -> str:
-    """The name of an op or of a custom autograd function, for reports."""
-    if isinstance(target, torch._ops.OpOverload):
-        return str(target)
-    if isinstance(getattr(target, "__self__", None), type):
-        return f"{target.__self__.__name__} (autograd function)"
-    return getattr(target, "__name__", str(target))

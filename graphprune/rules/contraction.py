@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ids import Alternatives, Layers, along, spread, varying
-from graphprune.rules.base import Value, Walk, aten, register_rule
+from graphprune.rules.base import Walk, aten
+from graphprune.rules.registry import Value, register_rule
 
 FIXED_INPUT = "reads a model input"
 
@@ -23,7 +24,8 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
     walk.reading()
     sides = []
     for value, dim in ((left, left_dim), (right, right_dim)):
-        pure = [layer for layer in value.on(dim) if varying(layer) == {dim}]
+        layers = walk.single(value, dim)
+        pure = [layer for layer in layers if varying(layer) == {dim}]
         for layer in value.on(dim):
             if len(varying(layer)) > 1:
                 walk.collapse(layer, {dim})
@@ -275,32 +277,3 @@ def _repeated(value: Value, heads: int) -> Value:
         for layer in value.layers
     ]
     return replace(value, shape=(*value.shape[:-3], heads, *value.shape[-2:]), layers=tuple(layers))
-
-
-@register_rule(aten._trilinear)
-def trilinear(
-    walk: Walk, node: fx.Node, a: Value, b: Value, c: Value,
-    expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *args: Any,
-) -> Layers:  # fmt: skip
-    """The product of three tensors with dimensions inserted, summed over some: ``nn.Bilinear``."""
-    walk.reading()
-    wide = []
-    for value, places in ((a, expand_a), (b, expand_b), (c, expand_c)):
-        layers, shape = list(value.layers), list(value.shape)
-        for place in sorted(places):
-            shape.insert(place, 1)
-            layers = [layer.unsqueeze(place) for layer in layers]
-        wide.append(Value(tuple(shape), tuple(layers), value.constant, value.given))
-    for value in wide:
-        if value.constant:
-            walk.read(*(layer for d in summed for layer in value.on(d)))
-    text = FIXED_INPUT if any(v.given for v in wide) else "multiplied with a fixed tensor"
-    product = walk.broadcast(wide, wide[0].ndim, text)
-    rest = []
-    for layer in product:
-        if varying(layer) & set(summed):
-            if not varying(layer) - set(summed):
-                continue
-            layer = walk.collapse(layer, summed)
-        rest.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in summed]))
-    return tuple(rest)

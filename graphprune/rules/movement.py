@@ -25,7 +25,8 @@ from graphprune.ids import (
     spread,
     varying,
 )
-from graphprune.rules.base import Value, Walk, aten, register_rule
+from graphprune.rules.base import Walk, aten
+from graphprune.rules.registry import Value, register_rule
 
 
 @register_rule(
@@ -108,20 +109,14 @@ def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
 
 
 def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
-    """Layers that come to share a dimension: one of them can be cut there, the others stay.
-
-    That is the one along the outermost dimension (heads), unless it holds copies only.
-    """
+    """Fresh ids that are about to share a dimension with others are not worth keeping."""
     kept = list(x.layers)
     for before, _ in reshape_blocks(x.shape, shape):
         inside = [layer for layer in kept if varying(layer) & set(before)]
-        if len(before) < 2 or len(inside) < 2:
-            continue
-        inside.sort(key=lambda layer: (walk.is_fresh(layer), min(varying(layer) & set(before))))
-        first = varying(inside[0]) & set(before)
-        for layer in inside[1:]:
-            if not varying(layer) & first or walk.is_fresh(layer):
-                walk.freeze(layer, "merged with other channels")
+        fresh = [layer for layer in inside if walk.is_fresh(layer)]
+        if len(before) > 1 and len(inside) > len(fresh) > 0:
+            for layer in fresh:
+                walk.freeze(layer, "copies merged with channels")
                 kept = [other for other in kept if other is not layer]
     return kept
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx
 
 from graphprune.ids import Alternatives, Layers, along, varying
-from graphprune.rules.base import Value, Walk, aten, register_rule
+from graphprune.rules.base import Walk, aten
+from graphprune.rules.registry import Value, register_rule
 
 
 def _per_channel(walk: Walk, x: Value, vectors: list[Value | None]) -> Layers:

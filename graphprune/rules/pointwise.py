@@ -7,7 +7,8 @@ from typing import Any
 from torch import fx
 
 from graphprune.ids import Layers
-from graphprune.rules.base import Value, Walk, aten, register_rule
+from graphprune.rules.base import Walk, aten
+from graphprune.rules.registry import Value, register_rule
 
 
 @register_rule(

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, fx
 
 from graphprune.ids import Layers, varying
-from graphprune.rules.base import Value, Walk, aten, register_rule
+from graphprune.rules.base import Walk, aten
+from graphprune.rules.registry import Value, register_rule
 
 
 def dims_of(dim: Any, ndim: int) -> set[int]:
@@ -153,6 +154,14 @@ def _spatial(count: int) -> Any:
     return rule
 
 
+def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: Any) -> Any:
+    """Regions of a feature map, resampled: one per box, with the channels of the map."""
+    walk.freeze_value(boxes, walk.reason("boxes"))
+    kept = walk.settle(x, (0, 2, 3), "pooled or resampled channels")
+    return [kept, ()] if "items" in node.meta else kept
+
+
+register_rule("torchvision.roi_align", "torchvision.roi_pool")(roi_pool)
 register_rule(
     aten.max_pool2d_with_indices, aten.avg_pool2d, aten.adaptive_max_pool2d,
     aten._adaptive_avg_pool2d, aten.adaptive_avg_pool2d, aten.upsample_nearest2d,
