@@ -117,6 +117,9 @@ class Analysis:
         for choice, label in units.chosen:
             if label == "equal columns" and isinstance(choice.owner, Reason):
                 walk.renormalising.append((choice.ids, choice.owner))
+            elif label == "others stay":
+                frozen = next(ids for _, ids in choice.ways if ids)
+                ties.freeze(frozen[0], choice.owner)
         parameters = {name for name, _ in model.named_parameters()}
         return cls(
             fingerprint(model),

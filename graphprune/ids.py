@@ -106,13 +106,15 @@ def move_layer(layer: Tensor, shape: Sequence[int], op: Callable[[Tensor], Tenso
 class Alternatives:
     """Several ways to keep a grid of ids rectangular, of which one must be chosen.
 
-    Each way is a list of (ids, ids) ties plus ids to freeze; ``labels`` name the ways.
+    Each way is a list of (ids, ids) ties plus ids to freeze; ``labels`` name the ways. The one
+    that leaves most units is taken; a ``firm`` first one already when it leaves several.
     """
 
     ids: Tensor
     ways: tuple[tuple[tuple[tuple[Tensor, Tensor], ...], tuple[Tensor, ...]], ...]
     labels: tuple[str, ...]
     owner: object = None
+    firm: bool = False
 
 
 @dataclass

@@ -69,7 +69,7 @@ class Units:
 
     def free_count(self, ids: Tensor, pairs: Pairs, frozen: Iterable[Tensor]) -> int:
         """How many removable units would remain among ``ids`` after more ties."""
-        touched, target = self._merged(pairs)
+        touched, target = self._merged(pairs or ((ids, ids),))
 
         def after(labels: np.ndarray) -> np.ndarray:
             labels = np.unique(labels)
@@ -84,7 +84,7 @@ class Units:
     def choose(self, choice: Alternatives) -> None:
         """Take the way that leaves the most removable units; the first one when equal."""
         counts = [self.free_count(choice.ids, pairs, frozen) for pairs, frozen in choice.ways]
-        best = counts.index(max(counts))
+        best = 0 if choice.firm and counts[0] > 1 else counts.index(max(counts))
         pairs, frozen = choice.ways[best]
         self.tie(pairs)
         for ids in frozen:

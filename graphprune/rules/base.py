@@ -216,8 +216,8 @@ class Walk:
     def single(self, value: Value, dim: int) -> Layers:
         """The layers of a value, with one of those that vary along ``dim`` alone.
 
-        Two of them come from dimensions that were merged (heads x width): channels can leave along
-        one of these, the outermost. The others stay.
+        Two of them come from dimensions that were merged. Either they say the same (heads, and
+        heads x width), or channels can leave along one of them only, the outermost.
         """
         pure = [layer for layer in value.layers if varying(layer) == {dim % value.ndim}]
         if len(pure) < 2:
@@ -226,18 +226,31 @@ class Walk:
         best = min(range(len(pure)), key=lambda n: (self.is_fresh(pure[n]), changes[n]))
         for layer in pure:
             if layer is not pure[best]:
-                self.freeze(layer, "merged with other channels")
+                ways = ((((layer, pure[best]),), ()), ((), (layer,)))
+                both = torch.cat([layer.flatten(), pure[best].flatten()])
+                reason = self.reason("merged with other channels")
+                labels = ("the same", "others stay")
+                self.choose(Alternatives(both, ways, labels, reason, firm=True))
         return tuple(i for i in value.layers if i is pure[best] or not any(i is p for p in pure))
 
     def _meet(self, a: Tensor, b: Tensor) -> None:
-        """Tie two layers; copies of one position follow a grid along either of its sides."""
-        for copies, grid in ((a, b), (b, a)):
-            side = varying(copies)
-            if len(side) == 1 and side < varying(grid) and self.is_fresh(copies):
+        """Tie two layers.
+
+        What varies along one side of a grid (heads x width) is cut with the grid along that side,
+        or stays while the grid is cut along the other.
+        """
+        for line, grid in ((a, b), (b, a)):
+            side = varying(line)
+            if len(side) == 1 and side < varying(grid):
                 (dim,) = side
-                across = (((copies, grid),), ())
-                whole = (((grid.narrow(dim, 0, 1), grid),), (copies,))
-                self.choose(Alternatives(grid, (whole, across), ("whole rows", "columns")))
+                across = (((line, grid),), ())
+                whole = (((grid.narrow(dim, 0, 1), grid),), (line,))
+                reason = self.reason("met a grid that is cut along its other side")
+                if self.is_fresh(line):
+                    self.choose(Alternatives(grid, (whole, across), ("rows", "columns")))
+                else:
+                    labels = ("columns", "others stay")
+                    self.choose(Alternatives(grid, (across, whole), labels, reason, firm=True))
                 return
         self.tie(a, b)
 
