@@ -7,7 +7,7 @@ expression behind the size says which attribute or literal to change for that.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from graphprune.analysis import Analysis
 from graphprune.ids import varying
 from graphprune.rules import Reason
+from graphprune.sites import Path, changeable, given, is_literal
 from graphprune.sizes import (
     COMPARISONS,
     Attribute,
@@ -25,26 +26,44 @@ from graphprune.sizes import (
     Expression,
     Extent,
     Literal,
-    Override,
     Scale,
     Settable,
     Size,
+    attributes,
     evaluate,
     expression,
     extents,
-    settable,
+    plain,
     solve,
 )
-from graphprune.wanted import POSITIONS, WANTED, args_of, first_dim, ints_of, match
+from graphprune.wanted import POSITIONS, WANTED, args_of, first_dim, ints_of, locate, paths_of
 
 aten = torch.ops.aten
 Place = tuple[fx.Node, int]  # a dimension of a value
-Demand = tuple[fx.Node, int, int, Expression, Place | None]
+ExtentOf = Callable[[Extent], int]
 
 # Ops of torch's own layers: when a layer gives its own attribute, nothing else depends on it.
 _LAYERS = frozenset(
     {aten.convolution, aten.native_group_norm, aten.native_layer_norm, aten._fused_rms_norm}
 )
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A size that an op was given, and the one it needs."""
+
+    node: fx.Node
+    old: int
+    new: int
+    expression: Expression
+    place: Place | None = None  # what it measures
+    path: Path | None = None  # where it stands in the arguments
+    leaks: bool = False  # whether a plain int may have been computed from sizes
+
+    @property
+    def position(self) -> bool:
+        """Whether it is the place of a channel."""
+        return self.node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -106,74 +125,112 @@ def changes(
         trusted: (record, node) positions of plain ints known to follow the shapes by themselves.
     """
     found = Changes()
-    demands = list(_demands(graph, alive, trusted, found))
 
     @functools.cache
     def extent(leaf: Extent) -> int:
         return graph.shape(leaf.node, alive)[leaf.dim]
 
-    demands.sort(key=lambda demand: not isinstance(demand[3], Attribute | Literal))
-    for node, old, new, expr, place in demands:
-        for leaf in settable(expr):
-            found.origin.setdefault(leaf, node)
-            if place is not None and new != old:
-                found.places.setdefault(leaf, place)
-        if isinstance(expr, Attribute | Literal) and expr not in found.values:
-            found.values[expr] = new
-            continue
-        if evaluate(expr, found.values, extent) == new:
-            continue
-        if not _solve(graph, found, expr, new, extent):
-            found.problems.append(_problem(found, node, old, new, expr, place))
-    unsolved = {problem.node for problem in found.problems}
-    for node, old, new, expr, place in demands:  # what was solved later may have changed it
-        if settable(expr) and evaluate(expr, found.values, extent) != new and node not in unsolved:
-            found.problems.append(_problem(found, node, old, new, expr, place))
+    _settle_sizes(graph, found, list(_demands(graph, alive, trusted, found)), extent)
     _check_numbers(graph, found, extent)
     _check_comparisons(graph, found, extent)
     found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
     found.values = {
         leaf: new
         for leaf, new in found.values.items()
-        if new != leaf.value or (isinstance(leaf, Literal) and leaf.computed)
+        if new != leaf.value or isinstance(leaf, Literal)
     }
     return found
 
 
-def _problem(
-    found: Changes, node: fx.Node, old: int, new: int, expr: Expression, place: Place | None
-) -> Problem:
-    position = node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
-    rivals = tuple(found.places[leaf] for leaf in settable(expr) if leaf in found.places)
-    return Problem(node, old, new, expr, position, place, rivals)
+def _settle_sizes(graph: Analysis, found: Changes, demands: list[Demand], extent: ExtentOf) -> None:
+    """Attributes first, then numbers in the source; what neither can change is a problem."""
+
+    def now(demand: Demand) -> float:
+        literal = _literal(demand.node, demand.path, demand.old)
+        if literal is not None and literal in found.values:
+            return found.values[literal]
+        return evaluate(demand.expression, found.values, extent)
+
+    demands.sort(key=lambda demand: not isinstance(demand.expression, Attribute))
+    for demand in demands:
+        expr, new = demand.expression, demand.new
+        for leaf in attributes(expr):
+            found.origin.setdefault(leaf, demand.node)
+            if demand.place is not None and new != demand.old:
+                found.places.setdefault(leaf, demand.place)
+        if isinstance(expr, Attribute) and expr not in found.values:
+            found.values[expr] = new
+        elif now(demand) != new and not _solve(found, expr, new, extent):
+            _write(graph, found, demand)
+    for demand in demands:  # what was settled later may have changed it
+        if now(demand) != demand.new:
+            _write(graph, found, demand)
+    for demand in demands:
+        if now(demand) != demand.new:
+            found.problems.append(_problem(found, demand))
 
 
-def _check_numbers(graph: Analysis, found: Changes, extent: Callable[[Extent], int]) -> None:
+def _literal(node: fx.Node, path: Path | None, value: float) -> Literal | None:
+    """The number at a place in the source, if it is known."""
+    site = node.meta.get("site")
+    if site is None or path is None:
+        return None
+    return Literal(str(node.meta["module"]), site, path, value)
+
+
+def _write(graph: Analysis, found: Changes, demand: Demand) -> None:
+    """Change the number in the source, where that says the same for other inputs."""
+    literal, expr = _literal(demand.node, demand.path, demand.old), demand.expression
+    if literal is None or literal in found.values or not changeable(literal.site, literal.path):
+        return
+    if isinstance(expr, int):
+        source = given(literal.site, literal.path)
+        if demand.leaks and (source is None or not is_literal(source)):
+            return
+    elif not _carried(graph, expr):
+        return
+    found.values[literal] = demand.new
+
+
+def _problem(found: Changes, demand: Demand) -> Problem:
+    leaves = attributes(demand.expression)
+    rivals = tuple(found.places[leaf] for leaf in leaves if leaf in found.places)
+    node, old, new = demand.node, demand.old, demand.new
+    return Problem(node, old, new, demand.expression, demand.position, demand.place, rivals)
+
+
+def _check_numbers(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
     """Numbers computed from sizes keep their value."""
     for node in _implicit_scales(graph, extent):
         width = node.args[0].meta["shape"][-1]  # type: ignore[union-attr]
-        layers = graph.values[node.args[0]].on(len(node.meta["shape"]) - 1)  # type: ignore
-        found.problems.append(
-            Problem(node, width, width, width, layers=tuple(layers))  # type: ignore[arg-type]
-        )
-    for node, number in _scalars(graph):
-        expr = expression(number)
-        if evaluate(expr, found.values, extent) == number:
-            continue
-        if isinstance(expr, Override | Literal) and _carried(graph, expr):
-            found.values[expr.literal if isinstance(expr, Override) else expr] = number
+        literal = _literal(node, ("scale",), 0.0)
+        if literal is not None and changeable(literal.site, literal.path):
+            found.values[literal] = float(width) ** -0.5
         else:
-            found.problems.append(Problem(node, number, number, expr))
+            layers = graph.values[node.args[0]].on(len(node.meta["shape"]) - 1)  # type: ignore
+            found.problems.append(Problem(node, width, width, width, layers=tuple(layers)))
+    for node, number, path in _scalars(graph):
+        expr, literal = expression(number), _literal(node, path, number)
+        if literal is not None and literal in found.values:
+            if found.values[literal] == number:
+                continue
+        elif evaluate(expr, found.values, extent) == number:
+            continue
+        elif literal is not None and _carried(graph, expr) and changeable(literal.site, path):
+            found.values[literal] = float(number) if isinstance(number, float) else plain(number)
+            continue
+        found.problems.append(Problem(node, number, number, expr))
 
 
-def _check_comparisons(graph: Analysis, found: Changes, extent: Callable[[Extent], int]) -> None:
+def _check_comparisons(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
     """Comparisons of sizes come out as before, or a run must show that it does not matter."""
     for record in graph.records:
         for comparison in dict.fromkeys(record.comparisons):
             if _holds(graph, found, comparison, extent):
                 continue
             places = [leaf.node for leaf in extents(comparison.left)]
-            places += [found.origin[leaf] for leaf in settable(comparison.left)]
+            leaves = attributes(comparison.left)
+            places += [found.origin[leaf] for leaf in leaves if leaf in found.origin]
             if comparison.op == "is" and places:  # its value has left the sizes
                 value = float(evaluate(comparison.right, {}, extent))
                 found.problems.append(Problem(places[0], value, value, comparison.left))
@@ -189,13 +246,10 @@ def _carried(graph: Analysis, expr: Expression) -> bool:
     )
 
 
-def _solve(
-    graph: Analysis, found: Changes, expr: Expression, want: int, extent: Callable[[Extent], int]
-) -> bool:
-    """Give one attribute or literal of an expression the value that makes it right."""
-    for leaf in settable(expr):
-        fixes = isinstance(expr, Override) and not _carried(graph, expr)
-        if leaf in found.values or fixes:
+def _solve(found: Changes, expr: Expression, want: int, extent: ExtentOf) -> bool:
+    """Give one attribute of an expression the value that makes it right."""
+    for leaf in attributes(expr):
+        if leaf in found.values:
             continue
         value = solve(expr, want, leaf, found.values, extent)
         if value is not None:
@@ -217,7 +271,7 @@ def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
     return any(n > 1 == m for n, m in zip(source.meta["shape"], graph.shape(source, alive)))
 
 
-def _implicit_scales(graph: Analysis, extent: Callable[[Extent], int]) -> Iterator[fx.Node]:
+def _implicit_scales(graph: Analysis, extent: ExtentOf) -> Iterator[fx.Node]:
     """Attention that takes its scale from a width that changes."""
     for record in graph.records:
         for node in record.ops:
@@ -229,7 +283,7 @@ def _implicit_scales(graph: Analysis, extent: Callable[[Extent], int]) -> Iterat
                     yield node
 
 
-def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float]]:
+def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:
     """Numbers computed from sizes that meet values, such as ``1 / sqrt(width)``: they stay."""
     for record in graph.records:
         for node in record.ops:
@@ -238,16 +292,14 @@ def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float]]:
             tags = getattr(node.target, "tags", ())
             scaled = isinstance(node.kwargs.get("scale"), float)
             if numbers and (filled or scaled or torch.Tag.pointwise in tags):
-                given = (*node.args, *node.kwargs.values())
-                scalars = {arg for arg in given if isinstance(arg, int | float)}
-                for number in numbers:
+                arguments = (*node.args, *node.kwargs.values())
+                scalars = {arg for arg in arguments if isinstance(arg, int | float)}
+                for number, path in zip(numbers, node.meta["paths"]):
                     if isinstance(number, Size | Scale) and float(number) in scalars:
-                        yield node, number
+                        yield node, number, path
 
 
-def _holds(
-    graph: Analysis, found: Changes, comparison: Comparison, extent: Callable[[Extent], int]
-) -> bool:
+def _holds(graph: Analysis, found: Changes, comparison: Comparison, extent: ExtentOf) -> bool:
     """Whether a comparison comes out as before; an equality can be solved for an attribute."""
 
     def sides() -> tuple[float, float]:
@@ -259,8 +311,8 @@ def _holds(
     if compare(left, right) == comparison.result:
         return True
     equal = (comparison.op == "eq") == comparison.result
-    if equal and not _solve(graph, found, comparison.left, int(right), extent):
-        _solve(graph, found, comparison.right, int(left), extent)
+    if equal and not _solve(found, comparison.left, int(right), extent):
+        _solve(found, comparison.right, int(left), extent)
     return compare(*sides()) == comparison.result
 
 
@@ -272,35 +324,41 @@ def _demands(
             if not sized(node):
                 continue
             packet = node.target.overloadpacket  # type: ignore[union-attr]
-            rule = WANTED[packet]
-            for old, new in rule(graph, node, alive):
-                given = match(old, ints_of(node))
-                if given is None and packet in POSITIONS and old != new:
-                    yield node, old[0], new[0], old[0], None
-                found.unsure |= _unsure(graph, node, given)
+            ints, paths = ints_of(node), paths_of(node)
+            for old, new, kind in WANTED[packet](graph, node, alive):
+                place = locate(node, old, kind)
+                if place is None and packet in POSITIONS and old != new:
+                    yield Demand(node, old[0], new[0], old[0])
+                found.unsure |= _unsure(graph, node, place, record.leaks)
                 first = first_dim(node, old)
-                for offset, (size, was, now) in enumerate(zip(given or (), old, new)):
+                sizes = ints[place] if place is not None else []
+                trust = (number, position) in trusted and packet not in POSITIONS
+                for offset, (size, was, now) in enumerate(zip(sizes, old, new)):
                     if was == now == -1 or (size == -1 and was != -1):
                         continue  # inferred by the op
                     expr = expression(size)
-                    seen = (number, position) in trusted and packet not in POSITIONS
-                    if isinstance(expr, int) and (now == was or seen):
+                    if trust and isinstance(expr, int):
                         continue
-                    yield node, was, now, expr, None if first is None else (node, first + offset)
+                    assert place is not None
+                    measured = None if first is None else (node, first + offset)
+                    path = paths[place.start + offset]
+                    yield Demand(node, was, now, expr, measured, path, record.leaks)
 
 
-def _unsure(graph: Analysis, node: fx.Node, given: Sequence[int] | None) -> bool:
+def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) -> bool:
     """Whether sizes given to an op that carries channels are not fully understood.
 
-    Sizes of tensors are, and the attributes that torch's own layers give to their own op.
+    Sizes of tensors are, and attributes; plain ints are when no size was turned into one.
     """
-    if given is None:  # computed inside a function of torch, from its ints or from shapes
+    ints = ints_of(node)
+    if place is None:  # computed inside a function of torch, from its ints or from shapes
         rank = len(node.meta.get("shape", ()))
-        doubtful = [n for n in ints_of(node) if abs(n) > rank]
+        doubtful = [n for n in ints if abs(n) > rank]
     elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
-        return not all(isinstance(expression(size), Attribute) for size in given)
+        doubtful = [n for n in ints[place] if not isinstance(expression(n), Attribute)]
     else:
-        doubtful = [n for n in given if n not in (-1, 0, 1) and isinstance(expression(n), int)]
+        doubtful = [n for n in ints[place] if isinstance(expression(n), int) and abs(n) > 1]
+        doubtful = doubtful if leaks else []
     return bool(doubtful) and any(
         not graph.walk.is_fresh(layer) for layer in ids_around(graph, node)
     )

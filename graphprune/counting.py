@@ -61,6 +61,7 @@ COUNTS: dict[Any, Callable[[fx.Node, ShapeOf], int]] = {
     aten.linear: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 1)[-1],
     aten.einsum: _einsum,
     aten.matmul: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 0)[-1],
+    aten._grouped_mm: lambda node, shape: math.prod(shape(node)) * _first(node, shape, 0)[-1],
     aten.mv: lambda node, shape: math.prod(_first(node, shape, 0)),
     aten.dot: lambda node, shape: math.prod(_first(node, shape, 0)),
     aten.scaled_dot_product_attention: _attention,

@@ -1,15 +1,15 @@
 """Find out, before anyone plans, which channels can leave as far as the model's code goes.
 
-A trial plan of irregular widths is solved for sizes. Sizes that are literals in some forward are
-traced again as such; sizes that nothing can change freeze their channels, with the reason.
+A trial plan of irregular widths is solved for sizes; sizes that neither an attribute nor a number
+in the source can change freeze their channels, with the reason.
 """
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,16 +22,13 @@ from graphprune.ids import varying
 from graphprune.inputs import Call
 from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.recorder import Record
-from graphprune.rewrite.forward import mark_literals, symbolic
 from graphprune.rewrite.shrink import shrink
 from graphprune.rules import Reason
-from graphprune.signatures import Given
 from graphprune.sizes import Attribute, Literal
 from graphprune.skeleton import named_modules, skeleton
 from graphprune.trace import record, run
 
 Trusted = frozenset[tuple[int, int]]
-Owners = Mapping[str, Given]
 TRIALS = 2
 # Layers of torch whose train mode acts position by position or on statistics of one channel.
 _NEUTRAL = ("torch.nn.", "torchvision.ops.")
@@ -41,56 +38,49 @@ _NEUTRAL = ("torch.nn.", "torchvision.ops.")
 class Settled:
     """An analysis whose sizes can all be changed as its groups need it.
 
-    ``owners`` are the modules whose forward is rewritten, ``trusted`` the (record, op) positions
-    of plain ints that were seen to follow the shapes by themselves.
+    ``trusted`` are the (record, op) positions of plain ints that were seen to follow the shapes by
+    themselves.
     """
 
     analysis: Analysis
-    owners: Owners = field(default_factory=dict)
     trusted: Trusted = frozenset()
 
     def copy(self) -> Settled:
         """A copy in which more can be frozen."""
-        return Settled(self.analysis.copy(), self.owners, self.trusted)
+        return Settled(self.analysis.copy(), self.trusted)
 
 
-def analyse(
-    model: nn.Module, call: Call, first: Record | None = None, owners: Owners | None = None
-) -> Settled:
+def analyse(model: nn.Module, call: Call, first: Record | None = None) -> Settled:
     """Record, analyse and settle all sizes.
 
     Args:
         model: the user's model, not touched.
         call: inputs it runs on.
         first: the recorded forward pass in eval mode, when there is one already.
-        owners: modules whose forward is rewritten, and for which arguments.
     """
-    owners = owners or {}
-    records = _records(model, call, owners, first)
-    settled = Settled(Analysis.build(model, records), owners)
-    more = _settle(model, call, settled)
-    return analyse(model, call, None, {**owners, **more}) if more else settled
-
-
-def _settle(model: nn.Module, call: Call, settled: Settled) -> Owners:
-    """Freeze what cannot be resized; or name modules whose literals must be traced."""
+    settled = Settled(Analysis.build(model, _records(model, call, first)))
     for number in range(TRIALS):
-        while True:
-            alive = settled.analysis.alive(trial(settled.analysis, number))
-            found = adapt.changes(settled.analysis, alive, settled.trusted)
-            problems = found.problems
-            unclear = [problem for problem in problems if problem.literal]
-            if unclear and len(unclear) == len(problems):
-                trusted, problems = _try(model, call, settled.analysis, alive, unclear)
-                settled.trusted |= trusted
-            if not problems:
-                if not found.unsure or unclear or follows(model, call, settled, alive):
-                    break
-                continue
-            owners = resolve_problems(model, settled, problems)
-            if owners:
-                return owners
-    return {}
+        while not feasible(model, call, settled, trial(settled.analysis, number)):
+            pass
+    return settled
+
+
+def feasible(
+    model: nn.Module, call: Call, settled: Settled, kept: Mapping[str, Sequence[int]]
+) -> bool:
+    """Whether the code can follow a plan; if not, more channels were tied or frozen."""
+    analysis = settled.analysis
+    alive = analysis.alive(kept)
+    found = adapt.changes(analysis, alive, settled.trusted)
+    problems = found.problems
+    unclear = [problem for problem in problems if problem.literal]
+    if unclear and len(unclear) == len(problems):
+        trusted, problems = _try(model, call, analysis, alive, unclear)
+        settled.trusted |= trusted
+    if problems:
+        resolve_problems(settled, problems)
+        return False
+    return not found.unsure or bool(unclear) or follows(model, call, settled, alive)
 
 
 def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -> bool:
@@ -110,77 +100,42 @@ def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -
     return False
 
 
-def resolve_problems(
-    model: nn.Module, settled: Settled, problems: Sequence[adapt.Problem]
-) -> Owners:
-    """Name modules whose forward can be rewritten; otherwise tie or freeze channels."""
+def resolve_problems(settled: Settled, problems: Sequence[adapt.Problem]) -> None:
+    """Tie or freeze the channels that stand in the way."""
     certain = [problem for problem in problems if not problem.literal] or problems
-    owners = _owners(model, settled, {problem.owner for problem in certain})
-    if owners:
-        return owners
     analysis = settled.analysis
     if any([adapt.unite(analysis, problem) for problem in certain]):
-        return {}
+        return
     if not any([adapt.freeze(analysis, problem) for problem in certain]):
         raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
-    return {}
-
-
-def _owners(model: nn.Module, settled: Settled, names: Iterable[str]) -> Owners:
-    """Those of the modules whose forward can be rewritten, and others of the same classes."""
-    found = {}
-    modules = named_modules(model)
-    kinds = {type(module) for name, module in modules if name in names}
-    for name, module in modules:
-        if type(module) in kinds and name not in settled.owners:
-            given = given_to(settled, name)
-            if _rewritable(model, name, given):
-                found[name] = given
-            else:
-                kinds.discard(type(module))
-    return found if found.keys() & set(names) else {}
-
-
-def given_to(settled: Settled, owner: str) -> Given:
-    """The arguments that a module was called with whenever it was recorded."""
-    found = [record.given.get(owner, {}) for record in settled.analysis.records]
-    return tuple(
-        (name, value)
-        for name, value in found[0].items()
-        if all(name in other and other[name] == value for other in found)
-    )
-
-
-def _rewritable(model: nn.Module, owner: str, given: Given) -> bool:
-    try:
-        for training in (False, True):
-            symbolic(model.get_submodule(owner), training, given)
-    except RewriteError:
-        return False
-    return True
 
 
 def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
-    """Kept channels of irregular number and place, the same for every call."""
+    """Kept channels of irregular number and place, the same for every call.
+
+    Groups of different sizes keep different numbers, where they can: some code takes equal sizes
+    for the absence of a layer (LSTM without projection).
+    """
     generator = np.random.default_rng(number)
     kept = {}
+    sizes: dict[int, int] = {}
     for group in analysis.groups:
-        count = int(generator.integers(1, max(group.size, 2)))
+        for _ in range(4):
+            count = int(generator.integers(1, max(group.size, 2)))
+            if sizes.setdefault(count, group.size) == group.size:
+                break
         kept[group.name] = sorted(generator.permutation(group.size)[:count].tolist())
     return kept
 
 
-def _records(
-    model: nn.Module, call: Call, owners: Owners, first: Record | None = None
-) -> list[Record]:
-    prepare = mark_literals(owners) if owners else None
-    evaluated = first or record(model, call, False, prepare)
-    if not owners and not _depends_on_mode(model, evaluated):
+def _records(model: nn.Module, call: Call, first: Record | None = None) -> list[Record]:
+    evaluated = first or record(model, call, False)
+    if not _depends_on_mode(model, evaluated):
         return [evaluated]
     batch = {t.shape[0] for t in call.tensors() if t.dim()}
     call = call.repeated(2) if batch == {1} else call
     try:
-        return [evaluated, record(model, call, True, prepare)]
+        return [evaluated, record(model, call, True)]
     except TraceError:
         return [evaluated]
 
@@ -326,7 +281,7 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Pl
         if isinstance(leaf, Attribute)
     ]
     literals = [
-        LiteralChange(leaf.module, leaf.node, leaf.path, leaf.training, leaf.value, new, leaf.given)
+        LiteralChange(leaf.module, replace(leaf.site, file=""), leaf.path, leaf.value, new)
         for leaf, new in found.values.items()
         if isinstance(leaf, Literal)
     ]

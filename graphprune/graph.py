@@ -27,8 +27,8 @@ from graphprune.feasible import (
     Settled,
     analyse,
     bare_plan,
+    feasible,
     follows,
-    resolve_problems,
 )
 from graphprune.inputs import Call, infer
 from graphprune.plan import Cost, GroupPlan, Plan, shorten
@@ -192,22 +192,10 @@ class ChannelGraph:
             if not draft.groups:
                 raise InputError(f"no channel of this model can be removed:\n{draft._why()}")
             kept = select(scores(criterion, groups, tensors, seed), ratio, scope)
-            if draft._feasible(kept):
+            if feasible(self.model, self.call, draft.settled, kept):
                 plan = draft.plan_of(kept, request, check=False)
                 draft._warn(plan, ratio, spared)
                 return plan
-
-    def _feasible(self, kept: Kept) -> bool:
-        """Whether the code of the model can follow; if not, more channels of this draft freeze."""
-        alive = self.analysis.alive(kept)
-        found = changes(self.analysis, alive, self.settled.trusted)
-        if found.problems:
-            more = resolve_problems(self.model, self.settled, found.problems)
-            if more:
-                owners = {**self.settled.owners, **more}
-                self.settled = analyse(self.model, self.call, None, owners)
-            return False
-        return not found.unsure or follows(self.model, self.call, self.settled, alive)
 
     def plan_of(
         self,

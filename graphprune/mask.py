@@ -180,6 +180,8 @@ def _step(
         keep = masks.of(node.all_input_nodes[0])
         if rule is not None and keep is not None:
             return rule(keep.to(args[0].device), *args, **kwargs)
+    if node.target is aten._grouped_mm.default:  # no kernel for float64
+        return _grouped_mm(*args, **kwargs)
     if node.target is aten.view.default:  # strides may differ from the recorded ones
         return aten.reshape.default(*args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -194,6 +196,14 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return tensor
     return torch.where(keep.to(tensor.device), tensor, tensor.new_zeros(()))
+
+
+def _grouped_mm(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **_: Any) -> Tensor:
+    if offs is None or x.dim() != 2 or weight.dim() != 3:
+        return aten._grouped_mm.default(x, weight, offs, *args)
+    rows = x.tensor_split(offs.tolist()[:-1])
+    products = [part @ matrix for part, matrix in zip(rows, weight.unbind())]
+    return torch.cat(products)
 
 
 def _dims(dim: Any, ndim: int) -> list[int]:
@@ -287,6 +297,25 @@ def _group_norm(
     return (out if bias is None else out + bias.reshape(per_channel)), mean, scale
 
 
+def _without(keep: Tensor, x: Tensor, dims: list[int]) -> Tensor:
+    """Removed positions at minus infinity, where others along ``dims`` stay."""
+    stays = keep.to(x.device).expand(x.shape)
+    for dim in dims:
+        stays = stays.any(dim, keepdim=True)
+    return x.masked_fill(~keep.to(x.device) & stays, -torch.inf)
+
+
+def _softmax(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def rule(keep: Tensor, x: Tensor, dim: int, *args: Any, **_: Any) -> Tensor:
+        return zeroed(op(_without(keep, x, [dim]), dim), keep)
+
+    return rule
+
+
+def _logsumexp(keep: Tensor, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
+    return torch.logsumexp(_without(keep, x, _dims(dim, x.dim())), dim, keepdim)
+
+
 _STATISTICS: dict[Any, Callable[..., Any]] = {
     aten.mean: _mean,
     aten.var: _variance(lambda var: var, both=False),
@@ -297,4 +326,8 @@ _STATISTICS: dict[Any, Callable[..., Any]] = {
     aten.native_layer_norm: _layer_norm,
     aten._fused_rms_norm: _rms_norm,
     aten.native_group_norm: _group_norm,
+    aten._softmax: _softmax(torch.softmax),
+    aten._safe_softmax: _softmax(torch.softmax),
+    aten._log_softmax: _softmax(torch.log_softmax),
+    aten.logsumexp: _logsumexp,
 }

@@ -49,7 +49,7 @@ class Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _SIZES:
             return self._size(func, args, kwargs)
-        recorder.numbers = [] if func in _CHUNKS else list(_numbers((args, kwargs)))
+        self._note(func, args, kwargs)
         try:
             if func in _VALUES:
                 return self._values(func, args, kwargs)
@@ -62,12 +62,23 @@ class Functions(TorchFunctionMode):
                 args = (args[0], _with_tensors(args[1]), *args[2:])
             out = func(*args, **kwargs)
         finally:
-            recorder.numbers = []
+            recorder.numbers = recorder.paths = []
         if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
             recorder.call(aten.detach.default, args, {}, out)
         elif func in _LEAKS:
             recorder.call(leak, args[:1], {}, None)
         return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> None:
+        """The numbers that the user's code gives to a function, and where they stand."""
+        recorder = self.recorder
+        found = [] if func in _CHUNKS else [*_numbers(args, ()), *_numbers(kwargs, ())]
+        recorder.numbers = [number for number, _ in found]
+        recorder.paths = [path for _, path in found]
+        name = getattr(func, "__name__", "")
+        recorder.method = getattr(torch.Tensor, name, None) is func
+        reflected = name.startswith("__r") and hasattr(torch.Tensor, f"__{name[3:]}")
+        recorder.count = -1 if reflected else len(args)
 
     def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A shape, a size or a number of elements that knows where it comes from."""
@@ -151,13 +162,15 @@ def _plain() -> Iterator[None]:
         yield
 
 
-def _numbers(tree: Any) -> Iterator[float]:
+def _numbers(tree: Any, path: tuple[int | str, ...]) -> Iterator[tuple[float, Any]]:
     if isinstance(tree, Scale) or (isinstance(tree, int) and not isinstance(tree, bool)):
-        yield tree
+        yield tree, path
     elif isinstance(tree, tuple | list):
-        for item in tree:
-            yield from _numbers(item)
+        for index, item in enumerate(tree):
+            yield from _numbers(item, (*path, index))
     elif isinstance(tree, dict):
-        yield from _numbers(tuple(tree.values()))
+        for key, item in tree.items():
+            yield from _numbers(item, (*path, key))
     elif isinstance(tree, slice):
-        yield from _numbers((tree.start, tree.stop, tree.step))
+        for key in ("start", "stop", "step"):
+            yield from _numbers(getattr(tree, key), (*path, key))

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from graphprune.errors import PlanError
+from graphprune.sites import Site
 from graphprune.sizes import Attribute
 from graphprune.skeleton import named_tensors
 from graphprune.table import render
@@ -59,15 +60,13 @@ class SizeChange:
 
 @dataclass(frozen=True)
 class LiteralChange:
-    """A number in the code of a module's forward: argument ``path`` of its call ``node``."""
+    """A number in the code that a module runs: ``path`` of the arguments given at a site."""
 
     module: str
-    node: str
+    site: Site
     path: tuple[int | str, ...]
-    training: bool
     old: float
     new: float
-    given: tuple[tuple[str, Any], ...] = ()  # arguments that the forward is rewritten for
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,7 @@ class Plan:
             groups=_compose_groups(self.groups, later.groups),
             slots=tuple(slots.values()),
             sizes=_compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
-            literals=_compose(
-                self.literals, later.literals, lambda c: (c.module, c.node, c.path, c.training)
-            ),
+            literals=_compose(self.literals, later.literals, lambda c: (c.module, c.site, c.path)),
             evaluated=self.evaluated or later.evaluated,
             before=self.before,
             after=later.after,
@@ -325,6 +322,11 @@ def unrun(text: str) -> tuple[int, ...]:
     return tuple(indices)
 
 
+def _literal(body: Mapping[str, Any]) -> LiteralChange:
+    change = _tuples(dict(body))
+    return LiteralChange(**{**change, "site": Site(**change["site"])})
+
+
 def _tuples(value: Any) -> Any:
     """Nested data with tuples for lists."""
     if isinstance(value, dict):
@@ -344,7 +346,7 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         ),
         slots=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["slots"]),
         sizes=tuple(SizeChange(**{**s, "path": tuple(s["path"])}) for s in body["sizes"]),
-        literals=tuple(LiteralChange(**_tuples(literal)) for literal in body["literals"]),
+        literals=tuple(map(_literal, body["literals"])),
         evaluated=bool(body["evaluated"]),
         before=Cost(**body["before"]),
         after=Cost(**body["after"]),

@@ -16,13 +16,15 @@ from torch import Tensor, fx, nn
 
 from graphprune import shapes
 from graphprune.modes import Dispatch, Functions
-from graphprune.signatures import given
-from graphprune.sizes import Comparison, Extent, Scale, Size
+from graphprune.sites import Path as ArgumentPath
+from graphprune.sites import Site, find_site, forward_of
+from graphprune.sizes import Comparison, Extent, Scale, Size, extents, plain
 from graphprune.skeleton import named_modules, named_tensors
 
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("trace.py"))
+_SCALED = {torch.ops.aten.scaled_dot_product_attention.default}
 _NORMS = {  # their saved statistics are hardly ever read
     torch.ops.aten.native_batch_norm.default,
     torch.ops.aten.native_layer_norm.default,
@@ -49,7 +51,7 @@ class Record:
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
-    given: dict[str, dict[str, Any]] = field(default_factory=dict)  # by module, see signatures
+    leaks: bool = False  # whether sizes were turned into plain ints
 
     @property
     def ops(self) -> list[fx.Node]:
@@ -73,13 +75,18 @@ class Recorder:
         self.parts: dict[int, tuple[fx.Node, int]] = {}
         self.alive: list[Any] = []  # tensors whose id() is a key of ``nodes``
         self.stack: list[str] = []
+        self.running: list[nn.Module] = []
         self.innermost: str | None = None
         self.numbers: list[float] = []
+        self.paths: list[ArgumentPath] = []
+        self.method, self.count = False, 0
         self.opaque = False
         self.recording = True
-        for name, module in named_modules(model):
-            if not type(module).__module__.startswith("torch.nn."):
-                module.register_forward_pre_hook(self.entered(name), with_kwargs=True)
+        for _, module in named_modules(model):
+            for value in vars(module).values():
+                for size in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(size, Size):
+                        size.observer = self.notice
         self.modes = (Functions(self), Dispatch(self))
 
     def placeholder(self, tensor: Tensor) -> None:
@@ -110,8 +117,13 @@ class Recorder:
     def call(self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Append an op that has just run."""
         node = self.record.graph.call_function(target, self.plain(args), self.plain(kwargs))
+        line, frame = user_frame()
         node.meta.update(
-            module=self.stack[-1] if self.stack else "", line=user_line(), numbers=self.numbers
+            module=self.stack[-1] if self.stack else "",
+            line=line,
+            numbers=self.numbers,
+            paths=self.paths,
+            site=self.site(frame) if self.numbers or target in _SCALED else None,
         )
         if isinstance(out, Tensor):
             self.register(node, out)
@@ -159,7 +171,7 @@ class Recorder:
         if isinstance(tree, Tensor):
             return self.node_of(tree)
         if isinstance(tree, Size):
-            return int(tree)
+            return plain(tree)
         if isinstance(tree, Scale):
             return float(tree)
         if isinstance(tree, tuple | list):
@@ -169,36 +181,49 @@ class Recorder:
             return {key: self.plain(value) for key, value in tree.items()}
         return tree
 
-    def entered(self, name: str) -> Callable[..., None]:
-        """A forward pre-hook that remembers the arguments that are the same in every call."""
-
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            found = given(module, args, kwargs)
-            known = self.record.given.setdefault(name, found)
-            if known is not found:
-                same = {k: v for k, v in known.items() if k in found and found[k] == v}
-                self.record.given[name] = same
-
-        return hook
-
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of every module."""
         name = self.names.get(id(module), self.stack[-1] if self.stack else "")
         self.stack.append(name)
+        self.running.append(module)
         self.innermost = None
         self.record.used.add(name)
 
     def leave(self, module: nn.Module, args: Any, out: Any) -> None:
         """Forward hook of every module."""
         name = self.stack.pop()
+        self.running.pop()
         if out is None and self.innermost is None:
             self.innermost = name
         if isinstance(out, Tensor) and id(out) in self.nodes:
             self.record.calls.append((name, self.nodes[id(out)]))
 
+    def site(self, frame: Any) -> Site | None:
+        """The expression that runs, seen from the forward of the innermost module."""
+        frames: list[Any] = []
+        module = self.running[-1] if self.running else None
+        own = module is not None and not type(module).__module__.startswith("torch.nn.")
+        forward = own and getattr(forward_of(module, "run"), "__code__", None)
+        while frame is not None and forward is not None:
+            name = frame.f_code.co_filename
+            if not name.startswith((_TORCH, _HERE)):
+                frames.append((frame.f_code, frame.f_lasti))
+            if frame.f_code is forward:
+                return find_site(frames[::-1], module, self.method, self.count)
+            frame = frame.f_back
+        return None
+
+    def notice(self, comparison: Comparison) -> None:
+        """The model's own code took an attribute for a plain int, or compared it with a shape."""
+        shaped = extents(comparison.left) or extents(comparison.right)
+        if comparison.op in ("is", "leak") or shaped:
+            self.observe(comparison)
+
     def observe(self, comparison: Comparison) -> None:
         """The model's own code compared two sizes."""
-        if self.recording:
+        if self.recording and comparison.op == "leak":
+            self.record.leaks = True
+        elif self.recording:
             self.record.comparisons.append(comparison)
 
     def extents(self, tensor: Tensor) -> torch.Size:
@@ -247,14 +272,14 @@ def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
     return apply
 
 
-def user_line() -> str | None:
-    """``file:line`` of the innermost frame outside torch and graphprune."""
+def user_frame() -> tuple[str | None, Any]:
+    """``file:line`` of the innermost frame outside torch and graphprune, and the frame."""
     frame = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if name == _RUNS:
-            return None
+            return None, None
         if not name.startswith((_TORCH, _HERE, "<")):
-            return f"{name}:{frame.f_lineno}"
+            return f"{name}:{frame.f_lineno}", frame
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return None, None

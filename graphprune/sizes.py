@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphprune.sites import Site
+
 
 @dataclass(frozen=True)
 class Attribute:
@@ -34,15 +36,12 @@ class Extent:
 
 @dataclass(frozen=True)
 class Literal:
-    """An int written in the forward of ``module``: argument ``path`` of its call ``node``."""
+    """A number given to an op in the code of ``module``: ``path`` of the arguments at a site."""
 
     module: str
-    node: str
+    site: Site
     path: tuple[int | str, ...]
-    training: bool
     value: float = field(default=0, compare=False)
-    computed: bool = field(default=False, compare=False)  # replaces a computed argument
-    given: tuple[tuple[str, Any], ...] = field(default=(), compare=False)  # see signatures
 
 
 @dataclass(frozen=True)
@@ -54,16 +53,8 @@ class Operation:
     right: Expression
 
 
-@dataclass(frozen=True)
-class Override:
-    """A computed argument that may be replaced by a literal where the code gives it to an op."""
-
-    literal: Literal
-    computed: Expression
-
-
 Settable = Attribute | Literal
-Expression = Settable | Extent | Operation | Override | int | float
+Expression = Attribute | Extent | Operation | int | float
 
 
 @dataclass(frozen=True)
@@ -99,6 +90,11 @@ _INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
 }
 
 
+def plain(number: int) -> int:
+    """The int behind a size, without anyone noticing."""
+    return int.__add__(number, 0)
+
+
 class Size(int):
     """An int with the expression that produced it."""
 
@@ -115,8 +111,14 @@ class Size(int):
     def __float__(self) -> float:
         """A float of a size is a number that must not change."""
         if self.observer is not None:
-            self.observer(Comparison("is", self.expression, int(self), True))
+            self.observer(Comparison("is", self.expression, plain(self), True))
         return int.__float__(self)
+
+    def __int__(self) -> int:
+        """An int that is no size any more: it may be anything computed from one."""
+        if self.observer is not None:
+            self.observer(Comparison("leak", self.expression, 0, True))
+        return plain(self)
 
     def __bool__(self) -> bool:
         """Compared with zero."""
@@ -127,12 +129,12 @@ class Size(int):
     def __hash__(self) -> int:
         """A key that must not change."""
         if self.observer is not None:
-            self.observer(Comparison("is", self.expression, int(self), True))
+            self.observer(Comparison("is", self.expression, plain(self), True))
         return int.__hash__(self)
 
     def __neg__(self) -> Size:
         """Counted from the end."""
-        return Size(-int(self), Operation("sub", 0, self.expression), self.observer)
+        return Size(-plain(self), Operation("sub", 0, self.expression), self.observer)
 
     def __deepcopy__(self, memo: object) -> Size:
         """Sizes are immutable."""
@@ -140,7 +142,7 @@ class Size(int):
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
         """A pickled size is a plain int."""
-        return int, (int(self),)
+        return int, (plain(self),)
 
 
 class Scale(float):
@@ -171,7 +173,7 @@ def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
         plain = getattr(int if isinstance(self, int) else float, dunder)
         value = plain(self, other)
         if value is NotImplemented and isinstance(other, float):  # an int meets a float
-            value = getattr(float, dunder)(float(int(self)), other)
+            value = getattr(float, dunder)(int.__float__(self), other)  # type: ignore[arg-type]
         if type(value) not in (int, float) or isinstance(other, bool):
             return value
         left, right = (other, self) if reflected else (self, other)
@@ -229,50 +231,42 @@ def evaluate(
         if not right and expr.op in ("floordiv", "mod", "truediv"):
             return 0
         return _OPS[expr.op](left, right)  # type: ignore[no-any-return]
-    if isinstance(expr, Override):
-        if expr.literal in known:
-            return known[expr.literal]
-        return evaluate(expr.computed, known, extent)
     if isinstance(expr, Extent):
         return extent(expr)
-    if isinstance(expr, Attribute | Literal):
+    if isinstance(expr, Attribute):
         return known.get(expr, expr.value)
     return expr
 
 
-def settable(expr: Expression) -> list[Settable]:
-    """The attributes and literals of an expression."""
+def attributes(expr: Expression) -> list[Attribute]:
+    """The attributes in an expression."""
     if isinstance(expr, Operation):
-        return settable(expr.left) + settable(expr.right)
-    if isinstance(expr, Override):
-        return [expr.literal]
-    return [expr] if isinstance(expr, Attribute | Literal) else []
+        return attributes(expr.left) + attributes(expr.right)
+    return [expr] if isinstance(expr, Attribute) else []
 
 
 def extents(expr: Expression) -> list[Extent]:
     """The sizes of values that an expression depends on."""
     if isinstance(expr, Operation):
         return extents(expr.left) + extents(expr.right)
-    if isinstance(expr, Override):
-        return extents(expr.computed)
     return [expr] if isinstance(expr, Extent) else []
 
 
 def solve(
     expr: Expression,
     want: int,
-    leaf: Settable,
+    leaf: Attribute,
     known: Mapping[Settable, float],
     extent: Callable[[Extent], int],
 ) -> int | None:
     """The value of ``leaf`` that makes ``expr`` equal ``want``, if there is one."""
-    if leaf == expr or (isinstance(expr, Override) and leaf == expr.literal):
+    if leaf == expr:
         return want
     if not isinstance(expr, Operation):
         return None
-    side = "left" if leaf in settable(expr.left) else "right"
+    side = "left" if leaf in attributes(expr.left) else "right"
     inner, other = (expr.left, expr.right) if side == "left" else (expr.right, expr.left)
-    if leaf in settable(other) or (expr.op, side) not in _INVERSES:
+    if leaf in attributes(other) or (expr.op, side) not in _INVERSES:
         return None
     value = _INVERSES[expr.op, side](want, int(evaluate(other, known, extent)))
     return None if value is None else solve(inner, value, leaf, known, extent)

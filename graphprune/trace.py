@@ -8,7 +8,7 @@ non-maximum suppression) is run on the CPU with its real weights instead.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ def record(
     model: nn.Module,
     call: Call,
     training: bool,
-    prepare: Callable[[nn.Module], None] | None = None,
     devices: Sequence[str] = ("meta", "cpu"),
 ) -> Record:
     """Run a copy of the model on the inputs and record it.
@@ -34,7 +33,6 @@ def record(
         model: the user's model; it is not touched.
         call: the inputs.
         training: record in train mode instead of eval mode.
-        prepare: called with the copy before it runs.
         devices: where to run it, in this order, until it works.
 
     Raises:
@@ -43,7 +41,7 @@ def record(
     failure: TraceError | None = None
     for device in devices:
         try:
-            return _record(model, call, training, device, prepare)
+            return _record(model, call, training, device)
         except TraceError as error:
             error.__cause__ = error.__cause__ or failure
             failure = error
@@ -56,13 +54,10 @@ def _record(
     call: Call,
     training: bool,
     device: str,
-    prepare: Callable[[nn.Module], None] | None,
 ) -> Record:
     clone = skeleton(model, device).train(training)
     if device != "meta":
         clone.to(device)
-    if prepare is not None:
-        prepare(clone)
     return run(clone, call, device)
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import fx
 
 from graphprune.analysis import Analysis
+from graphprune.sites import Path
 
 aten = torch.ops.aten
-Want = tuple[list[int], list[int]]  # the sizes an op was given, and those it needs
+Want = tuple[list[int], list[int], str]  # sizes an op was given, those it needs, see ``locate``
 Rule = Callable[[Analysis, fx.Node, np.ndarray], Iterator[Want]]
 WANTED: dict[Any, Rule] = {}
 
@@ -50,17 +51,18 @@ def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     if isinstance(given, list | tuple):
         new = list(graph.shape(node, alive))[-len(given) :] if given else []
         new = [n if g != -1 else -1 for g, n in zip(given, new)]
-        if match(given, ints_of(node)) is None:  # unflatten gives the sizes of one dimension
-            given, new = _part(given, new, ints_of(node))
-        yield list(given), new
+        if locate(node, given) is None:  # unflatten gives the sizes of one dimension
+            given, new = _part(node, given, new)
+        yield list(given), new, ""
 
 
-def _part(given: Any, new: list[int], ints: Sequence[int]) -> Want:
+def _part(node: fx.Node, given: Any, new: list[int]) -> tuple[Any, list[int]]:
     """The part of a shape that ends the ints of a call."""
+    ints = ints_of(node)
     for width in range(len(ints), 1, -1):
         tail = ints[-width:]
         for start in range(len(given) - width + 1):
-            if match(given[start : start + width], tail) is not None:
+            if all(a in (b, -1) for a, b in zip(tail, given[start : start + width])):
                 return list(given[start : start + width]), new[start : start + width]
     return list(given), new
 
@@ -79,7 +81,7 @@ def first_dim(node: fx.Node, given: Sequence[int]) -> int | None:
 
 @_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
 def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    yield list(args_of(node)[0]), list(graph.shape(node, alive))
+    yield list(args_of(node)[0]), list(graph.shape(node, alive)), ""
 
 
 @_rule(aten.split, aten.unsafe_split)
@@ -89,7 +91,8 @@ def _split(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     items = node.meta["items"]
     new = [graph.shape(item, alive)[dim] for item in items.values()]
     given = args_of(node)[1]
-    yield (list(given), new) if isinstance(given, list | tuple) else ([given], new[:1])
+    several = isinstance(given, list | tuple)
+    yield (list(given), new, "") if several else ([given], new[:1], "")
 
 
 _rule(aten.split_with_sizes, aten.unsafe_split_with_sizes)(_split)
@@ -107,13 +110,12 @@ def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     last = size if end is None else _clip(end, size)
     begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
     if start:
-        yield [start], [start if keep.all() else _place(start, begin, new_size)]
+        yield [start], [start if keep.all() else _place(start, begin, new_size)], "start"
     if end is not None and end < size:
-        length = [last - first], [stop - begin]  # what narrow is given
-        ints = ints_of(node)
-        by_length = match([end], ints) is None and match(length[0], ints) is not None
-        new_end = end if keep.all() else _place(end, stop, new_size)
-        yield length if by_length else ([end], [new_end])
+        if locate(node, [last - first], "length") is not None:  # narrow
+            yield [last - first], [stop - begin], "length"
+        else:
+            yield [end], [end if keep.all() else _place(end, stop, new_size)], "stop"
 
 
 def _place(old: int, new: int, size: int) -> int:
@@ -131,7 +133,7 @@ def _select(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]
     keep = graph.positions(x, dim, alive)
     new = int(keep[: index % len(keep)].sum())
     if new != index % len(keep):
-        yield [index], [new if index >= 0 else new - int(keep.sum())]
+        yield [index], [new if index >= 0 else new - int(keep.sum())], "last"
 
 
 @_rule(aten.constant_pad_nd)
@@ -146,7 +148,7 @@ def _pad(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
         new[i] = int(keep[:before].sum() if before > 0 else -source[:-before].sum())
         end = len(keep) - after
         new[i + 1] = int(keep[end:].sum() if after > 0 else -source[len(source) + after :].sum())
-    yield pad, new
+    yield pad, new, ""
 
 
 @_rule(aten.convolution)
@@ -154,7 +156,7 @@ def _convolution(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[
     groups = int(args_of(node)[8])
     if groups > 1:
         keep = graph.positions(node, 1, alive).reshape(groups, -1)
-        yield [groups], [int(keep.any(1).sum())]
+        yield [groups], [int(keep.any(1).sum())], "last"
 
 
 @_rule(aten.native_group_norm)
@@ -162,13 +164,13 @@ def _group_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[W
     groups = int(args_of(node)[6])
     if groups > 1:
         keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
-        yield [groups], [int(keep.any(1).sum())]
+        yield [groups], [int(keep.any(1).sum())], ""
 
 
 @_rule(aten.native_layer_norm, aten._fused_rms_norm)
 def _layer_norm(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     given = list(args_of(node)[1])
-    yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
+    yield given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :], ""
 
 
 def ints_of(node: fx.Node) -> list[int]:
@@ -176,11 +178,37 @@ def ints_of(node: fx.Node) -> list[int]:
     return [number for number in node.meta["numbers"] if isinstance(number, int)]
 
 
-def match(pattern: Sequence[int], ints: Sequence[int]) -> list[int] | None:
-    """Find the sizes an op was given among the ints of the torch function that called it."""
-    width = len(pattern)
-    for start in range(len(ints) - width + 1):
-        part = list(ints[start : start + width])
-        if all(int(a) == int(b) or int(a) == -1 for a, b in zip(part, pattern)):
-            return part
+def paths_of(node: fx.Node) -> list[Path]:
+    """Where these ints stand in the arguments."""
+    pairs = zip(node.meta["numbers"], node.meta["paths"])
+    return [path for number, path in pairs if isinstance(number, int)]
+
+
+def locate(node: fx.Node, old: Sequence[int], kind: str = "") -> slice | None:
+    """Where the sizes that an op was given stand among the ints of the call that ran it.
+
+    ``kind`` tells which of several equal ints is meant: the ``start`` or ``stop`` of a slice, the
+    ``length`` of ``narrow``, or the ``last`` one.
+    """
+    ints = ints_of(node)
+    if kind in ("start", "stop", "length"):
+        return _end_of_slice(node, old[0], kind)
+    places = range(len(ints) - len(old) + 1)
+    for start in reversed(places) if kind == "last" else places:
+        part = ints[start : start + len(old)]
+        if all(a == b or a == -1 for a, b in zip(part, old)):
+            return slice(start, start + len(old))
+    return None
+
+
+def _end_of_slice(node: fx.Node, old: int, kind: str) -> slice | None:
+    ints, paths = ints_of(node), paths_of(node)
+    named = [place for place, path in enumerate(paths) if path[-1] == kind and ints[place] == old]
+    if named:
+        dim = args_of(node)[1] if len(args_of(node)) > 1 else 0
+        named.sort(key=lambda place: dim not in paths[place][1:2])
+        return slice(named[0], named[0] + 1)
+    narrowed = {"start": 1, "length": 2}.get(kind, 3)
+    if len(ints) == 3 and "start" not in {path[-1] for path in paths} and narrowed < 3:
+        return slice(narrowed, narrowed + 1) if ints[narrowed] == old else None
     return None

@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional as F
 from zoo import randomise
+from zoo.steps import SPELLINGS, STEPS
 
 import graphprune
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13)
 MOST = 36
 SIDE = 8
-EPS = 0.1  # norms of dead channels would otherwise blow rounding up by 1 / sqrt(eps) each
 
 
 @dataclass(frozen=True)
@@ -42,204 +41,6 @@ class Spec:
         """Two images."""
         generator = torch.Generator().manual_seed(self.seed)
         return torch.randn(2, 3, SIDE, SIDE, generator=generator, dtype=torch.float64)
-
-
-class Step(nn.Module):
-    """Makes a value from those before."""
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        raise NotImplementedError
-
-
-STEPS: dict[str, type[Step]] = {}
-
-
-def step(cls: type[Step]) -> type[Step]:
-    STEPS[cls.__name__] = cls
-    return cls
-
-
-@step
-class Conv(Step):
-    """Convolution, norm, activation."""
-
-    def __init__(self, into: int, out: int, kernel: int, groups: int, norm: str, act: str) -> None:
-        super().__init__()
-        bias = norm == "none"
-        self.conv = nn.Conv2d(into, out, kernel, padding=kernel // 2, groups=groups, bias=bias)
-        self.norm = {
-            "none": nn.Identity, "batch": lambda: nn.BatchNorm2d(out, eps=EPS),
-            "instance": lambda: nn.InstanceNorm2d(out, EPS, affine=True),
-            "group": lambda: nn.GroupNorm(2 if out % 2 == 0 else 1, out, EPS),
-        }[norm]()  # fmt: skip
-        self.act = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid(),
-                    "prelu": nn.PReLU(out), "none": nn.Identity()}[act]  # fmt: skip
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return self.act(self.norm(self.conv(values[-1])))
-
-
-@step
-class Transposed(Step):
-    """Transposed convolution that keeps the resolution."""
-
-    def __init__(self, into: int, out: int, groups: int) -> None:
-        super().__init__()
-        self.conv = nn.ConvTranspose2d(into, out, 3, padding=1, groups=groups)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return torch.relu(self.conv(values[-1]))
-
-
-@step
-class Add(Step):
-    """Residual addition of an earlier value, projected where widths differ."""
-
-    def __init__(self, other: int, into: int, out: int) -> None:
-        super().__init__()
-        self.other = other
-        self.project = nn.Identity() if into == out else nn.Conv2d(into, out, 1, bias=False)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return values[-1] + self.project(values[self.other])
-
-
-@step
-class Concat(Step):
-    """Concatenation with an earlier value, then a norm over both."""
-
-    def __init__(self, other: int, channels: int) -> None:
-        super().__init__()
-        self.other, self.norm = other, nn.BatchNorm2d(channels, eps=EPS)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return self.norm(torch.cat([values[self.other], values[-1]], dim=1))
-
-
-@step
-class Chunk(Step):
-    """Equal parts, multiplied, added, or put back in another order."""
-
-    def __init__(self, parts: int, join: str) -> None:
-        super().__init__()
-        self.parts, self.join = parts, join
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        first, *rest = torch.chunk(values[-1], self.parts, 1)
-        if self.join == "cat":
-            return torch.cat([*rest, first], 1)
-        for part in rest:
-            first = first * torch.sigmoid(part) if self.join == "gate" else first + part
-        return first
-
-
-@step
-class Split(Step):
-    """Two unequal parts, each through its own convolution."""
-
-    def __init__(self, first: int, second: int, out: int) -> None:
-        super().__init__()
-        self.sizes = [first, second]
-        self.a, self.b = nn.Conv2d(first, out, 1), nn.Conv2d(second, out, 3, padding=1)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        a, b = torch.split(values[-1], self.sizes, dim=1)
-        return torch.tanh(self.a(a)) * self.b(b)
-
-
-@step
-class Shared(Step):
-    """One convolution called several times."""
-
-    def __init__(self, channels: int, times: int) -> None:
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(channels, channels, 1), nn.BatchNorm2d(channels, eps=EPS)
-        self.times = times
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        x = values[-1]
-        for _ in range(self.times):
-            x = torch.relu(self.norm(self.conv(x)))
-        return x
-
-
-@step
-class Shuffle(Step):
-    """Channel shuffle by views."""
-
-    def __init__(self, groups: int) -> None:
-        super().__init__()
-        self.groups = groups
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        x = values[-1]
-        b, c, h, w = x.size()
-        x = x.view(b, self.groups, c // self.groups, h, w).transpose(1, 2).contiguous()
-        return x.view(b, -1, h, w)
-
-
-@step
-class Pixels(Step):
-    """Space to depth, or depth to space."""
-
-    def __init__(self, down: bool) -> None:
-        super().__init__()
-        self.layer = nn.PixelUnshuffle(2) if down else nn.PixelShuffle(2)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return self.layer(values[-1])
-
-
-@step
-class Squeeze(Step):
-    """Squeeze and excitation."""
-
-    def __init__(self, channels: int, inner: int) -> None:
-        super().__init__()
-        self.down, self.up = nn.Linear(channels, inner), nn.Linear(inner, channels)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        x = values[-1]
-        gate = torch.sigmoid(self.up(torch.relu(self.down(x.mean((2, 3))))))
-        return x * gate[:, :, None, None]
-
-
-@step
-class Scale(Step):
-    """Bare parameters and a buffer on the channel dimension."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.randn(channels, 1, 1))
-        self.offset = nn.Parameter(torch.randn(channels))
-        self.register_buffer("gain", torch.rand(1, channels, 1, 1) + 0.5)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return values[-1] * self.scale * self.gain + self.offset.view(-1, 1, 1)
-
-
-@step
-class Pad(Step):
-    """Constant channels before and after."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__()
-        self.before, self.after = before, after
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return F.pad(values[-1], (0, 0, 0, 0, self.before, self.after), value=0.25)
-
-
-@step
-class Pool(Step):
-    """Half the resolution."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.pool = nn.MaxPool2d(2) if kind == "max" else nn.AvgPool2d(2)
-
-    def forward(self, values: list[Tensor]) -> Tensor:
-        return self.pool(values[-1])
 
 
 class Head(nn.Module):
@@ -318,6 +119,15 @@ class _Drawing:
             "shared": lambda: self.put("Shared", c, c, self.pick([2, 3])),
             "depthwise": lambda: self.conv(c * self.pick([1, 2] if 2 * c <= MOST else [1]), c),
         }
+        if side <= 4:  # few places: scores and steps cost time
+            found["attention"] = lambda: self.attention("Attention", self.pick(SPELLINGS))
+            found["recurrent"] = lambda: self.recurrent(self.pick([False, True]))
+        if 2 <= side <= 4:
+            found["window"] = lambda: self.attention("Window", self.pick([0, 1]))
+        found["token_norm"] = lambda: self.put(
+            "TokenNorm", c, c, self.pick(["layer", "rms", "by_hand"])
+        )
+        found["experts"] = lambda: self.put("Experts", c, c, self.pick([2, 3, 5]), 2)
         if same:
             found["add"] = lambda: self.add(self.pick(same))
         if room:
@@ -362,6 +172,14 @@ class _Drawing:
     def transposed(self, groups: int) -> None:
         out = groups * self.pick([n for n in (1, 2, 3) if groups * n <= MOST])
         self.put("Transposed", out, self.widths[-1], out, groups)
+
+    def attention(self, name: str, how: str | int) -> None:
+        c, (heads, width) = self.widths[-1], self.pick([(2, 1), (3, 2), (4, 2), (2, 3)])
+        self.put(name, c, c, heads, width, how)
+
+    def recurrent(self, both: bool) -> None:
+        hidden, kind = self.pick([2, 3, 5]), self.pick(["lstm", "gru"])
+        self.put("Recurrent", 2 * hidden if both else hidden, self.widths[-1], hidden, kind, both)
 
     def pad(self, before: int, after: int) -> None:
         self.put("Pad", self.widths[-1] + before + after, before, after)

@@ -1,5 +1,8 @@
 """Every network of the zoo: shrunk, verified, and as prunable as reasoning says."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from comparing import call, shapes, state, untouched
@@ -7,11 +10,16 @@ from zoo import ZOO
 
 import graphprune
 
-pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning"),
+    pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning"),  # torch's own
+]
 GRAPHS = {}
+FROZEN = Path(__file__).parent / "zoo" / "frozen.json"
+USUAL = ("model output", "reads a model input", "rows of an embedding table")
 
 
-@pytest.fixture(params=ZOO.values(), ids=ZOO)
+@pytest.fixture(params=ZOO.values(), ids=ZOO, scope="module")  # one after the other
 def entry(request):
     return request.param
 
@@ -43,7 +51,8 @@ def check(entry, ratio, scope, training):
     assert removable(graph) == free, f"planning froze more channels:\n{graph}"
     assert plan.removed > 0 or entry.removable is None
     assert shapes(call(small.eval(), inputs)) == shapes(call(model.eval(), inputs))
-    assert [type(m) for m in small.modules()] == [type(m) for m in model.modules()]
+    for new, old in zip(small.modules(), model.modules(), strict=True):
+        assert isinstance(new, type(old))
     assert list(small.state_dict()) == list(model.state_dict())
     kept = state(small)
     for name, tensor in state(model).items():
@@ -56,6 +65,27 @@ def test_as_many_channels_as_reasoning_says(entry):
     graph = graph_of(entry)
     if entry.removable is not None:
         assert removable(graph) == entry.removable, str(graph)
+
+
+def reasons(graph):
+    """Why channels are frozen, without places in the code and without the usual reasons."""
+    return sorted({group.reason.text for group in graph.frozen} - set(USUAL))
+
+
+def test_frozen_for_the_stated_reasons_only(entry):
+    """Every frozen channel has a reason, and no entry has other reasons than those on file.
+
+    After a wanted change of ``zoo/frozen.json``: ``cd tests && python test_zoo.py``, and read
+    the difference. Entries that are not in the file have the usual reasons only.
+    """
+    graph = graph_of(entry)
+    assert all(group.reason.text for group in graph.frozen), str(graph)
+    stated = json.loads(FROZEN.read_text(encoding="utf-8")).get(entry.name, [])
+    assert reasons(graph) == stated, str(graph)
+
+
+def test_every_reason_on_file_belongs_to_an_entry():
+    assert set(json.loads(FROZEN.read_text(encoding="utf-8"))) <= set(ZOO)
 
 
 def test_half_of_every_group(entry):
@@ -93,3 +123,18 @@ def test_memory_format_is_kept():
     weight = small.last.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
+
+
+def write_reasons():
+    """Write ``zoo/frozen.json`` anew, one entry a line; without entries that freeze too much."""
+    found = {
+        name: reasons(graph_of(entry))
+        for name, entry in sorted(ZOO.items())
+        if entry.removable in (None, removable(graph_of(entry)))
+    }
+    lines = [f"  {json.dumps(name)}: {json.dumps(texts)}" for name, texts in found.items() if texts]
+    FROZEN.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write_reasons()

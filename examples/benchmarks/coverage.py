@@ -9,7 +9,6 @@ Results are appended to the cache as they come; a second run continues where the
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
@@ -23,10 +22,13 @@ import coverage_table
 import peer
 import torch
 from isolate import isolated
-from suites import SUITES, Case, cases
-from torch.utils._pytree import tree_leaves
+from suites import SUITES, Case, cases, cast, parameters
+from torch import nn
 
 import graphprune
+from graphprune.comparing import Session
+from graphprune.inputs import Call
+from graphprune.verify import TOLERANCES
 
 
 def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, Any]:
@@ -49,7 +51,7 @@ def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, An
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", graphprune.errors.PruningWarning)
         model = stage("build", case.model)
-        x = torch.randn(case.small)
+        x = case.draw(case.batch)
         graph = model and stage("trace", lambda: graphprune.trace(model, x))
         plan = graph and stage("plan", lambda: graph.plan(ratio, scope=scope))
         small = plan and stage("rebuild", lambda: graphprune.rebuild(model, plan))
@@ -57,52 +59,57 @@ def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, An
     row["warning"] = "\n".join(str(w.message) for w in pruning)
     if graph is not None:
         row["groups"] = len(graph)
-        heads = sum(p.numel() for head in case.heads(model) for p in head.parameters())
-        row["head"] = heads / sum(p.numel() for p in model.parameters())
-        row["frozen"] = sorted({str(group.note) for group in graph.frozen})
+        row["head"] = sum(map(parameters, case.heads(model))) / parameters(model)
+        row["frozen"] = frozen(graph)
     if plan is not None:
         row["exact"] = plan.exact
         row["params"] = [plan.before.params, plan.after.params]
         row["macs"] = [plan.before.macs, plan.after.macs]
     if small is not None:
         huge = plan.before.params > full_below
-        full = stage("verify64", lambda: (outputs if huge else everything)(model, small, x))
-        single = stage("verify32", lambda: outputs(model, small, x, torch.float32))
-        row["verify64"], row["checks"] = full or (None, [])
+        full = None if huge else stage("verify64", lambda: everything(model, small, x))
+        batch = stage("verify batch", lambda: outputs(case, model, small, torch.float64))
+        single = stage("verify32", lambda: outputs(case, model, small, torch.float32))
+        gaps = [result[0] for result in (full, batch) if result]
+        row["verify64"] = max(gaps, default=None)
+        row["checks"] = [check for result in (full, batch) if result for check in result[1]]
         row["verify32"] = single and single[0]
     return row
 
 
-def everything(
-    model: torch.nn.Module, small: torch.nn.Module, x: torch.Tensor
-) -> tuple[float, list[str]]:
+def frozen(graph: graphprune.ChannelGraph) -> dict[str, int]:
+    """Why channels stay: for each reason, the number of parameters in such channels."""
+    found: dict[str, int] = {}
+    sizes = {**dict(graph.model.named_parameters()), **dict(graph.model.named_buffers())}
+    for group in graph.frozen:
+        count = 0
+        for member in group.members:
+            slot = member.slot
+            if slot.parameter and slot.tensor in sizes:
+                count += sizes[slot.tensor].numel() // max(slot.size, 1) * member.index.size
+        found[str(group.note)] = found.get(str(group.note), 0) + count
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def everything(model: nn.Module, small: nn.Module, x: Any) -> tuple[float, list[str]]:
     """The largest relative difference in float64, and the names of the checks made."""
     report = graphprune.verify(model, small, x)
     return report.difference, [check.name for check in report.checks]
 
 
-@torch.no_grad()
 def outputs(
-    model: torch.nn.Module,
-    small: torch.nn.Module,
-    x: torch.Tensor,
-    dtype: torch.dtype = torch.float64,
+    case: Case, model: nn.Module, small: nn.Module, dtype: torch.dtype
 ) -> tuple[float, list[str]]:
-    """The largest relative difference of the outputs in eval mode.
+    """The largest relative difference of the outputs in eval mode, at another batch size.
 
     That is all that can be compared in float32: rounding flips ReLU and max-pooling, so the
     gradients of one and the same model differ by up to a tenth between float32 and float64.
     """
-    x = torch.randn(2, *x.shape[1:], dtype=dtype)
-    masked = graphprune.mask(copy.deepcopy(model).to(dtype), small.graphprune_plan)
-    wanted = tree_leaves(masked(x))
-    del masked
-    found = tree_leaves(copy.deepcopy(small).to(dtype)(x))
-    gap = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(wanted, found))
-    limit = 1e-10 if dtype == torch.float64 else 1e-5
-    if not gap <= limit:
-        raise graphprune.errors.VerificationError(f"outputs in {dtype} differ by {gap:.1e}")
-    return gap, ["output"]
+    call = Call.of(cast(case.draw(case.batch + 1), dtype))
+    plan = small.graphprune_plan
+    session = Session(model, small, plan, dtype, TOLERANCES[dtype], seed=0)
+    check = session.outputs("output, a larger batch", call, training=False)
+    return check.difference, [check.name]
 
 
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
@@ -111,7 +118,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     row = isolated(run, *arguments, options.full_below, timeout=options.timeout)
     other: dict[str, Any] = {}
     if not options.no_peer:
-        other = isolated(peer.outcome, *arguments, timeout=options.timeout)
+        other = isolated(peer.outcome, *arguments, timeout=options.peer_timeout)
         if other.pop("status") != "ok":
             other = {"peer": other["reason"]}
         other.pop("reason", None)
@@ -119,7 +126,7 @@ def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "suite": options.suite,
         "name": case.name,
         "kind": case.kind,
-        "input": list(case.small),
+        "input": case.size,
         "ratio": options.ratio,
         "scope": options.scope,
         **row,
@@ -140,11 +147,12 @@ def read(cache: Path) -> dict[tuple[str, str, float, str], dict[str, Any]]:
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suite", choices=sorted(SUITES), default="torchvision")
+    parser.add_argument("--suite", choices=SUITES, default="torchvision")
     parser.add_argument("--models", nargs="+", default=["*"], help="glob patterns of names")
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--scope", choices=("local", "global"), default="local")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per model")
+    parser.add_argument("--peer-timeout", type=float, default=120, help="seconds for the peer")
     text = "parameters above which outputs in eval mode alone are compared"
     parser.add_argument("--full-below", type=float, default=250e6, help=text)
     parser.add_argument("--no-peer", action="store_true", help="leave Torch-Pruning out")
@@ -162,12 +170,13 @@ def main() -> int:
     options = parse()
     chosen = cases(options.suite, options.models)
     rows = read(options.cache)
+    setting = (options.ratio, options.scope)
     print(coverage_table.HEADER)
     if options.cached:
-        done = {(key[0], key[1]) for key in rows if key[2:] == (options.ratio, options.scope)}
+        done = {(key[0], key[1]) for key in rows if key[2:] == setting}
         chosen = [case for case in chosen if (options.suite, case.name) in done]
     for case in chosen:
-        key = (options.suite, case.name, options.ratio, options.scope)
+        key = (options.suite, case.name, *setting)
         old = rows.get(key)
         again = options.redo == "all" or (
             options.redo == "failed" and old and old["status"] != "ok"
@@ -178,12 +187,11 @@ def main() -> int:
                 file.write(json.dumps(rows[key]) + "\n")
         print(coverage_table.line(rows[key]), flush=True)
     keys = {(options.suite, case.name) for case in chosen}
-    mine = [row for key, row in rows.items() if key[:2] in keys]
-    current = [r for r in mine if r["ratio"] == options.ratio and r["scope"] == options.scope]
+    current = [row for key, row in rows.items() if key[:2] in keys and key[2:] == setting]
     print(coverage_table.summary(current))
     if options.write:
-        names = [case.name for case in chosen]
-        options.write.write_text(coverage_table.document(options.suite, names, mine))
+        order = {suite: [case.name for case in cases(suite)] for suite in SUITES}
+        options.write.write_text(coverage_table.document(order, list(rows.values())))
     return 0 if all(row["status"] == "ok" for row in current) else 1
 
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-import torch
-import torchvision
-
 Row = dict[str, Any]
-LIMIT = 0.45  # the share of parameters a classifier may keep at ratio 0.5
+MAIN = (0.5, "local")
+LIMIT = 0.6  # the share of parameters a model may keep at ratio 0.5 without a word
 STAGES = ("trace", "plan", "rebuild")
+CHECKS = ("verify64", "verify batch", "verify32")
 HEADER = (
     f"{'model':<30} {'groups':>6} {'params':>7} {'MACs':>7} {'float64':>8} {'float32':>8} "
     f"{'trace':>6} {'plan':>6} {'rebld':>6} {'verify':>6}  peer / status"
@@ -34,8 +34,8 @@ def _peer(row: Row) -> str:
     return kept if state == "runs" else " ".join(filter(None, (kept, state)))
 
 
-def _verification(row: Row) -> float:
-    return sum(row.get("seconds", {}).get(name, 0.0) for name in ("verify64", "verify32"))
+def _seconds(row: Row, names: Sequence[str]) -> float:
+    return sum(row.get("seconds", {}).get(name, 0.0) for name in names)
 
 
 def line(row: Row) -> str:
@@ -46,123 +46,190 @@ def line(row: Row) -> str:
     return (
         f"{row['name']:<30} {row.get('groups', '-'):>6} {share(row.get('params')):>7} "
         f"{share(row.get('macs')):>7} {_gap(row, 'verify64'):>8} {_gap(row, 'verify32'):>8} "
-        f"{stages} {_verification(row):6.1f}  {_peer(row)} / {state}"
+        f"{stages} {_seconds(row, CHECKS):6.1f}  {_peer(row)} / {state}"
     )
 
 
 def summary(rows: Sequence[Row]) -> str:
     """How many of the models pass, here and with the peer."""
-    good = sum(row["status"] == "ok" for row in rows)
+    good = [row for row in rows if row["status"] == "ok"]
+    large = sum(_large(row) for row in good)
+    text = f"{len(good)} of {len(rows)} models shrunk and verified"
+    text += f", {large} of them above {100 * LIMIT:.0f} % of their parameters" if large else ""
     tried = [row["peer"] for row in rows if "peer" in row]
-    text = f"{good} of {len(rows)} models shrunk and verified"
     runs = sum(state == "runs" for state in tried)
     return f"{text}; the peer's result runs for {runs} of {len(tried)}" if tried else text
 
 
-def document(suite: str, names: Sequence[str], rows: Sequence[Row]) -> str:
-    """The whole of docs/coverage.md."""
-    settings = sorted({(row["ratio"], row["scope"]) for row in rows}, key=_local_half_first)
-    order = {name: number for number, name in enumerate(names)}
-    parts = [_intro(suite)]
-    for ratio, scope in settings:
-        chosen = [row for row in rows if (row["ratio"], row["scope"]) == (ratio, scope)]
-        chosen.sort(key=lambda row: order[row["name"]])
-        parts.append(f"## Ratio {ratio}, {scope}\n\n{summary(chosen)}.\n\n{_table(chosen)}")
-        if ratio == 0.5:
-            parts.append(_large(chosen))
-        parts += [_fewer(chosen), _failures(chosen)]
+def document(order: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> str:
+    """The whole of docs/coverage.md.
+
+    Args:
+        order: the names of the models of each suite, in the order to show.
+        rows: all cached rows.
+    """
+    parts = [_intro()]
+    for suite, names in order.items():
+        place = {name: number for number, name in enumerate(names)}
+        mine = [row for row in rows if row["suite"] == suite and row["name"] in place]
+        mine.sort(key=lambda row: place[row["name"]])
+        if mine:
+            parts += [f"## {suite}", *_suite(mine)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def _local_half_first(setting: tuple[float, str]) -> tuple[bool, str, float]:
-    return setting != (0.5, "local"), setting[1], setting[0]
+def _suite(rows: Sequence[Row]) -> list[str]:
+    main = [row for row in rows if (row["ratio"], row["scope"]) == MAIN]
+    others = sorted({(row["ratio"], row["scope"]) for row in rows} - {MAIN}, key=_local_first)
+    parts = [f"Ratio {MAIN[0]}, {MAIN[1]}: {summary(main)}.", _table(main)]
+    parts += [_kept(main), _fewer(main), _failures(main)]
+    for ratio, scope in others:
+        chosen = [row for row in rows if (row["ratio"], row["scope"]) == (ratio, scope)]
+        parts += [f"Ratio {ratio}, {scope}: {summary(chosen)}.", _failures(chosen)]
+    return [*parts, _short(rows, others)]
 
 
-def _intro(suite: str) -> str:
-    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-    return f"""# What graphprune shrinks: {suite}
+def _local_first(setting: tuple[float, str]) -> tuple[bool, float]:
+    return setting[1] != "local", -setting[0]
 
-Written by `examples/benchmarks/coverage.py --suite {suite}` (Python {platform.python_version()},
-{versions}, one thread).
 
-Every model starts from random weights with random BatchNorm statistics and affine parameters. It
-is traced and planned, rebuilt, and compared with the masked original by `graphprune.verify`:
-outputs in eval mode at another batch size and another resolution, and outputs, gradients and
-buffers in train mode, auxiliary heads included.
+def _versions() -> str:
+    found = []
+    for name in ("torch", "torchvision", "timm", "transformers", "torch-pruning"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _intro() -> str:
+    return f"""# What graphprune shrinks
+
+Written by `examples/benchmarks/coverage.py --suite torchvision|timm|transformers|recurrent`
+(Python {platform.python_version()}, {_versions()}, one thread).
+
+- **torchvision**: every model of `list_models()` that is not quantized, and the ResNets for CIFAR.
+- **timm**: the smallest model of every architecture module.
+- **transformers**: architectures from small configurations (width 64, two layers, four heads).
+- **recurrent**: four models written for this table, in `examples/benchmarks/recurrent.py`.
+
+Every model starts from random weights, with random BatchNorm statistics and no parameter left
+constant. It is traced, planned and rebuilt without any hint, and compared with the masked original
+by `graphprune.verify`: outputs in eval mode at another batch size and, where the model takes one,
+another resolution; outputs, gradients and buffers in train mode, auxiliary heads included.
 
 - *params*, *MACs*: what is kept. MACs are those of the input in the table.
 - *float64*: the largest relative difference found in all these checks; the limit is 1e-10.
 - *float32*: the same for outputs in eval mode; the limit is 1e-5. Gradients are compared in float64
   only: rounding flips ReLU and max-pooling, so that even one and the same model has gradients that
   differ by several percent between float32 and float64.
-- *renorm.*: models with LayerNorm or GroupNorm over removed channels; there the reference takes
-  the statistics over the kept channels.
-- *trace*, *plan*, *rebuild*: seconds, first call in a fresh process.
-- *peer*: parameters kept by Torch-Pruning 1.6.1 (`BasePruner`, `GroupMagnitudeImportance(p=2)`,
-  same ratio, output layers ignored), and whether its result runs in eval and in train mode. It is
-  not checked against a reference."""
+- *renorm.*: models with a norm over removed channels; there the reference takes the statistics over
+  the kept channels.
+- *seconds*: trace, plan and rebuild, first call in a fresh process.
+- *peer*: parameters kept by Torch-Pruning (`BasePruner`, `GroupMagnitudeImportance(p=2)`, same
+  ratio, output layers ignored, nothing else set by hand), and whether its result runs in eval and
+  in train mode, with outputs of the same shapes. It is not checked against a reference."""
 
 
 def _table(rows: Sequence[Row]) -> str:
     lines = [
-        "| model | input | groups | params | MACs | float64 | float32 "
-        "| trace | plan | rebuild | peer |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "| model | input | groups | params | MACs | float64 | float32 | seconds | peer |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     for row in rows:
-        seconds = [f"{row.get('seconds', {}).get(name, 0):.2f}" for name in STAGES]
         kind = "" if row.get("exact", True) else " (renorm.)"
-        side = "x".join(map(str, row["input"][2:]))
         failed = "" if row["status"] == "ok" else f" **{row['status']}**"
         cells = [
             f"{row['name']}{kind}{failed}",
-            side,
+            row["input"],
             str(row.get("groups", "-")),
             share(row.get("params")),
             share(row.get("macs")),
             _gap(row, "verify64"),
             _gap(row, "verify32"),
-            *seconds,
+            f"{_seconds(row, STAGES):.2f}",
             _peer(row),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _large(rows: Sequence[Row]) -> str:
-    large = [
-        row
-        for row in rows
-        if row["kind"] == "classification"
-        and row.get("params")
-        and row["params"][1] > LIMIT * row["params"][0]
-    ]
-    if not large:
-        return f"Every classifier keeps at most {100 * LIMIT:.0f} % of its parameters."
-    lines = [f"Classifiers that keep more than {100 * LIMIT:.0f} % of their parameters:\n"]
-    for row in large:
-        text = f"- {row['name']}: {share(row['params'])}."
-        if "head" in row:
-            text += (
-                f" {100 * row['head']:.0f} % of its parameters are in the output layer, which "
-                "loses inputs but no outputs."
+def _short(rows: Sequence[Row], settings: Sequence[tuple[float, str]]) -> str:
+    """Parameters kept and the largest difference, one column for each setting."""
+    if not settings:
+        return ""
+    names = list(dict.fromkeys(row["name"] for row in rows))
+    found = {(row["name"], row["ratio"], row["scope"]): row for row in rows}
+    titles = [f"{ratio}, {scope}" for ratio, scope in settings]
+    lines = ["| model | " + " | ".join(titles) + " |", "|---|" + "---:|" * len(titles)]
+    for name in names:
+        cells = [name]
+        for setting in settings:
+            row = found.get((name, *setting))
+            failed = row is not None and row["status"] != "ok"
+            cells.append(
+                "-"
+                if row is None
+                else f"**{row['status']}**"
+                if failed
+                else f"{share(row.get('params'))} ({_gap(row, 'verify64')})"
             )
-        frozen = (re.sub(r"\(/.*/", "(", reason) for reason in row["frozen"])
-        lines.append(f"{text} Frozen: {'; '.join(frozen)}.")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _large(row: Row) -> bool:
+    return bool(row.get("params")) and row["params"][1] > LIMIT * row["params"][0]
+
+
+def _kept(rows: Sequence[Row]) -> str:
+    """Why models keep much."""
+    large = [row for row in rows if _large(row)]
+    if not large:
+        return f"Every model keeps at most {100 * LIMIT:.0f} % of its parameters."
+    lines = [f"Models that keep more than {100 * LIMIT:.0f} % of their parameters, and why:\n"]
+    for row in large:
+        head = row.get("head", 0)
+        text = f"- {row['name']}: {share(row['params'])}."
+        if head > 0.1:
+            text += (
+                f" {100 * head:.0f} % of its parameters are in the output layer, which loses "
+                "inputs but no outputs."
+            )
+        lines.append(f"{text} Frozen: {reasons(row)}.")
+    return "\n".join(lines)
+
+
+def reasons(row: Row, most: int = 3) -> str:
+    """The reasons that freeze most parameters, each with its share."""
+    found: dict[str, int] = {}
+    for reason, count in row.get("frozen", {}).items():
+        place = re.search(r"\(([^()]*):(\d+)\)$", reason)
+        text = re.sub(r"( in \S+)? \([^()]*\)$", "", reason)
+        if place:
+            text += f" ({'/'.join(place[1].split('/')[-2:])}:{place[2]})"
+        found[text] = found.get(text, 0) + count
+    total = sum(found.values()) or 1
+    largest = sorted(found.items(), key=lambda item: -item[1])[:most]
+    return "; ".join(f"{text}, {100 * count / total:.0f} %" for text, count in largest)
 
 
 def _fewer(rows: Sequence[Row]) -> str:
     """Which models were verified by less than all checks."""
-    lines, outputs = [], []
+    missing: dict[str, list[str]] = {}
     for row in rows:
-        checks = row.get("checks") or ["output, another resolution, train"]
-        if checks == ["output"]:
-            outputs.append(row["name"])
-        elif not any("resolution" in check for check in checks):
-            lines.append(f"- {row['name']}: no other resolution")
-    if outputs:
-        lines.append(f"- outputs in eval mode only, for their size: {', '.join(outputs)}")
+        checks = row.get("checks") or []
+        if row["status"] != "ok":
+            continue
+        if len(checks) == 1:
+            missing.setdefault("outputs in eval mode only, for their size", []).append(row["name"])
+            continue
+        if not any("resolution" in check for check in checks):
+            missing.setdefault("no other resolution", []).append(row["name"])
+        if any("does not train" in check for check in checks):
+            missing.setdefault("no train mode on these inputs", []).append(row["name"])
+    lines = [f"- {text}: {', '.join(names)}" for text, names in missing.items()]
     return "\n".join(["Verified by fewer checks:\n", *lines]) if lines else ""
 
 
@@ -173,4 +240,4 @@ def _failures(rows: Sequence[Row]) -> str:
 
 
 def _first(text: str) -> str:
-    return text.strip().partition("\n")[0][:300]
+    return re.sub(r"/\S*/site-packages/", "", text.strip().partition("\n")[0])[:300]

@@ -7,11 +7,11 @@ import warnings
 from typing import Any
 
 import torch
-from suites import Case
+from suites import Case, call, parameters, tensors
 from torch import nn
 
 
-def shrink(model: nn.Module, x: torch.Tensor, case: Case, ratio: float, scope: str) -> float:
+def shrink(model: nn.Module, x: Any, case: Case, ratio: float, scope: str) -> float:
     """Build the dependency graph and prune once, in place.
 
     Returns:
@@ -27,6 +27,7 @@ def shrink(model: nn.Module, x: torch.Tensor, case: Case, ratio: float, scope: s
         pruning_ratio=ratio,
         global_pruning=scope == "global",
         ignored_layers=case.heads(model),
+        output_transform=tensors,
     )
     pruner.step()
     return time.perf_counter() - start
@@ -37,19 +38,24 @@ def outcome(case: Case, ratio: float, scope: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model = case.model()
-    x = torch.randn(case.small)
-    before = sum(p.numel() for p in model.parameters())
+    x = case.draw(case.batch)
+    before = parameters(model)
+    batch = case.draw(case.batch + 1)
+    with torch.no_grad():
+        wanted = [out.shape for out in tensors(call(model, batch))]
     try:
         seconds = shrink(model, x, case, ratio, scope)
     except Exception as error:
         return {"peer": f"fails: {type(error).__name__}"}
-    kept = sum(p.numel() for p in model.parameters()) / before
+    kept = parameters(model) / before
     notes = []
-    batch = torch.randn(2, *case.small[1:])
-    for mode in ("eval", "train"):
+    for mode in ("eval", "train") if case.trains else ("eval",):
         try:
             with torch.no_grad():
-                model.train(mode == "train")(batch)
+                found = [out.shape for out in tensors(call(model.train(mode == "train"), batch))]
         except Exception as error:
             notes.append(f"result fails in {mode} mode: {type(error).__name__}")
+            continue
+        if mode == "eval" and case.kind != "detection" and found != wanted:
+            notes.append("outputs of other shapes")
     return {"peer": "; ".join(notes) or "runs", "peer_kept": kept, "peer_seconds": seconds}

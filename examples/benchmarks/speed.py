@@ -53,7 +53,7 @@ def ours(model: nn.Module, x: torch.Tensor, ratio: float) -> dict[str, float]:
 def time_ours(case: Case, runs: int) -> Row:
     """Medians of the stages, after one run that fills caches."""
     _quiet()
-    model, x = case.model(), torch.randn(case.full)
+    model, x = case.model(), case.full()
     ours(model, x, 0.5)
     taken = [ours(model, x, 0.5) for _ in range(runs)]
     row = {name: statistics.median(t[name] for t in taken) for name in STAGES}
@@ -63,7 +63,7 @@ def time_ours(case: Case, runs: int) -> Row:
 def time_both(case: Case, runs: int, limit: float) -> Row:
     """Ours, then the peer; a peer that takes more than ``limit`` seconds in all is run once."""
     row = time_ours(case, runs)
-    model, x = case.model(), torch.randn(case.full)
+    model, x = case.model(), case.full()
     start, taken = time.perf_counter(), []
     for number in range(runs + 1):
         fresh = copy.deepcopy(model)

@@ -1,75 +1,114 @@
-"""The models that the benchmarks run on, with random but non-trivial normalisation layers."""
+"""The models that the benchmarks run on, with random parameters of which none is trivial."""
 
 from __future__ import annotations
 
 import fnmatch
+import importlib
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
-import cifar_resnet
 import torch
-import torchvision
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-TRANSFORMERS = ("vit_*", "swin*", "maxvit*", "mvit*")
-VIDEO = ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
-SMALL_SIDE = {"alexnet": 96, "squeezenet": 96, "inception": 299}  # where 64 pixels are too few
+SUITES = ("torchvision", "timm", "transformers", "recurrent")
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 @dataclass(frozen=True)
 class Case:
     """A model of a suite.
 
-    ``small`` is an input shape on which all checks are affordable, ``full`` the usual one.
+    ``draw(batch)`` returns inputs as ``graphprune.trace`` takes them, small enough that all
+    checks are affordable; ``draw_full`` those of the usual size, where that is larger.
     """
 
     name: str
     kind: str
     build: Callable[[], nn.Module]
-    small: tuple[int, ...]
-    full: tuple[int, ...]
-    classes: int
+    draw: Callable[[int], Any]
+    classes: int  # outputs of the last layers
+    draw_full: Callable[[int], Any] | None = None
+    trains: bool = True  # whether the model runs in train mode on these inputs
+    size: str = ""  # what the table shows of the inputs
+    batch: int = 1
+    head_names: tuple[str, ...] = ()  # glob patterns of further last layers
 
     def model(self, seed: int = 0) -> nn.Module:
-        """The model in eval mode, every normalisation layer away from its initial state."""
+        """The model in eval mode, all parameters and statistics away from their initial state."""
         torch.manual_seed(seed)
         model = self.build()
-        unsettle(model, torch.randn(2, *self.small[1:]))
+        unsettle(model, self.draw(2), self.trains)
         return model.eval()
+
+    def full(self) -> Any:
+        """Inputs of the usual size."""
+        return (self.draw_full or self.draw)(self.batch)
 
     def heads(self, model: nn.Module) -> list[nn.Module]:
         """The layers that write the outputs: a peer has to be told to leave them alone."""
         return [
             module
-            for module in model.modules()
+            for name, module in model.named_modules()
             if (isinstance(module, nn.Linear) and module.out_features == self.classes)
             or (isinstance(module, nn.Conv2d) and module.out_channels == self.classes)
+            or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.head_names)
         ]
 
 
+def tensor(*shape: int) -> Callable[[int], Tensor]:
+    """Draws a batch of normal tensors."""
+    return lambda batch: torch.randn(batch, *shape)
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run a model on inputs: a tensor, a tuple of arguments or a dict of keyword arguments."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def cast(inputs: Any, dtype: torch.dtype) -> Any:
+    """Inputs with all floating-point tensors in another precision."""
+
+    def convert(leaf: Tensor) -> Tensor:
+        return leaf.to(dtype) if leaf.is_floating_point() else leaf
+
+    return tree_map_only(Tensor, convert, inputs)
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """All tensors of an output, whatever holds them."""
+    if not isinstance(outputs, Tensor | tuple | list | dict):
+        outputs = vars(outputs)
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
 @torch.no_grad()
-def unsettle(model: nn.Module, x: Tensor) -> None:
+def unsettle(model: nn.Module, inputs: Any, trains: bool = True) -> None:
     """Random affine parameters; running statistics near those of real activations.
 
     Statistics drawn without looking at activations let these explode or vanish with depth, and
-    a network whose output does not depend on its input verifies nothing.
+    a network whose output does not depend on its input verifies nothing. Neither does a bias, a
+    table of positions or a scale of layers that starts as zeros.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for module in model.modules():
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if "Norm" in type(module).__name__ and isinstance(weight, Tensor):
-            weight.uniform_(0.75, 1.25)
-            if isinstance(bias, Tensor):
-                bias.uniform_(-0.25, 0.25)
-    for name, parameter in model.named_parameters():
-        if name.endswith("layer_scale"):  # 1e-6 initially: the block would hardly count
-            parameter.uniform_(0.25, 0.5)
+    for parameter in model.parameters():
+        _unsettle(parameter)
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
     if not norms:
         return
     momenta = [norm.momentum for norm in norms]
+    model.train(trains)
     for norm in norms:
-        norm.momentum = 1.0
-    model.train()(x)
+        norm.train().momentum = 1.0
+    call(model, inputs)
     for norm, momentum in zip(norms, momenta):
         norm.momentum = momentum
         mean, var = norm.running_mean, norm.running_var
@@ -79,74 +118,27 @@ def unsettle(model: nn.Module, x: Tensor) -> None:
         mean.add_(var.sqrt() * torch.empty_like(mean).uniform_(-0.25, 0.25))
 
 
-def _image(name: str) -> Case:
-    models = torchvision.models
-    full = 299 if name == "inception_v3" else 224
-    side = SMALL_SIDE.get(name.partition("_")[0].rstrip("0123456789"), 64)
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return Case(
-        name,
-        "classification",
-        lambda: models.get_model(name, weights=None, **options),
-        (1, 3, side, side),
-        (1, 3, full, full),
-        1000,
-    )
-
-
-def _segmentation(name: str) -> Case:
-    options = {} if name.startswith("lraspp") else {"aux_loss": True}
-    return Case(
-        name,
-        "segmentation",
-        lambda: torchvision.models.get_model(name, weights=None, weights_backbone=None, **options),
-        (1, 3, 64, 64),
-        (1, 3, 224, 224),
-        21,
-    )
-
-
-def _video(name: str) -> Case:
-    return Case(
-        name,
-        "video",
-        lambda: torchvision.models.get_model(name, weights=None),
-        (1, 3, 14, 224, 224) if name == "s3d" else (1, 3, 8, 64, 64),
-        (1, 3, 16, 224, 224) if name == "s3d" else (1, 3, 16, 112, 112),
-        400,
-    )
-
-
-def _cifar(depth: int) -> Case:
-    build = cifar_resnet.resnet(depth)
-    shape = (1, 3, 32, 32)
-    return Case(f"cifar_resnet{depth}", "CIFAR", build, shape, shape, 10)
-
-
-def torchvision_suite() -> list[Case]:
-    """Every convolutional classifier, segmentation and video model of torchvision."""
-    models = torchvision.models
-    names = [
-        name
-        for name in models.list_models(module=models)
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in TRANSFORMERS)
-    ]
-    return [
-        *map(_image, names),
-        *map(_segmentation, models.list_models(module=models.segmentation)),
-        *map(_video, VIDEO),
-        *map(_cifar, (20, 32, 44, 56, 110)),
-    ]
-
-
-SUITES: dict[str, Callable[[], list[Case]]] = {"torchvision": torchvision_suite}
+def _unsettle(parameter: Tensor) -> None:
+    """Make a constant parameter vary; its size is as usual for its shape."""
+    if not parameter.numel() or not parameter.is_floating_point():
+        return
+    first = parameter.flatten()[0]
+    if not bool((parameter == first).all()):
+        return
+    if abs(float(first)) > 0.01:
+        parameter.mul_(torch.empty_like(parameter).uniform_(0.75, 1.25))
+    else:  # a layer scale of 1e-6 as well: its block would hardly count
+        fan_in = math.prod(parameter.shape[1:])
+        parameter.copy_(torch.empty_like(parameter).uniform_(0.1, 0.5) / math.sqrt(fan_in))
+        parameter.mul_(torch.randn_like(parameter).sign())
 
 
 def cases(suite: str, patterns: Iterable[str] = ("*",)) -> list[Case]:
     """The models of a suite whose names match one of the patterns."""
     patterns = list(patterns)
+    module = importlib.import_module("recurrent" if suite == "recurrent" else f"suites_{suite}")
     return [
         case
-        for case in SUITES[suite]()
+        for case in module.suite()
         if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
     ]

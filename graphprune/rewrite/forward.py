@@ -1,270 +1,192 @@
-"""Rewrite ints that are written in the code of a module's ``forward``.
+"""Change numbers in the code of a module's ``forward`` and of the functions that it calls.
 
-The module that owns the line is traced symbolically with its children as leaves; the ints in
-the arguments of its calls are then replaced. The module keeps its class, children and names: only
-its ``forward`` is overridden on the instance.
+The functions are compiled anew from their source with other numbers in a few expressions; all
+else stays: control flow, names, line numbers. The module keeps its class, children and names: only
+its ``forward`` (and a method that it calls) is overridden on the instance.
 """
 
 from __future__ import annotations
 
-import importlib
+import ast
+import copy
+import hashlib
 import types
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from graphprune.errors import RewriteError
 from graphprune.plan import LiteralChange
-from graphprune.signatures import Given, entry, specialised
-from graphprune.sizes import Literal, Override, Scale, Size, expression
-
-
-class _Leaves(fx.Tracer):
-    """Keeps every child module as a leaf, and buffers as what they are."""
-
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-_FACTORIES = frozenset(
-    {torch.zeros, torch.ones, torch.full, torch.empty, torch.rand, torch.randn, torch.arange}
+from graphprune.sites import (
+    Site,
+    Step,
+    follow,
+    forward_of,
+    holders,
+    lacks,
+    span_of,
+    tree,
 )
 
-
-class _Factories(TorchFunctionMode):
-    """Makes a tensor factory a call of the graph instead of a constant."""
-
-    def __init__(self, tracer: fx.Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+Edits = tuple[LiteralChange, ...]
 
 
-def symbolic(module: nn.Module, training: bool, given: Given = ()) -> fx.Graph:
-    """The forward of one module as a graph, its children as leaves, for given arguments.
+class Rewritten:
+    """A function of a module, compiled anew with other numbers.
 
-    Raises:
-        RewriteError: the forward branches on values or converts sizes.
-    """
-    before = module.training
-    modes = {child: child.training for child in module.modules()}
-    module.train(training)
-    tracer = _Leaves()
-    kind = type(module)
-    rewritten = vars(module).get("forward")
-    try:
-        forward: Callable[..., Any]
-        if isinstance(rewritten, RewrittenForward):  # torch.fx traces the forward of the class
-            forward = rewritten.functions[training]
-        else:
-            forward = specialised(kind.forward, given)
-        if forward is not kind.forward:
-            module.__class__ = type(kind.__name__, (kind,), {"forward": forward})
-        with _Factories(tracer):
-            graph = tracer.trace(module)
-    except Exception as error:
-        raise RewriteError(
-            f"the forward of {type(module).__name__} cannot be rewritten: {error}"
-        ) from error
-    finally:
-        module.__class__ = kind
-        for child, mode in modes.items():
-            child.training = mode
-        module.training = before
-    return graph
-
-
-def replaced(value: Any, path: tuple[int | str, ...], new: float) -> Any:
-    """Nested arguments with one int replaced."""
-    if not path:
-        return new
-    head, *rest = path
-    if isinstance(value, slice):
-        parts = {key: getattr(value, key) for key in ("start", "stop", "step")}
-        parts[str(head)] = new
-        return slice(parts["start"], parts["stop"], parts["step"])
-    if isinstance(value, Mapping):
-        return {**value, head: replaced(value.get(head), tuple(rest), new)}
-    items = list(value)
-    items[head] = replaced(items[head], tuple(rest), new)  # type: ignore[index]
-    return tuple(items) if isinstance(value, tuple) else items
-
-
-def set_literal(graph: fx.Graph, name: str, path: tuple[int | str, ...], new: float) -> None:
-    """Replace one int in a graph."""
-    node = next((node for node in graph.nodes if node.name == name), None)
-    if node is None:
-        raise RewriteError(f"the rewritten forward has no call {name!r}")
-    if isinstance(path[0], int):
-        node.args = replaced(node.args, path, new)
-    else:
-        node.kwargs = replaced(node.kwargs, path, new)
-
-
-def mark_literals(owners: Mapping[str, Given]) -> Callable[[nn.Module], None]:
-    """A preparation for recording: the ints in the forward of these modules become sizes."""
-
-    def prepare(model: nn.Module) -> None:
-        for name, given in owners.items():
-            module = model.get_submodule(name)
-            module.forward = _Marked(module, name, given)  # type: ignore[assignment]
-
-    return prepare
-
-
-class _Marked(fx.Interpreter):
-    """Runs the forward of a module, marking the ints given to ops as literals.
-
-    Ints that are computed in the forward are marked as well: they can be replaced by a literal.
+    It sits in the module's ``__dict__``, where it takes the place of the method of the class; it
+    can be copied and pickled with the module. ``function`` is the original.
     """
 
-    def __init__(self, module: nn.Module, name: str, given: Given) -> None:
-        graph = symbolic(module, module.training, given)
-        super().__init__(module, garbage_collect_values=False, graph=graph)
-        self.owner, self.training, self.given = name, module.training, given
-        rewritten = vars(module).get("forward")
-        if isinstance(rewritten, RewrittenForward):
-            self.entry = rewritten.entry
-        else:
-            self.entry = compiled(*entry(type(module).forward, given, name), "entry")
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*self.entry(self.module, *args, **kwargs)[1:])
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op not in ("call_function", "call_method"):
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n.target is F.scaled_dot_product_attention and kwargs.get("scale") is None:
-            kwargs = {**kwargs, "scale": args[0].shape[-1] ** -0.5}  # as the op itself does
-        leaves = pytree.tree_leaves((args, kwargs))
-        reads = any(isinstance(leaf, Tensor) for leaf in leaves) and n.target != "size"
-        if reads or n.target in _FACTORIES:
-            args = tuple(self._mark(n, (i,), arg) for i, arg in enumerate(args))
-            kwargs = {key: self._mark(n, (key,), arg) for key, arg in kwargs.items()}
-        return getattr(self, n.op)(n.target, args, kwargs)
-
-    def _literal(self, node: fx.Node, path: Any, value: float, computed: bool) -> Literal:
-        return Literal(self.owner, node.name, path, self.training, value, computed, self.given)
-
-    def _mark(self, node: fx.Node, path: tuple[int | str, ...], value: Any) -> Any:
-        computed = isinstance(_at(node, path), fx.Node)
-        if isinstance(value, Scale):
-            literal = self._literal(node, path, float(value), computed)
-            return Scale(value, Override(literal, value.expression) if computed else literal)
-        if isinstance(value, int) and not isinstance(value, bool):
-            literal = self._literal(node, path, int(value), computed)
-            return Size(value, Override(literal, expression(value)) if computed else literal)
-        if isinstance(value, tuple | list) and not isinstance(_at(node, path), fx.Node):
-            return type(value)([self._mark(node, (*path, i), item) for i, item in enumerate(value)])
-        if isinstance(value, slice) and not isinstance(_at(node, path), fx.Node):
-            start, stop = (self._mark(node, (*path, k), getattr(value, k)) for k in _ENDS)
-            return slice(start, stop, value.step)
-        return value
-
-
-_ENDS = ("start", "stop")
-
-
-def _at(node: fx.Node, path: tuple[int | str, ...]) -> Any:
-    """What stands at a path in the arguments of a node."""
-    value: Any = node.args if isinstance(path[0], int) else node.kwargs
-    for key in path:
-        if isinstance(value, Mapping) and key not in value:
-            return node  # left out, and computed by the op
-        value = getattr(value, str(key)) if isinstance(value, slice) else value[key]
-    return value
-
-
-def compiled(source: str, names: Mapping[str, Any], name: str) -> Callable[..., Any]:
-    """A function from source that torch.fx or ``signatures`` wrote."""
-    namespace = dict(names)
-    exec(source, namespace)
-    return namespace[name]  # type: ignore[no-any-return]
-
-
-class RewrittenForward:
-    """The forward of one module as code that torch.fx generated, one version per mode.
-
-    It sits in the module's ``__dict__``, where it takes the place of the class's ``forward``;
-    it can be copied and pickled with the module. ``sources`` by mode, and of ``entry``, which has
-    the signature of the original.
-    """
+    free = False  # whether it is a function that the module holds, and is not given the module
 
     def __init__(
-        self, module: nn.Module, sources: Mapping[Any, str], names: Mapping[str, Any]
+        self, module: nn.Module, function: Any, steps: tuple[Step, ...], edits: Edits
     ) -> None:
-        self.module, self.sources, self.names = module, dict(sources), dict(names)
-        self._compile()
-
-    def _compile(self) -> None:
-        self.functions = {
-            training: compiled(self.sources[training], self.names, "forward")
-            for training in (False, True)
-        }
-        self.train, self.eval = self.functions[True], self.functions[False]
-        self.entry = compiled(self.sources["entry"], self.names, "entry")
+        self.module, self.function, self.steps, self.edits = module, function, steps, edits
+        self.digest = _digest(function)
+        self.free = bool(steps) and steps[-1][0] == "attribute"
+        self.run = compiled(function, steps, edits, module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the version of the module's mode."""
-        args = self.entry(self.module, *args, **kwargs)
-        return self.train(*args) if self.module.training else self.eval(*args)
+        """Run the rewritten function."""
+        return self.run(*args, **kwargs) if self.free else self.run(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        """A copy for the copy of the module."""
+        module = copy.deepcopy(self.module, memo)
+        return type(self)(module, self.function, self.steps, self.edits)
 
     def __getstate__(self) -> dict[str, Any]:
-        names = {
-            name: _Imported(value.__name__) if isinstance(value, types.ModuleType) else value
-            for name, value in self.names.items()
-        }
-        return {"module": self.module, "sources": self.sources, "names": names}
+        names = ("module", "function", "steps", "edits", "digest", "free")
+        return {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
-        self.module, self.sources = state["module"], state["sources"]
-        self.names = {
-            name: importlib.import_module(value.name) if isinstance(value, _Imported) else value
-            for name, value in state["names"].items()
-        }
-        self._compile()
+        self.__dict__.update(state)
+        self.run = compiled(self.function, self.steps, self.edits, self.module)
+        if _digest(self.function) != self.digest:
+            raise RewriteError(
+                f"the source of {self.function.__qualname__} is not the one that was rewritten "
+                "when this model was made: rebuild it from the original"
+            )
 
 
-@dataclass(frozen=True)
-class _Imported:
-    """A Python module by name, which pickle cannot hold itself."""
-
-    name: str
+class RewrittenForward(Rewritten):
+    """A rewritten ``forward``."""
 
 
 def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
-    """Override the forward of every module that a plan changes literals in."""
+    """Override the forward of every module that a plan changes numbers in."""
     for owner in dict.fromkeys(change.module for change in changes):
         module = model.get_submodule(owner)
-        mine = [change for change in changes if change.module == owner]
-        given = mine[0].given
-        graphs = {training: symbolic(module, training, given) for training in (False, True)}
-        same = str(graphs[False]) == str(graphs[True])
-        rewritten = vars(module).get("forward")
-        sources: dict[Any, str] = {}
-        if isinstance(rewritten, RewrittenForward):
-            names = {**rewritten.names}
-            sources["entry"] = rewritten.sources["entry"]
-        else:
-            sources["entry"], names = entry(type(module).forward, given, type(module).__name__)
-        for training, graph in graphs.items():
-            for change in mine:
-                if change.training == (training and not same):
-                    set_literal(graph, change.node, change.path, change.new)
-            code = graph.python_code("self")
-            sources[training] = code.src
-            names.update(code.globals)
-        module.forward = RewrittenForward(module, sources, names)  # type: ignore[assignment]
+        before = vars(module).get("forward")
+        edits = before.edits if isinstance(before, Rewritten) else ()
+        mine = {(edit.site, edit.path): edit for edit in edits}
+        mine |= {(c.site, c.path): c for c in changes if c.module == owner}
+        edits = tuple(mine.values())
+        made: list[Rewritten] = [RewrittenForward(module, forward_of(module), (), edits)]
+        made += [Rewritten(module, _at(module, way), way, edits) for way in _own(edits)]
+        for item in made:
+            setattr(module, item.steps[-1][1] if item.steps else "forward", item)
+
+
+def _own(edits: Iterable[LiteralChange]) -> Iterable[tuple[Step, ...]]:
+    """The ways to all functions of the module itself that lead to an edit."""
+    ways = (edit.site.steps[:n] for edit in edits for n in range(1, len(edit.site.steps) + 1))
+    return dict.fromkeys(way for way in ways if way[-1][0] != "global")
+
+
+def _at(module: nn.Module, steps: tuple[Step, ...]) -> Any:
+    function = forward_of(module)
+    for step in steps:
+        function = follow(function, step, module)
+    return function
+
+
+def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
+    """A function, and those that it calls by global names, with the edits made."""
+    definition, kind = _definition(function)
+    names = dict(function.__globals__)
+    names["_put"] = put
+    for edit in edits:
+        if edit.site.steps == steps:
+            change(definition, edit.site, edit.path, edit.new)
+    calls = dict.fromkeys(e.site.steps[: len(steps) + 1] for e in edits if _leads(steps, e.site))
+    for way in calls:
+        if way[-1][0] == "global":
+            names[way[-1][1]] = compiled(function.__globals__[way[-1][1]], way, edits, module)
+    free = ", ".join(function.__code__.co_freevars)
+    body = ast.parse(f"def _factory({free}):\n    return {kind}")
+    body.body[0].body.insert(0, definition)  # type: ignore[attr-defined]
+    ast.fix_missing_locations(body)
+    exec(compile(body, function.__code__.co_filename, "exec"), names)  # the model's own code
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    made = names["_factory"](*cells)
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made
+
+
+def _leads(steps: tuple[Step, ...], site: Site) -> bool:
+    return len(site.steps) > len(steps) and site.steps[: len(steps)] == steps
+
+
+def _definition(function: Any) -> tuple[Any, str]:
+    """A copy of the syntax tree of a function, without decorators and defaults, and its name."""
+    code: types.CodeType = function.__code__
+    parsed = tree(code.co_filename)
+    spans = set(code.co_positions()) if code.co_name == "<lambda>" else set()
+    for node in ast.walk(parsed) if parsed is not None else ():
+        if isinstance(node, ast.Lambda) and span_of(node.body) in spans:
+            name = ast.Name("function", ast.Store())
+            return ast.Assign([name], _bare(copy.deepcopy(node))), "function"
+        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+            first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
+            if first == code.co_firstlineno:
+                node = _bare(copy.deepcopy(node))
+                node.decorator_list, node.returns = [], None
+                return node, node.name
+    raise RewriteError(f"the source of {function.__qualname__} is not to be had")
+
+
+def _bare(node: Any) -> Any:
+    """Without annotations and defaults, which the function has already."""
+    for arg in ast.walk(node.args):
+        if isinstance(arg, ast.arg):
+            arg.annotation = None
+    node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]
+    node.args.kw_defaults = [d and ast.Constant(None) for d in node.args.kw_defaults]
+    return node
+
+
+def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
+    """Put a number where an expression takes one from."""
+    for node in ast.walk(definition):
+        if span_of(node) != site.span:
+            continue
+        if isinstance(node, ast.Call) and lacks(node, path):
+            node.keywords.append(ast.keyword(str(path[0]), ast.Constant(new)))
+            return
+        for holder in holders(node, site, path):
+            old = holder.expression
+            value: ast.expr = ast.Constant(new)
+            if holder.rest:
+                name = ast.Name("_put", ast.Load())
+                rest = ast.parse(repr(holder.rest), mode="eval").body
+                value = ast.Call(name, [old, rest, value], [])
+            holder.put(ast.copy_location(value, old))
+            return
+    raise RewriteError(f"no expression at {site.span} takes a number")
+
+
+def put(sequence: Any, path: Sequence[int], value: float) -> Any:
+    """A sequence with one number replaced: used by rewritten code."""
+    items = list(sequence)
+    first, *rest = path
+    items[first] = put(items[first], rest, value) if rest else value
+    return tuple(items)
+
+
+def _digest(function: Any) -> str:
+    text = ast.dump(_definition(function)[0])
+    return hashlib.sha256(text.encode()).hexdigest()

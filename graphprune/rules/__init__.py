@@ -2,12 +2,15 @@
 
 from graphprune.rules import (
     contraction,
+    gathering,
     movement,
     normalisation,
     pointwise,
     products,
+    recurrence,
     reduction,
     sources,
+    spectral,
 )
 from graphprune.rules.base import Walk
 from graphprune.rules.registry import Reason, Value, register_rule, registered
@@ -17,12 +20,15 @@ __all__ = [
     "Value",
     "Walk",
     "contraction",
+    "gathering",
     "movement",
     "normalisation",
     "pointwise",
     "products",
+    "recurrence",
     "reduction",
     "register_rule",
     "registered",
     "sources",
+    "spectral",
 ]

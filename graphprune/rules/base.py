@@ -43,6 +43,9 @@ class Walk:
     renormalising: list[tuple[Tensor, Reason]] = field(default_factory=list)
     unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
     partly_read: list[Tensor] = field(default_factory=list)
+    shared: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    stacked: list[Tensor] = field(default_factory=list)
     masked: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     readers: set[fx.Node] = field(default_factory=set)
     unused: set[fx.Node] = field(default_factory=set)
@@ -70,6 +73,21 @@ class Walk:
             elif node.target is not operator.getitem:
                 self._apply(node)
         self._keep_unread()
+        self._keep_routers()
+
+    def _keep_routers(self) -> None:
+        """A softmax runs over the kept channels; positions and the experts of a router stay."""
+        if not self.shared:
+            return
+        labels = torch.from_numpy(self.ties.components())
+        channels, experts = (
+            labels[torch.cat([torch.zeros(1, dtype=torch.int64), *(i.flatten() for i in found)])]
+            for found in (self.written, self.stacked)
+        )
+        for layer, reason in self.shared:
+            ids = layer.flatten()
+            free = torch.isin(labels[ids], channels) & ~torch.isin(labels[ids], experts)
+            self.ties.freeze(ids[~free], reason)
 
     def _keep_unread(self) -> None:
         parts = torch.cat([torch.zeros(0, dtype=torch.int64), *self.partly_read])
@@ -83,6 +101,9 @@ class Walk:
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         inputs = list(self._values((node.args, node.kwargs)))
         packet = getattr(node.target, "overloadpacket", node.target)
+        if len(inputs) > 1 and packet is not aten.convolution:
+            many = [v.layers for v in inputs if v.constant and len(v.layers) > 2]
+            self.stacked.extend(layer for layers in many for layer in layers)
         constant = bool(inputs) and all(value.constant for value in inputs)
         linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
         linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
@@ -300,6 +321,17 @@ class Walk:
         """The current node sums over channels: the reference zeroes what it reads."""
         assert self.node is not None
         self.readers.add(self.node)
+
+    def write(self, value: Value, others: Iterable[Value], layers: Iterable[Tensor]) -> None:
+        """Channels of the result that a parameter makes in a product."""
+        if value.constant and value.linear and not any(other.constant for other in others):
+            self.written.extend(layers)
+
+    def share(self, layer: Tensor, text: str) -> None:
+        """A softmax over these ids: over the kept ones, if they are channels."""
+        self.renormalise(layer, text)
+        self.mask(layer)
+        self.shared.append((layer, self.reason(text)))
 
     def renormalise(self, ids: Tensor, text: str) -> None:
         """Removing these ids changes statistics (which matters when someone reads these)."""

@@ -31,6 +31,8 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
                 walk.collapse(layer, {dim})
         sides.append([layer.reshape(-1) for layer in pure])
     here, there = sides
+    walk.write(left, [right], free(left, left_dim))
+    walk.write(right, [left], free(right, right_dim))
     for value, other, own, others in ((left, right, here, there), (right, left, there, here)):
         for ids in own:
             if not others:
@@ -157,13 +159,19 @@ def convolution(
     output_padding: Any,
     groups: int,
 ) -> Layers:
-    """A convolution of any number of dimensions, grouped or transposed."""
+    """A convolution of any number of dimensions, grouped or transposed.
+
+    A kernel of one position is pointwise: channels may lie along the places as well.
+    """
     ndim = x.ndim
-    kernel = "convolution over channels"
-    x = replace(x, layers=walk.settle(x, range(2, ndim), kernel))
+    moves = any(s != 1 for s in stride) or any(padding) or any(output_padding)
+    mixed = [dim for dim in range(2, ndim) if moves or weight.shape[dim] > 1]
+    x = replace(x, layers=walk.settle(x, mixed, "convolution over channels"))
     weight = replace(weight, layers=walk.settle(weight, range(2, ndim), "kernel size"))
     out_channels = node.meta["shape"][1]
-    rows = [layer for layer in x.layers if varying(layer) == {0}]
+    rows = free(x, 1)
+    for layer in x.on(1):
+        walk.collapse(layer, {1} if len(varying(layer)) > 1 else ())
     if groups == 1:
         in_dim = 0 if transposed else 1
         contract(walk, x, weight, 1, in_dim)
@@ -171,7 +179,7 @@ def convolution(
     else:
         own = _grouped(walk, x, weight, groups, transposed, out_channels)
     product = Value(
-        (x.shape[0], out_channels, *[1] * (ndim - 2)),
+        (x.shape[0], out_channels, *node.meta["shape"][2:]),
         tuple(rows) + tuple(along(ids, 1, ndim) for ids in own),
     )
     if bias is None:
@@ -192,6 +200,7 @@ def _grouped(
     """
     walk.reading()
     inputs = [spread(i.reshape(-1, 1), (x.shape[1], 1)) for i in x.on(1) if varying(i) == {1}]
+    walk.write(weight, [x], weight.layers)
     long = [layer.reshape(groups, -1) for layer in weight.on(0) if varying(layer) == {0}]
     short = [layer.reshape(1, -1) for layer in weight.on(1) if varying(layer) == {1}]
     entering = [layer.reshape(groups, -1) for layer in inputs]

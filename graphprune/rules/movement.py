@@ -6,6 +6,7 @@ materialising the dimensions along which the ids do not vary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,11 +93,25 @@ def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
 
 
 @register_rule(aten.im2col)
-def im2col(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
-    """Patches: the op has no kernel for integers."""
+def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Any, *args: Any) -> Layers:
+    """Patches: each channel once for every place of the kernel, padding included."""
+    layers = walk.settle(x, (x.ndim - 2, x.ndim - 1), "patches over channels")
+    times = math.prod(kernel)
     return tuple(
-        compact(aten.im2col(spread(layer, x.shape).double(), *args).long()) for layer in x.layers
+        (i.repeat_interleave(times, -3) if i.shape[-3] > 1 else i).squeeze(-1) for i in layers
     )
+
+
+@register_rule(aten.col2im)
+def col2im(walk: Walk, node: fx.Node, x: Value, size: Any, kernel: Any, *args: Any) -> Layers:
+    """Sums of overlapping patches: a channel leaves with all places of the kernel."""
+    layers = []
+    for layer in walk.settle(x, (x.ndim - 1,), "patches over channels"):
+        if layer.shape[-2] > 1:
+            blocks = layer.unflatten(-2, (-1, math.prod(kernel)))
+            layer = walk.collapse(blocks, {blocks.dim() - 2}).squeeze(-2)
+        layers.append(layer.unsqueeze(-1))
+    return tuple(layers)
 
 
 @register_rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.view_copy)
@@ -229,7 +244,7 @@ def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""
     ndim = len(node.meta["shape"])
     dim %= ndim
-    parts = [value for value in tensors if value.ndim == ndim]
+    parts = _whole_rows(walk, [value for value in tensors if value.ndim == ndim], dim)
     across = [
         Value(
             tuple(1 if d == dim else n for d, n in enumerate(value.shape)),
@@ -241,6 +256,18 @@ def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     if any(value.on(dim) for value in parts):
         layers += (_cat_ids(walk, parts, dim),)
     return layers
+
+
+def _whole_rows(walk: Walk, parts: list[Value], dim: int) -> list[Value]:
+    """Grids beside a part that leaves by rows only do so too: heads of which a part was rotated."""
+    rows = {varying(i) for value in parts if not value.on(dim) for i in value.layers}
+    result = []
+    for value in parts:
+        layers = [
+            walk.collapse(i, {dim}) if varying(i) - {dim} in rows else i for i in value.layers
+        ]
+        result.append(replace(value, layers=tuple(layers)))
+    return result
 
 
 def _cat_ids(walk: Walk, parts: list[Value], dim: int) -> Tensor:
@@ -312,45 +339,3 @@ def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Any) -> Layers:
     """Padding with values of the border, over the last dimensions."""
     dims = range(x.ndim - len(pad) // 2, x.ndim)
     return walk.settle(x, dims, "padding over channels by reflection")
-
-
-@register_rule(aten.index_select)
-def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
-    """Positions picked by an index, which must then stay."""
-    walk.freeze_value(index, walk.reason("positions to read"))
-    return walk.settle(x, {dim % x.ndim}, "channels picked by index")
-
-
-@register_rule(aten.index)
-def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
-    """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
-    sources: Any = [source for source in node.args[1] if source is not None]  # type: ignore
-    if any(source.meta["dtype"] == torch.bool for source in sources):
-        return walk.refuse([x, *(item for item in indices if item is not None)])
-    picked = {dim for dim, item in enumerate(indices) if item is not None}
-    layers = walk.settle(x, picked, "channels picked by index")
-    for item in indices:
-        if item is not None:
-            walk.freeze_value(item, walk.reason("positions to read"))
-    moved = []
-    for layer in layers:
-        items = [
-            None if item is None else torch.zeros(item.shape, dtype=torch.int64) for item in indices
-        ]
-        moved.append(compact(aten.index(layer, items)))
-    return tuple(moved)
-
-
-@register_rule(aten.embedding)
-def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
-    """Rows of a table: which rows are read is known only at run time."""
-    layers = walk.settle(weight, {0}, "rows of an embedding table")
-    walk.freeze_value(indices, walk.reason("positions to read"))
-    ndim = len(node.meta["shape"])
-    return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)
-
-
-@register_rule(aten._embedding_bag, aten._embedding_bag_forward_only)
-def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
-    """Sums or means of rows of a table."""
-    return [walk.settle(weight, {0}, "rows of an embedding table")]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
 from graphprune.ids import Layers, varying
 from graphprune.rules.base import Walk, aten
-from graphprune.rules.contraction import FIXED_INPUT
+from graphprune.rules.contraction import FIXED_INPUT, contract, free
 from graphprune.rules.registry import Value, register_rule
 
 
@@ -18,19 +18,21 @@ def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Lay
     """The product of operands of equal rank, summed over ``dims``, which are dropped."""
     walk.reading()
     for value in operands:
+        rest = [layer for layer in value.layers if not varying(layer) & dims]
+        walk.write(value, [other for other in operands if other is not value], rest)
         if value.constant:
             walk.read(*(layer for dim in dims for layer in value.on(dim)))
     text = FIXED_INPUT if any(v.given for v in operands) else "multiplied with a fixed tensor"
     if not any(value.linear for value in operands):
         walk.mask(*(layer for value in operands for dim in dims for layer in value.on(dim)))
-    rest = []
+    kept = []
     for layer in walk.broadcast(operands, operands[0].ndim, text):
         if varying(layer) & dims:
             if not varying(layer) - dims:
                 continue
             layer = walk.collapse(layer, dims)
-        rest.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in dims]))
-    return tuple(rest)
+        kept.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in dims]))
+    return tuple(kept)
 
 
 def spaced(value: Value, places: Sequence[int], ndim: int) -> Value:
@@ -74,6 +76,36 @@ def einsum(walk: Walk, node: fx.Node, equation: str, tensors: Sequence[Value]) -
         spaced(v, [every.index(n) for n in names], len(every)) for v, names in zip(tensors, named)
     ]
     return summed_product(walk, wide, set(range(len(result), len(every))))
+
+
+@register_rule(aten._grouped_mm, "transformers.grouped_mm_fallback")
+def grouped_mm(
+    walk: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None,
+    bias: Value | None = None, *args: Any, **_: Any,
+) -> Layers:  # fmt: skip
+    """Rows sorted by expert times the matrix of their expert: ``[n, k]`` and ``[experts, k, m]``.
+
+    Which rows belong to an expert is known only at run time, so all experts stay. The kernel wants
+    rows of a multiple of 16 bytes: channels leave in blocks.
+    """
+    if (x.ndim, weight.ndim) != (2, 3) or bias is not None:
+        return walk.refuse([v for v in (x, weight, bias) if v is not None])  # type: ignore
+    x = replace(x, layers=walk.settle(x, {0}, "rows of experts"))
+    weight = replace(weight, layers=walk.settle(weight, {0}, "experts"))
+    contract(walk, x, weight, 1, 1)
+    if node.target is aten._grouped_mm.default:
+        wide = 16 // node.meta["dtype"].itemsize
+        for layer in (*x.layers, *weight.layers):
+            _in_blocks(walk, layer.flatten(), wide)
+    return tuple(layer.squeeze(0) for layer in free(weight, 1))
+
+
+def _in_blocks(walk: Walk, ids: Tensor, width: int) -> None:
+    """Channels that leave ``width`` at a time."""
+    if len(ids) % width:
+        walk.freeze(ids, "rows of a number of bytes that the kernel wants")
+    else:
+        walk.collapse(ids.reshape(-1, width), {1})
 
 
 @register_rule(aten._trilinear)

@@ -108,13 +108,24 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
 
 @register_rule(aten._softmax, aten._log_softmax, aten._safe_softmax, aten.softmax, aten.log_softmax)
 def softmax(walk: Walk, node: fx.Node, x: Value, dim: int, *args: Any) -> Layers:
-    """A softmax over channels shares out one unit among all of them."""
-    return walk.settle(x, {dim % x.ndim}, "softmax over channels")
+    """A softmax over channels shares out one unit among the kept ones."""
+    kept, gone = summed(walk, x, {dim % x.ndim})
+    for layer in gone:
+        walk.share(layer, "softmax over channels")
+    return (*kept, *gone)
 
 
-@register_rule(
-    aten.amax, aten.amin, aten.argmax, aten.argmin, aten.logsumexp, aten.prod, aten.any, aten.all
-)
+@register_rule(aten.logsumexp)
+def logsumexp(walk: Walk, node: fx.Node, x: Value, dim: Any, *args: Any, **_: Any) -> Layers:
+    """The logarithm of the sum that a softmax divides by."""
+    dims = dims_of(dim, x.ndim)
+    kept, gone = summed(walk, x, dims)
+    for layer in gone:
+        walk.share(layer, "logsumexp over channels")
+    return drop(kept, dims, node.meta["shape"])
+
+
+@register_rule(aten.amax, aten.amin, aten.argmax, aten.argmin, aten.prod, aten.any, aten.all)
 def extremum(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: Any) -> Layers:
     """Reductions that a removed channel would change."""
     dims = dims_of(dim, x.ndim)
@@ -145,13 +156,26 @@ def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> A
 def _spatial(count: int) -> Any:
     def rule(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
         """The last dimensions are pooled or resampled; batch and channel pass."""
-        for other in (*args, *kwargs.values()):  # a sampling grid
+        for other in (*args, *kwargs.values()):
             if isinstance(other, Value):
-                walk.freeze_value(other, walk.reason("positions to sample"))
+                walk.freeze_value(other, walk.reason("positions to pool"))
         kept = walk.settle(x, range(x.ndim - count, x.ndim), "pooled or resampled channels")
         return [kept] * len(node.meta["items"]) if "items" in node.meta else kept
 
     return rule
+
+
+@register_rule(aten.grid_sampler_2d, aten.grid_sampler_3d)
+def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: Any) -> Layers:
+    """Each sample of the batch is read at its own positions, ``[batch, *places, 2 or 3]``."""
+    shape, last = node.meta["shape"], grid.ndim - 1
+    maps = walk.settle(x, range(2, x.ndim), "pooled or resampled channels")
+    places = walk.settle(grid, {last}, "positions to sample")
+    sides = [
+        Value((*shape[:2], *[1] * (x.ndim - 2)), maps),
+        Value((shape[0], 1, *shape[2:]), tuple(i.movedim(last, 1) for i in places)),
+    ]
+    return walk.broadcast(sides, x.ndim, "positions to sample")
 
 
 def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: Any) -> Any:
@@ -167,7 +191,7 @@ register_rule(
     aten._adaptive_avg_pool2d, aten.adaptive_avg_pool2d, aten.upsample_nearest2d,
     aten.upsample_bilinear2d, aten.upsample_bicubic2d, aten._upsample_bilinear2d_aa,
     aten._upsample_bicubic2d_aa, aten.fractional_max_pool2d, aten._upsample_nearest_exact2d,
-    aten.max_pool2d, aten.grid_sampler_2d,
+    aten.max_pool2d,
 )(_spatial(2))  # fmt: skip
 register_rule(
     aten.avg_pool1d, aten.adaptive_avg_pool1d, aten.upsample_nearest1d, aten.upsample_linear1d,

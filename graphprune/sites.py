@@ -1,0 +1,244 @@
+"""Where in the source of a model a number was given to an op.
+
+While a model is recorded, the stack knows for every op which expression of which function ran it,
+and through which functions the forward of the module got there. The rewriter changes that
+expression.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import linecache
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Span = tuple[int, int, int, int]  # first line, last line, first column, last column
+Step = tuple[str, str]  # ("global" | "method" | "attribute", name)
+Path = tuple[int | str, ...]  # argument, then indices into it
+
+
+@dataclass(frozen=True)
+class Site:
+    """An expression of the source that runs in the forward of a module.
+
+    ``steps`` lead from the forward to the function that holds it; ``span`` is its place in the
+    file. ``method`` tells that argument 0 stands before the dot, ``count`` how many there were.
+    """
+
+    steps: tuple[Step, ...]
+    span: Span
+    method: bool = False
+    count: int = 0
+    file: str = field(default="", compare=False)
+
+
+def find_site(
+    frames: Sequence[tuple[types.CodeType, int]], module: Any, method: bool, count: int
+) -> Site | None:
+    """The site of the innermost of some frames, given as (code, last instruction), outermost first.
+
+    ``None`` when the functions between the forward of ``module`` and the site have no names by
+    which they can be replaced.
+    """
+    function = forward_of(module, "run")
+    if function is None or function.__code__ is not frames[0][0]:
+        return None
+    steps: list[Step] = []
+    for code, _ in frames[1:]:
+        if code in _inner(function.__code__):
+            continue
+        step = _own(module, code) or _step(function, code, type(module))  # type: ignore[arg-type]
+        if step is None:
+            return None
+        steps.append(step)
+        function = follow(function, step, module, "run")
+    code, instruction = frames[-1]
+    span = _spans(code)[instruction // 2]
+    return Site(tuple(steps), span, method, count, code.co_filename) if None not in span else None
+
+
+def forward_of(module: Any, version: str = "function") -> Any:
+    """The plain function behind the forward of a module.
+
+    A rewritten one has two versions: the original ``function``, and the one that is ``run``.
+    """
+    own = vars(module).get("forward")
+    if own is not None:
+        return getattr(own, version, None)
+    forward = type(module).forward
+    return forward if isinstance(forward, types.FunctionType) else None
+
+
+def _own(module: Any, code: types.CodeType) -> Step | None:
+    """A function that a module holds itself, as an attribute."""
+    for name, value in vars(module).items():
+        if _code(getattr(value, "run", value)) is code and name != "forward":
+            return ("attribute" if getattr(value, "free", True) else "method"), name
+    return None
+
+
+@functools.cache
+def _step(function: types.FunctionType, code: types.CodeType, kind: type) -> Step | None:
+    if _code(function.__globals__.get(code.co_name)) is code:
+        return "global", code.co_name
+    if _code(getattr(kind, code.co_name, None)) is code:
+        return "method", code.co_name
+    for name, value in function.__globals__.items():
+        if _code(value) is code:
+            return "global", name
+    return None
+
+
+def follow(function: Any, step: Step, module: Any, version: str = "function") -> Any:
+    """The function that a step leads to."""
+    kind, name = step
+    if kind == "global":
+        return function.__globals__[name]
+    own = vars(module).get(name)
+    return getattr(type(module), name) if own is None else getattr(own, version, own)
+
+
+def _code(value: Any) -> Any:
+    return value.__code__ if isinstance(value, types.FunctionType) else None
+
+
+@functools.cache
+def _inner(code: types.CodeType) -> frozenset[types.CodeType]:
+    """The code of comprehensions and functions inside a function."""
+    own = [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return frozenset(own).union(*map(_inner, own)) if own else frozenset()
+
+
+@functools.cache
+def _spans(code: types.CodeType) -> list[Any]:
+    return [(a, b, c, d) for a, b, c, d in code.co_positions()]
+
+
+@functools.lru_cache(maxsize=64)
+def tree(file: str) -> ast.Module | None:
+    """The source of a file, parsed; ``None`` when it is not to be had."""
+    try:
+        return ast.parse("".join(linecache.getlines(file)))
+    except (SyntaxError, ValueError):
+        return None
+
+
+@functools.lru_cache(maxsize=64)
+def _by_span(file: str) -> dict[Span, ast.AST]:
+    parsed = tree(file)
+    found: dict[Span, ast.AST] = {}
+    for node in ast.walk(parsed) if parsed is not None else ():
+        span = span_of(node)
+        if isinstance(node, ast.Call | ast.BinOp | ast.Subscript | ast.AugAssign):
+            found[span] = node
+    return found
+
+
+def span_of(node: ast.AST) -> Any:
+    """The place of a node in its file."""
+    return tuple(
+        getattr(node, name, None)
+        for name in ("lineno", "end_lineno", "col_offset", "end_col_offset")
+    )
+
+
+def given(site: Site, path: Path) -> ast.expr | None:
+    """The expression that gives a number, or a sequence with it; ``None`` if it cannot be told."""
+    node = _by_span(site.file).get(site.span)
+    if node is None or (isinstance(path[0], str) and not isinstance(node, ast.Call)):
+        return None
+    holder = next(holders(node, site, path), None)
+    return None if holder is None else holder.expression
+
+
+@dataclass
+class Holder:
+    """A place in a syntax tree: ``rest`` leads from the expression there to the number."""
+
+    parent: Any
+    key: Any
+    rest: Path
+
+    @property
+    def expression(self) -> Any:
+        """What stands there."""
+        return self.parent[self.key] if self.listed else getattr(self.parent, self.key)
+
+    @property
+    def listed(self) -> bool:
+        """Whether the place is an item of a list."""
+        return isinstance(self.parent, list)
+
+    def put(self, new: ast.expr) -> None:
+        """Replace the expression."""
+        if self.listed:
+            self.parent[self.key] = new
+        else:
+            setattr(self.parent, self.key, new)
+
+
+def holders(node: Any, site: Site, path: Path) -> Iterator[Holder]:
+    """Where the number at ``path`` of the arguments of an expression stands (one or none)."""
+    head, rest = path[0], path[1:]
+    if isinstance(node, ast.Call):
+        if isinstance(head, str):
+            for keyword in node.keywords:
+                if keyword.arg == head:
+                    yield _inside(keyword, "value", rest)
+            return
+        yield from _argument(node.args, head - site.method, site.count - site.method, rest)
+    elif isinstance(node, ast.BinOp):
+        yield Holder(node, "left" if site.count < 0 else "right", rest)
+    elif isinstance(node, ast.AugAssign):
+        yield Holder(node, "value", rest)
+    elif isinstance(node, ast.Subscript) and head == 1:
+        yield _inside(node, "slice", rest)
+
+
+def _argument(args: list[Any], index: int, count: int, rest: Path) -> Iterator[Holder]:
+    stars = [place for place, arg in enumerate(args) if isinstance(arg, ast.Starred)]
+    if not stars or index < stars[0]:
+        yield from [_inside(args, index, rest)] if index < len(args) else ()
+    elif len(stars) == 1 and not rest:
+        inside = count - (len(args) - 1)
+        if index - stars[0] < inside:
+            yield Holder(args[stars[0]], "value", (index - stars[0],))
+        else:
+            yield Holder(args, index - inside + 1, ())
+
+
+def _inside(parent: Any, key: Any, rest: Path) -> Holder:
+    """Descend into tuples, lists and slices that are written out."""
+    holder = Holder(parent, key, rest)
+    if not rest:
+        return holder
+    node, first = holder.expression, rest[0]
+    if isinstance(node, ast.Tuple | ast.List) and isinstance(first, int):
+        stars = [place for place, item in enumerate(node.elts) if isinstance(item, ast.Starred)]
+        if not stars or first < stars[0]:
+            return _inside(node.elts, first, rest[1:])
+    if isinstance(node, ast.Slice):
+        return _inside(node, {"start": "lower", "stop": "upper"}[str(first)], rest[1:])
+    return holder
+
+
+def lacks(node: ast.Call, path: Path) -> bool:
+    """Whether a call leaves out a keyword argument."""
+    names = {keyword.arg for keyword in node.keywords}
+    return isinstance(path[0], str) and path[0] not in names and None not in names
+
+
+def changeable(site: Site, path: Path) -> bool:
+    """Whether the number at ``path`` of the arguments can be changed in the source."""
+    node = _by_span(site.file).get(site.span)
+    return given(site, path) is not None or (isinstance(node, ast.Call) and lacks(node, path))
+
+
+def is_literal(node: ast.AST) -> bool:
+    """Whether an expression is a number written in the code."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        node = node.operand
+    return isinstance(node, ast.Constant) and isinstance(node.value, int | float)
