@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from graphprune.errors import ModelError
 from graphprune.skeleton import named_modules, named_tensors
 
+_STATISTICS = ("running_mean", "running_var")  # other buffers may hold -inf, as masks do
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
@@ -39,7 +40,8 @@ def check_model(model: object, *, values: bool = True) -> None:
             raise ModelError(f"{where} is quantized: prune the float model first, then quantize")
     for path, tensor in named_tensors(model):
         _check_tensor(path, tensor)
-        if values and tensor.is_floating_point() and not _finite(tensor):
+        weights = isinstance(tensor, nn.Parameter) or path.endswith(_STATISTICS)
+        if values and weights and tensor.is_floating_point() and not _finite(tensor):
             raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{name} has no parameters: nothing can be pruned")

@@ -21,6 +21,8 @@ from graphprune.rewrite.shrink import cut, kept_indices, shrink
 from graphprune.skeleton import named_tensors
 from graphprune.trace import record
 
+EXAMPLE = "example inputs"
+
 
 @dataclass(frozen=True)
 class Check:
@@ -65,9 +67,13 @@ class Session:
                 ran = True
                 yield name, inputs
         if not ran:
-            inputs = self.random(call, lambda t, c: tuple(t.shape), unchanged=True)
-            assert inputs is not None
-            yield "example inputs", inputs
+            yield self.unchanged(call)
+
+    def unchanged(self, call: Call) -> tuple[str, Call]:
+        """Random inputs of the shapes of the example inputs."""
+        inputs = self.random(call, lambda t, c: tuple(t.shape), unchanged=True)
+        assert inputs is not None
+        return EXAMPLE, inputs
 
     def random(
         self,
@@ -200,7 +206,13 @@ class Session:
         floating = [b for b in masked.buffers() if b.is_floating_point() and b.numel()]
         peak = max((float(b.abs().max()) for b in floating), default=0.0)
         worst = 0.0
+        shapes = {
+            key: cut(buffer, kept.get(key, {})).shape
+            for key, buffer in self.original.named_buffers()
+        }
         for key, buffer in masked.named_buffers():
+            if others[key].shape != shapes[key]:
+                continue  # replaced by the forward: an index for another resolution
             gap = difference(cut(buffer, kept.get(key, {})), others[key], floor=1e-3 * peak)
             if not gap <= worst:
                 worst = gap
@@ -272,6 +284,16 @@ _ATTENTION = {
 }
 
 
+_GROUPED = {getattr(torch, "_grouped_mm", None), torch.ops.aten._grouped_mm.default} - {None}
+
+
+def _grouped(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """One product for each group of rows: torch has no kernel in double precision."""
+    ends = offs.tolist()
+    parts = [left[a:b] @ right[n] for n, (a, b) in enumerate(zip([0, *ends], ends))]
+    return torch.cat(parts)
+
+
 class _NoDropout(TorchFunctionMode):
     """Leaves dropout out, which draws other numbers for other shapes; computes in one precision.
 
@@ -293,6 +315,8 @@ class _NoDropout(TorchFunctionMode):
             kwargs = {k: self.dtype if v is torch.float32 else v for k, v in kwargs.items()}
         if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["input"]
+        if func in _GROUPED and self.dtype is torch.float64:
+            return _grouped(*args, **kwargs)
         if func in _ATTENTION:
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])

@@ -229,7 +229,7 @@ def _first_difference(
 
     def differs(node: fx.Node, other: fx.Node) -> bool:
         wanted, found = analysis.shape(node, alive), other.meta["shape"]
-        if node not in unsteady:
+        if not unsteady:
             return wanted != found
         moving = {dim for layer in analysis.values[node].layers for dim in varying(layer)}
         return len(wanted) != len(found) or any(wanted[dim] != found[dim] for dim in moving)

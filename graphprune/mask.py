@@ -101,6 +101,8 @@ class MaskedForward:
         key = (self.module.training, str(call))
         if key not in self.recorded:
             rec = record(self.template, call, self.module.training)
+            if any(tensor.is_meta for tensor in rec.constants.values()):  # their values are needed
+                rec = record(self.template, call, self.module.training, devices=("cpu",))
             analysis = Analysis.build(self.template, [rec])
             self.recorded[key] = rec, Masks(analysis, self.plan)
         return self.recorded[key]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,9 +52,25 @@ def _shape(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     if isinstance(given, list | tuple):
         new = list(graph.shape(node, alive))[-len(given) :] if given else []
         new = [n if g != -1 else -1 for g, n in zip(given, new)]
-        if locate(node, given) is None:  # unflatten gives the sizes of one dimension
-            given, new = _part(node, given, new)
-        yield list(given), new, ""
+        if locate(node, given) is not None:
+            yield list(given), new, ""
+        elif (dims := _unflattened(node, given)) is not None:
+            yield list(given[dims]), new[dims], "last"
+        else:
+            yield *_part(node, given, new), ""
+
+
+def _unflattened(node: fx.Node, given: Any) -> slice | None:
+    """The dimensions made of one by ``unflatten``, which is given that one and their sizes."""
+    first: Any = node.all_input_nodes[0] if node.all_input_nodes else None
+    dim, *sizes = ints_of(node) or [0]
+    source = list(first.meta["shape"]) if first is not None else []
+    if not sizes or not -len(source) <= dim < len(source):
+        return None
+    dim %= len(source)
+    shape = source[:dim] + sizes + source[dim + 1 :]
+    fits = len(shape) == len(given) and all(a in (b, -1) for a, b in zip(shape, given))
+    return slice(dim, dim + len(sizes)) if fits else None
 
 
 def _part(node: fx.Node, given: Any, new: list[int]) -> tuple[Any, list[int]]:
@@ -81,7 +98,17 @@ def first_dim(node: fx.Node, given: Sequence[int]) -> int | None:
 
 @_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)
 def _factory(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
-    yield list(args_of(node)[0]), list(graph.shape(node, alive)), ""
+    given, new = list(args_of(node)[0]), list(graph.shape(node, alive))
+    if locate(node, given) is None:  # some sizes were tensors
+        ints = ints_of(node)
+        found = {
+            tuple(new[dim] for dim in dims)
+            for dims in itertools.combinations(range(len(given)), len(ints))
+            if [given[dim] for dim in dims] == ints
+        }
+        if len(found) == 1:
+            given, new = list(ints), list(*found)
+    yield given, new, ""
 
 
 @_rule(aten.split, aten.unsafe_split)

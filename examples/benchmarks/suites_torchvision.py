@@ -104,7 +104,7 @@ def _detection(name: str) -> Case:
 
 def _flow(name: str) -> Case:
     def draw(batch: int) -> dict[str, Any]:
-        first, second = torch.rand(2, batch, 3, 128, 128)
+        first, second = 2 * torch.rand(2, batch, 3, 128, 128) - 1  # as its transforms return
         return {"image1": first, "image2": second, "num_flow_updates": 2}
 
     return Case(name, "optical flow", lambda: _build(name), draw, 2, size="2 of 128x128")

@@ -164,7 +164,7 @@ def zeros_concatenated():
     return sandwich(Apply(widen), 8, 12)
 
 
-@awkward(IMAGE, removable=8 + 5)  # a limit: torch.fx follows no torch.zeros of traced sizes
+@awkward(IMAGE, removable=8 + 4 + 5)
 def zeros_concatenated_by_factory():
     def widen(x):
         b, _, h, w = x.shape
@@ -200,7 +200,7 @@ class FilledLiterally(Filled):
         return out
 
 
-@awkward(IMAGE, removable=8 + 5)  # a limit: torch.fx can rewrite no item assignment
+@awkward(IMAGE, removable=8 + 6 + 4 + 5)
 def filled_slice_by_slice_literally():
     return sandwich(FilledLiterally(), after=10)
 

@@ -145,7 +145,7 @@ def zeros_of_attribute_width():
     return sandwich(Zeros())
 
 
-@awkward(IMAGE, removable=5)  # a limit: torch.fx follows no starred shape
+@awkward(IMAGE, removable=8 + 5)
 def literal_beside_a_starred_shape():
     return sandwich(Apply(lambda x: x.view(-1, 8, *x.shape[2:]).flip(1)))
 
