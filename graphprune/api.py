@@ -12,6 +12,7 @@ from graphprune.collecting import uncollected
 from graphprune.criteria import Criterion
 from graphprune.graph import trace
 from graphprune.plan import Plan
+from graphprune.rewrite.config import follow_config, has_config, sizes_of
 from graphprune.rewrite.shrink import shrink
 from graphprune.select import check_ratio
 
@@ -66,10 +67,18 @@ def rebuild(
     """
     if isinstance(ratio_or_plan, Plan):
         check_model(model, values=False)
-        return shrink(model, ratio_or_plan, inplace=inplace)
+        return _shrunk(model, ratio_or_plan, inplace)
     ratio = check_ratio(ratio_or_plan)
     graph = trace(model, example_inputs)
     plan = graph.plan(
         ratio, criterion=criterion, scope=scope, keep=keep, seed=seed, exact_only=exact_only
     )
-    return shrink(model, plan, inplace=inplace)
+    return _shrunk(model, plan, inplace)
+
+
+def _shrunk(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
+    before = sizes_of(model) if has_config(model) else {}
+    small = shrink(model, plan, inplace=inplace)
+    if before:
+        follow_config(small, before)
+    return small

@@ -25,7 +25,7 @@ def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
     ndim = values[0].ndim
     dim %= max(ndim, 1)
     if any(value.ndim != ndim for value in values):
-        walk.refuse(values)
+        walk.refuse(values, PICKED)
         return ()
     stay = {d for d in range(ndim) if d == dim or len({v.shape[d] for v in values}) > 1}
     sides = [
@@ -138,7 +138,7 @@ def masked_scatter(walk: Walk, node: fx.Node, x: Value, mask: Value, source: Val
     last = {x.ndim - 1}
     rows = all(varying(layer) <= last for layer in x.layers)
     if not (rows and _same_along_rows(node.args[1]) and source.shape[-1:] == x.shape[-1:]):
-        return walk.refuse([x, mask, source])
+        return walk.refuse([x, mask, source], "positions to write")
     kept = walk.settle(mask, range(mask.ndim - 1), "positions to write")
     below = walk.settle(source, range(source.ndim - 1), "positions to read")
     sides = [(value.shape, layers) for value, layers in ((mask, kept), (source, below))]

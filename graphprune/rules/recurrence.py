@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from graphprune.ids import Layers, along, spread
+from graphprune.ids import Layers, along, varying
 from graphprune.rules.base import Walk, aten
 from graphprune.rules.contraction import contract
 from graphprune.rules.registry import Value, register_rule
@@ -28,6 +28,12 @@ def pad_packed(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
     return [tuple(layer.unsqueeze(0) for layer in kept), ()]
 
 
+def _first_dim(value: Value) -> Value:
+    """The gates of a weight or bias."""
+    rows = tuple(i.reshape(-1) for i in value.on(0) if varying(i) == {0})
+    return Value(value.shape[:1], rows)
+
+
 @register_rule(aten.mkldnn_rnn_layer)
 def mkldnn_rnn_layer(
     walk: Walk, node: fx.Node, x: Value, w_in: Value, w_state: Value, b_in: Value, b_state: Value,
@@ -40,11 +46,13 @@ def mkldnn_rnn_layer(
         return list(walk.refuse(everything))
     contract(walk, x, w_in, x.ndim - 1, 1)
     contract(walk, state, w_state, state.ndim - 1, 1)
-    gates = spread(rows[0].reshape(-1), w_in.shape[:1]).reshape(4, -1)
+    gates = rows[0].reshape(4, -1)
     hidden = walk.collapse(gates, {0}).reshape(-1)
-    side = Value((w_in.shape[0],), (rows[0].reshape(-1),))
-    others = [Value((v.shape[0],), tuple(i.reshape(-1) for i in v.on(0))) for v in (w_state,)]
-    walk.broadcast([side, *others, b_in, b_state], 1)
+    walk.broadcast([_first_dim(v) for v in (w_in, w_state, b_in, b_state)], 1)
+    for bias in (b_in, b_state):
+        for weight in (w_in, w_state):
+            if bias.shape == weight.shape:  # zeros in the shape of a weight instead of biases
+                walk.broadcast([weight, bias], 2)
     unit = Value((len(hidden),), (hidden,))
     walk.broadcast([unit, state, cell], state.ndim)
     return [

@@ -6,12 +6,13 @@ number of units, not of positions. ``None`` stands for "any number, as long as i
 
 from zoo.registry import ZOO, Entry, randomise
 
-from zoo import attention, branches, calls, convolutions, experts, features, heads  # isort: skip
-from zoo import image_attention, kernels, layers, movement, norms, packed, parameters  # isort: skip
+from zoo import attention, branches, calls, convolutions, experts, features  # isort: skip
+from zoo import gathering, heads, image_attention  # isort: skip
+from zoo import kernels, layers, movement, norms, packed, parameters  # isort: skip
 from zoo import recurrent, sequences, sizes, streams, structure, torch_attention  # isort: skip
 from zoo import transformers, windows  # isort: skip
 
 __all__ = ["ZOO", "Entry", "attention", "branches", "calls", "convolutions", "experts", "features",
-           "heads", "image_attention", "kernels", "layers", "movement", "norms", "packed",
-           "parameters", "randomise", "recurrent", "sequences", "sizes", "streams", "structure",
-           "torch_attention", "transformers", "windows"]  # fmt: skip
+           "gathering", "heads", "image_attention", "kernels", "layers", "movement", "norms",
+           "packed", "parameters", "randomise", "recurrent", "sequences", "sizes", "streams",
+           "structure", "torch_attention", "transformers", "windows"]  # fmt: skip
