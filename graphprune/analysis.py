@@ -106,11 +106,13 @@ class Analysis:
     shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
 
     @classmethod
-    def build(cls, model: nn.Module, records: Sequence[Record]) -> Analysis:
-        """Analyse recorded forward passes of a model."""
+    def build(
+        cls, model: nn.Module, records: Sequence[Record], attention: str = "heads"
+    ) -> Analysis:
+        """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
         ties = Ties()
         slots, values = _slots(model, ties)
-        walk = Walk(ties, values.get)  # ids made from here on belong to no parameter
+        walk = Walk(ties, values.get, attention)  # ids made from here on belong to no parameter
         for record in records:
             walk.run(record.graph)
         units = resolve(ties, walk.choices, walk.grids)

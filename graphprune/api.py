@@ -29,6 +29,7 @@ def rebuild(
     seed: int = 0,
     inplace: bool = False,
     exact_only: bool = False,
+    attention: str = "heads",
 ) -> nn.Module:
     """Make a genuinely smaller model whose output equals the masked original.
 
@@ -43,6 +44,7 @@ def rebuild(
         seed: for criteria that draw random numbers.
         inplace: change ``model`` itself; its parameters stay the same objects.
         exact_only: leave groups whole whose removal changes the statistics of a norm.
+        attention: ``"heads"`` removes whole attention heads, ``"head_dim"`` makes all narrower.
 
     Returns:
         A model of the same classes and ``state_dict`` names with its own, smaller parameters;
@@ -69,7 +71,7 @@ def rebuild(
         check_model(model, values=False)
         return _shrunk(model, ratio_or_plan, inplace)
     ratio = check_ratio(ratio_or_plan)
-    graph = trace(model, example_inputs)
+    graph = trace(model, example_inputs, attention=attention)
     plan = graph.plan(
         ratio, criterion=criterion, scope=scope, keep=keep, seed=seed, exact_only=exact_only
     )

@@ -50,15 +50,18 @@ class Settled:
         return Settled(self.analysis.copy(), self.trusted)
 
 
-def analyse(model: nn.Module, call: Call, first: Record | None = None) -> Settled:
+def analyse(
+    model: nn.Module, call: Call, first: Record | None = None, attention: str = "heads"
+) -> Settled:
     """Record, analyse and settle all sizes.
 
     Args:
         model: the user's model, not touched.
         call: inputs it runs on.
         first: the recorded forward pass in eval mode, when there is one already.
+        attention: see ``trace``.
     """
-    settled = Settled(Analysis.build(model, _records(model, call, first)))
+    settled = Settled(Analysis.build(model, _records(model, call, first), attention))
     for number in range(TRIALS):
         while not feasible(model, call, settled, trial(settled.analysis, number)):
             pass

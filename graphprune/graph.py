@@ -37,12 +37,15 @@ from graphprune.skeleton import named_tensors
 from graphprune.table import render
 from graphprune.trace import record
 
+ATTENTION = ("heads", "head_dim")
 _HERE = str(Path(__file__).parent) + os.sep
 _NATURAL = ("model output", "reads a model input", "rows of an embedding table")
 
 
 @uncollected
-def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:
+def trace(
+    model: nn.Module, example_inputs: Any = None, *, attention: str = "heads"
+) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
     Args:
@@ -50,13 +53,16 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword
             arguments, nested structures included. When absent, usual shapes are tried for the
             first layer.
+        attention: ``"heads"`` removes whole attention heads; ``"head_dim"`` keeps all heads and
+            makes them narrower: queries and keys together, values and the output projection
+            together, rotary pairs together. The scale of the scores stays the original's.
 
     Returns:
         The channel graph; ``print`` it to see the groups.
 
     Raises:
         ModelError: the model is quantized, scripted, compiled, wrapped, lazy or not finite.
-        InputError: no example inputs could be inferred.
+        InputError: no example inputs could be inferred, or ``attention`` is neither of the two.
         TraceError: the model does not run on the example inputs.
 
     Example:
@@ -67,13 +73,14 @@ def trace(model: nn.Module, example_inputs: Any = None) -> ChannelGraph:
         8
     """
     check_model(model)
-
+    if attention not in ATTENTION:
+        raise InputError(f"attention must be one of {', '.join(ATTENTION)}, not {attention!r}")
     if example_inputs is None:
         call, first = infer(model, lambda c: record(model, c, False, devices=("meta",)))
     else:
         call = Call.of(example_inputs)
         first = record(model, call, training=False)
-    return ChannelGraph(model, call, analyse(model, call, first))
+    return ChannelGraph(model, call, analyse(model, call, first, attention))
 
 
 @dataclass
@@ -182,6 +189,7 @@ class ChannelGraph:
             "scope": scope,
             "seed": seed,
             "exact_only": exact_only,
+            "attention": self.analysis.walk.attention,
         }
         tensors = dict(named_tensors(self.model))
         draft = ChannelGraph(self.model, self.call, self.settled.copy())
@@ -255,7 +263,7 @@ class ChannelGraph:
             self._cost(None),
             self._cost(alive),
             str(self.call),
-            dict(request or {}),
+            {"attention": self.analysis.walk.attention, **(request or {})},
         )
 
     def _cost(self, alive: np.ndarray | None) -> Cost:

@@ -103,7 +103,8 @@ class MaskedForward:
             rec = record(self.template, call, self.module.training)
             if any(tensor.is_meta for tensor in rec.constants.values()):  # their values are needed
                 rec = record(self.template, call, self.module.training, devices=("cpu",))
-            analysis = Analysis.build(self.template, [rec])
+            attention = self.plan.request.get("attention", "heads")
+            analysis = Analysis.build(self.template, [rec], attention)
             self.recorded[key] = rec, Masks(analysis, self.plan)
         return self.recorded[key]
 
@@ -299,12 +300,12 @@ def _group_norm(
     return (out if bias is None else out + bias.reshape(per_channel)), mean, scale
 
 
-def _without(keep: Tensor, x: Tensor, dims: list[int]) -> Tensor:
+def _without(keep: Tensor, x: Tensor, dims: list[int], value: float = -torch.inf) -> Tensor:
     """Removed positions at minus infinity, where others along ``dims`` stay."""
     stays = keep.to(x.device).expand(x.shape)
     for dim in dims:
         stays = stays.any(dim, keepdim=True)
-    return x.masked_fill(~keep.to(x.device) & stays, -torch.inf)
+    return x.masked_fill(~keep.to(x.device) & stays, value)
 
 
 def _softmax(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -316,6 +317,14 @@ def _softmax(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _logsumexp(keep: Tensor, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     return torch.logsumexp(_without(keep, x, _dims(dim, x.dim())), dim, keepdim)
+
+
+def _largest(op: Any, value: float) -> Callable[..., Any]:
+    def rule(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        dim = args[0] if args else kwargs.get("dim")
+        return op(_without(keep, x, _dims(dim, x.dim()), value), *args, **kwargs)
+
+    return rule
 
 
 _STATISTICS: dict[Any, Callable[..., Any]] = {
@@ -332,4 +341,6 @@ _STATISTICS: dict[Any, Callable[..., Any]] = {
     aten._safe_softmax: _softmax(torch.softmax),
     aten._log_softmax: _softmax(torch.log_softmax),
     aten.logsumexp: _logsumexp,
+    **{op: _largest(op, -torch.inf) for op in (aten.amax, aten.max)},
+    **{op: _largest(op, torch.inf) for op in (aten.amin, aten.min)},
 }

@@ -36,6 +36,7 @@ class Walk:
 
     ties: Ties
     slots: Callable[[str], Value | None]
+    attention: str = "heads"
     values: dict[fx.Node, Value] = field(default_factory=dict)
     grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
     choices: list[Alternatives] = field(default_factory=list)
@@ -302,6 +303,19 @@ class Walk:
                 layer = self.collapse(layer, fixed)
             found.append((index, layer, shape, varying(layer)))
         return found
+
+    def inward(self, value: Value, dims: Iterable[int]) -> Value:
+        """A value about to be summed over ``dims``, when heads are pruned inside.
+
+        Ids that vary over a summed dimension and another one (heads x width) are then tied along
+        the other one: the same columns go in all heads. Otherwise whole heads go.
+        """
+        layers = []
+        for layer in value.layers:
+            others = varying(layer) - set(dims)
+            inside = self.attention == "head_dim" and others and varying(layer) != others
+            layers.append(self.collapse(layer, others) if inside else layer)
+        return replace(value, layers=tuple(layers))
 
     def choose(self, choice: Alternatives) -> None:
         """Leave a decision between several ways to tie until the walk is over."""

@@ -133,14 +133,31 @@ def extremum(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, *
     return drop(walk.settle(x, dims, f"{name} over channels"), dims, node.meta["shape"])
 
 
+def _largest(walk: Walk, x: Value, dims: set[int], shape: tuple[int, ...], text: str) -> Layers:
+    kept, gone = summed(walk, x, dims)
+    for layer in gone:
+        walk.share(layer, text)
+    return drop(kept, dims, shape)
+
+
+@register_rule(aten.amax, aten.amin)
+def amax(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: Any) -> Layers:
+    """The largest or smallest of the kept channels."""
+    dims = dims_of(dim, x.ndim)
+    return _largest(walk, x, dims, node.meta["shape"], "maximum over channels")
+
+
 @register_rule(aten.max, aten.min)
 def max_(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any) -> Any:
-    """Maximum over one dimension, or over everything."""
+    """The largest or smallest of the kept channels; where it is has no meaning after pruning."""
     dims = dims_of(dim, x.ndim)
-    kept = walk.settle(x, dims, "maximum over channels")
     if "items" not in node.meta:
-        return drop(kept, dims, node.meta["shape"])
-    return [drop(kept, dims, item.meta["shape"]) for item in node.meta["items"].values()]
+        return _largest(walk, x, dims, node.meta["shape"], "maximum over channels")
+    value, place = (node.meta["items"].get(index) for index in range(2))
+    if value is None or (place is not None and place.users):
+        kept = walk.settle(x, dims, "place of the maximum over channels")
+        return [drop(kept, dims, node.meta["items"][i].meta["shape"]) for i in node.meta["items"]]
+    return [_largest(walk, x, dims, value.meta["shape"], "maximum over channels")]
 
 
 @register_rule(aten.cumsum, aten.cumprod, aten.sort, aten.topk)
