@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
-import os
+import itertools
+import linecache
 import re
 import sys
 import tempfile
@@ -53,17 +54,26 @@ def run(path: Path) -> list[Block]:
     text = path.read_text(encoding="utf-8")
     module = types.ModuleType(path.stem.replace("-", "_"))
     sys.modules[module.__name__] = module  # dataclasses and pickle look their module up
+    linecache.cache[path.name] = (len(text), None, _code(text), path.name)  # as a file of code
     torch.manual_seed(0)
     blocks = []
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for match in FENCE.finditer(text):
             line = text.count("\n", 0, match.start(1))
-            code = compile("\n" * line + match[1], os.path.basename(path), "exec")
+            code = compile("\n" * line + match[1], path.name, "exec")
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(code, vars(module))
             blocks.append(Block(line + 1, match[1], out.getvalue(), match[2]))
-    del sys.modules[module.__name__]
+    del sys.modules[module.__name__], linecache.cache[path.name]
     return blocks
+
+
+def _code(text: str) -> list[str]:
+    """The lines of a file, blank outside its python blocks: the source that models are read in."""
+    inside = [range(*match.span(1)) for match in FENCE.finditer(text)]
+    starts = itertools.accumulate(map(len, text.splitlines(keepends=True)), initial=0)
+    lines = zip(starts, text.splitlines(keepends=True), strict=False)
+    return [line if any(start in span for span in inside) else "\n" for start, line in lines]
 
 
 def refresh(path: Path) -> None:

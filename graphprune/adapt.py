@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from graphprune.analysis import Analysis
-from graphprune.ids import varying
-from graphprune.rules import Reason
+from graphprune.problems import Place, Problem, ids_around
 from graphprune.sites import Path, changeable, given, is_literal
 from graphprune.sizes import (
     COMPARISONS,
@@ -36,10 +35,9 @@ from graphprune.sizes import (
     plain,
     solve,
 )
-from graphprune.wanted import POSITIONS, WANTED, args_of, first_dim, ints_of, locate, paths_of
+from graphprune.wanted import POSITIONS, WANTED, args_of, ints_of, locate, measured, paths_of
 
 aten = torch.ops.aten
-Place = tuple[fx.Node, int]  # a dimension of a value
 ExtentOf = Callable[[Extent], int]
 
 # Ops of torch's own layers: when a layer gives its own attribute, nothing else depends on it.
@@ -64,38 +62,6 @@ class Demand:
     def position(self) -> bool:
         """Whether it is the place of a channel."""
         return self.node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A size that could not be changed as a plan needs it.
-
-    A ``position`` (the index of a channel) must be right: no run shows whether it is.
-    """
-
-    node: fx.Node
-    old: float
-    new: float
-    expression: Expression
-    position: bool = False
-    place: Place | None = None  # what the size measures
-    rivals: tuple[Place, ...] = ()  # what else the same attribute measures
-    layers: tuple[Tensor, ...] = ()  # what to freeze, when that is known
-
-    @property
-    def literal(self) -> bool:
-        """Whether the size was a plain int: a literal, or computed where we could not follow."""
-        return isinstance(self.expression, int) and not self.position
-
-    @property
-    def owner(self) -> str:
-        """The module whose code gives the size."""
-        return str(self.node.meta.get("module", ""))
-
-    @property
-    def reason(self) -> Reason:
-        """For reports."""
-        return Reason(f"size {self.old} cannot be changed", self.owner, self.node.meta.get("line"))
 
 
 @dataclass
@@ -190,10 +156,13 @@ def _write(graph: Analysis, found: Changes, demand: Demand) -> None:
     elif not _carried(graph, expr):
         return
     found.values[literal] = demand.new
+    if demand.place is not None:
+        found.places[literal] = demand.place
 
 
 def _problem(found: Changes, demand: Demand) -> Problem:
-    leaves = attributes(demand.expression)
+    leaves: list[Any] = [*attributes(demand.expression)]
+    leaves.append(_literal(demand.node, demand.path, demand.old))
     rivals = tuple(found.places[leaf] for leaf in leaves if leaf in found.places)
     node, old, new = demand.node, demand.old, demand.new
     return Problem(node, old, new, demand.expression, demand.position, demand.place, rivals)
@@ -330,7 +299,7 @@ def _demands(
                 if place is None and packet in POSITIONS and old != new:
                     yield Demand(node, old[0], new[0], old[0])
                 found.unsure |= _unsure(graph, node, place, record.leaks)
-                first = first_dim(node, old)
+                places = measured(node, old)
                 sizes = ints[place] if place is not None else []
                 trust = (number, position) in trusted and packet not in POSITIONS
                 for offset, (size, was, now) in enumerate(zip(sizes, old, new)):
@@ -340,9 +309,8 @@ def _demands(
                     if trust and isinstance(expr, int):
                         continue
                     assert place is not None
-                    measured = None if first is None else (node, first + offset)
                     path = paths[place.start + offset]
-                    yield Demand(node, was, now, expr, measured, path, record.leaks)
+                    yield Demand(node, was, now, expr, places[offset], path, record.leaks)
 
 
 def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) -> bool:
@@ -362,47 +330,3 @@ def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) ->
     return bool(doubtful) and any(
         not graph.walk.is_fresh(layer) for layer in ids_around(graph, node)
     )
-
-
-def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:
-    """All layers an op reads or makes, for freezing."""
-    layers = list(graph.values[node].layers) if node in graph.values else []
-    for other in (*node.all_input_nodes, *node.meta.get("items", {}).values()):
-        if other in graph.values:
-            layers.extend(graph.values[other].layers)
-    return layers
-
-
-def freeze(graph: Analysis, problem: Problem) -> bool:
-    """Freeze the channels that a size depends on; whether that changed anything."""
-    layers = [*problem.layers]
-    if not layers:
-        layers = ids_around(graph, problem.node)
-        for extent in extents(problem.expression):
-            value = graph.values[extent.node]
-            layers += [layer for layer in value.layers if layer.shape[extent.dim] > 1]
-    others = [layer for node, dim in problem.rivals for layer in graph.values[node].on(dim)]
-    for candidates in (layers, others):
-        moving = [i for i in candidates if not graph.units.frozen[graph.units.labels[i]].all()]
-        for layer in moving:
-            graph.freeze(layer, problem.reason)
-        if moving:
-            return True
-    return False
-
-
-def unite(graph: Analysis, problem: Problem) -> bool:
-    """Tie two dimensions of one size that one attribute measures; whether that changed anything.
-
-    Queries, keys and values of a single head, say, that are all viewed with ``self.head_dim``.
-    """
-    for rival in problem.rivals:
-        sides = []
-        for place in (problem.place, rival):
-            node, dim = place or (problem.node, -1)
-            pure = [i for i in graph.values[node].layers if varying(i) == {dim}]
-            sides.append(pure[0].reshape(-1) if pure else None)
-        a, b = sides
-        if a is not None and b is not None and a.shape == b.shape and graph.tie(a, b):
-            return True
-    return False

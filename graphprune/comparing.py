@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from graphprune.copying import copy_module
 from graphprune.errors import GraphPruneError, ModelError, TraceError, VerificationError
 from graphprune.inputs import Call
+from graphprune.kernels import GROUPED_MM, grouped_mm
 from graphprune.mask import MaskedForward, mask
 from graphprune.plan import Plan
 from graphprune.rewrite.shrink import cut, kept_indices, shrink
@@ -284,16 +285,6 @@ _ATTENTION = {
 }
 
 
-_GROUPED = {getattr(torch, "_grouped_mm", None), torch.ops.aten._grouped_mm.default} - {None}
-
-
-def _grouped(left: Tensor, right: Tensor, offs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """One product for each group of rows: torch has no kernel in double precision."""
-    ends = offs.tolist()
-    parts = [left[a:b] @ right[n] for n, (a, b) in enumerate(zip([0, *ends], ends))]
-    return torch.cat(parts)
-
-
 class _NoDropout(TorchFunctionMode):
     """Leaves dropout out, which draws other numbers for other shapes; computes in one precision.
 
@@ -315,8 +306,8 @@ class _NoDropout(TorchFunctionMode):
             kwargs = {k: self.dtype if v is torch.float32 else v for k, v in kwargs.items()}
         if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["input"]
-        if func in _GROUPED and self.dtype is torch.float64:
-            return _grouped(*args, **kwargs)
+        if func in GROUPED_MM:
+            return grouped_mm(*args, **kwargs)
         if func in _ATTENTION:
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])

@@ -21,6 +21,7 @@ from graphprune.errors import RewriteError, TraceError
 from graphprune.ids import varying
 from graphprune.inputs import Call
 from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
+from graphprune.problems import Problem, freeze, ids_around, unite
 from graphprune.recorder import Record
 from graphprune.rewrite.shrink import shrink
 from graphprune.rules import Reason
@@ -95,7 +96,7 @@ def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -
     node = analysis.records[mismatch[0]].ops[mismatch[1]]
     module, line = node.meta["module"], node.meta["line"]
     reason = Reason(f"the code around {node.target} does not follow", module, line)
-    ids = adapt.ids_around(analysis, node)
+    ids = ids_around(analysis, node)
     if all(alive[layer.numpy()].all() for layer in ids):
         raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
     for layer in ids:
@@ -103,13 +104,13 @@ def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -
     return False
 
 
-def resolve_problems(settled: Settled, problems: Sequence[adapt.Problem]) -> None:
+def resolve_problems(settled: Settled, problems: Sequence[Problem]) -> None:
     """Tie or freeze the channels that stand in the way."""
     certain = [problem for problem in problems if not problem.literal] or problems
     analysis = settled.analysis
-    if any([adapt.unite(analysis, problem) for problem in certain]):
+    if any([unite(analysis, problem) for problem in certain]):
         return
-    if not any([adapt.freeze(analysis, problem) for problem in certain]):
+    if not any([freeze(analysis, problem) for problem in certain]):
         raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
 
 
@@ -172,8 +173,8 @@ def _try(
     call: Call,
     analysis: Analysis,
     alive: np.ndarray,
-    unclear: Sequence[adapt.Problem],
-) -> tuple[Trusted, list[adapt.Problem]]:
+    unclear: Sequence[Problem],
+) -> tuple[Trusted, list[Problem]]:
     """Run the trial model: which plain ints follow the shapes by themselves?"""
     ops = {
         node: (number, position)

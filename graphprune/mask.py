@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from graphprune.analysis import Analysis
 from graphprune.copying import copy_module
 from graphprune.inputs import Call
+from graphprune.kernels import grouped_mm
 from graphprune.modes import leak
 from graphprune.plan import Plan
 from graphprune.recorder import Record
@@ -184,7 +185,7 @@ def _step(
         if rule is not None and keep is not None:
             return rule(keep.to(args[0].device), *args, **kwargs)
     if node.target is aten._grouped_mm.default:  # no kernel for float64
-        return _grouped_mm(*args, **kwargs)
+        return grouped_mm(*args, **kwargs)
     if node.target is aten.view.default:  # strides may differ from the recorded ones
         return aten.reshape.default(*args)
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -199,14 +200,6 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return tensor
     return torch.where(keep.to(tensor.device), tensor, tensor.new_zeros(()))
-
-
-def _grouped_mm(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **_: Any) -> Tensor:
-    if offs is None or x.dim() != 2 or weight.dim() != 3:
-        return aten._grouped_mm.default(x, weight, offs, *args)
-    rows = x.tensor_split(offs.tolist()[:-1])
-    products = [part @ matrix for part, matrix in zip(rows, weight.unbind())]
-    return torch.cat(products)
 
 
 def _dims(dim: Any, ndim: int) -> list[int]:

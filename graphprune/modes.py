@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune import shapes
+from graphprune.kernels import GROUPED_MM
 from graphprune.sizes import Scale
 
 aten = torch.ops.aten
@@ -24,6 +25,7 @@ _WHOLE = {  # recorded as one op, whichever kernels it is made of
     torch.matmul: torch.ops.aten.matmul.default,
     torch.Tensor.matmul: torch.ops.aten.matmul.default,
     torch.Tensor.__matmul__: torch.ops.aten.matmul.default,
+    **dict.fromkeys(GROUPED_MM, torch.ops.aten._grouped_mm.default),
 }
 _CHUNKS = {torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split}
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}

@@ -15,6 +15,7 @@ import torch.nn.modules.module as nn_module
 from torch import Tensor, fx, nn
 
 from graphprune import shapes
+from graphprune.kernels import KERNELS
 from graphprune.modes import Dispatch, Functions
 from graphprune.sites import Path as ArgumentPath
 from graphprune.sites import Site, find_site, forward_of
@@ -144,7 +145,8 @@ class Recorder:
         kwargs = {name: value for name, value in kwargs.items() if name not in tensors}
         try:
             on_meta = self.device == "meta"
-            out = shapes.run(target, args, kwargs) if on_meta else target(*args, **kwargs)
+            kernel = KERNELS.get(target, target)
+            out = shapes.run(target, args, kwargs) if on_meta else kernel(*args, **kwargs)
         finally:
             self.opaque = False
         self.call(target, args, kwargs, out)

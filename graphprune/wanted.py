@@ -84,16 +84,21 @@ def _part(node: fx.Node, given: Any, new: list[int]) -> tuple[Any, list[int]]:
     return list(given), new
 
 
-def first_dim(node: fx.Node, given: Sequence[int]) -> int | None:
-    """The dimension of the result that the first size given to a reshape measures."""
+def measured(node: fx.Node, given: Sequence[int]) -> list[tuple[fx.Node, int] | None]:
+    """The dimensions, as (value, dimension), that the sizes given to an op measure."""
     packet = node.target.overloadpacket  # type: ignore[union-attr]
+    if WANTED.get(packet) is _split:
+        kwargs: Any = node.kwargs
+        dim = args_of(node)[2] if len(args_of(node)) > 2 else kwargs.get("dim", 0)
+        items = node.meta["items"]
+        return [(items[n], dim % len(items[n].meta["shape"])) for n in range(len(given))]
     sizes = args_of(node)[1] if len(args_of(node)) > 1 else None
-    if WANTED.get(packet) is not _shape or not isinstance(sizes, list | tuple):
-        return None
-    for start in range(len(sizes) - len(given) + 1):
-        if list(sizes[start : start + len(given)]) == list(given):
-            return len(node.meta["shape"]) - len(sizes) + start
-    return None
+    if WANTED.get(packet) is _shape and isinstance(sizes, list | tuple):
+        for start in range(len(sizes) - len(given) + 1):
+            if list(sizes[start : start + len(given)]) == list(given):
+                first = len(node.meta["shape"]) - len(sizes) + start
+                return [(node, first + n) for n in range(len(given))]
+    return [None] * len(given)
 
 
 @_rule(aten.zeros, aten.ones, aten.full, aten.empty, aten.rand, aten.randn)

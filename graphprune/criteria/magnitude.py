@@ -18,6 +18,7 @@ def slice_norms(member: Member, tensors: Mapping[str, Tensor], order: float) -> 
         Float64 tensor of shape [channels, positions per channel].
     """
     weight = tensors[member.slot.tensor].detach()
+    weight = weight.abs() if weight.is_complex() else weight
     weight = weight if weight.dtype == torch.float64 else weight.float()
     others = [dim for dim in range(weight.dim()) if dim != member.slot.dim]
     norms = torch.linalg.vector_norm(weight, order, others) if others else weight.abs()

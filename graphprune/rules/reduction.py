@@ -125,7 +125,7 @@ def logsumexp(walk: Walk, node: fx.Node, x: Value, dim: Any, *args: Any, **_: An
     return drop(kept, dims, node.meta["shape"])
 
 
-@register_rule(aten.amax, aten.amin, aten.argmax, aten.argmin, aten.prod, aten.any, aten.all)
+@register_rule(aten.argmax, aten.argmin, aten.prod, aten.any, aten.all)
 def extremum(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: Any) -> Layers:
     """Reductions that a removed channel would change."""
     dims = dims_of(dim, x.ndim)

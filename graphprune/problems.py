@@ -1,0 +1,90 @@
+"""Sizes that could not be changed as a plan needs it: channels then stay, or are tied."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from graphprune.analysis import Analysis
+from graphprune.ids import varying
+from graphprune.rules import Reason
+from graphprune.sizes import Expression, extents
+
+Place = tuple[fx.Node, int]  # a dimension of a value
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A size that could not be changed as a plan needs it.
+
+    A ``position`` (the index of a channel) must be right: no run shows whether it is.
+    """
+
+    node: fx.Node
+    old: float
+    new: float
+    expression: Expression
+    position: bool = False
+    place: Place | None = None  # what the size measures
+    rivals: tuple[Place, ...] = ()  # what else the same attribute measures
+    layers: tuple[Tensor, ...] = ()  # what to freeze, when that is known
+
+    @property
+    def literal(self) -> bool:
+        """Whether the size was a plain int: a literal, or computed where we could not follow."""
+        return isinstance(self.expression, int) and not self.position
+
+    @property
+    def owner(self) -> str:
+        """The module whose code gives the size."""
+        return str(self.node.meta.get("module", ""))
+
+    @property
+    def reason(self) -> Reason:
+        """For reports."""
+        return Reason(f"size {self.old} cannot be changed", self.owner, self.node.meta.get("line"))
+
+
+def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:
+    """All layers an op reads or makes, for freezing."""
+    layers = list(graph.values[node].layers) if node in graph.values else []
+    for other in (*node.all_input_nodes, *node.meta.get("items", {}).values()):
+        if other in graph.values:
+            layers.extend(graph.values[other].layers)
+    return layers
+
+
+def freeze(graph: Analysis, problem: Problem) -> bool:
+    """Freeze the channels that a size depends on; whether that changed anything."""
+    layers = [*problem.layers]
+    if not layers:
+        layers = ids_around(graph, problem.node)
+        for extent in extents(problem.expression):
+            value = graph.values[extent.node]
+            layers += [layer for layer in value.layers if layer.shape[extent.dim] > 1]
+    others = [layer for node, dim in problem.rivals for layer in graph.values[node].on(dim)]
+    for candidates in (layers, others):
+        moving = [i for i in candidates if not graph.units.frozen[graph.units.labels[i]].all()]
+        for layer in moving:
+            graph.freeze(layer, problem.reason)
+        if moving:
+            return True
+    return False
+
+
+def unite(graph: Analysis, problem: Problem) -> bool:
+    """Tie two dimensions of one size that one attribute measures; whether that changed anything.
+
+    Queries, keys and values of a single head, say, that are all viewed with ``self.head_dim``.
+    """
+    for rival in problem.rivals:
+        sides = []
+        for place in (problem.place, rival):
+            layers = graph.values[place[0]].layers if place is not None else ()
+            pure = [layer for layer in layers if place and varying(layer) == {place[1]}]
+            sides.append(pure[0].reshape(-1) if pure else None)
+        a, b = sides
+        if a is not None and b is not None and a.shape == b.shape and graph.tie(a, b):
+            return True
+    return False
