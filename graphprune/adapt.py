@@ -72,6 +72,7 @@ class Changes:
     problems: list[Problem] = field(default_factory=list)
     origin: dict[Settable, fx.Node] = field(default_factory=dict)
     places: dict[Settable, Place] = field(default_factory=dict)
+    written: bool = False  # whether there are literals
     unsure: bool = False  # whether a run must show that the code follows
 
 
@@ -112,11 +113,9 @@ def _settle_sizes(graph: Analysis, found: Changes, demands: list[Demand], extent
     """Attributes first, then numbers in the source; what neither can change is a problem."""
 
     def now(demand: Demand) -> float:
-        literal = _literal(demand.node, demand.path, demand.old)
-        if literal is not None and literal in found.values:
-            return found.values[literal]
-        return evaluate(demand.expression, found.values, extent)
+        return _current(found, demand, extent)
 
+    unsolved = False
     demands.sort(key=lambda demand: not isinstance(demand.expression, Attribute))
     for demand in demands:
         expr, new = demand.expression, demand.new
@@ -128,12 +127,26 @@ def _settle_sizes(graph: Analysis, found: Changes, demands: list[Demand], extent
             found.values[expr] = new
         elif now(demand) != new and not _solve(found, expr, new, extent):
             _write(graph, found, demand)
+            unsolved |= now(demand) != new
+    if (
+        not unsolved and not found.written
+    ):  # then nothing but attributes can have changed what was right before
+        demands = [demand for demand in demands if attributes(demand.expression)]
     for demand in demands:  # what was settled later may have changed it
         if now(demand) != demand.new:
             _write(graph, found, demand)
     for demand in demands:
         if now(demand) != demand.new:
             found.problems.append(_problem(found, demand))
+
+
+def _current(found: Changes, demand: Demand, extent: ExtentOf) -> float:
+    """The size that an op would be given with the changes found so far."""
+    if found.written:
+        literal = _literal(demand.node, demand.path, demand.old)
+        if literal is not None and literal in found.values:
+            return found.values[literal]
+    return evaluate(demand.expression, found.values, extent)
 
 
 def _literal(node: fx.Node, path: Path | None, value: float) -> Literal | None:
@@ -156,6 +169,7 @@ def _write(graph: Analysis, found: Changes, demand: Demand) -> None:
     elif not _carried(graph, expr):
         return
     found.values[literal] = demand.new
+    found.written = True
     if demand.place is not None:
         found.places[literal] = demand.place
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
+from scipy.sparse import csr_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
@@ -162,9 +162,17 @@ class Ties:
             count, mapped = self.size, (left, right)
         else:
             count, mapped = int(labels.max()) + 1, (labels[left], labels[right])
-        matrix = coo_array((np.ones(len(left), np.int8), mapped), shape=(count, count))
-        _, merged = connected_components(matrix, directed=False)
+        merged = connected(*mapped, count)
         return merged if labels is None else merged[labels]
+
+
+def connected(left: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
+    """The component label of each of ``count`` nodes joined by edges."""
+    order = np.argsort(left, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(np.bincount(left, minlength=count))])
+    edges = csr_array((np.ones(len(left), np.int8), right[order], starts), shape=(count, count))
+    labels: np.ndarray = connected_components(edges, directed=False)[1]
+    return labels
 
 
 def _flat(parts: list[Tensor]) -> np.ndarray:

@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from graphprune.ids import KEPT, Alternatives, Ties, varying
+from graphprune.ids import KEPT, Alternatives, Ties, connected, varying
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 
@@ -48,9 +46,7 @@ class Units:
             right.append(self.labels[b.reshape(-1).numpy()])
         touched, index = np.unique(np.concatenate(left + right), return_inverse=True)
         half = len(index) // 2
-        edges = (np.ones(half, np.int8), (index[:half], index[half:]))
-        size = len(touched)
-        _, component = connected_components(coo_array(edges, shape=(size, size)), directed=False)
+        component = connected(index[:half], index[half:], len(touched))
         representative = np.zeros(component.max() + 1, np.int64)
         representative[component[::-1]] = touched[::-1]  # the smallest label of each component
         return touched, representative[component]

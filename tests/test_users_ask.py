@@ -118,8 +118,8 @@ def test_row_13_densenet_in_seconds():
 
 
 def test_row_14_nothing_happened_and_it_is_said():
-    entry = ZOO["softmax_over_channels"]
-    with pytest.warns(PruningWarning, match=r"softmax over channels in thing"):
+    entry = ZOO["rolled_channels"]
+    with pytest.warns(PruningWarning, match=r"roll over channels in thing"):
         graphprune.rebuild(entry.build(), 0.5, entry.inputs())
     with pytest.raises(InputError, match="no channel of this model can be removed"):
         graphprune.rebuild(nn.Sequential(nn.Linear(4, 2)), 0.5, torch.zeros(1, 4))

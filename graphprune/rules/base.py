@@ -7,6 +7,7 @@ result, or a list of them for an op with several results.
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -44,6 +45,7 @@ class Walk:
     renormalising: list[tuple[Tensor, Reason]] = field(default_factory=list)
     unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
     partly_read: list[Tensor] = field(default_factory=list)
+    copied: list[tuple[int, int]] = field(default_factory=list)
     shared: list[tuple[Tensor, Reason]] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
     stacked: list[Tensor] = field(default_factory=list)
@@ -146,11 +148,28 @@ class Walk:
             dims = varying(layer)
             if not dims:
                 self.freeze(layer, "a single channel is taken out by index")
+            elif len(dims) > 1 and self._is_copy(layer):
+                self.freeze(layer, "copies in several dimensions")
             else:
                 kept.append(layer)
                 if len(dims) > 1:
                     self.grids.append((layer, frozenset()))
         return tuple(kept)
+
+    def copies(self, count: int) -> Tensor:
+        """New ids for positions that all hold the same value."""
+        first = self.ties.size
+        ids = self.ties.fresh(count)
+        if self.copied and self.copied[-1][1] == first:
+            first = self.copied.pop()[0]
+        self.copied.append((first, self.ties.size))
+        return ids
+
+    def _is_copy(self, layer: Tensor) -> bool:
+        """Whether a layer consists of copies: of masks over places, hardly of channels."""
+        first, last = int(layer.min()), int(layer.max())
+        place = bisect.bisect_right(self.copied, (first, self.ties.size)) - 1
+        return place >= 0 and last < self.copied[place][1]
 
     def reason(self, text: str) -> Reason:
         """A reason at the current node."""
@@ -361,9 +380,7 @@ class Walk:
     def extents(self, shape: Shape) -> Layers:
         """One layer of fresh ids per dimension: a constant that can be cut anywhere."""
         return tuple(
-            along(self.ties.fresh(size), dim, len(shape))
-            for dim, size in enumerate(shape)
-            if size > 1
+            along(self.copies(size), dim, len(shape)) for dim, size in enumerate(shape) if size > 1
         )
 
 

@@ -77,7 +77,7 @@ def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
     layers = [align(layer, len(shape)) for layer in x.layers]
     for dim, count in enumerate(shape):
         if count > 1 and (dim < new or x.shape[dim - new] == 1):
-            layers.append(along(walk.ties.fresh(count), dim, len(shape)))
+            layers.append(along(walk.copies(count), dim, len(shape)))
     return tuple(layers)
 
 
