@@ -334,7 +334,8 @@ def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) ->
     """
     ints = ints_of(node)
     if place is None:  # computed inside a function of torch, from its ints or from shapes
-        rank = len(node.meta.get("shape", ()))
+        results = (node, *node.meta.get("items", {}).values())
+        rank = max(len(result.meta.get("shape", ())) for result in results)
         doubtful = [n for n in ints if abs(n) > rank]
     elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
         doubtful = [n for n in ints[place] if not isinstance(expression(n), Attribute)]

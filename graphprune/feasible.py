@@ -271,6 +271,11 @@ def _compared(node: fx.Node) -> bool:
     return node.target is not torch.ops.aten.clone.default
 
 
+def _change(leaf: Literal, new: float) -> LiteralChange:
+    site = replace(leaf.site, file="", first=0, digest="")
+    return LiteralChange(leaf.module, site, leaf.path, leaf.value, new, leaf.site.digest)
+
+
 def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Plan:
     """The slots and sizes of a plan, without its report."""
     slots = []
@@ -285,8 +290,6 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Pl
         if isinstance(leaf, Attribute)
     ]
     literals = [
-        LiteralChange(leaf.module, replace(leaf.site, file=""), leaf.path, leaf.value, new)
-        for leaf, new in found.values.items()
-        if isinstance(leaf, Literal)
+        _change(leaf, new) for leaf, new in found.values.items() if isinstance(leaf, Literal)
     ]
     return Plan(analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals))

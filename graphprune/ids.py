@@ -133,13 +133,21 @@ class Ties:
         return ids
 
     def tie(self, a: Tensor, b: Tensor) -> None:
-        """Tie two layers position by position, after broadcasting."""
+        """Tie two layers position by position, after broadcasting.
+
+        Where only one of them varies, its positions are tied to one of the other.
+        """
         if a is b:
             return
-        if a.shape != b.shape:
-            a, b = torch.broadcast_tensors(a, b)
-        self.left.append(a.reshape(-1))
-        self.right.append(b.reshape(-1))
+        ndim = max(a.dim(), b.dim())
+        a, b = align(a, ndim), align(b, ndim)
+        for one, other in ((a, b),) if a.shape == b.shape else ((a, b), (b, a)):
+            for dim in range(ndim):
+                if one.shape[dim] == 1:
+                    other = other.narrow(dim, 0, 1)
+            one, other = torch.broadcast_tensors(one, other)
+            self.left.append(one.reshape(-1))
+            self.right.append(other.reshape(-1))
 
     def freeze(self, ids: Tensor, reason: object) -> None:
         """Ids that must stay, and why."""

@@ -67,6 +67,7 @@ class LiteralChange:
     path: tuple[int | str, ...]
     old: float
     new: float
+    digest: str = ""  # of the source of the function
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from graphprune.analysis import Analysis
-from graphprune.ids import varying
 from graphprune.rules import Reason
 from graphprune.sizes import Expression, extents
 
@@ -73,6 +72,15 @@ def freeze(graph: Analysis, problem: Problem) -> bool:
     return False
 
 
+def _lines(graph: Analysis, place: Place) -> list[Tensor]:
+    """The ids along a dimension; of a grid (heads x width) those of its first row."""
+    node, dim = place
+    return [
+        layer[tuple(slice(None) if d == dim else 0 for d in range(layer.dim()))]
+        for layer in graph.values[node].on(dim)
+    ]
+
+
 def unite(graph: Analysis, problem: Problem) -> bool:
     """Tie two dimensions of one size that one attribute measures; whether that changed anything.
 
@@ -81,9 +89,8 @@ def unite(graph: Analysis, problem: Problem) -> bool:
     for rival in problem.rivals:
         sides = []
         for place in (problem.place, rival):
-            layers = graph.values[place[0]].layers if place is not None else ()
-            pure = [layer for layer in layers if place and varying(layer) == {place[1]}]
-            sides.append(pure[0].reshape(-1) if pure else None)
+            lines = _lines(graph, place) if place is not None else []
+            sides.append(lines[0] if lines else None)
         a, b = sides
         if a is not None and b is not None and a.shape == b.shape and graph.tie(a, b):
             return True

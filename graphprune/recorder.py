@@ -172,10 +172,8 @@ class Recorder:
         """Arguments as fx holds them: tensors as nodes, sizes as plain ints."""
         if isinstance(tree, Tensor):
             return self.node_of(tree)
-        if isinstance(tree, Size):
+        if isinstance(tree, Size | Scale):
             return plain(tree)
-        if isinstance(tree, Scale):
-            return float(tree)
         if isinstance(tree, tuple | list):
             items = [self.plain(item) for item in tree]
             return items if type(tree) is list else tuple(items)

@@ -153,8 +153,8 @@ FUNCTIONS: dict[Any, ShapeFunction] = {
     },
     **{
         getattr(aten, name).default: _in_place
-        for name in ("relu_", "hardtanh_", "hardswish_", "hardsigmoid_", "leaky_relu_", "elu_",
-                     "silu_")
+        for name in ("relu_", "sigmoid_", "tanh_", "hardtanh_", "hardswish_", "hardsigmoid_",
+                     "leaky_relu_", "elu_", "silu_")
     },
 }  # fmt: skip
 

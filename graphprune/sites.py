@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import hashlib
 import linecache
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +25,9 @@ Path = tuple[int | str, ...]  # argument, then indices into it
 class Site:
     """An expression of the source that runs in the forward of a module.
 
-    ``steps`` lead from the forward to the function that holds it; ``span`` is its place in the
-    file. ``method`` tells that argument 0 stands before the dot, ``count`` how many there were.
+    ``steps`` lead from the forward to the function that holds it; ``span`` is its place, with lines
+    counted from the first one of the function (line ``first`` of ``file``). ``method`` tells that
+    argument 0 stands before the dot, ``count`` how many there were.
     """
 
     steps: tuple[Step, ...]
@@ -33,6 +35,13 @@ class Site:
     method: bool = False
     count: int = 0
     file: str = field(default="", compare=False)
+    first: int = field(default=0, compare=False)
+    digest: str = field(default="", compare=False)
+
+    @property
+    def absolute(self) -> Span:
+        """The place in the file."""
+        return (self.span[0] + self.first, self.span[1] + self.first, *self.span[2:])
 
 
 def find_site(
@@ -57,7 +66,12 @@ def find_site(
         function = follow(function, step, module, "run")
     code, instruction = frames[-1]
     span = _spans(code)[instruction // 2]
-    return Site(tuple(steps), span, method, count, code.co_filename) if None not in span else None
+    if None in span:
+        return None
+    first = function.__code__.co_firstlineno
+    span = (span[0] - first, span[1] - first, *span[2:])
+    place = code.co_filename, first, digest(function.__code__)
+    return Site(tuple(steps), span, method, count, *place)
 
 
 def forward_of(module: Any, version: str = "function") -> Any:
@@ -137,6 +151,34 @@ def _by_span(file: str) -> dict[Span, ast.AST]:
     return found
 
 
+def definition(file: str, first: int, name: str = "", spans: Container[Any] = ()) -> Any:
+    """The definition of a function that begins at a line, or the lambda of one of some bodies."""
+    parsed = tree(file)
+    for node in ast.walk(parsed) if parsed is not None else ():
+        if isinstance(node, ast.Lambda) and span_of(node.body) in spans:
+            return node
+        if isinstance(node, ast.FunctionDef) and node.name == name and _first(node) == first:
+            return node
+    return None
+
+
+def _first(node: ast.FunctionDef) -> int:
+    return min([node.lineno, *(item.lineno for item in node.decorator_list)])
+
+
+def defined(code: types.CodeType) -> Any:
+    """The definition that code was compiled from, if its source is to be had."""
+    spans = frozenset(_spans(code)) if code.co_name == "<lambda>" else frozenset()
+    return definition(code.co_filename, code.co_firstlineno, code.co_name, spans)
+
+
+@functools.cache
+def digest(code: types.CodeType) -> str:
+    """What tells one version of the source of a function from another."""
+    node = defined(code)
+    return "" if node is None else hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+
+
 def span_of(node: ast.AST) -> Any:
     """The place of a node in its file."""
     return tuple(
@@ -147,7 +189,7 @@ def span_of(node: ast.AST) -> Any:
 
 def given(site: Site, path: Path) -> ast.expr | None:
     """The expression that gives a number, or a sequence with it; ``None`` if it cannot be told."""
-    node = _by_span(site.file).get(site.span)
+    node = _by_span(site.file).get(site.absolute)
     if node is None or (isinstance(path[0], str) and not isinstance(node, ast.Call)):
         return None
     holder = next(holders(node, site, path), None)
@@ -233,7 +275,7 @@ def lacks(node: ast.Call, path: Path) -> bool:
 
 def changeable(site: Site, path: Path) -> bool:
     """Whether the number at ``path`` of the arguments can be changed in the source."""
-    node = _by_span(site.file).get(site.span)
+    node = _by_span(site.file).get(site.absolute)
     return given(site, path) is not None or (isinstance(node, ast.Call) and lacks(node, path))
 
 

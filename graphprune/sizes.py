@@ -90,9 +90,9 @@ _INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
 }
 
 
-def plain(number: int) -> int:
-    """The int behind a size, without anyone noticing."""
-    return int.__add__(number, 0)
+def plain(number: Any) -> Any:
+    """The number behind a size or scale, without anyone noticing."""
+    return int.__add__(number, 0) if isinstance(number, int) else float.__add__(number, 0.0)
 
 
 class Size(int):
@@ -148,6 +148,20 @@ class Size(int):
 class Scale(float):
     """A float computed from sizes, with the expression that produced it."""
 
+    def __neg__(self) -> Scale:
+        """The other sign."""
+        return Scale(-float.__add__(self, 0.0), Operation("sub", 0, self.expression), self.observer)
+
+    def __float__(self) -> float:
+        """A plain float that must not change."""
+        if self.observer is not None:
+            self.observer(Comparison("is", self.expression, plain(self), True))
+        return plain(self)
+
+    def __hash__(self) -> int:
+        """A key that must not change."""
+        return hash(float(self))
+
     expression: Expression
     observer: Observer | None
 
@@ -162,7 +176,7 @@ class Scale(float):
 
     def __reduce__(self) -> tuple[type, tuple[float]]:
         """A pickled scale is a plain float."""
-        return float, (float(self),)
+        return float, (plain(self),)
 
 
 def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
@@ -192,11 +206,33 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
         setattr(_kind, f"__r{_name}__", _binary(_name, reflected=True))
 
 
-def _compared(name: str) -> Callable[[Size, Any], Any]:
-    plain = getattr(int, f"__{name}__")
+def _leaking(kind: type, name: str) -> Callable[..., Any]:
+    """An operation whose result does not know its expression."""
+    original = getattr(kind, name)
 
-    def method(self: Size, other: Any) -> Any:
-        result = plain(self, other)
+    def method(self: Any, *others: Any) -> Any:
+        if self.observer is not None:
+            self.observer(Comparison("leak", self.expression, 0, True))
+        return original(self, *others)
+
+    return method
+
+
+_BOTH = ("round", "floor", "ceil", "trunc", "abs", "divmod", "rdivmod")
+_BITS = ("and", "or", "xor", "lshift", "rshift")
+for _kind, _base, _names in (
+    (Size, int, (*_BOTH, *_BITS, *(f"r{name}" for name in _BITS), "invert")),
+    (Scale, float, (*_BOTH, "int")),
+):
+    for _name in _names:
+        setattr(_kind, f"__{_name}__", _leaking(_base, f"__{_name}__"))
+
+
+def _compared(name: str) -> Callable[[Size, Any], Any]:
+    def method(self: Size | Scale, other: Any) -> Any:
+        result = getattr(int if isinstance(self, int) else float, f"__{name}__")(self, other)
+        if result is NotImplemented and isinstance(other, float):
+            result = getattr(float, f"__{name}__")(int.__float__(self), other)  # type: ignore
         observer = self.observer or getattr(other, "observer", None)
         if observer is not None and result is not NotImplemented:
             observer(Comparison(name, expression(self), expression(other), result))
@@ -208,6 +244,7 @@ def _compared(name: str) -> Callable[[Size, Any], Any]:
 COMPARISONS = {name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge")}
 for _name in COMPARISONS:
     setattr(Size, f"__{_name}__", _compared(_name))
+    setattr(Scale, f"__{_name}__", _compared(_name))
 COMPARISONS["is"] = operator.eq  # a value that left the sizes: nothing may change it
 
 

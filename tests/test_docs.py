@@ -75,6 +75,29 @@ def test_links_of_a_page_lead_somewhere(page):
         assert anchor in anchors, f"{page.name} links to {target}"
 
 
+def test_the_architecture_page_has_the_floors_and_files_of_the_house():
+    house = (ROOT / "tests" / "test_house.py").read_text(encoding="utf-8")
+    floors = next(
+        ast.literal_eval(node.value)
+        for node in ast.parse(house).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FLOORS"
+    )
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = page.partition("## Who may import whom")[2].split("```")[1].splitlines()[1:]
+    assert [set(line.split()) for line in reversed(shown)] == [set(f) for f in floors[:-1]]
+    rows = page.partition("## The files")[2].partition("\n## ")[0]
+    rooms = set().union(*floors[:-1])
+    assert not {room for room in rooms if not re.search(rf"`{room}(\.py|/)`", rows)}
+
+
+def test_the_snippet_for_transformers_runs(tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    page = (ROOT / "docs" / "transformers.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"^```py\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(snippet, {})
+
+
 class Finder(doctest.DocTestFinder):
     """Finds the examples of decorated functions as well."""
 

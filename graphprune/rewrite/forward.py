@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import ast
 import copy
-import hashlib
-import types
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from graphprune.errors import RewriteError
+from graphprune.errors import PlanError, RewriteError
 from graphprune.plan import LiteralChange
 from graphprune.sites import (
     Site,
     Step,
+    defined,
+    digest,
     follow,
     forward_of,
     holders,
     lacks,
     span_of,
-    tree,
 )
 
 Edits = tuple[LiteralChange, ...]
@@ -45,7 +45,7 @@ class Rewritten:
         self, module: nn.Module, function: Any, steps: tuple[Step, ...], edits: Edits
     ) -> None:
         self.module, self.function, self.steps, self.edits = module, function, steps, edits
-        self.digest = _digest(function)
+        self.digest = digest(function.__code__)
         self.free = bool(steps) and steps[-1][0] == "attribute"
         self.run = compiled(function, steps, edits, module)
 
@@ -65,7 +65,7 @@ class Rewritten:
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
         self.run = compiled(self.function, self.steps, self.edits, self.module)
-        if _digest(self.function) != self.digest:
+        if digest(self.function.__code__) != self.digest:
             raise RewriteError(
                 f"the source of {self.function.__qualname__} is not the one that was rewritten "
                 "when this model was made: rebuild it from the original"
@@ -111,7 +111,13 @@ def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Mo
     names["_put"] = put
     for edit in edits:
         if edit.site.steps == steps:
-            change(definition, edit.site, edit.path, edit.new)
+            if edit.digest != digest(function.__code__):
+                raise PlanError(
+                    f"the source of {function.__qualname__} is not the one that the plan changes: "
+                    "make a new plan for this version"
+                )
+            first = function.__code__.co_firstlineno
+            change(definition, replace(edit.site, first=first), edit.path, edit.new)
     calls = dict.fromkeys(e.site.steps[: len(steps) + 1] for e in edits if _leads(steps, e.site))
     for way in calls:
         if way[-1][0] == "global":
@@ -133,20 +139,14 @@ def _leads(steps: tuple[Step, ...], site: Site) -> bool:
 
 def _definition(function: Any) -> tuple[Any, str]:
     """A copy of the syntax tree of a function, without decorators and defaults, and its name."""
-    code: types.CodeType = function.__code__
-    parsed = tree(code.co_filename)
-    spans = set(code.co_positions()) if code.co_name == "<lambda>" else set()
-    for node in ast.walk(parsed) if parsed is not None else ():
-        if isinstance(node, ast.Lambda) and span_of(node.body) in spans:
-            name = ast.Name("function", ast.Store())
-            return ast.Assign([name], _bare(copy.deepcopy(node))), "function"
-        if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
-            first = min([node.lineno, *(item.lineno for item in node.decorator_list)])
-            if first == code.co_firstlineno:
-                node = _bare(copy.deepcopy(node))
-                node.decorator_list, node.returns = [], None
-                return node, node.name
-    raise RewriteError(f"the source of {function.__qualname__} is not to be had")
+    found = defined(function.__code__)
+    if found is None:
+        raise RewriteError(f"the source of {function.__qualname__} is not to be had")
+    node = _bare(copy.deepcopy(found))
+    if isinstance(node, ast.Lambda):
+        return ast.Assign([ast.Name("function", ast.Store())], node), "function"
+    node.decorator_list, node.returns = [], None
+    return node, node.name
 
 
 def _bare(node: Any) -> Any:
@@ -162,7 +162,7 @@ def _bare(node: Any) -> Any:
 def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
     """Put a number where an expression takes one from."""
     for node in ast.walk(definition):
-        if span_of(node) != site.span:
+        if span_of(node) != site.absolute:
             continue
         if isinstance(node, ast.Call) and lacks(node, path):
             node.keywords.append(ast.keyword(str(path[0]), ast.Constant(new)))
@@ -185,8 +185,3 @@ def put(sequence: Any, path: Sequence[int], value: float) -> Any:
     first, *rest = path
     items[first] = put(items[first], rest, value) if rest else value
     return tuple(items)
-
-
-def _digest(function: Any) -> str:
-    text = ast.dump(_definition(function)[0])
-    return hashlib.sha256(text.encode()).hexdigest()

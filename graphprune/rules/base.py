@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ids import Alternatives, Layers, Shape, Ties, align, along, varying
-from graphprune.rules.registry import RULES, Reason, Value, op_name
+from graphprune.rules.registry import RULES, Reason, Value, op_name, unused, writes_out
 
 aten = torch.ops.aten
 
@@ -63,7 +63,7 @@ class Walk:
 
     def run(self, graph: fx.Graph) -> None:
         """Walk a recorded graph."""
-        self.unused |= _unused(graph)
+        self.unused |= unused(graph)
         for node in graph.nodes:
             if node.op == "placeholder":
                 self.values[node] = Value(node.meta["shape"], given=True)
@@ -110,7 +110,7 @@ class Walk:
         constant = bool(inputs) and all(value.constant for value in inputs)
         linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
         linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
-        rule = None if _writes_out(node) else RULES.get(packet) or RULES.get(str(packet))
+        rule = None if writes_out(node) else RULES.get(packet) or RULES.get(str(packet))
         if not any(value.layers for value in inputs) and not getattr(rule, "makes", False):
             result: Any = ()
         elif rule is not None:
@@ -382,20 +382,3 @@ class Walk:
         return tuple(
             along(self.copies(size), dim, len(shape)) for dim, size in enumerate(shape) if size > 1
         )
-
-
-def _unused(graph: fx.Graph) -> set[fx.Node]:
-    """Ops whose results nothing reads in the end."""
-    unused: set[fx.Node] = set()
-    for node in reversed(graph.nodes):
-        schema = getattr(node.target, "_schema", None)
-        changes = node.target is not operator.getitem and (schema is None or schema.is_mutable)
-        if node.op == "call_function" and not changes and all(u in unused for u in node.users):
-            unused.add(node)
-    return unused
-
-
-def _writes_out(node: fx.Node) -> bool:
-    """Whether an op that is not pointwise writes into a tensor given as ``out``."""
-    name = getattr(node.target, "_overloadname", "")
-    return name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore

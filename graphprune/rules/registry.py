@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphprune.ids import Layers, Shape
 
@@ -88,3 +89,20 @@ def op_name(target: Any) -> str:
     if isinstance(getattr(target, "__self__", None), type):
         return f"{target.__self__.__name__} (autograd function)"
     return getattr(target, "__name__", str(target))
+
+
+def unused(graph: fx.Graph) -> set[fx.Node]:
+    """Ops whose results nothing reads in the end."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        changes = node.target is not operator.getitem and (schema is None or schema.is_mutable)
+        if node.op == "call_function" and not changes and all(u in found for u in node.users):
+            found.add(node)
+    return found
+
+
+def writes_out(node: fx.Node) -> bool:
+    """Whether an op that is not pointwise writes into a tensor given as ``out``."""
+    name = getattr(node.target, "_overloadname", "")
+    return name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore
