@@ -96,12 +96,14 @@ def follows(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -
     node = analysis.records[mismatch[0]].ops[mismatch[1]]
     module, line = node.meta["module"], node.meta["line"]
     reason = Reason(f"the code around {node.target} does not follow", module, line)
-    ids = ids_around(analysis, node)
-    if all(alive[layer.numpy()].all() for layer in ids):
-        raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
-    for layer in ids:
-        analysis.freeze(layer, reason)
-    return False
+    before = analysis.records[mismatch[0]].ops[: mismatch[1] + 1]
+    for node in reversed(before):  # what shrinks at the op, or else what shrank last before it
+        ids = ids_around(analysis, node)
+        if not all(alive[layer.numpy()].all() for layer in ids):
+            for layer in ids:
+                analysis.freeze(layer, reason)
+            return False
+    raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
 
 
 def resolve_problems(settled: Settled, problems: Sequence[Problem]) -> None:

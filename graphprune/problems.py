@@ -32,7 +32,7 @@ class Problem:
     @property
     def literal(self) -> bool:
         """Whether the size was a plain int: a literal, or computed where we could not follow."""
-        return isinstance(self.expression, int) and not self.position
+        return isinstance(self.expression, int) and not self.position and not self.layers
 
     @property
     def owner(self) -> str:

@@ -176,7 +176,7 @@ def defined(code: types.CodeType) -> Any:
 def digest(code: types.CodeType) -> str:
     """What tells one version of the source of a function from another."""
     node = defined(code)
-    return "" if node is None else hashlib.sha256(ast.dump(node).encode()).hexdigest()[:16]
+    return "" if node is None else hashlib.sha256(ast.unparse(node).encode()).hexdigest()[:16]
 
 
 def span_of(node: ast.AST) -> Any:

@@ -23,6 +23,7 @@ import graphprune
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inside torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm"),  # of LSTMs of torch
 ]
 
 
@@ -245,7 +246,7 @@ def test_what_works_on_the_original_works_on_the_small_model(way, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_copied_pickled_saved_and_shrunk_again(name, tmp_path):
-    model, small, x = pair(name)
+    _, small, x = pair(name)
     wanted = call(small, x)
     clone = copy.deepcopy(small)
     assert_same_state(small, clone)
