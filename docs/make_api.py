@@ -13,6 +13,7 @@ from typing import Any
 
 import graphprune
 from graphprune import analysis, criteria, errors
+from graphprune.attention import MultiheadAttention
 from graphprune.measure import Comparison
 from graphprune.rules import register_rule
 from graphprune.verify import Report
@@ -57,6 +58,7 @@ def reference() -> str:
                 *(analysis.Group, analysis.Member, analysis.Slot),
             ],
         ),
+        *chapter("Layers", "graphprune.attention", [MultiheadAttention]),
         *chapter("Rules of ops", "graphprune.rules", [register_rule]),
         *errors_chapter(tree),
     ]
@@ -88,7 +90,8 @@ def entry(thing: Any, name: str) -> Iterator[str]:
             yield f"#### `{thing.__name__}.{member}`\n"
             yield f"```py\n{signature(function)}\n```\n"
             yield markdown(inspect.getdoc(function) or "")
-    properties = [(n, v) for n, v in vars(thing).items() if isinstance(v, property)]
+    public = [(n, v) for n, v in vars(thing).items() if not n.startswith("_")]
+    properties = [(n, v) for n, v in public if isinstance(v, property)]
     if properties:
         yield "Properties:\n"
         yield "".join(f"- `{n}`: {inline(inspect.getdoc(v) or '')}\n" for n, v in properties)

@@ -112,7 +112,14 @@ class Analysis:
         """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
         ties = Ties()
         slots, values = _slots(model, ties)
-        walk = Walk(ties, values.get, attention)  # ids made from here on belong to no parameter
+        integers = {
+            name: tensor.detach().cpu()
+            for name, tensor in named_tensors(model)
+            if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
+        }
+        walk = Walk(
+            ties, values.get, attention, integers.get
+        )  # ids made from here on belong to no parameter
         for record in records:
             walk.run(record.graph)
         units = resolve(ties, walk.choices, walk.grids)

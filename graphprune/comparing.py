@@ -211,8 +211,9 @@ class Session:
             key: cut(buffer, kept.get(key, {})).shape
             for key, buffer in self.original.named_buffers()
         }
+        numbers = {change.tensor for change in self.plan.indices}
         for key, buffer in masked.named_buffers():
-            if others[key].shape != shapes[key]:
+            if key in numbers or others[key].shape != shapes[key]:
                 continue  # replaced by the forward: an index for another resolution
             gap = difference(cut(buffer, kept.get(key, {})), others[key], floor=1e-3 * peak)
             if not gap <= worst:

@@ -20,7 +20,7 @@ from graphprune.analysis import Analysis
 from graphprune.errors import RewriteError, TraceError
 from graphprune.ids import varying
 from graphprune.inputs import Call
-from graphprune.plan import LiteralChange, Plan, SizeChange, SlotPlan
+from graphprune.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.problems import Problem, freeze, ids_around, unite
 from graphprune.recorder import Record
 from graphprune.rewrite.shrink import shrink
@@ -294,4 +294,11 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Pl
     literals = [
         _change(leaf, new) for leaf, new in found.values.items() if isinstance(leaf, Literal)
     ]
-    return Plan(analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals))
+    indices = [
+        IndexChange(name, tuple(values.tolist()), tuple(np.flatnonzero(alive[ids]).tolist()))
+        for name, ids in analysis.walk.renumbered.items()
+        if (values := analysis.walk.numbers(name)) is not None and not alive[ids].all()
+    ]
+    return Plan(
+        analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals), tuple(indices)
+    )

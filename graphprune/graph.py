@@ -259,6 +259,7 @@ class ChannelGraph:
             bare.slots,
             bare.sizes,
             bare.literals,
+            bare.indices,
             any(not alive[ids.numpy()].all() for layers in masked for ids in layers),
             self._cost(None),
             self._cost(alive),

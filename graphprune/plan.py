@@ -71,6 +71,19 @@ class LiteralChange:
 
 
 @dataclass(frozen=True)
+class IndexChange:
+    """A buffer that permutes channels: its numbers, and which of the numbered channels stay."""
+
+    tensor: str
+    values: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def then(self, later: IndexChange) -> IndexChange:
+        """This change followed by one of the small model."""
+        return replace(self, kept=tuple(self.kept[channel] for channel in later.kept))
+
+
+@dataclass(frozen=True)
 class Cost:
     """Parameters, MACs and bytes of parameters and buffers."""
 
@@ -99,6 +112,7 @@ class Plan:
     slots: tuple[SlotPlan, ...]
     sizes: tuple[SizeChange, ...] = ()
     literals: tuple[LiteralChange, ...] = ()
+    indices: tuple[IndexChange, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
     before: Cost = Cost(0, 0, 0)
     after: Cost = Cost(0, 0, 0)
@@ -203,6 +217,7 @@ class Plan:
             slots=tuple(slots.values()),
             sizes=_compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
             literals=_compose(self.literals, later.literals, lambda c: (c.module, c.site, c.path)),
+            indices=_compose_indices(self.indices, later.indices),
             evaluated=self.evaluated or later.evaluated,
             before=self.before,
             after=later.after,
@@ -240,6 +255,16 @@ def _compose(
     for change in later:
         old = changes[key(change)].old if key(change) in changes else change.old
         changes[key(change)] = replace(change, old=old)
+    return tuple(changes.values())
+
+
+def _compose_indices(
+    first: Sequence[IndexChange], later: Sequence[IndexChange]
+) -> tuple[IndexChange, ...]:
+    changes = {change.tensor: change for change in first}
+    for change in later:
+        known = changes.get(change.tensor)
+        changes[change.tensor] = change if known is None else known.then(change)
     return tuple(changes.values())
 
 
@@ -348,6 +373,9 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         slots=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["slots"]),
         sizes=tuple(SizeChange(**{**s, "path": tuple(s["path"])}) for s in body["sizes"]),
         literals=tuple(map(_literal, body["literals"])),
+        indices=tuple(
+            IndexChange(i["tensor"], tuple(i["values"]), unrun(i["kept"])) for i in body["indices"]
+        ),
         evaluated=bool(body["evaluated"]),
         before=Cost(**body["before"]),
         after=Cost(**body["after"]),

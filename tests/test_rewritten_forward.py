@@ -1,6 +1,7 @@
 """Models whose forward was rewritten: copied, pickled, exported, shrunk again; scales are kept."""
 
 import copy
+import dataclasses
 import io
 import warnings
 
@@ -10,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
+from graphprune.errors import PlanError
 from graphprune.rewrite.forward import RewrittenForward
 
 
@@ -103,3 +105,82 @@ def test_a_scale_computed_from_a_width_keeps_its_value(power):
     small = graphprune.rebuild(model, 0.5, x)
     assert small.qkv.weight.shape == (24, 8)  # two of four heads, half of the stream
     assert graphprune.verify(model, small, x).difference <= 1e-10
+
+
+class Permuted(nn.Module):
+    """Channels in another order, by a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+        self.register_buffer("order", order)
+
+    def forward(self, x):
+        return self.second(torch.relu(self.first(x))[:, self.order])
+
+
+def test_a_buffer_that_permutes_channels_is_renumbered(tmp_path):
+    torch.manual_seed(0)
+    model = Permuted().eval()
+    plan = graphprune.trace(model, X).plan(0.5)
+    assert graphprune.Plan.from_json(plan.to_json()) == plan
+    small = graphprune.rebuild(model, plan)
+    assert sorted(small.order.tolist()) == list(range(8))
+    smaller = graphprune.rebuild(small, 0.5, X)
+    assert graphprune.verify(model, smaller, X).difference < 1e-10
+    path = graphprune.save(smaller, tmp_path / "small.safetensors")
+    assert torch.equal(graphprune.load(path, Permuted).eval()(X), smaller(X))
+    model.order.copy_(torch.arange(16))
+    with pytest.raises(PlanError, match="'order' permutes channels in another order"):
+        graphprune.rebuild(model, plan)
+
+
+def shift(x, amount, width):
+    """A helper with a number of its own, and a number that its caller gives."""
+    return F.pad(x[:, width:], (0, 0, 0, 0, amount, 4))
+
+
+class Called(nn.Module):
+    """Numbers in helper functions, methods, and behind branches that torch.fx cannot trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 4, 1)
+
+    def shifted(self, x):
+        return shift(x, 0, 4) if x.shape[2] > 2 else x
+
+    def forward(self, x, flag=None):
+        y = self.first(x)
+        if flag is None and y.shape[0] < 100:
+            y = y + self.shifted(y)
+        return self.second(y.view(y.shape[0], 4, 4, *y.shape[2:]).flatten(1, 2))
+
+
+def test_numbers_in_functions_and_methods():
+    torch.manual_seed(0)
+    model = Called().eval()
+    small = graphprune.rebuild(model, 0.5, X)
+    assert small.first.out_channels < 16
+    assert graphprune.verify(model, small, X).difference < 1e-10
+    clone = copy.deepcopy(small)
+    assert clone.forward.module is clone
+    assert torch.equal(clone(X), small(X))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        buffer = io.BytesIO()
+        torch.save(small, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(X), small(X))
+
+
+def test_a_plan_for_another_version_of_the_code_is_refused():
+    model = Net().eval()
+    plan = graphprune.trace(model, X).plan(0.5)
+    text = plan.to_json()
+    digest = plan.literals[0].digest
+    other = graphprune.Plan.from_json(text)
+    changed = tuple(dataclasses.replace(c, digest="0" * len(digest)) for c in other.literals)
+    with pytest.raises(PlanError, match=r"source of Padded\.forward is not the one"):
+        graphprune.rebuild(model, dataclasses.replace(other, literals=changed))

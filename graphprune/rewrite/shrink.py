@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from graphprune.attention import replace_attention
 from graphprune.copying import copy_module
-from graphprune.plan import Plan, SizeChange
+from graphprune.errors import PlanError
+from graphprune.plan import IndexChange, Plan, SizeChange
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
 from graphprune.skeleton import named_modules, named_tensors
@@ -36,6 +37,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         PlanError: the plan does not fit the model; nothing was changed.
     """
     plan.check(model)
+    _check_indices(model, plan)
     earlier = getattr(model, "graphprune_plan", None)
     kept = kept_indices(plan)
     if inplace:
@@ -50,6 +52,8 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
                 small = _as_parameter(small, tensor)
             memo[id(tensor)] = small
         model = copy_module(model, memo)
+    for index in plan.indices:
+        _renumber(model.get_buffer(index.tensor), index, kept.get(index.tensor, {}))
     for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
         replace_attention(model.get_submodule(owner))
     for change in plan.sizes:
@@ -59,6 +63,26 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     rewrite_forward(model, plan.literals)
     model.graphprune_plan = plan if earlier is None else earlier.then(plan)  # type: ignore
     return model
+
+
+def _check_indices(model: nn.Module, plan: Plan) -> None:
+    for change in plan.indices:
+        found = model.get_buffer(change.tensor)
+        if not found.is_meta and tuple(found.tolist()) != change.values:
+            raise PlanError(
+                f"buffer {change.tensor!r} permutes channels in another order than in the model "
+                "that the plan was made for: make a new plan"
+            )
+
+
+def _renumber(buffer: Tensor, change: IndexChange, kept: Kept) -> None:
+    """Make a buffer of channel numbers name the channels that stay."""
+    values = torch.tensor(change.values)
+    size = max(int(values.max()), *change.kept) + 1
+    places = torch.zeros(size, dtype=torch.int64)
+    places[list(change.kept)] = torch.arange(len(change.kept))
+    if not buffer.is_meta:
+        buffer.copy_(places[values[kept[0]] if 0 in kept else values])
 
 
 def kept_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:

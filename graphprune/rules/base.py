@@ -38,6 +38,7 @@ class Walk:
     ties: Ties
     slots: Callable[[str], Value | None]
     attention: str = "heads"
+    numbers: Callable[[str], Tensor | None] = lambda name: None
     values: dict[fx.Node, Value] = field(default_factory=dict)
     grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
     choices: list[Alternatives] = field(default_factory=list)
@@ -46,6 +47,7 @@ class Walk:
     unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
     partly_read: list[Tensor] = field(default_factory=list)
     copied: list[tuple[int, int]] = field(default_factory=list)
+    renumbered: dict[str, Tensor] = field(default_factory=dict)  # ids that an index buffer names
     shared: list[tuple[Tensor, Reason]] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
     stacked: list[Tensor] = field(default_factory=list)

@@ -78,9 +78,39 @@ def index_fill(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, valu
 
 @register_rule(aten.index_select)
 def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
-    """Positions picked by an index, which must then stay."""
+    """Positions picked by an index, which must then stay unless they are known."""
+    source: Any = node.args[2]
+    known = _known(walk, x, dim % x.ndim, index, source)
+    if known is not None:
+        return known
     walk.freeze_value(index, walk.reason("positions to read"))
     return walk.settle(x, {dim % x.ndim}, PICKED)
+
+
+_PICKS = {aten.index.Tensor, aten.index_select.default}
+
+
+def _known(walk: Walk, x: Value, dim: int, index: Value, source: fx.Node) -> Layers | None:
+    """The layers after channels were permuted by a buffer whose numbers are known.
+
+    The buffer loses the places of removed channels, and the others are renumbered.
+    """
+    values = walk.numbers(str(source.target)) if source.op == "get_attr" else None
+    lines = [layer for layer in x.on(dim) if varying(layer) == {dim}]
+    plain = values is not None and values.dim() == 1 and len(lines) == len(x.on(dim)) == 1
+    if not plain or not index.layers or any(user.target not in _PICKS for user in source.users):
+        return None
+    if any(user.args[0] is source for user in source.users):
+        return None
+    assert values is not None
+    if not len(values) or int(values.min()) < 0:
+        return None
+    line, name = lines[0], str(source.target)
+    known = walk.renumbered.setdefault(name, line.flatten())
+    walk.tie(known, line.flatten())
+    picked = line.index_select(dim, values)
+    walk.tie(index.layers[0].flatten(), picked.flatten())
+    return tuple(picked if layer is line else layer for layer in x.layers)
 
 
 def _is_mask(node: fx.Node) -> bool:
@@ -110,6 +140,12 @@ def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, 
 @register_rule(aten.index, aten._unsafe_index)
 def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
+    sources: Any = node.args[1]
+    places = [dim for dim, item in enumerate(indices) if item is not None]
+    if len(places) == 1 and not _is_mask(sources[places[0]]):
+        known = _known(walk, x, places[0], indices[places[0]], sources[places[0]])
+        if known is not None:
+            return known
     layers, items = _places(walk, node, x, indices)
     return tuple(compact(aten.index(layer, items)) for layer in layers)
 

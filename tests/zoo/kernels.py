@@ -187,8 +187,9 @@ def mixture_of_convolutions():
     return sandwich(Outputs(), 8, 6)
 
 
-# The rows of the layer that makes the kernels are pairs of an output and an input channel.
-@awkward((2, 5), IMAGE, removable=6 + 4)
+# The rows of the layer that makes the kernels are pairs of an output and an input channel. A pair
+# would leave with either of the two; as ties go, those of one side leave and the other 6 stay.
+@awkward((2, 5), IMAGE, removable=4)
 class KernelsFromANetwork(nn.Module):
     def __init__(self):
         super().__init__()
@@ -233,8 +234,9 @@ def involution():
     return sandwich(Involution())
 
 
-# Every pair of a channel of one branch and one of the other is an input of the classifier.
-@awkward(IMAGE, removable=6 + 5)
+# Every pair of a channel of one branch and one of the other is an input of the classifier: those of
+# the first branch leave, each with its row of pairs; the 5 of the other stay.
+@awkward(IMAGE, removable=6)
 class OuterProduct(nn.Module):
     def __init__(self):
         super().__init__()
@@ -245,7 +247,7 @@ class OuterProduct(nn.Module):
         return self.head((a @ b.transpose(1, 2)).flatten(1))
 
 
-@awkward((3, 6), removable=5 + 7)  # products of two modes, by einsum and reshape
+@awkward((3, 6), removable=5)  # products of two modes, by einsum and reshape: the 7 stay
 class TensorFusion(nn.Module):
     def __init__(self):
         super().__init__()
