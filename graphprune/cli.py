@@ -52,6 +52,9 @@ Inputs = Annotated[
     list[str],
     typer.Option("--input", help="Shape of an input: 1,3,224,224 or 1,16:int64; one per argument."),
 ]
+Attention = Annotated[
+    str, typer.Option("--attention", help="heads: whole heads go; head_dim: all get narrower.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="For random weights and random criteria.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -83,6 +86,7 @@ def shrink(
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
     inputs: Inputs = [],  # noqa: B006
     seed: Seed = 0,
+    attention: Attention = "heads",
     as_json: Json = False,
     verify: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
 ) -> None:
@@ -93,7 +97,14 @@ def shrink(
         example = parse_inputs(inputs, original)
         with session.status("analysing"):
             small = rebuild(
-                original, ratio, example, criterion=criterion, scope=scope, keep=keep, seed=seed
+                original,
+                ratio,
+                example,
+                criterion=criterion,
+                scope=scope,
+                keep=keep,
+                seed=seed,
+                attention=attention,
             )
         applied: Plan = small.graphprune_plan  # type: ignore[assignment]
         report = None
@@ -131,6 +142,7 @@ def inspect(
     model: Model,
     inputs: Inputs = [],  # noqa: B006
     draw: Annotated[Path | None, typer.Option(help="Write a picture: .svg, .png, .pdf.")] = None,
+    attention: Attention = "heads",
     as_json: Json = False,
 ) -> None:
     """Show which channels of which layers live and die together."""
@@ -139,7 +151,7 @@ def inspect(
         original = _model(model, None, 0)
         example = parse_inputs(inputs, original)
         with session.status("analysing"):
-            graph = trace(original, example)
+            graph = trace(original, example, attention=attention)
         cost = measure(original, graph.call, latency=False)
         session.print(_groups_of_graph(graph))
         session.print(_cost(cost))

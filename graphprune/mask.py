@@ -91,17 +91,24 @@ class MaskedForward:
     def run(self, call: Call) -> tuple[Any, dict[fx.Node, Any]]:
         """The output and the value of every node."""
         rec, masks = self.prepared(call)
-        values = _evaluate(self.module, rec, masks, call)
+        try:
+            values = _evaluate(self.module, rec, masks, call)
+        except RuntimeError:
+            if rec.device != "meta":
+                raise
+            rec, masks = self.prepared(call, "cpu")  # code may look at the device
+            values = _evaluate(self.module, rec, masks, call)
         outputs = [values[node] for node in rec.outputs]
         iterator = iter(outputs)
         leaves = [next(iterator) if leaf is Tensor else leaf for leaf in rec.output_leaves]
         return pytree.tree_unflatten(leaves, rec.output_spec), values
 
-    def prepared(self, call: Call) -> tuple[Record, Masks]:
+    def prepared(self, call: Call, device: str = "meta") -> tuple[Record, Masks]:
         """The recorded graph and its masks for inputs of these shapes."""
         key = (self.module.training, str(call))
-        if key not in self.recorded:
-            rec = record(self.template, call, self.module.training)
+        if key not in self.recorded or device != "meta":
+            devices = ("meta", "cpu") if device == "meta" else (device,)
+            rec = record(self.template, call, self.module.training, devices=devices)
             if any(tensor.is_meta for tensor in rec.constants.values()):  # their values are needed
                 rec = record(self.template, call, self.module.training, devices=("cpu",))
             attention = self.plan.request.get("attention", "heads")
@@ -117,6 +124,7 @@ class Masks:
         self.analysis = analysis
         self.readers = analysis.walk.readers
         labels = analysis.units.labels
+        self.slots = plan.slots if "after" in plan.request else ()  # of several plans in a row
         self.alive = np.ones(len(labels), bool)
         starts = {(slot.tensor, slot.dim): slot.start for slot in analysis.slots}
         for slot in plan.slots:
@@ -127,7 +135,18 @@ class Masks:
         owned[labels[:fresh]] = True
         alive = ~owned
         np.logical_or.at(alive, labels[:fresh], self.alive[:fresh])
-        self.alive[fresh:] = alive[labels[fresh:]]
+        self.alive = alive[labels]
+
+    def zeroed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters without the slices that left, where units differ from plan to plan."""
+        for slot in self.slots:
+            tensor = tensors[slot.tensor]
+            if tensor.is_floating_point():
+                keep = torch.zeros(slot.size, dtype=torch.bool)
+                keep[list(slot.kept)] = True
+                shape = [-1 if dim == slot.dim else 1 for dim in range(tensor.dim())]
+                tensors[slot.tensor] = zeroed(tensor, keep.reshape(shape))
+        return tensors
 
     def of(self, node: fx.Node) -> Tensor | None:
         """A boolean mask that broadcasts to the value of a node; ``None`` when all stays."""
@@ -145,7 +164,7 @@ class Masks:
 
 def _evaluate(module: nn.Module, rec: Record, masks: Masks, call: Call) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {}
-    tensors = dict(named_tensors(module))
+    tensors = masks.zeroed(dict(named_tensors(module)))
     inputs = iter(call.tensors())
     device = next(iter(tensors.values())).device
     for node in rec.graph.nodes:

@@ -53,6 +53,11 @@ class Rewritten:
         """Run the rewritten function."""
         return self.run(*args, **kwargs) if self.free else self.run(self.module, *args, **kwargs)
 
+    @property
+    def __code__(self) -> Any:
+        """That of the rewritten function: ``torch.export`` looks at it."""
+        return self.run.__code__
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
         """A copy for the copy of the module."""
         module = copy.deepcopy(self.module, memo)
