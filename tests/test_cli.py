@@ -134,7 +134,7 @@ def test_options_reach_the_plan() -> None:
     result = shrink("--json", "--criterion", "random", "--scope", "global", "--seed", "5")
     request = document(result)["plan"]["plan"]["request"]
     wanted = {"ratio": 0.5, "criterion": "random", "scope": "global", "seed": 5}
-    assert request == {**wanted, "exact_only": False}
+    assert request == {**wanted, "exact_only": False, "attention": "heads"}
 
 
 NARROW = """
@@ -341,3 +341,20 @@ def test_demo_cannot_write() -> None:
 def test_messages_are_of_the_tree() -> None:
     with pytest.raises(InputError):
         load_model("nothing")
+
+
+ATTENTION = """
+from torch import nn
+
+def layer():
+    return nn.TransformerEncoderLayer(16, 4, 16, batch_first=True)
+"""
+
+
+@pytest.mark.parametrize(("kind", "sizes"), [("heads", [4]), ("head_dim", [4, 4])])
+def test_attention_is_pruned_as_asked(folder: Path, kind: str, sizes: list[int]) -> None:
+    (folder / "attention_for_tests.py").write_text(ATTENTION)
+    options = ("--input", "1,5,16", "--attention", kind, "--json")
+    groups = document(call("inspect", "attention_for_tests:layer", *options))["groups"]
+    inside = [g for g in groups if g["kind"] != "frozen" and "self_attn" in g["layers"]]
+    assert sorted(group["channels"] for group in inside) == sizes
