@@ -128,9 +128,7 @@ def _settle_sizes(graph: Analysis, found: Changes, demands: list[Demand], extent
         elif now(demand) != new and not _solve(found, expr, new, extent):
             _write(graph, found, demand)
             unsolved |= now(demand) != new
-    if (
-        not unsolved and not found.written
-    ):  # then nothing but attributes can have changed what was right before
+    if not unsolved and not found.written:  # only attributes can have changed since
         demands = [demand for demand in demands if attributes(demand.expression)]
     for demand in demands:  # what was settled later may have changed it
         if now(demand) != demand.new:

@@ -18,7 +18,7 @@ from graphprune.skeleton import named_tensors
 from graphprune.table import render
 
 FORMAT = "graphprune-plan"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
