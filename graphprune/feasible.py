@@ -112,8 +112,23 @@ def resolve_problems(settled: Settled, problems: Sequence[Problem]) -> None:
     analysis = settled.analysis
     if any([unite(analysis, problem) for problem in certain]):
         return
-    if not any([freeze(analysis, problem) for problem in certain]):
+    if any([freeze(analysis, problem) for problem in certain]):
+        return
+    if not any(_freeze_before(analysis, problem) for problem in certain):
         raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
+
+
+def _freeze_before(analysis: Analysis, problem: Problem) -> bool:
+    """Freeze what shrinks last before an op; whether there was anything."""
+    for rec in analysis.records:
+        ops = rec.ops
+        for node in reversed(ops[: ops.index(problem.node) + 1] if problem.node in ops else ()):
+            ids = ids_around(analysis, node)
+            if not all(analysis.units.frozen[analysis.units.labels[i]].all() for i in ids):
+                for layer in ids:
+                    analysis.freeze(layer, problem.reason)
+                return True
+    return False
 
 
 def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import inspect
+import itertools
 import linecache
 import types
 from collections.abc import Container, Iterator, Sequence
@@ -53,14 +55,15 @@ def find_site(
     which they can be replaced.
     """
     function = forward_of(module, "run")
-    if function is None or function.__code__ is not frames[0][0]:
+    if function is None or function.__code__ is not frames[0][0] or not _editable(frames[0][0]):
         return None
     steps: list[Step] = []
-    for code, _ in frames[1:]:
+    for (caller, instruction), (code, _) in itertools.pairwise(frames):
         if code in _inner(function.__code__):
             continue
-        step = _own(module, code) or _step(function, code, type(module))  # type: ignore[arg-type]
-        if step is None:
+        call = _by_span(caller.co_filename).get(_spans(caller)[instruction // 2])
+        step = _step(function, call, code, module)
+        if step is None or not _editable(code):
             return None
         steps.append(step)
         function = follow(function, step, module, "run")
@@ -74,6 +77,36 @@ def find_site(
     return Site(tuple(steps), span, method, count, *place)
 
 
+def _step(function: Any, call: Any, code: types.CodeType, module: Any) -> Step | None:
+    """How a call reaches the function that runs ``code``: by a global name, or from ``self``."""
+    reached = call.func if isinstance(call, ast.Call) else None
+    caller: types.CodeType = function.__code__
+    if isinstance(reached, ast.Name):
+        local = (*caller.co_varnames, *caller.co_cellvars, *caller.co_freevars)
+        found = None if reached.id in local else function.__globals__.get(reached.id)
+        return ("global", reached.id) if _code(found) is code else None
+    if not isinstance(reached, ast.Attribute) or not isinstance(reached.value, ast.Name):
+        return None
+    if reached.value.id not in caller.co_varnames[:1]:
+        return None
+    own = vars(module).get(reached.attr)
+    if own is not None:
+        kind = "attribute" if getattr(own, "free", True) else "method"
+        return (kind, reached.attr) if _code(getattr(own, "run", own)) is code else None
+    found = inspect.getattr_static(type(module), reached.attr, None)
+    return ("method", reached.attr) if _code(found) is code else None
+
+
+@functools.cache
+def _editable(code: types.CodeType) -> bool:
+    """Whether a function can be compiled anew: there is a source, without private names."""
+    node = defined(code)
+    items = ast.walk(node) if node is not None else ()
+    names = (item.attr for item in items if isinstance(item, ast.Attribute))
+    private = any(name.startswith("__") and not name.endswith("__") for name in names)
+    return node is not None and not private
+
+
 def forward_of(module: Any, version: str = "function") -> Any:
     """The plain function behind the forward of a module.
 
@@ -84,26 +117,6 @@ def forward_of(module: Any, version: str = "function") -> Any:
         return getattr(own, version, None)
     forward = type(module).forward
     return forward if isinstance(forward, types.FunctionType) else None
-
-
-def _own(module: Any, code: types.CodeType) -> Step | None:
-    """A function that a module holds itself, as an attribute."""
-    for name, value in vars(module).items():
-        if _code(getattr(value, "run", value)) is code and name != "forward":
-            return ("attribute" if getattr(value, "free", True) else "method"), name
-    return None
-
-
-@functools.cache
-def _step(function: types.FunctionType, code: types.CodeType, kind: type) -> Step | None:
-    if _code(function.__globals__.get(code.co_name)) is code:
-        return "global", code.co_name
-    if _code(getattr(kind, code.co_name, None)) is code:
-        return "method", code.co_name
-    for name, value in function.__globals__.items():
-        if _code(value) is code:
-            return "global", name
-    return None
 
 
 def follow(function: Any, step: Step, module: Any, version: str = "function") -> Any:

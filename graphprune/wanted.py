@@ -143,11 +143,10 @@ def _slice(graph: Analysis, node: fx.Node, alive: np.ndarray) -> Iterator[Want]:
     begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
     if start:
         yield [start], [start if keep.all() else _place(start, begin, new_size)], "start"
-    if end is not None and end < size:
-        if locate(node, [last - first], "length") is not None:  # narrow
-            yield [last - first], [stop - begin], "length"
-        else:
-            yield [end], [end if keep.all() else _place(end, stop, new_size)], "stop"
+    if locate(node, [last - first], "length") is not None:  # narrow
+        yield [last - first], [stop - begin], "length"
+    elif end is not None and end < size:
+        yield [end], [end if keep.all() else _place(end, stop, new_size)], "stop"
 
 
 def _place(old: int, new: int, size: int) -> int:

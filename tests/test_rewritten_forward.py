@@ -184,3 +184,65 @@ def test_a_plan_for_another_version_of_the_code_is_refused():
     changed = tuple(dataclasses.replace(c, digest="0" * len(digest)) for c in other.literals)
     with pytest.raises(PlanError, match=r"source of Padded\.forward is not the one"):
         graphprune.rebuild(model, dataclasses.replace(other, literals=changed))
+
+
+def four(x):
+    return F.pad(x, (4, 4))
+
+
+def scaled(factor):
+    def pad(x):
+        return F.pad(x, (4, 4)) * factor
+
+    return pad
+
+
+class Reached(nn.Module):
+    """The shortcut is padded by a function that is reached in some unusual way."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.stem, self.wide, self.head = nn.Linear(4, 8), nn.Linear(8, 16), nn.Linear(16, 2)
+        self.way, self.__factor = way, 2.0
+        self.bound, self.listed, self.one, self.two = self.method, [four], scaled(2.0), scaled(3.0)
+
+    def method(self, x):
+        return F.pad(x, (4, 4))
+
+    @staticmethod
+    def static(x):
+        return F.pad(x, (4, 4))
+
+    def private(self, x):
+        return F.pad(x, (4, 4)) * self.__factor
+
+    def forward(self, x):
+        y = self.stem(x)
+        return self.head(self.wide(y) + self.way(self, y))
+
+
+WAYS = {
+    "bound method": lambda net, y: net.bound(y),
+    "list": lambda net, y: net.listed[0](y),
+    "two functions of one code": lambda net, y: net.one(y) + net.two(y),
+    "static method": lambda net, y: net.static(y),
+    "private name": lambda net, y: net.private(y),
+    "argument": lambda net, y: (lambda f: f(y))(four),
+    "length of a tensor": lambda net, y: torch.cat([y, y], 1) / len(y[0]),
+    "slice object": lambda net, y: torch.cat([y[..., slice(0, 5)], y[..., slice(5, None)], y], 1),
+    "narrow to the end": lambda net, y: torch.cat([y, y], 1).narrow(1, 4, 12).sum(1, keepdim=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
+@pytest.mark.parametrize("name", WAYS)
+def test_what_cannot_be_rewritten_stays(name):
+    """Whatever is left to remove, the small model equals the masked one."""
+    torch.manual_seed(0)
+    model, x = Reached(WAYS[name]).eval(), torch.randn(2, 4)
+    graph = graphprune.trace(model, x)
+    if graph.groups:
+        small = graphprune.rebuild(model, graph.plan(0.5))
+        assert graphprune.verify(model, small, x).difference < 1e-10
+    else:
+        assert any("cannot be changed" in group.note for group in graph.frozen)

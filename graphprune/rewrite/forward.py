@@ -184,8 +184,11 @@ def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
     raise RewriteError(f"no expression at {site.span} takes a number")
 
 
-def put(sequence: Any, path: Sequence[int], value: float) -> Any:
-    """A sequence with one number replaced: used by rewritten code."""
+def put(sequence: Any, path: Sequence[Any], value: float) -> Any:
+    """A sequence (or a slice in one) with one number replaced: used by rewritten code."""
+    if isinstance(sequence, slice):
+        ends = {"start": sequence.start, "stop": sequence.stop, str(path[0]): value}
+        return slice(ends["start"], ends["stop"], sequence.step)
     items = list(sequence)
     first, *rest = path
     items[first] = put(items[first], rest, value) if rest else value
