@@ -9,6 +9,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from graphprune.attention import MultiheadAttention
+
 Refresh = Callable[[Any], dict[str, Any]]
 
 
@@ -40,6 +42,12 @@ def _attention(layer: Any) -> dict[str, Any]:
     return dict(zip(("embed_dim", "kdim", "vdim"), inputs))
 
 
+def _encoder(stack: Any) -> dict[str, Any]:
+    attentions = [getattr(layer, "self_attn", None) for layer in stack.layers]
+    changed = any(isinstance(attention, MultiheadAttention) for attention in attentions)
+    return {"use_nested_tensor": False} if changed else {}  # as torch sets it for such layers
+
+
 TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (_ConvNd, _convolution),
     (nn.Linear, lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}),
@@ -51,6 +59,7 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (nn.GroupNorm, _affine("num_channels")),
     ((nn.LayerNorm, nn.RMSNorm), _affine("normalized_shape")),
     (nn.MultiheadAttention, _attention),
+    (nn.TransformerEncoder, _encoder),
     (nn.PReLU, lambda m: {"num_parameters": m.weight.numel()}),
     (
         (nn.Embedding, nn.EmbeddingBag),

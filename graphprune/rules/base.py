@@ -150,7 +150,7 @@ class Walk:
             dims = varying(layer)
             if not dims:
                 self.freeze(layer, "a single channel is taken out by index")
-            elif len(dims) > 1 and self._is_copy(layer):
+            elif len(dims) > 1 and self.is_copy(layer):
                 self.freeze(layer, "copies in several dimensions")
             else:
                 kept.append(layer)
@@ -167,7 +167,7 @@ class Walk:
         self.copied.append((first, self.ties.size))
         return ids
 
-    def _is_copy(self, layer: Tensor) -> bool:
+    def is_copy(self, layer: Tensor) -> bool:
         """Whether a layer consists of copies: of masks over places, hardly of channels."""
         first, last = int(layer.min()), int(layer.max())
         place = bisect.bisect_right(self.copied, (first, self.ties.size)) - 1

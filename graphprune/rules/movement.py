@@ -129,8 +129,9 @@ def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
     for before, _ in reshape_blocks(x.shape, shape):
         inside = [layer for layer in kept if varying(layer) & set(before)]
         fresh = [layer for layer in inside if walk.is_fresh(layer)]
-        if len(before) > 1 and len(inside) > len(fresh) > 0:
-            for layer in fresh:
+        shared = sum(x.shape[dim] > 1 for dim in before) > 1
+        for layer in fresh:
+            if shared and (len(inside) > len(fresh) or walk.is_copy(layer)):
                 walk.freeze(layer, "copies merged with channels")
                 kept = [other for other in kept if other is not layer]
     return kept
