@@ -232,8 +232,10 @@ def first_mismatch(
         except TraceError as error:
             partial: Record = error.record  # type: ignore[attr-defined]
             bad = _first_difference(analysis, original, partial, alive)
-            last = len(original.ops) - 1
-            return number, min(len(partial.ops), last) if bad is None else bad
+            stop = min(len(partial.ops), len(original.ops) - 1) if bad is None else bad
+            if any(map(_depends_on_values, original.ops[:stop])):
+                continue  # boxes of other values, which the original may not take either
+            return number, stop
         bad = _first_difference(analysis, original, small, alive)
         if bad is not None:
             return number, bad
