@@ -141,7 +141,7 @@ class Masks:
         """Parameters without the slices that left, where units differ from plan to plan."""
         for slot in self.slots:
             tensor = tensors[slot.tensor]
-            if tensor.is_floating_point():
+            if tensor.requires_grad or isinstance(tensor, nn.Parameter):  # buffers are updated
                 keep = torch.zeros(slot.size, dtype=torch.bool)
                 keep[list(slot.kept)] = True
                 shape = [-1 if dim == slot.dim else 1 for dim in range(tensor.dim())]
