@@ -35,7 +35,16 @@ from graphprune.sizes import (
     plain,
     solve,
 )
-from graphprune.wanted import POSITIONS, WANTED, args_of, ints_of, locate, measured, paths_of
+from graphprune.wanted import (
+    POSITIONS,
+    WANTED,
+    args_of,
+    ints_of,
+    locate,
+    measured,
+    packet_of,
+    paths_of,
+)
 
 aten = torch.ops.aten
 ExtentOf = Callable[[Extent], int]
@@ -61,7 +70,7 @@ class Demand:
     @property
     def position(self) -> bool:
         """Whether it is the place of a channel."""
-        return self.node.target.overloadpacket in POSITIONS  # type: ignore[union-attr]
+        return packet_of(self.node) in POSITIONS
 
 
 @dataclass
@@ -78,7 +87,7 @@ class Changes:
 
 def sized(node: fx.Node) -> bool:
     """Whether an op may be given a size."""
-    return getattr(node.target, "overloadpacket", None) in WANTED and bool(node.meta.get("numbers"))
+    return packet_of(node) in WANTED and bool(node.meta.get("numbers"))
 
 
 def changes(
@@ -183,12 +192,13 @@ def _problem(found: Changes, demand: Demand) -> Problem:
 def _check_numbers(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
     """Numbers computed from sizes keep their value."""
     for node in _implicit_scales(graph, extent):
-        width = node.args[0].meta["shape"][-1]  # type: ignore[union-attr]
+        query = args_of(node)[0]
+        width = query.meta["shape"][-1]
         literal = _literal(node, ("scale",), 0.0)
         if literal is not None and changeable(literal.site, literal.path):
             found.values[literal] = float(width) ** -0.5
         else:
-            layers = graph.values[node.args[0]].on(len(node.meta["shape"]) - 1)  # type: ignore
+            layers = graph.values[query].on(len(node.meta["shape"]) - 1)
             found.problems.append(Problem(node, width, width, width, layers=tuple(layers)))
     for node, number, path in _scalars(graph):
         expr, literal = expression(number), _literal(node, path, number)
@@ -246,7 +256,7 @@ _FILLING = frozenset({aten.full, aten.new_full, aten.full_like, aten.scalar_tens
 
 def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
     """Whether a squeeze would drop a dimension that shrinks to a single channel."""
-    if getattr(node.target, "overloadpacket", None) is not aten.squeeze:
+    if packet_of(node) is not aten.squeeze:
         return False
     source = args_of(node)[0]
     return any(n > 1 == m for n, m in zip(source.meta["shape"], graph.shape(source, alive)))
@@ -256,7 +266,7 @@ def _implicit_scales(graph: Analysis, extent: ExtentOf) -> Iterator[fx.Node]:
     """Attention that takes its scale from a width that changes."""
     for record in graph.records:
         for node in record.ops:
-            if getattr(node.target, "overloadpacket", None) is aten.scaled_dot_product_attention:
+            if packet_of(node) is aten.scaled_dot_product_attention:
                 query: Any = node.args[0]
                 dim = len(query.meta["shape"]) - 1
                 width = query.meta["shape"][dim]
@@ -269,7 +279,7 @@ def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:
     for record in graph.records:
         for node in record.ops:
             numbers = node.meta.get("numbers")
-            filled = getattr(node.target, "overloadpacket", None) in _FILLING
+            filled = packet_of(node) in _FILLING
             tags = getattr(node.target, "tags", ())
             scaled = isinstance(node.kwargs.get("scale"), float)
             if numbers and (filled or scaled or torch.Tag.pointwise in tags):
@@ -304,7 +314,7 @@ def _demands(
         for position, node in enumerate(record.ops):
             if not sized(node):
                 continue
-            packet = node.target.overloadpacket  # type: ignore[union-attr]
+            packet = packet_of(node)
             ints, paths = ints_of(node), paths_of(node)
             for old, new, kind in WANTED[packet](graph, node, alive):
                 place = locate(node, old, kind)
@@ -335,7 +345,7 @@ def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) ->
         results = (node, *node.meta.get("items", {}).values())
         rank = max(len(result.meta.get("shape", ())) for result in results)
         doubtful = [n for n in ints if abs(n) > rank]
-    elif node.target.overloadpacket in _LAYERS:  # type: ignore[union-attr]
+    elif packet_of(node) in _LAYERS:
         doubtful = [n for n in ints[place] if not isinstance(expression(n), Attribute)]
     else:
         doubtful = [n for n in ints[place] if isinstance(expression(n), int) and abs(n) > 1]

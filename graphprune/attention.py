@@ -36,7 +36,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     scale: float
 
     @property
-    def _qkv_same_embed_dim(self) -> bool:  # type: ignore[override]
+    def _qkv_same_embed_dim(self) -> bool:  # type: ignore[override]  # an attribute in torch
         """Tells torch's transformer layers to leave their fused path, which assumes equal sizes."""
         return False
 
@@ -100,11 +100,11 @@ class MultiheadAttention(nn.MultiheadAttention):
             inputs = [x.transpose(0, 1) for x in inputs]
         bias = self.in_proj_bias
         if same and self.in_proj_weight is not None:
-            return F.linear(inputs[0], self.in_proj_weight, bias).split(sizes, -1)  # type: ignore
+            return torch.split(F.linear(inputs[0], self.in_proj_weight, bias), sizes, -1)
         weights: Any = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
         if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.split(sizes)  # type: ignore[no-untyped-call]
-        biases = [None] * 3 if bias is None else bias.split(sizes)  # type: ignore
+            weights = torch.split(self.in_proj_weight, sizes)
+        biases = [None] * 3 if bias is None else torch.split(bias, sizes)
         return tuple(map(F.linear, inputs, weights, biases))
 
     def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
@@ -133,5 +133,4 @@ def replace_attention(module: nn.Module) -> None:
     if type(module) is nn.MultiheadAttention:
         head = module.embed_dim // module.num_heads
         module.__class__ = MultiheadAttention
-        module.head_dim = module.value_dim = head  # type: ignore[assignment]
-        module.scale = float(head) ** -0.5
+        vars(module).update(head_dim=head, value_dim=head, scale=float(head) ** -0.5)

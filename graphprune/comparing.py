@@ -58,16 +58,16 @@ class Session:
 
     def variants(self, call: Call) -> Iterator[tuple[str, Call]]:
         """The example inputs, another batch size and another resolution, as the model allows."""
-        ran = False
+        seen: list[str] = []
         for name, change in (
             ("another batch size", lambda t, c: _resized(t, c, batch=True, side=False)),
             ("another resolution", lambda t, c: _resized(t, c, batch=True, side=True)),
         ):
             inputs = self.random(call, change)
-            if inputs is not None and self.runs(inputs):
-                ran = True
+            if inputs is not None and str(inputs) not in seen and self.runs(inputs):
+                seen.append(str(inputs))
                 yield name, inputs
-        if not ran:
+        if not seen:
             yield self.unchanged(call)
 
     def unchanged(self, call: Call) -> tuple[str, Call]:

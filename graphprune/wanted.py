@@ -31,6 +31,11 @@ def _rule(*targets: Any) -> Callable[[Rule], Rule]:
     return decorate
 
 
+def packet_of(node: fx.Node) -> Any:
+    """The op of a node, whichever overload it is."""
+    return getattr(node.target, "overloadpacket", None)
+
+
 def args_of(node: fx.Node) -> Any:
     """The positional arguments of a node; their types are known from the op."""
     return node.args
@@ -86,7 +91,7 @@ def _part(node: fx.Node, given: Any, new: list[int]) -> tuple[Any, list[int]]:
 
 def measured(node: fx.Node, given: Sequence[int]) -> list[tuple[fx.Node, int] | None]:
     """The dimensions, as (value, dimension), that the sizes given to an op measure."""
-    packet = node.target.overloadpacket  # type: ignore[union-attr]
+    packet = packet_of(node)
     if WANTED.get(packet) is _split:
         kwargs: Any = node.kwargs
         dim = args_of(node)[2] if len(args_of(node)) > 2 else kwargs.get("dim", 0)
