@@ -104,6 +104,8 @@ class Analysis:
     units: Units
     walk: Walk = field(repr=False)
     shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
+    _stays: dict[tuple[int, int], np.ndarray] = field(repr=False, default_factory=dict)
+    _alive: np.ndarray | None = field(repr=False, default=None)  # what ``_stays`` is for
 
     @classmethod
     def build(
@@ -151,7 +153,7 @@ class Analysis:
         ties = replace(known, left=[*known.left], right=[*known.right], frozen=[*known.frozen])
         walk = copy.copy(self.walk)
         walk.ties = ties
-        clone = replace(self, units=units, walk=walk)
+        clone = replace(self, units=units, walk=walk, _stays={}, _alive=None)
         clone.__dict__["all_groups"] = self.all_groups
         return clone
 
@@ -194,12 +196,21 @@ class Analysis:
     def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
         """For each position of a value along ``dim`` whether it stays."""
         value = self.values[node]
-        keep = np.ones(value.shape[dim], bool)
+        keep: np.ndarray | None = None
         for layer in value.layers:
             if layer.shape[dim] > 1:
-                rest = tuple(d for d in range(layer.dim()) if d != dim)
-                keep &= alive[layer.numpy()].any(axis=rest)
-        return keep
+                stays = self._staying(layer, dim, alive)
+                keep = stays if keep is None else keep & stays
+        return np.ones(value.shape[dim], bool) if keep is None else keep
+
+    def _staying(self, layer: torch.Tensor, dim: int, alive: np.ndarray) -> np.ndarray:
+        if self._alive is not alive:
+            self._alive, self._stays = alive, {}
+        key = id(layer), dim  # layers live as long as the values that hold them
+        if key not in self._stays:
+            rest = tuple(d for d in range(layer.dim()) if d != dim)
+            self._stays[key] = alive[layer.numpy()].any(axis=rest)
+        return self._stays[key]
 
     def shape(self, node: fx.Node, alive: np.ndarray) -> Shape:
         """The shape of a value after pruning."""

@@ -6,8 +6,6 @@ in the source can change freeze their channels, with the reason.
 
 from __future__ import annotations
 
-import inspect
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,8 +29,6 @@ from graphprune.trace import record, run
 
 Trusted = frozenset[tuple[int, int]]
 TRIALS = 2
-# Layers of torch whose train mode acts position by position or on statistics of one channel.
-_NEUTRAL = ("torch.nn.", "torchvision.ops.")
 
 
 @dataclass
@@ -45,10 +41,17 @@ class Settled:
 
     analysis: Analysis
     trusted: Trusted = frozenset()
+    solved: tuple[np.ndarray, adapt.Changes] | None = None  # for the channels asked for last
 
     def copy(self) -> Settled:
         """A copy in which more can be frozen."""
         return Settled(self.analysis.copy(), self.trusted)
+
+    def changes(self, alive: np.ndarray) -> adapt.Changes:
+        """The sizes that change when these ids stay."""
+        if self.solved is None or not np.array_equal(self.solved[0], alive):
+            self.solved = alive, adapt.changes(self.analysis, alive, self.trusted)
+        return self.solved[1]
 
 
 def analyse(
@@ -75,12 +78,13 @@ def feasible(
     """Whether the code can follow a plan; if not, more channels were tied or frozen."""
     analysis = settled.analysis
     alive = analysis.alive(kept)
-    found = adapt.changes(analysis, alive, settled.trusted)
+    found = settled.changes(alive)
     problems = found.problems
     unclear = [problem for problem in problems if problem.literal]
     if unclear and len(unclear) == len(problems):
         trusted, problems = _try(model, call, analysis, alive, unclear)
         settled.trusted |= trusted
+    settled.solved = None if problems or unclear else settled.solved
     if problems:
         resolve_problems(settled, problems)
         return False
@@ -162,27 +166,13 @@ def _records(model: nn.Module, call: Call, first: Record | None = None) -> list[
 
 
 def _depends_on_mode(model: nn.Module, evaluated: Record) -> bool:
-    """Whether train mode may run other ops: code reads ``training``, or layers were not used."""
+    """Whether train mode may run other ops: code looked at it, or layers were not used."""
     tensors = (str(n.target) for n in evaluated.graph.nodes if n.op == "get_attr")
     used = {*evaluated.used, *(tensor.rpartition(".")[0] for tensor in tensors)}
-    classes = set()
-    for name, module in named_modules(model):
-        if name not in used and any(p is not None for p in module._parameters.values()):
-            return True
-        classes.add(type(module))
-    return any(_reads_training(cls) for cls in classes)
-
-
-def _reads_training(cls: type) -> bool:
-    for base in cls.__mro__:
-        if base.__module__.startswith(_NEUTRAL):
-            continue
-        for value in vars(base).values():
-            function = inspect.unwrap(value) if callable(value) else value
-            code = getattr(function, "__code__", None)
-            if isinstance(code, types.CodeType) and "training" in code.co_names:
-                return True
-    return False
+    unused = (module for name, module in named_modules(model) if name not in used)
+    return evaluated.branches or any(
+        p is not None for module in unused for p in module._parameters.values()
+    )
 
 
 def _try(

@@ -16,7 +16,6 @@ import numpy as np
 from torch import nn
 
 from graphprune import drawing
-from graphprune.adapt import changes
 from graphprune.analysis import Analysis, Group
 from graphprune.checks import check_model
 from graphprune.collecting import uncollected
@@ -234,7 +233,7 @@ class ChannelGraph:
                 channels = f"0..{size - 1}"
                 raise InputError(f"group {name} must keep at least one of its channels {channels}")
         alive = self.analysis.alive(chosen)
-        found = changes(self.analysis, alive, self.settled.trusted)
+        found = self.settled.changes(alive)
         if found.problems:
             raise InputError(f"these channels cannot leave: {found.problems[0].reason}")
         if check and found.unsure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,49 @@ _VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
+# Code of torch whose train mode acts position by position or on statistics of one channel.
+_NEUTRAL = ("torch.", "torchvision.ops.")
+
+
+class EvalFlag(int):
+    """``module.training`` of a model in eval mode, which notices other code that looks at it."""
+
+    observer: Callable[[], None]
+
+    def __new__(cls, observer: Callable[[], None]) -> EvalFlag:
+        """A flag that is false."""
+        self = super().__new__(cls, 0)
+        self.observer = observer
+        return self
+
+    def _look(self) -> None:
+        if not str(sys._getframe(2).f_globals.get("__name__", "")).startswith(_NEUTRAL):
+            self.observer()
+
+    def __bool__(self) -> bool:
+        """Tested."""
+        self._look()
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        """Compared."""
+        self._look()
+        return other == 0
+
+    def __hash__(self) -> int:
+        """Looked up."""
+        self._look()
+        return 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A pickled flag is a plain one."""
+        return bool, ()
+
+
+def _without_flags(value: Any) -> Any:
+    return False if type(value) is EvalFlag else value
+
+
 def leak(tensor: Tensor) -> None:
     """Stands in the graph for a tensor whose values leave torch."""
 
@@ -47,6 +91,9 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder, kwargs = self.recorder, kwargs or {}
+        if EvalFlag in map(type, args) or EvalFlag in map(type, kwargs.values()):
+            args = tuple(map(_without_flags, args))
+            kwargs = {key: _without_flags(value) for key, value in kwargs.items()}
         if recorder.opaque:
             return func(*args, **kwargs)
         if func in _SIZES:

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from graphprune import shapes
 from graphprune.kernels import KERNELS
-from graphprune.modes import Dispatch, Functions
+from graphprune.modes import Dispatch, EvalFlag, Functions
 from graphprune.sites import Path as ArgumentPath
 from graphprune.sites import Site, find_site, forward_of
 from graphprune.sizes import Comparison, Extent, Scale, Size, extents, plain
@@ -53,6 +53,7 @@ class Record:
     used: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
     leaks: bool = False  # whether sizes were turned into plain ints
+    branches: bool = True  # whether code of the model may have looked at ``training``
 
     @property
     def ops(self) -> list[fx.Node]:
@@ -180,6 +181,16 @@ class Recorder:
         if isinstance(tree, dict):
             return {key: self.plain(value) for key, value in tree.items()}
         return tree
+
+    def watch_mode(self, model: nn.Module) -> None:
+        """From now on, notice code of the model that looks at ``training``, which is false."""
+        self.record.branches = False
+        flag = EvalFlag(self._look)
+        for _, module in named_modules(model):
+            vars(module)["training"] = flag
+
+    def _look(self) -> None:
+        self.record.branches = True
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook of every module."""

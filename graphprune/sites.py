@@ -14,7 +14,7 @@ import inspect
 import itertools
 import linecache
 import types
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ def find_site(
     for (caller, instruction), (code, _) in itertools.pairwise(frames):
         if code in _inner(function.__code__):
             continue
-        call = _by_span(caller.co_filename).get(_spans(caller)[instruction // 2])
+        call = _index(caller.co_filename).spans.get(_spans(caller)[instruction // 2])
         step = _step(function, call, code, module)
         if step is None or not _editable(code):
             return None
@@ -153,26 +153,26 @@ def tree(file: str) -> ast.Module | None:
         return None
 
 
+@dataclass(frozen=True)
+class _Index:
+    """The expressions of a file by place, its functions by name and first line, its lambdas."""
+
+    spans: dict[Span, ast.AST] = field(default_factory=dict)
+    functions: dict[tuple[str, int], ast.FunctionDef] = field(default_factory=dict)
+    lambdas: dict[Span, ast.Lambda] = field(default_factory=dict)
+
+
 @functools.lru_cache(maxsize=64)
-def _by_span(file: str) -> dict[Span, ast.AST]:
-    parsed = tree(file)
-    found: dict[Span, ast.AST] = {}
+def _index(file: str) -> _Index:
+    parsed, found = tree(file), _Index()
     for node in ast.walk(parsed) if parsed is not None else ():
-        span = span_of(node)
         if isinstance(node, ast.Call | ast.BinOp | ast.Subscript | ast.AugAssign):
-            found[span] = node
+            found.spans[span_of(node)] = node
+        elif isinstance(node, ast.Lambda):
+            found.lambdas.setdefault(span_of(node.body), node)
+        elif isinstance(node, ast.FunctionDef):
+            found.functions.setdefault((node.name, _first(node)), node)
     return found
-
-
-def definition(file: str, first: int, name: str = "", spans: Container[Any] = ()) -> Any:
-    """The definition of a function that begins at a line, or the lambda of one of some bodies."""
-    parsed = tree(file)
-    for node in ast.walk(parsed) if parsed is not None else ():
-        if isinstance(node, ast.Lambda) and span_of(node.body) in spans:
-            return node
-        if isinstance(node, ast.FunctionDef) and node.name == name and _first(node) == first:
-            return node
-    return None
 
 
 def _first(node: ast.FunctionDef) -> int:
@@ -181,8 +181,10 @@ def _first(node: ast.FunctionDef) -> int:
 
 def defined(code: types.CodeType) -> Any:
     """The definition that code was compiled from, if its source is to be had."""
-    spans = frozenset(_spans(code)) if code.co_name == "<lambda>" else frozenset()
-    return definition(code.co_filename, code.co_firstlineno, code.co_name, spans)
+    index = _index(code.co_filename)
+    if code.co_name == "<lambda>":
+        return next((index.lambdas[span] for span in _spans(code) if span in index.lambdas), None)
+    return index.functions.get((code.co_name, code.co_firstlineno))
 
 
 @functools.cache
@@ -202,7 +204,7 @@ def span_of(node: ast.AST) -> Any:
 
 def given(site: Site, path: Path) -> ast.expr | None:
     """The expression that gives a number, or a sequence with it; ``None`` if it cannot be told."""
-    node = _by_span(site.file).get(site.absolute)
+    node = _index(site.file).spans.get(site.absolute)
     if node is None or (isinstance(path[0], str) and not isinstance(node, ast.Call)):
         return None
     holder = next(holders(node, site, path), None)
@@ -288,7 +290,7 @@ def lacks(node: ast.Call, path: Path) -> bool:
 
 def changeable(site: Site, path: Path) -> bool:
     """Whether the number at ``path`` of the arguments can be changed in the source."""
-    node = _by_span(site.file).get(site.absolute)
+    node = _index(site.file).spans.get(site.absolute)
     return given(site, path) is not None or (isinstance(node, ast.Call) and lacks(node, path))
 
 

@@ -55,16 +55,31 @@ def _record(
     training: bool,
     device: str,
 ) -> Record:
-    clone = skeleton(model, device).train(training)
-    if device != "meta":
-        clone.to(device)
-    return run(clone, call, device)
+    def clone() -> nn.Module:
+        copied = skeleton(model, device).train(training)
+        return copied if device == "meta" else copied.to(device)
+
+    try:
+        return run(clone(), call, device, watch_mode=not training)
+    except TraceError as error:
+        if training or not isinstance(error.__cause__, TypeError | ValueError):
+            raise
+        return run(clone(), call, device)  # it may want ``training`` to be a plain bool
 
 
-def run(clone: nn.Module, call: Call, device: str) -> Record:
-    """Record a model that may be marked and changed by running."""
+def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> Record:
+    """Record a model that may be marked and changed by running.
+
+    Args:
+        clone: the copy to run.
+        call: the inputs.
+        device: where the copy and the inputs are.
+        watch_mode: notice whether the code looks at ``training``, in eval mode.
+    """
     args, kwargs = call.on(device)
     recorder = Recorder(clone, device, clone.training)
+    if watch_mode:
+        recorder.watch_mode(clone)
     for tensor in pytree.tree_leaves((args, kwargs)):
         if isinstance(tensor, Tensor):
             recorder.placeholder(tensor)
