@@ -5,12 +5,14 @@ from graphprune.checkpoint import load, save
 from graphprune.graph import ChannelGraph, trace
 from graphprune.mask import mask
 from graphprune.measure import Measurement, measure
+from graphprune.options import Options
 from graphprune.plan import Plan
 from graphprune.verify import verify
 
 __all__ = [
     "ChannelGraph",
     "Measurement",
+    "Options",
     "Plan",
     "load",
     "mask",

@@ -127,7 +127,7 @@ class Analysis:
         units = resolve(ties, walk.choices, walk.grids)
         for choice, label in units.chosen:
             if label == "equal columns" and isinstance(choice.owner, Reason):
-                walk.renormalising.append((choice.ids, choice.owner))
+                walk.renormalising.append((choice.ids, choice.owner, None))
             elif label == "others stay":
                 frozen = next(ids for _, ids in choice.ways if ids)
                 ties.freeze(frozen[0], choice.owner)
@@ -252,7 +252,7 @@ def _groups(graph: Analysis) -> Iterator[Group]:
     signature = np.zeros(len(units.frozen), np.uint64)
     np.add.at(signature, label, keys[owner])
     reasons = _first_reason(units, graph.walk.ties.frozen)
-    changes = _first_reason(units, graph.walk.renormalising)
+    changes = _first_reason(units, [mark[:2] for mark in graph.walk.renormalising])
     reads = np.zeros(graph.walk.ties.size, bool)
     for ids in graph.walk.reads:
         reads[ids.reshape(-1).numpy()] = True

@@ -2,49 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 from torch import nn
 
 from graphprune.checks import check_model
 from graphprune.collecting import uncollected
-from graphprune.criteria import Criterion
+from graphprune.errors import InputError
 from graphprune.graph import trace
+from graphprune.options import Options, Request
 from graphprune.plan import Plan
 from graphprune.rewrite.config import follow_config, has_config, sizes_of
 from graphprune.rewrite.shrink import shrink
-from graphprune.select import check_ratio
 
 
 @uncollected
 def rebuild(
     model: nn.Module,
-    ratio_or_plan: float | Plan,
+    ratio_or_plan: float | Plan | None = None,
     example_inputs: Any = None,
     *,
-    criterion: str | Criterion = "l2",
-    scope: str = "local",
-    keep: str | Iterable[str] = (),
-    seed: int = 0,
     inplace: bool = False,
-    exact_only: bool = False,
     attention: str = "heads",
+    **options: Unpack[Options],
 ) -> nn.Module:
     """Make a genuinely smaller model whose output equals the masked original.
 
     Args:
         model: the trained model; not touched unless ``inplace``.
-        ratio_or_plan: the fraction of channels to remove in [0, 1), or a plan.
+        ratio_or_plan: the fraction of channels to remove in [0, 1), or a plan; leave it out and
+            name a ``target`` for a budget.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword
             arguments; inferred from the first layer when absent. Not needed with a plan.
-        criterion: how channels are scored: ``"l1"``, ``"l2"``, ``"random"`` or a callable.
-        scope: ``"local"`` (the fraction of every group) or ``"global"`` (over all groups).
-        keep: glob patterns of layers whose output channels all stay.
-        seed: for criteria that draw random numbers.
         inplace: change ``model`` itself; its parameters stay the same objects.
-        exact_only: leave groups whole whose removal changes the statistics of a norm.
         attention: ``"heads"`` removes whole attention heads, ``"head_dim"`` makes all narrower.
+        options: criterion, scope, targets and constraints: see :class:`graphprune.Options`.
 
     Returns:
         A model of the same classes and ``state_dict`` names with its own, smaller parameters;
@@ -68,13 +60,15 @@ def rebuild(
         True
     """
     if isinstance(ratio_or_plan, Plan):
+        if options:
+            raise InputError(
+                f"a plan was given, which is complete: leave out {', '.join(options)}, or pass "
+                "them to graph.plan"
+            )
         check_model(model, values=False)
         return _shrunk(model, ratio_or_plan, inplace)
-    ratio = check_ratio(ratio_or_plan)
-    graph = trace(model, example_inputs, attention=attention)
-    plan = graph.plan(
-        ratio, criterion=criterion, scope=scope, keep=keep, seed=seed, exact_only=exact_only
-    )
+    Request.of(ratio_or_plan, options)  # a wrong option is told before anything long is done
+    plan = trace(model, example_inputs, attention=attention).plan(ratio_or_plan, **options)
     return _shrunk(model, plan, inplace)
 
 

@@ -53,7 +53,11 @@ class Session:
         self.plan, self.dtype, self.tolerance, self.seed = plan, dtype, tolerance, seed
         self.original = _copy(model, dtype)
         self.masked = mask(self.original, plan)
-        self.small = shrink(self.original, plan) if isinstance(small, Plan) else _copy(small, dtype)
+        if isinstance(small, Plan):
+            self.small = shrink(self.original, plan)
+        else:
+            self.small = _copy(small, dtype)
+            _unround(self.small, small, self.original, plan)
         self.device = next(self.original.parameters()).device
 
     def variants(self, call: Call) -> Iterator[tuple[str, Call]]:
@@ -171,9 +175,11 @@ class Session:
         kept = kept_indices(self.plan)
         grads = [{n: p.grad for n, p in model.named_parameters()} for model in pair]
         peak = max((float(g.abs().max()) for g in grads[0].values() if g is not None), default=0.0)
+        factors = {change.tensor: change.factor for change in self.plan.scales}
         worst, where = 0.0, ""
         for key, grad in grads[0].items():
             other = grads[1].get(key)
+            other = other * factors[key] if other is not None and key in factors else other
             if grad is None and other is None:
                 continue
             wanted = None if grad is None else cut(grad, kept.get(key, {}))
@@ -332,6 +338,17 @@ def difference(wanted: Tensor, found: Tensor, floor: float = 0.0) -> float:
     scale = max(float(finite.abs().max()) if finite.numel() else 0.0, floor)
     worst = float(gap.max())
     return worst / scale if scale else worst
+
+
+def _unround(copied: nn.Module, small: nn.Module, original: nn.Module, plan: Plan) -> None:
+    """Undo the rounding of weights that were rescaled in a lower precision."""
+    kept, tensors = kept_indices(plan), dict(named_tensors(original))
+    given, promoted = dict(named_tensors(small)), dict(named_tensors(copied))
+    for change in plan.scales:
+        exact = cut(tensors[change.tensor].detach(), kept.get(change.tensor, {})) * change.factor
+        rounded = given[change.tensor].detach()
+        if torch.allclose(exact.to(rounded), rounded, rtol=4 * torch.finfo(rounded.dtype).eps):
+            promoted[change.tensor].data = exact
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:

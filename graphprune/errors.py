@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+
+_HERE = os.path.dirname(__file__) + os.sep
+
 
 class GraphPruneError(Exception):
     """Base class of all errors raised on purpose by graphprune."""
@@ -37,3 +43,11 @@ class CheckpointError(GraphPruneError, ValueError):
 
 class PruningWarning(UserWarning):
     """A request could not be met as asked; the text names the groups and the reasons."""
+
+
+def warn(text: str) -> None:
+    """Give a ``PruningWarning`` at the line of the user's code that called the package."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, PruningWarning, stacklevel=level)

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-import fnmatch
-import os
-import sys
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import networkx as nx
-import numpy as np
 from torch import nn
 
 from graphprune import drawing
 from graphprune.analysis import Analysis, Group
 from graphprune.checks import check_model
 from graphprune.collecting import uncollected
-from graphprune.counting import macs
-from graphprune.criteria import Criterion, scores
-from graphprune.errors import InputError, PruningWarning
-from graphprune.feasible import (
-    Settled,
-    analyse,
-    bare_plan,
-    feasible,
-    follows,
-)
+from graphprune.errors import InputError
+from graphprune.feasible import Settled, analyse
 from graphprune.inputs import Call, infer
-from graphprune.plan import Cost, GroupPlan, Plan, shorten
-from graphprune.select import Kept, check_ratio, select
-from graphprune.skeleton import named_tensors
+from graphprune.options import Options, Request
+from graphprune.plan import Plan, shorten
+from graphprune.planning import assemble, check_follows, check_kept, make_plan
+from graphprune.sensitivity import Sensitivity, sensitivity
 from graphprune.table import render
 from graphprune.trace import record
 
 ATTENTION = ("heads", "head_dim")
-_HERE = str(Path(__file__).parent) + os.sep
-_NATURAL = ("model output", "reads a model input", "rows of an embedding table")
 
 
 @uncollected
@@ -149,28 +135,16 @@ class ChannelGraph:
         return drawing.draw(self.analysis, type(self.model).__name__, Path(path))
 
     @uncollected
-    def plan(
-        self,
-        ratio: float,
-        *,
-        criterion: str | Criterion = "l2",
-        scope: str = "local",
-        keep: str | Iterable[str] = (),
-        seed: int = 0,
-        exact_only: bool = False,
-    ) -> Plan:
+    def plan(self, ratio: float | None = None, **options: Unpack[Options]) -> Plan:
         """Choose which channels stay.
 
         Args:
-            ratio: the fraction of channels to remove, in [0, 1).
-            criterion: a registered name or a callable; see ``graphprune.criteria``.
-            scope: ``"local"`` removes the fraction from every group, ``"global"`` over all groups.
-            keep: glob patterns of layers whose channels all stay.
-            seed: for criteria that draw random numbers.
-            exact_only: leave renormalising groups whole.
+            ratio: the fraction of channels to remove, in [0, 1); or name a ``target``.
+            options: see :class:`graphprune.Options`.
 
         Raises:
-            InputError: an argument is wrong, or no group can be pruned.
+            InputError: an argument is wrong, no group can be pruned, or a target cannot be met;
+                then it says how near one can get, and what stands in the way.
 
         Warns:
             PruningWarning: much less was removed than asked for; names the reasons.
@@ -178,31 +152,13 @@ class ChannelGraph:
         Example:
             >>> import torch, graphprune
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
-            >>> graphprune.trace(net).plan(0.25).removed
+            >>> graph = graphprune.trace(net)
+            >>> graph.plan(0.25).removed
             2
+            >>> graph.plan(target={"params": 0.7}).after.params
+            37
         """
-        ratio = check_ratio(ratio)
-        request = {
-            "ratio": ratio,
-            "criterion": criterion if isinstance(criterion, str) else _name(criterion),
-            "scope": scope,
-            "seed": seed,
-            "exact_only": exact_only,
-            "attention": self.analysis.walk.attention,
-        }
-        tensors = dict(named_tensors(self.model))
-        draft = ChannelGraph(self.model, self.call, self.settled.copy())
-        while True:
-            spared = draft._kept_groups(keep)
-            groups = [g for g in draft.groups if g.name not in spared]
-            groups = [g for g in groups if g.exact or not exact_only]
-            if not draft.groups:
-                raise InputError(f"no channel of this model can be removed:\n{draft._why()}")
-            kept = select(scores(criterion, groups, tensors, seed), ratio, scope)
-            if feasible(self.model, self.call, draft.settled, kept):
-                plan = draft.plan_of(kept, request, check=False)
-                draft._warn(plan, ratio, spared)
-                return plan
+        return make_plan(self.model, self.call, self.settled, Request.of(ratio, options))
 
     def plan_of(
         self,
@@ -222,112 +178,48 @@ class ChannelGraph:
             InputError: an unknown or emptied group, channels it does not have, or a size in the
                 code of the model that cannot follow.
         """
-        by_name = {group.name: group for group in self.groups}
-        chosen: Kept = {}
-        for name, wanted in kept.items():
-            if name not in by_name:
-                raise InputError(f"no removable group {name!r}; groups: {shorten(by_name, 12)}")
-            chosen[name] = tuple(sorted({int(channel) for channel in wanted}))
-            size = by_name[name].size
-            if not chosen[name] or not 0 <= chosen[name][0] <= chosen[name][-1] < size:
-                channels = f"0..{size - 1}"
-                raise InputError(f"group {name} must keep at least one of its channels {channels}")
-        alive = self.analysis.alive(chosen)
-        found = self.settled.changes(alive)
-        if found.problems:
-            raise InputError(f"these channels cannot leave: {found.problems[0].reason}")
-        if check and found.unsure:
-            settled = self.settled.copy()
-            if not follows(self.model, self.call, settled, alive):
-                reason = settled.analysis.walk.ties.frozen[-1][1]
-                raise InputError(f"these channels cannot leave: {reason}")
-        bare = bare_plan(self.analysis, alive, found)
-        masked = self.analysis.walk.masked.values()
-        return Plan(
-            bare.architecture,
-            tuple(
-                GroupPlan(
-                    group.name,
-                    group.size,
-                    chosen.get(group.name, tuple(range(group.size))),
-                    group.layers,
-                    group.exact,
-                )
-                for group in self.groups
-            ),
-            bare.slots,
-            bare.sizes,
-            bare.literals,
-            bare.indices,
-            any(not alive[ids.numpy()].all() for layers in masked for ids in layers),
-            self._cost(None),
-            self._cost(alive),
-            str(self.call),
-            {"attention": self.analysis.walk.attention, **(request or {})},
-        )
+        chosen = check_kept(self.settled, kept)
+        plan = assemble(self.call, self.settled, chosen, request)
+        if check:
+            check_follows(self.model, self.call, self.settled, chosen)
+        return plan
 
-    def _cost(self, alive: np.ndarray | None) -> Cost:
-        params = size = 0
-        lost: dict[str, list[int]] = {}
-        for slot in self.analysis.slots:
-            if alive is not None:
-                keep = int(alive[slot.start : slot.start + slot.size].sum())
-                lost.setdefault(slot.tensor, []).append(keep)
-        for name, (shape, width, parameter) in self.analysis.shapes.items():
-            kept = lost.get(name) if alive is not None else list(shape)
-            count = int(np.prod(kept)) if kept else 1
-            params += count * parameter
-            size += count * width
-        first = self.analysis.records[0]
-        count = (
-            macs(first)
-            if alive is None
-            else macs(first, lambda node: self.analysis.shape(node, alive))
-        )
-        return Cost(params, count, size)
+    def sensitivity(
+        self,
+        model: nn.Module,
+        evaluate: Callable[[nn.Module], float],
+        ratios: Sequence[float] = (0.1, 0.25, 0.5, 0.75),
+        **options: Unpack[Options],
+    ) -> Sensitivity:
+        """Measure how much an evaluation drops when each group alone loses channels.
 
-    def _kept_groups(self, keep: str | Iterable[str]) -> set[str]:
-        patterns = [keep] if isinstance(keep, str) else list(keep)
-        spared = set()
-        for pattern in patterns:
-            names = [name for name in self.analysis.names if _matches(pattern, name)]
-            if not names:
-                layers = sorted({name.rpartition(".")[0] for name in self.analysis.names})
-                text = f"keep pattern {pattern!r} matches no layer; layers: {shorten(layers, 12)}"
-                raise InputError(text)
-            tensors = {self.analysis.names[name] for name in names}
-            for group in self.analysis.all_groups:
-                if any(m.slot.tensor in tensors and not m.reads for m in group.members):
-                    spared.add(group.name)
-        return spared
+        Args:
+            model: the model, of the architecture that was traced.
+            evaluate: a number for a model, larger for better ones; it is called with the model
+                and with one smaller model for each group and ratio, in the mode of the model.
+            ratios: the fractions to remove, in (0, 1).
+            options: criterion, keep, exact_only and others; see :class:`graphprune.Options`.
 
-    def _why(self, groups: Iterable[Group] | None = None, most: int = 6) -> str:
-        lines: dict[str, list[str]] = {}
-        for group in self.frozen if groups is None else groups:
-            lines.setdefault(group.note, []).append(shorten(group.layers, 2))
-        shown = list(lines.items())[:most]
-        return "\n".join(f"  {reason}: {shorten(layers, 3)}" for reason, layers in shown)
+        Returns:
+            The drops. They print, plot, and can be planned with:
+            ``graph.plan(ratios=sensitivity.allocation(0.5))``, or
+            ``graph.plan(target={"macs": 0.5}, ratios=sensitivity)``, by which channels leave
+            first where that costs least.
 
-    def _warn(self, plan: Plan, ratio: float, spared: set[str]) -> None:
-        unusual = [g for g in self.frozen if not str(g.reason).startswith(_NATURAL)]
-        free = [group for group in self.groups if group.name not in spared]
-        total = sum(g.size for g in free) + sum(
-            g.size for g in unusual if any(m.slot.weight and not m.reads for m in g.members)
-        )
-        if ratio * total < 1 or plan.removed >= 0.5 * ratio * total:
-            return
-        small = [group for group in free if group.size * ratio < 1]
-        whole = [g for g in free if not g.exact and plan.request["exact_only"]]
-        text = f"{plan.removed} of {total} channels were removed where {ratio:.0%} was asked for"
-        if unusual:
-            text += f"; frozen:\n{self._why(unusual)}"
-        if whole:
-            names = shorten([group.layers[0] for group in whole], 6)
-            text += f"\n  left whole by exact_only: {names}"
-        if small:
-            names = shorten([group.layers[0] for group in small], 6)
-            text += f"\n  too small to lose a channel at this ratio: {names}"
-        warnings.warn(text, PruningWarning, stacklevel=_outside())
+        Raises:
+            InputError: a wrong ratio, a model of another architecture, or an evaluation that is
+                no finite number.
+
+        Example:
+            >>> import torch, graphprune
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> x, y = torch.randn(64, 4), torch.randn(64, 2)
+            >>> graph = graphprune.trace(net)
+            >>> drops = graph.sensitivity(net, lambda m: -float((m(x) - y).square().mean()))
+            >>> plan = graph.plan(target={"macs": 0.5}, ratios=drops)
+        """
+        request = Request.of(0.0, options)
+        return sensitivity(model, self.call, self.settled, evaluate, ratios, request)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -346,22 +238,3 @@ class ChannelGraph:
             f"{sum(group.size for group in self)} removable channels"
         )
         return render(title, ("group", "channels", "kind", "layers", "why"), rows)
-
-
-def _outside() -> int:
-    """The stack level of the first caller outside this package, for warnings."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _name(criterion: Criterion) -> str:
-    return getattr(criterion, "__name__", type(criterion).__name__)
-
-
-def _matches(pattern: str, tensor: str) -> bool:
-    parts = tensor.split(".")
-    return any(
-        fnmatch.fnmatchcase(".".join(parts[:stop]), pattern) for stop in range(1, len(parts) + 1)
-    )

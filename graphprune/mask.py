@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.analysis import Analysis
 from graphprune.copying import copy_module
+from graphprune.errors import PlanError
 from graphprune.inputs import Call
 from graphprune.kernels import grouped_mm
 from graphprune.modes import leak
@@ -56,6 +57,11 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         True
     """
     plan.check(model)
+    if plan.scales and not plan.exact:
+        raise PlanError(
+            "this plan follows a renormalising one by an exact one: no single masked model equals "
+            "both; verify them one by one"
+        )
     masked = copy_module(model, {})
     if plan.evaluated:
         masked.forward = MaskedForward(copy_module(model, {}), masked, plan)  # type: ignore[assignment]
@@ -124,6 +130,7 @@ class Masks:
         self.analysis = analysis
         self.readers = analysis.walk.readers
         labels = analysis.units.labels
+        self.plain = bool(plan.scales)  # statistics of the masked values themselves
         self.slots = plan.slots if "after" in plan.request else ()  # of several plans in a row
         self.alive = np.ones(len(labels), bool)
         starts = {(slot.tensor, slot.dim): slot.start for slot in analysis.slots}
@@ -198,7 +205,7 @@ def _step(
     args, kwargs = fx.map_arg((node.args, node.kwargs), value)
     if kwargs.get("device") == devices[0]:  # recorded there, evaluated here
         kwargs = {**kwargs, "device": devices[1]}
-    if reads:
+    if reads and not masks.plain:
         rule = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
         keep = masks.of(node.all_input_nodes[0])
         if rule is not None and keep is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import operator
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from graphprune.activations import peak_activations
 from graphprune.counting import macs
 from graphprune.errors import InputError, ModelError, TraceError
 from graphprune.inputs import Call, infer
@@ -25,7 +25,6 @@ from graphprune.table import render
 from graphprune.trace import record
 
 _MIN_RUNS, _MAX_RUNS, _SECONDS = 5, 50, 2.0
-_ALIASING = {torch.ops.aten._unsafe_view.default}  # share storage though the schema is silent
 
 
 @dataclass(frozen=True)
@@ -186,87 +185,6 @@ def _recorded(model: nn.Module, example_inputs: Any) -> tuple[Call, Record]:
         return infer(model, runs)
     call = Call.of(example_inputs)
     return call, runs(call)
-
-
-# --- activation memory ------------------------------------------------------------------------
-
-
-def peak_activations(recorded: Record) -> int:
-    """The largest number of bytes alive at once while a recorded graph runs.
-
-    Inputs are alive all the time, as the caller holds them; outputs to the end; every other
-    value until its last use. Views and results of in-place ops share their input's storage.
-    Parameters, buffers and constants are not counted.
-    """
-    nodes = list(recorded.graph.nodes)
-    roots = _storages(nodes)
-    sizes = {root: 0 if root.op == "get_attr" else _bytes(root) for root in set(roots.values())}
-    places = {node: position for position, node in enumerate(nodes)}
-    born: dict[int, list[fx.Node]] = {}
-    last: dict[fx.Node, int] = {}
-    for node in nodes:
-        for used in (node, *node.all_input_nodes):
-            if used in roots:
-                last[roots[used]] = places[node]
-        if node in sizes and node.op == "call_function":
-            producer, _ = _producer(node)  # all outputs of an op are born together
-            born.setdefault(places[producer], []).append(node)
-    last |= {node: len(nodes) for node in nodes if node.op == "placeholder"}
-    leaving: dict[int, list[fx.Node]] = {}
-    for root, position in last.items():
-        leaving.setdefault(position, []).append(root)
-    alive = peak = sum(size for root, size in sizes.items() if root.op == "placeholder")
-    for position in range(len(nodes)):
-        alive += sum(sizes[root] for root in born.get(position, ()))
-        peak = max(peak, alive)
-        alive -= sum(sizes[root] for root in leaving.get(position, ()))
-    return peak
-
-
-def _storages(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """The node that allocated the storage of every value."""
-    roots: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        if "shape" in node.meta:
-            source = _aliased(*_producer(node))
-            roots[node] = node if source is None else roots.get(source, source)
-    return roots
-
-
-def _producer(node: fx.Node) -> tuple[fx.Node, int]:
-    """The op that made a value, and which of its outputs the value is."""
-    if node.target is not operator.getitem:
-        return node, 0
-    producer, index = node.args
-    assert isinstance(producer, fx.Node)
-    assert isinstance(index, int)
-    return producer, index
-
-
-def _aliased(node: fx.Node, index: int) -> fx.Node | None:
-    """The input whose storage output ``index`` of an op shares."""
-    if node.target in _ALIASING:
-        return node.all_input_nodes[0]
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None or not schema.returns:
-        return None
-    returned = schema.returns[min(index, len(schema.returns) - 1)].alias_info
-    if returned is None:
-        return None
-    names = returned.before_set  # empty for lists of views, which have one source
-    for position, argument in enumerate(schema.arguments):
-        source = argument.alias_info
-        if source is not None and (not names or names & source.before_set):
-            rest = node.kwargs.get(argument.name)
-            value = node.args[position] if position < len(node.args) else rest
-            return value if isinstance(value, fx.Node) else None
-    return None
-
-
-def _bytes(node: fx.Node) -> int:
-    dtype: torch.dtype = node.meta["dtype"]
-    shape: tuple[int, ...] = node.meta["shape"]
-    return math.prod(shape) * dtype.itemsize
 
 
 # --- latency ----------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from graphprune.skeleton import named_tensors
 from graphprune.table import render
 
 FORMAT = "graphprune-plan"
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,18 @@ class IndexChange:
 
 
 @dataclass(frozen=True)
+class Rescale:
+    """A weight to multiply, and the eps of its norm, so that statistics are the masked ones."""
+
+    tensor: str
+    factor: float
+    module: str
+    attribute: str  # empty when there is no eps to change
+    old: float
+    new: float
+
+
+@dataclass(frozen=True)
 class Cost:
     """Parameters, MACs and bytes of parameters and buffers."""
 
@@ -113,6 +125,7 @@ class Plan:
     sizes: tuple[SizeChange, ...] = ()
     literals: tuple[LiteralChange, ...] = ()
     indices: tuple[IndexChange, ...] = ()
+    scales: tuple[Rescale, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
     before: Cost = Cost(0, 0, 0)
     after: Cost = Cost(0, 0, 0)
@@ -218,6 +231,7 @@ class Plan:
             sizes=_compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
             literals=_compose(self.literals, later.literals, lambda c: (c.module, c.site, c.path)),
             indices=_compose_indices(self.indices, later.indices),
+            scales=_compose_scales(self.scales, later.scales),
             evaluated=self.evaluated or later.evaluated,
             before=self.before,
             after=later.after,
@@ -268,6 +282,15 @@ def _compose_indices(
     return tuple(changes.values())
 
 
+def _compose_scales(first: Sequence[Rescale], later: Sequence[Rescale]) -> tuple[Rescale, ...]:
+    changes = {change.tensor: change for change in first}
+    for change in later:
+        known = changes.get(change.tensor, change)
+        factor = change.factor if known is change else known.factor * change.factor
+        changes[change.tensor] = replace(change, factor=factor, old=known.old)
+    return tuple(changes.values())
+
+
 def _compose_groups(
     first: Sequence[GroupPlan], later: Sequence[GroupPlan]
 ) -> tuple[GroupPlan, ...]:
@@ -278,7 +301,8 @@ def _compose_groups(
         old = known.get(group.layers)
         if old is not None and len(old.kept) == group.size:
             kept = tuple(old.kept[index] for index in group.kept)
-            group = replace(group, name=old.name, size=old.size, kept=kept)
+            exact = group.exact and (old.exact or len(old.kept) == old.size)
+            group = replace(group, name=old.name, size=old.size, kept=kept, exact=exact)
         groups.append(group)
     return tuple(groups)
 
@@ -376,6 +400,7 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         indices=tuple(
             IndexChange(i["tensor"], tuple(i["values"]), unrun(i["kept"])) for i in body["indices"]
         ),
+        scales=tuple(Rescale(**item) for item in body["scales"]),
         evaluated=bool(body["evaluated"]),
         before=Cost(**body["before"]),
         after=Cost(**body["after"]),

@@ -1,77 +1,186 @@
-"""From scores to kept channels. Knows neither criteria nor layers."""
+"""From scores to kept channels. Knows neither criteria nor layers.
+
+Every channel has a *level*: the fraction of removed channels at which its turn comes, ranked within
+its pool of groups. Channels sorted by level make a path from the whole model to the smallest one
+allowed; a ratio is a point on it, and so is, but for the last few channels, a budget.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.errors import InputError
-
-SCOPES = ("local", "global")
 Kept = dict[str, tuple[int, ...]]
+Counts = np.ndarray  # [groups]
+Tightness = Callable[[Counts], float]  # above 1: over the budget
+
+_COARSE = 4000  # paths of fewer steps are worth trying several ways
+_FURTHER = (0, 1, 2, 4, 8)  # steps down the path from which to fill up
 
 
-def check_ratio(ratio: Any) -> float:
-    """A ratio in [0, 1) as a float.
+@dataclass(frozen=True)
+class Lane:
+    """Groups that keep equally many channels, and how many these may be.
 
-    Raises:
-        InputError: not a number, or outside the range.
+    ``groups`` are their numbers, ``counts`` the allowed kept counts, decreasing, and ``levels``
+    those of their channels in the order in which they leave.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
-        raise InputError(
-            f"ratio must be a number in [0, 1) or a Plan, not {type(ratio).__name__} {ratio!r}"
-        )
-    if not 0 <= ratio < 1:
-        raise InputError(f"ratio must be in [0, 1), the fraction to remove: got {ratio}")
-    return float(ratio)
+
+    groups: tuple[int, ...]
+    counts: tuple[int, ...]
+    levels: np.ndarray  # [channels of a group]
+
+    def steps(self) -> np.ndarray:
+        """The level at which each next allowed count becomes the nearest one."""
+        size = len(self.levels)
+        middles = (np.array(self.counts[:-1]) + np.array(self.counts[1:])) / 2
+        removed = np.ceil(size - middles).astype(int)
+        return self.levels[np.maximum(removed, 1) - 1]
 
 
-def select(scores: Mapping[str, Tensor], ratio: float, scope: str) -> Kept:
-    """Choose the channels that stay.
+@dataclass(frozen=True)
+class Path:
+    """Steps from the largest to the smallest model allowed; a place is how many were taken."""
+
+    lanes: tuple[Lane, ...]
+    full: Counts
+
+    @cached_property
+    def order(self) -> tuple[np.ndarray, np.ndarray]:
+        """The lane of every step, and its level, in the order in which they are taken."""
+        steps = [lane.steps() for lane in self.lanes]
+        lanes = np.repeat(np.arange(len(steps)), [len(levels) for levels in steps])
+        levels = np.concatenate(steps) if steps else np.zeros(0)
+        order = np.argsort(levels, kind="stable")
+        return lanes[order], levels[order]
+
+    def at(self, place: int) -> np.ndarray:
+        """How many steps every lane has taken: [lanes]."""
+        return np.bincount(self.order[0][:place], minlength=len(self.lanes))
+
+    def counts(self, taken: Sequence[int] | np.ndarray) -> Counts:
+        """The kept counts of all groups."""
+        counts = self.full.copy()
+        for lane, steps in zip(self.lanes, taken, strict=True):
+            counts[list(lane.groups)] = lane.counts[steps]
+        return counts
+
+    def level(self, level: float) -> Counts:
+        """The kept counts where all steps up to a level are taken."""
+        place = int(np.searchsorted(self.order[1], level + 1e-9, side="right"))
+        return self.counts(self.at(place))
+
+    def fit(self, tightness: Tightness) -> Counts | None:
+        """The kept counts of a model within a budget; ``None`` when there are none on the path.
+
+        The path is left at its first place within the budget; what remains of the budget is
+        given to the best of the removed channels, as long as they fit. A larger budget never
+        gives a smaller cost: all ways tried are the same ones for every budget, each of them
+        takes a first step that fits, and the best result counts.
+        """
+        low, high = -1, len(self.order[0])
+        if tightness(self.counts(self.at(high))) > 1:
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            if tightness(self.counts(self.at(middle))) > 1:
+                low = middle
+            else:
+                high = middle
+        coarse = len(self.order[0]) < _COARSE
+        best: tuple[float, Counts] | None = None
+        for further in _FURTHER if coarse else _FURTHER[:1]:
+            place = min(high + further, len(self.order[0]))
+            for latest in (True, False) if coarse else (True,):
+                counts = self._filled(place, tightness, latest)
+                reached = tightness(counts)
+                if best is None or reached > best[0]:
+                    best = reached, counts
+        assert best is not None
+        return best[1]
+
+    def _filled(self, place: int, tightness: Tightness, latest: bool) -> Counts:
+        """Take back steps while the budget allows: the latest first, or lane by lane."""
+        taken = self.at(place)
+        counts = self.counts(taken)
+        turn = self.order[0][:place][::-1]
+        if not latest:
+            turn = turn[np.argsort(-taken[turn], kind="stable")]
+        closed = np.zeros(len(self.lanes), bool)
+        for number in turn:
+            if closed[number]:
+                continue
+            lane = self.lanes[number]
+            groups = list(lane.groups)
+            counts[groups] = lane.counts[taken[number] - 1]
+            if tightness(counts) > 1:
+                counts[groups] = lane.counts[taken[number]]
+                closed[number] = True
+            else:
+                taken[number] -= 1
+        return counts
+
+
+def levels(
+    scores: Mapping[str, Tensor], pools: Mapping[str, Hashable] | None = None
+) -> dict[str, np.ndarray]:
+    """At which fraction of removed channels of its pool each channel leaves.
 
     Args:
         scores: one score per channel, by group name.
-        ratio: the fraction to remove from every group (local) or of all channels (global).
-        scope: ``"local"`` ranks within each group; ``"global"`` ranks all channels together,
-            each score divided by the mean of its group. No group loses its last channel.
+        pools: the pool of each group; each group is one of its own when absent.
 
     Returns:
-        The kept channels by group name, increasing. Equal scores keep the earlier channel.
-
-    Raises:
-        InputError: an unknown scope.
+        Increasing levels in (0, 1] by group name; infinite for the last channel of a group.
     """
-    if scope not in SCOPES:
-        raise InputError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
-    if scope == "local":
-        return {
-            name: _best(score, len(score) - math.floor(ratio * len(score) + 1e-9))
-            for name, score in scores.items()
-        }
-    if not scores:
-        return {}
-    best = {name: int(score.argmax()) for name, score in scores.items()}
-    relative = {name: score / (score.mean() or 1.0) for name, score in scores.items()}
-    for name, index in best.items():
-        relative[name] = relative[name].clone()
-        relative[name][index] = torch.inf
-    ranked = torch.cat(list(relative.values()))
-    remove = math.floor(ratio * len(ranked) + 1e-9)
-    order = torch.argsort(ranked.flip(0), stable=True)[:remove]
-    removed = torch.zeros(len(ranked), dtype=torch.bool)
-    removed[len(ranked) - 1 - order] = True
-    removed &= ranked.isfinite()
-    parts = removed.split([len(score) for score in scores.values()])
-    return {
-        name: tuple(torch.nonzero(~part).flatten().tolist())
-        for name, part in zip(scores, parts, strict=True)
-    }
+    members: dict[Hashable, list[str]] = {}
+    for name in scores:
+        members.setdefault(name if pools is None else pools[name], []).append(name)
+    found = {}
+    for names in members.values():
+        parts = []
+        for name in names:
+            part = scores[name].double().clone()
+            part[int(part.argmax())] = torch.inf  # no group loses its last channel
+            parts.append(part)
+        ranked = torch.cat(parts).flip(0)  # equal scores keep the earlier channel
+        rank = torch.empty_like(ranked)
+        order = torch.argsort(ranked, stable=True)
+        rank[order] = torch.arange(1, len(ranked) + 1, dtype=rank.dtype)
+        rank = (rank / len(ranked)).masked_fill(ranked.isinf(), torch.inf).flip(0)
+        for name, part in zip(names, rank.split([len(part) for part in parts])):
+            found[name] = part.sort().values.numpy()
+    return found
+
+
+def allowed(size: int, least: float, most: float, multiple: int) -> tuple[int, ...]:
+    """The counts a group may keep, decreasing.
+
+    Args:
+        size: its channels.
+        least: the smallest fraction.
+        most: the largest fraction.
+        multiple: counts are multiples of this, or the whole group where there is none.
+    """
+    low = max(math.ceil(least * size - 1e-9), 1)
+    high = max(math.floor(most * size + 1e-9), low)
+    counts = [n for n in range(high, low - 1, -1) if n % multiple == 0]
+    if high == size and size % multiple:
+        counts.insert(0, size)
+    return tuple(counts) or (size,)
+
+
+def kept(scores: Mapping[str, Tensor], counts: Mapping[str, int]) -> Kept:
+    """The best channels of every group, increasing; equal scores keep the earlier channel."""
+    return {name: _best(score, counts[name]) for name, score in scores.items()}
 
 
 def _best(score: Tensor, count: int) -> tuple[int, ...]:
     order = torch.argsort(score, descending=True, stable=True)
-    return tuple(sorted(order[: max(count, 1)].tolist()))
+    return tuple(sorted(order[:count].tolist()))

@@ -1,6 +1,52 @@
 """Importance of channels."""
 
-from graphprune.criteria.magnitude import l1, l2, random
-from graphprune.criteria.registry import Criterion, criteria, register_criterion, scores
+from graphprune.criteria.activations import Apoz, MeanActivation, TaylorActivation, Wanda
+from graphprune.criteria.evidence import Collector, Evidence, gather, register_statistic, statistics
+from graphprune.criteria.gradients import Fisher, Taylor
+from graphprune.criteria.magnitude import (
+    BatchNormScale,
+    GeometricMedian,
+    GroupNorm,
+    Lamp,
+    Magnitude,
+    random,
+)
+from graphprune.criteria.registry import (
+    Criterion,
+    Unseen,
+    criteria,
+    find,
+    name_of,
+    register_criterion,
+)
+from graphprune.criteria.scoring import AGGREGATES, NORMALISATIONS, comparable, scores
 
-__all__ = ["Criterion", "criteria", "l1", "l2", "random", "register_criterion", "scores"]
+__all__ = [
+    "AGGREGATES",
+    "NORMALISATIONS",
+    "Apoz",
+    "BatchNormScale",
+    "Collector",
+    "Criterion",
+    "Evidence",
+    "Fisher",
+    "GeometricMedian",
+    "GroupNorm",
+    "Lamp",
+    "Magnitude",
+    "MeanActivation",
+    "Taylor",
+    "TaylorActivation",
+    "Unseen",
+    "Wanda",
+    "comparable",
+    "criteria",
+    "find",
+    "gather",
+    "name_of",
+    "random",
+    "register_criterion",
+    "register_statistic",
+    "scores",
+    "statistics",
+]

@@ -1,8 +1,10 @@
-"""The registry of criteria."""
+"""The registry of criteria: what a criterion is, and what it says of itself."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,14 +13,55 @@ from graphprune.analysis import Group
 from graphprune.errors import InputError
 
 Criterion = Callable[[Group, Mapping[str, Tensor], torch.Generator], Tensor]
-_REGISTRY: dict[str, Criterion] = {}
+C = TypeVar("C", bound=Criterion)
+WEIGHTS = frozenset({"weights"})
 
 
-def register_criterion(name: str) -> Callable[[Criterion], Criterion]:
+class Unseen(Exception):
+    """Raised by a criterion for a group that it cannot judge; the text says why.
+
+    The group stays whole, and a warning names it. A score made up for it would be compared with
+    true scores when channels are ranked over all groups.
+    """
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A criterion and what it says of itself.
+
+    Attributes:
+        name: for messages and plans.
+        function: the criterion.
+        needs: what it must be given: ``"weights"`` or names of statistics.
+        aggregate: how the scores of several slots become one, unless the user says otherwise.
+        comparable: whether the scores of different groups are on one scale.
+    """
+
+    name: str
+    function: Criterion
+    needs: frozenset[str] = WEIGHTS
+    aggregate: str = "sum"
+    comparable: bool = False
+
+
+_REGISTRY: dict[str, Entry] = {}
+
+
+def register_criterion(name: str, needs: Iterable[str] | str | None = None) -> Callable[[C], C]:
     """Register a criterion under a name.
 
-    A criterion is called with a group, all parameters and buffers by name, and a seeded
-    generator; it returns one score per channel, high for important ones.
+    A criterion is called with a group, all parameters and buffers by name (with the statistics it
+    needs as ``.statistics``), and a seeded generator. It returns scores of shape [channels], or
+    [slots, channels], which are then aggregated; high for important channels. Any callable will
+    do, a function or an object with options. It may have the attributes ``needs``, ``aggregate``
+    (how slots are aggregated by default) and ``comparable`` (whether scores of different groups
+    are on one scale), and may raise ``Unseen`` for a group that it cannot judge.
+
+    Args:
+        name: what users pass as ``criterion=``.
+        needs: ``"weights"``, ``"gradients"``, ``"activations"``, ``"activation_gradients"`` or any
+            other registered statistic, one or several; when absent, the attribute ``needs`` of the
+            criterion, else the weights alone.
 
     Raises:
         KeyError: the name is taken.
@@ -31,10 +74,10 @@ def register_criterion(name: str) -> Callable[[Criterion], Criterion]:
         ...     return -torch.arange(float(group.size))
     """
 
-    def decorate(criterion: Criterion) -> Criterion:
+    def decorate(criterion: C) -> C:
         if name in _REGISTRY:
             raise KeyError(f"criterion {name!r} is registered already")
-        _REGISTRY[name] = criterion
+        _REGISTRY[name] = _entry(name, criterion, needs)
         return criterion
 
     return decorate
@@ -45,16 +88,11 @@ def criteria() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def scores(
-    criterion: str | Criterion,
-    groups: Sequence[Group],
-    tensors: Mapping[str, Tensor],
-    seed: int,
-) -> dict[str, Tensor]:
-    """The score of every channel, by group name, in float64 on the CPU.
+def find(criterion: str | Criterion) -> Entry:
+    """A criterion by its name, or a callable, with what it says of itself.
 
     Raises:
-        InputError: an unknown name, a criterion of the wrong shape, or a score that is not finite.
+        InputError: an unknown name, or not callable.
     """
     if isinstance(criterion, str):
         if criterion not in _REGISTRY:
@@ -62,25 +100,32 @@ def scores(
                 f"unknown criterion {criterion!r}; choose one of {', '.join(criteria())}, or pass "
                 "a callable (group, tensors, generator) -> scores"
             )
-        name, function = criterion, _REGISTRY[criterion]
-    elif callable(criterion):
-        name, function = getattr(criterion, "__name__", "criterion"), criterion
-    else:
+        return _REGISTRY[criterion]
+    if isinstance(criterion, type):
+        raise InputError(
+            f"criterion is the class {criterion.__name__}: pass an instance, "
+            f"{criterion.__name__}(...)"
+        )
+    if not callable(criterion):
         raise InputError(f"criterion must be a name or a callable, not {type(criterion).__name__}")
-    generator = torch.Generator().manual_seed(seed)
-    found = {}
-    for group in groups:
-        result = torch.as_tensor(function(group, tensors, generator))
-        if tuple(result.shape) != (group.size,):
-            raise InputError(
-                f"criterion {name!r} returned shape {tuple(result.shape)} for group {group.name} "
-                f"of {group.size} channels; return one score per channel"
-            )
-        score = result.detach().to("cpu", torch.float64)
-        if not bool(score.isfinite().all()):
-            raise InputError(
-                f"criterion {name!r} is not finite for group {group.name} ({group.layers[0]}): "
-                "look for NaN or infinite weights"
-            )
-        found[group.name] = score
-    return found
+    return _entry(name_of(criterion), criterion, None)
+
+
+def name_of(criterion: Any) -> str:
+    """The name of a criterion for messages and plans: a name, or options as in the code."""
+    if isinstance(criterion, str):
+        return criterion
+    if hasattr(criterion, "__dataclass_fields__"):
+        return repr(criterion)
+    return str(getattr(criterion, "__name__", type(criterion).__name__))
+
+
+def _entry(name: str, criterion: Criterion, needs: Iterable[str] | str | None) -> Entry:
+    found = getattr(criterion, "needs", WEIGHTS) if needs is None else needs
+    return Entry(
+        name,
+        criterion,
+        frozenset({found} if isinstance(found, str) else found),
+        getattr(criterion, "aggregate", Entry.aggregate),
+        getattr(criterion, "comparable", Entry.comparable),
+    )

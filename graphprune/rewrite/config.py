@@ -12,7 +12,7 @@ import inspect
 import types
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -23,7 +23,7 @@ from graphprune.errors import ModelError
 from graphprune.skeleton import named_modules, named_tensors
 
 Sizes = dict[Any, float]
-Field = tuple[str, ...]  # names that lead from the config to an int
+Field = tuple[str, ...]  # names that lead from the config to a number
 _NUMBERS = (int, float)
 
 
@@ -76,18 +76,18 @@ def _used(kind: type) -> frozenset[str]:
     return frozenset(names)
 
 
-def _solve(kind: type, config: Any, base: Sizes, wanted: Sizes) -> dict[Field, int] | None:
+def _solve(kind: type, config: Any, base: Sizes, wanted: Sizes) -> dict[Field, float] | None:
     """New values of fields for which the model has the wanted sizes, if there are any."""
     build = functools.partial(_built, kind, config)
     if build({}) != base:
         return None
     moving = {key for key, size in base.items() if wanted.get(key) != size}
-    fields = {field: value for field, value in _ints(config) if _matters(value, base, moving)}
+    fields = {field: value for field, value in _numbers(config) if _matters(value, base, moving)}
     effects = {}
     for field, value in fields.items():
         doubled = build({field: 2 * value}) or base
         effects[field] = {key for key in base if doubled.get(key, base[key]) != base[key]}
-    changes: dict[Field, int] = {}
+    changes: dict[Field, float] = {}
     for field, value in fields.items():
         alone = effects[field].difference(*(effects[f] for f in fields if f != field))
         guess = _guess(value, base, wanted, alone or effects[field])
@@ -98,7 +98,7 @@ def _solve(kind: type, config: Any, base: Sizes, wanted: Sizes) -> dict[Field, i
         trials = (
             {**changes, field: int(fields[field] * ratio)}
             for field in fields
-            if effects[field] & wrong
+            if effects[field] & wrong and type(fields[field]) is int
             for ratio in ratios
         )
         better = next((t for t in trials if len(_wrong(build(t), wanted)) < len(wrong)), None)
@@ -108,7 +108,7 @@ def _solve(kind: type, config: Any, base: Sizes, wanted: Sizes) -> dict[Field, i
     return changes
 
 
-def _built(kind: type, config: Any, changes: dict[Field, int]) -> Sizes | None:
+def _built(kind: type, config: Any, changes: Mapping[Field, float]) -> Sizes | None:
     """The sizes of a model with some fields of its config changed."""
     changed = copy.deepcopy(config)
     try:
@@ -126,30 +126,35 @@ def _wrong(found: Sizes | None, wanted: Sizes) -> set[Any]:
     return set(wanted) if found is None else {k for k, n in wanted.items() if found.get(k) != n}
 
 
-def _guess(value: int, base: Sizes, wanted: Sizes, keys: set[Any]) -> int | None:
+def _guess(value: float, base: Sizes, wanted: Sizes, keys: set[Any]) -> float | None:
     """The value of a field by which most of the sizes that follow it would come out right."""
-    votes: Counter[int] = Counter()
+    votes: Counter[float] = Counter()
     for key in keys:
         new, old = value * wanted.get(key, 0), base[key]
-        if type(new) is type(old) is int and old and new and new % old == 0:
+        if type(value) is float and old == value:
+            votes[wanted.get(key, 0)] += 1
+        elif type(new) is type(old) is int and old and new and new % old == 0:
             votes[new // old] += 1
     return votes.most_common(1)[0][0] if votes else None
 
 
-def _matters(value: int, base: Sizes, moving: set[Any]) -> bool:
+def _matters(value: float, base: Sizes, moving: set[Any]) -> bool:
+    if type(value) is float:
+        return any(base[key] == value for key in moving)
     return any(base[key] % value == 0 for key in moving)
 
 
-def _ints(config: Any, path: Field = ()) -> Iterator[tuple[Field, int]]:
-    """The ints of a config and of the configs inside it, larger than one."""
+def _numbers(config: Any, path: Field = ()) -> Iterator[tuple[Field, float]]:
+    """The floats of a config and of the configs inside it, and the ints larger than one."""
     for name, value in vars(config).items():
-        if type(value) is int and value > 1 and not name.startswith("_"):
+        number = type(value) is float or (type(value) is int and value > 1)
+        if number and not name.startswith("_"):
             yield (*path, name), value
         elif callable(getattr(value, "to_dict", None)) and len(path) < 3:
-            yield from _ints(value, (*path, name))
+            yield from _numbers(value, (*path, name))
 
 
-def _set(config: Any, field: Field, value: int) -> None:
+def _set(config: Any, field: Field, value: float) -> None:
     for name in field[:-1]:
         config = getattr(config, name)
     setattr(config, field[-1], value)

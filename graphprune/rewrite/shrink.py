@@ -54,6 +54,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         model = copy_module(model, memo)
     for index in plan.indices:
         _renumber(model.get_buffer(index.tensor), index, kept.get(index.tensor, {}))
+    _rescale(model, plan)
     for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
         replace_attention(model.get_submodule(owner))
     for change in plan.sizes:
@@ -132,9 +133,23 @@ def _as_parameter(small: Tensor, original: nn.Parameter) -> nn.Parameter:
 def _cut_in_place(tensor: Tensor, kept: Kept) -> None:
     grad = tensor.grad
     tensor.grad = None
-    tensor.data = cut(tensor.detach(), kept)
+    small = cut(tensor.detach(), kept)
+    if tensor.requires_grad:  # a loss that is still alive holds autograd's node, with the old shape
+        passing = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=passing, device=tensor.device)  # another dtype drops it
+    tensor.data = small
     if grad is not None:
         tensor.grad = cut(grad, kept)
+
+
+def _rescale(model: nn.Module, plan: Plan) -> None:
+    """Let weights and eps make up for statistics over fewer channels."""
+    tensors = dict(named_tensors(model)) if plan.scales else {}
+    for change in plan.scales:
+        with torch.no_grad():
+            tensors[change.tensor].mul_(change.factor)
+        if change.attribute:
+            setattr(model.get_submodule(change.module), change.attribute, change.new)
 
 
 def _resize(module: nn.Module, change: SizeChange) -> None:

@@ -43,7 +43,7 @@ class Walk:
     grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
     choices: list[Alternatives] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
-    renormalising: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    renormalising: list[tuple[Tensor, Reason, fx.Node | None]] = field(default_factory=list)
     unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
     partly_read: list[Tensor] = field(default_factory=list)
     copied: list[tuple[int, int]] = field(default_factory=list)
@@ -371,7 +371,7 @@ class Walk:
     def renormalise(self, ids: Tensor, text: str) -> None:
         """Removing these ids changes statistics (which matters when someone reads these)."""
         if self.node not in self.unused:
-            self.renormalising.append((ids.reshape(-1), self.reason(text)))
+            self.renormalising.append((ids.reshape(-1), self.reason(text), self.node))
 
     def mask(self, *layers: Tensor) -> None:
         """Zeroed parameters do not zero these ids in what the current node reads."""

@@ -1,0 +1,226 @@
+"""Batches of data: what a ``DataLoader`` yields, how a model runs on one, and the loss on one.
+
+A *batch* is a tensor (one positional input); a tuple or list whose first item is the input (a
+tensor, a tuple of positional inputs or a dict of keyword inputs) and whose other items are targets;
+or a dict of keyword inputs. *Data* is an iterable of batches: a list, a ``DataLoader``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import InputError
+
+Loss = Callable[[nn.Module, Any], Tensor]
+_KINDS = "a tensor, a tuple (input, targets...) or a dict of keyword arguments"
+_IGNORED = -100  # the target that cross entropy leaves out
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch taken apart: the arguments of the forward pass, and the targets."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    targets: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, batch: Any) -> Batch:
+        """Take apart what a ``DataLoader`` yielded.
+
+        Raises:
+            InputError: it is none of the accepted kinds, or empty.
+        """
+        if isinstance(batch, tuple | list) and batch:
+            inputs, targets = batch[0], tuple(batch[1:])
+        else:
+            inputs, targets = batch, ()
+        if isinstance(inputs, Tensor):
+            return cls((inputs,), {}, targets)
+        if isinstance(inputs, Mapping) and inputs and all(isinstance(key, str) for key in inputs):
+            return cls((), dict(inputs), targets)
+        if isinstance(inputs, tuple | list) and inputs:
+            return cls(tuple(inputs), {}, targets)
+        raise InputError(f"a batch must be {_KINDS}; found {describe(batch)}")
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with all its tensors on a device."""
+        moved = pytree.tree_map_only(
+            Tensor, lambda t: t.to(device), (self.args, self.kwargs, self.targets)
+        )
+        return Batch(*moved)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer."""
+    tensors = (*model.parameters(), *model.buffers())
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, on the model's device.
+
+    Raises:
+        InputError: the batch is none of the accepted kinds, or the model does not run on it.
+    """
+    parts = Batch.of(batch).to(device_of(model))
+    try:
+        return model(*parts.args, **parts.kwargs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"{type(model).__name__} does not run on a batch {describe(batch)}: {error}\n"
+            f"a batch must be {_KINDS}"
+        ) from error
+
+
+def loss_of(model: nn.Module, batch: Any) -> Tensor:
+    """The default loss: what the model returns as its loss, else cross entropy with the target.
+
+    Args:
+        model: returns an object or a dict with ``loss`` (as models of ``transformers`` do when
+            given labels), or logits [batch, classes, ...], as a tensor or as ``logits``.
+        batch: its target holds class indices [batch, ...].
+
+    Returns:
+        A scalar.
+
+    Raises:
+        InputError: the loss cannot be told from the output and the target.
+    """
+    output = forward(model, batch)
+    loss = _entry(output, "loss")
+    if isinstance(loss, Tensor):
+        return loss
+    logits = output if isinstance(output, Tensor) else _entry(output, "logits")
+    targets = Batch.of(batch).to(device_of(model)).targets
+    problem = _mismatch(logits, targets)
+    if problem:
+        raise InputError(
+            f"no default loss: {problem}; pass loss=, a function (model, batch) -> scalar tensor"
+        )
+    return F.cross_entropy(logits, targets[0].long(), ignore_index=_IGNORED)
+
+
+def _entry(output: Any, name: str) -> Any:
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+
+
+def _mismatch(logits: Any, targets: tuple[Any, ...]) -> str:
+    """Why cross entropy does not apply; empty when it does."""
+    if not isinstance(logits, Tensor) or logits.dim() < 2:
+        return f"the model returned {describe(logits)}, neither a loss nor logits [batch, classes]"
+    if len(targets) != 1 or not isinstance(targets[0], Tensor):
+        return f"the batch has {len(targets) or 'no'} targets, where one tensor was expected"
+    target = targets[0]
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        return f"the target {describe(target)} holds no class indices"
+    wanted = (logits.shape[0], *logits.shape[2:])
+    if target.shape != wanted:
+        return (
+            f"the target has shape {list(target.shape)} where logits {list(logits.shape)} "
+            f"need class indices of shape {list(wanted)}"
+        )
+    used = target[target != _IGNORED]
+    if used.numel() and not 0 <= int(used.min()) <= int(used.max()) < logits.shape[1]:
+        low, high = int(used.min()), int(used.max())
+        return f"the target holds classes {low}..{high} where the model has {logits.shape[1]}"
+    return ""
+
+
+def check_data(data: Any, *, passes: int = 1) -> Iterable[Any]:
+    """Data as an iterable of batches.
+
+    Args:
+        data: what the user passed.
+        passes: how often it will be gone through.
+
+    Raises:
+        InputError: it is a single batch, no iterable, or cannot be gone through that often.
+    """
+    if isinstance(data, Tensor | Mapping):
+        raise InputError(
+            f"data must be an iterable of batches, such as a list or a DataLoader; found one batch "
+            f"{describe(data)}: pass [batch]"
+        )
+    iterable = isinstance(data, Iterable) or hasattr(data, "__getitem__")
+    if isinstance(data, str | bytes) or not iterable:
+        raise InputError(
+            "data must be an iterable of batches, such as a list or a DataLoader, not "
+            f"{type(data).__name__}"
+        )
+    if passes > 1 and isinstance(data, Iterator):
+        raise InputError(
+            f"data is gone through {passes} times, but a {type(data).__name__} yields its batches "
+            "only once: pass list(data) or a DataLoader"
+        )
+    return data  # type: ignore[no-any-return]
+
+
+def batches(data: Any) -> Iterator[Any]:
+    """The batches of data, of which there must be one at least.
+
+    Raises:
+        InputError: there is none.
+    """
+    found = False
+    for batch in data:
+        found = True
+        yield batch
+    if not found:
+        text = " (a generator yields its batches only once)" if isinstance(data, Iterator) else ""
+        raise InputError(f"data holds no batches{text}")
+
+
+def count_of(data: Any) -> int | None:
+    """The number of batches, when it is known."""
+    try:
+        return len(data)
+    except TypeError:  # a generator, or a DataLoader over an iterable dataset
+        return None
+
+
+@contextlib.contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards, also on errors, modes, buffers and random states are restored.
+
+    Buffers are those of the model's modules; a module that counts its calls in one is set back.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            for place, known in places:
+                place.update(known)
+            with torch.no_grad():
+                for buffer, version, copied in buffers:
+                    if buffer._version != version:
+                        buffer.copy_(copied)
+
+
+def describe(tree: Any) -> str:
+    """Types and shapes of nested data, for messages."""
+    if isinstance(tree, Tensor):
+        return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}"
+    if isinstance(tree, tuple | list):
+        return f"({', '.join(map(describe, tree))})"
+    if isinstance(tree, Mapping):
+        return f"{{{', '.join(f'{key}: {describe(value)}' for key, value in tree.items())}}}"
+    return type(tree).__name__

@@ -1,0 +1,261 @@
+"""What criteria are given, collected in one streaming pass over batches of data.
+
+A *statistic* is what a criterion needs besides the weights. Its collector sees every product of an
+activation with a parameter while the model runs, or every gradient as soon as it is complete, and
+keeps sums by channel. A gradient is freed before the next one is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from graphprune.analysis import Group
+from graphprune.batches import Loss, at_rest, batches, check_data, count_of, forward, loss_of
+from graphprune.criteria.registry import Criterion, Entry, find
+from graphprune.errors import InputError
+from graphprune.observe import Product, observing
+from graphprune.skeleton import named_tensors
+
+Key = tuple[str, int]  # a tensor and one of its dimensions
+
+
+class Evidence(Mapping[str, Tensor]):
+    """All parameters and buffers by name, and the statistics that were asked for.
+
+    Attributes:
+        statistics: results of the collectors, by the name of the statistic.
+        batches: how many batches they come from.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        statistics: Mapping[str, Any] | None = None,
+        batches: int = 0,
+    ) -> None:
+        self.tensors = tensors
+        self.statistics = statistics or {}
+        self.batches = batches
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+class Collector:
+    """Collects one statistic in one pass; subclasses override what they listen to."""
+
+    backward: ClassVar[bool] = False  # whether the loss is differentiated
+
+    def __init__(self, model: nn.Module, slots: frozenset[Key]) -> None:
+        self.model = model
+        self.slots = slots  # of the groups that will be scored
+
+    def product(self, product: Product) -> None:
+        """A product of an activation with a parameter has just run."""
+
+    def gradient(self, name: str, parameter: Tensor) -> None:
+        """``parameter.grad`` is complete; it is freed afterwards, so keep no reference to it."""
+
+    def finish(self, batches: int) -> Any:
+        """What criteria find in ``evidence.statistics`` under the name of the statistic."""
+        raise NotImplementedError
+
+
+_COLLECTORS: dict[str, Callable[[nn.Module, frozenset[Key]], Collector]] = {}
+
+
+def register_statistic(name: str) -> Callable[[type[Collector]], type[Collector]]:
+    """Register the collector of a statistic under the name that criteria need it by.
+
+    Raises:
+        KeyError: the name is taken.
+    """
+
+    def decorate(collector: type[Collector]) -> type[Collector]:
+        if name in _COLLECTORS or name == "weights":
+            raise KeyError(f"statistic {name!r} is registered already")
+        _COLLECTORS[name] = collector
+        return collector
+
+    return decorate
+
+
+def statistics() -> tuple[str, ...]:
+    """The names of all registered statistics."""
+    return tuple(sorted(_COLLECTORS))
+
+
+def gather(
+    model: nn.Module,
+    criterion: str | Criterion,
+    groups: Sequence[Group],
+    data: Any = None,
+    loss: Loss | None = None,
+    progress: bool | None = None,
+) -> Evidence:
+    """Collect what a criterion needs, in one pass over the data.
+
+    The model runs in eval mode. Afterwards, also on errors, its modes, buffers, gradients and
+    ``requires_grad`` flags are as before. Gradients never live all at once: each is reduced to sums
+    by channel and freed when it is complete. All sums are means over the batches; with a loss that
+    is a mean over its batch, batches of one size make them exact.
+
+    Args:
+        model: runs on the batches.
+        criterion: a registered name or a callable.
+        groups: what will be scored.
+        data: an iterable of batches: tensors, tuples (input, targets...) or dicts of keyword
+            arguments. Not needed by criteria of the weights alone.
+        loss: a function (model, batch) -> scalar; when absent, the ``loss`` that the model
+            returns, else cross entropy with the target.
+        progress: show a progress bar, if the error stream is a terminal; off by default.
+
+    Raises:
+        InputError: data is missing or malformed, or the loss is not a finite scalar that depends
+            on the parameters.
+    """
+    tensors = dict(named_tensors(model))
+    entry = find(criterion)
+    needs = needed(entry)
+    if not needs:
+        return Evidence(tensors)
+    if data is None:
+        raise InputError(
+            f"criterion {entry.name!r} needs {' and '.join(needs)}: pass data=, an iterable of "
+            "batches such as a list or a DataLoader"
+        )
+    slots = frozenset((m.slot.tensor, m.slot.dim) for group in groups for m in group.members)
+    collectors = {need: _COLLECTORS[need](model, slots) for need in needs}
+    found = _Pass(model, tuple(collectors.values()), loss)
+    found.run(check_data(data), bool(progress))
+    return Evidence(
+        tensors, {need: c.finish(found.batches) for need, c in collectors.items()}, found.batches
+    )
+
+
+def needed(entry: Entry) -> tuple[str, ...]:
+    """The statistics that a criterion needs.
+
+    Raises:
+        InputError: there is no such statistic.
+    """
+    needs = sorted(entry.needs - {"weights"})
+    unknown = [need for need in needs if need not in _COLLECTORS]
+    if unknown:
+        raise InputError(
+            f"criterion {entry.name!r} needs {unknown[0]!r}, which nothing collects; "
+            f"needs: weights, {', '.join(statistics())}"
+        )
+    return tuple(needs)
+
+
+class _Pass:
+    """One pass over the data with all collectors."""
+
+    def __init__(
+        self, model: nn.Module, collectors: tuple[Collector, ...], loss: Loss | None
+    ) -> None:
+        self.model = model
+        self.loss = loss or loss_of
+        self.batches = 0
+        self.differentiated = any(c.backward for c in collectors)
+        self.listeners = [c for c in collectors if type(c).product is not Collector.product]
+        self.readers = [c for c in collectors if type(c).gradient is not Collector.gradient]
+
+    def run(self, data: Iterable[Any], progress: bool) -> None:
+        """Go through the data once."""
+        with torch.inference_mode(False), at_rest(self.model):
+            if self.differentiated:
+                with torch.enable_grad(), self._gradients() as parameters:
+                    self._batches(data, progress, lambda batch: self._backward(batch, parameters))
+            else:
+                with torch.no_grad():
+                    self._batches(data, progress, lambda batch: self._observed(forward, batch))
+
+    def _batches(self, data: Iterable[Any], progress: bool, step: Callable[[Any], Any]) -> None:
+        for batch in _shown(batches(data), count_of(data), progress):
+            step(batch)
+            self.batches += 1
+
+    def _observed(self, call: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+        if not self.listeners:
+            return call(self.model, batch)
+        with observing(self.model, self._product):
+            return call(self.model, batch)
+
+    def _product(self, product: Product) -> None:
+        with torch.no_grad():
+            for listener in self.listeners:
+                listener.product(product)
+
+    def _backward(self, batch: Any, parameters: list[Tensor]) -> None:
+        value = self._observed(self.loss, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"the loss must be a scalar tensor; found {found}")
+        level = float(value.detach())
+        if not math.isfinite(level):
+            raise InputError(f"the loss of batch {self.batches} is {level}")
+        if not value.requires_grad:
+            raise InputError(
+                "the loss does not depend on the parameters: the model or the loss detaches, or "
+                "runs under torch.no_grad()"
+            )
+        # other leaves, such as parameters of the loss, are left alone
+        torch.autograd.backward(value, inputs=parameters)
+
+    @contextlib.contextmanager
+    def _gradients(self) -> Iterator[list[Tensor]]:
+        """All parameters require gradients, and each gradient goes to the readers, then away."""
+        parameters = [
+            (name, tensor)
+            for name, tensor in named_tensors(self.model)
+            if isinstance(tensor, nn.Parameter)
+            and (tensor.is_floating_point() or tensor.is_complex())
+        ]
+        known = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for _, p in parameters]
+        try:
+            for name, parameter in parameters:
+                parameter.grad = None
+                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+                parameter.requires_grad_(True)
+                parameter.register_post_accumulate_grad_hook(self._reader(name))
+            yield [parameter for _, parameter in parameters]
+        finally:
+            for parameter, required, gradient, hooks in known:
+                parameter._post_accumulate_grad_hooks = hooks
+                parameter.requires_grad_(required)
+                parameter.grad = gradient
+
+    def _reader(self, name: str) -> Callable[[Tensor], None]:
+        def read(parameter: Tensor) -> None:
+            with torch.no_grad():
+                for reader in self.readers:
+                    reader.gradient(name, parameter)
+            parameter.grad = None
+
+        return read
+
+
+def _shown(found: Iterator[Any], count: int | None, progress: bool) -> Iterator[Any]:
+    """The batches, with a progress bar if it is wanted and someone can see it."""
+    console = Console(stderr=True)
+    if not (progress and console.is_terminal):
+        yield from found
+        return
+    with Progress(console=console, transient=True) as bar:
+        yield from bar.track(found, total=count, description="calibration batches")

@@ -1,0 +1,123 @@
+"""Masks that are held while a model trains: zeroes in the place of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from graphprune.plan import Plan
+from graphprune.skeleton import named_tensors
+
+Gone = dict[int, Tensor]  # indices that leave by dimension
+
+
+class SoftMasks:
+    """Zeroes on both sides of the channels that a plan removes, while the model trains.
+
+    What stood there is set aside, and comes back when the masks are lifted. Gradients of masked
+    weights are zeroed as they arrive, before they are accumulated, clipped or averaged over
+    ranks; weights are zeroed again by :meth:`hold`. So nothing of a masked channel reaches the
+    others, and training goes on as if it had been removed.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.plan: Plan | None = None
+        self.aside: dict[str, Tensor] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._gone: dict[str, Gone] = {}
+        self._hooks: list[RemovableHandle] = []
+
+    def put(self, plan: Plan, aside: Mapping[str, Tensor] | None = None) -> None:
+        """Mask the channels that a plan removes, in the place of those masked before.
+
+        Args:
+            plan: which channels stay; zeroed parameters must be enough to mask the others.
+            aside: weights to come back later; the present ones by default.
+
+        Raises:
+            PlanError: the plan does not fit the model.
+        """
+        plan.check(self.model)
+        self.lift()
+        tensors = dict(named_tensors(self.model))
+        for slot in plan.slots:
+            tensor = tensors[slot.tensor]
+            if not tensor.is_floating_point() and not tensor.is_complex():
+                continue  # numbers of channels
+            stays = torch.zeros(slot.size, dtype=torch.bool)
+            stays[list(slot.kept)] = True
+            gone = torch.nonzero(~stays).flatten().to(tensor.device)
+            self._gone.setdefault(slot.tensor, {})[slot.dim] = gone
+        self._tensors = {name: tensors[name] for name in self._gone}
+        self.aside = {
+            name: (tensor if aside is None else aside[name]).detach().to(tensor.device, copy=True)
+            for name, tensor in self._tensors.items()
+        }
+        self.plan = plan
+        for name, tensor in self._tensors.items():
+            _zero(tensor, self._gone[name])
+            if tensor.requires_grad:
+                self._hooks.append(tensor.register_hook(_masking(self._gone[name])))
+            if tensor.grad is not None:
+                _zero(tensor.grad, self._gone[name])
+
+    def hold(self) -> None:
+        """Zero the masked weights again, after an optimizer changed them.
+
+        Buffers are left alone: running statistics of masked channels reach nothing.
+        """
+        for name, tensor in self._tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                _zero(tensor, self._gone[name])
+
+    def lift(self) -> None:
+        """Put back what was set aside, and mask nothing."""
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                gone = self._where(name)
+                tensor.copy_(torch.where(gone, self.aside[name].to(tensor.device), tensor))
+        self.drop()
+
+    def drop(self) -> None:
+        """Forget what was set aside: the masked channels are about to be removed."""
+        for hook in self._hooks:
+            hook.remove()
+        self.plan = None
+        self._hooks, self._tensors, self._gone, self.aside = [], {}, {}, {}
+
+    def stays(self) -> Iterator[tuple[str, Tensor]]:
+        """For every masked parameter by name a boolean mask of its shape, true where it stays."""
+        for name, tensor in self._tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                yield name, ~self._where(name)
+
+    def _where(self, name: str) -> Tensor:
+        tensor = self._tensors[name]
+        gone = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+        for dim, index in self._gone[name].items():
+            gone.index_fill_(dim, index.to(tensor.device), True)
+        return gone
+
+
+def _zero(tensor: Tensor, gone: Gone) -> None:
+    with torch.no_grad():
+        for dim, index in gone.items():
+            tensor.index_fill_(dim, index.to(tensor.device), 0)
+
+
+class _masking:  # noqa: N801 (a function with state, which can be copied and pickled)
+    """Zeroes the masked part of a gradient."""
+
+    def __init__(self, gone: Gone) -> None:
+        self.gone = gone
+
+    def __call__(self, grad: Tensor) -> Tensor | None:
+        if grad.is_sparse:  # rows of a table; the weights are zeroed all the same
+            return None
+        grad = grad.clone()
+        _zero(grad, self.gone)
+        return grad
