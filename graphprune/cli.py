@@ -14,15 +14,16 @@ from typing import Annotated, Any, TextIO
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from graphprune.api import rebuild
 from graphprune.checkpoint import load, save
 from graphprune.errors import GraphPruneError, InputError, PruningWarning, VerificationError
-from graphprune.graph import ChannelGraph, trace
+from graphprune.graph import trace
 from graphprune.loading import load_model, load_weights, parse_inputs
-from graphprune.measure import Measurement, measure
-from graphprune.plan import Plan, shorten
+from graphprune.measure import measure
+from graphprune.options import Options
+from graphprune.plan import Plan
+from graphprune.printing import checks, cost, costs, groups_of_graph, groups_of_plan, report_data
 from graphprune.verify import Report
 from graphprune.verify import verify as compare
 
@@ -77,10 +78,24 @@ def demo(
 @app.command()
 def shrink(
     model: Model,
-    ratio: Annotated[float, typer.Option(help="Fraction of the channels to remove, in [0, 1).")],
+    ratio: Annotated[
+        float | None, typer.Option(help="Fraction of the channels to remove, in [0, 1).")
+    ] = None,
+    target: Annotated[
+        list[str],
+        typer.Option(help="What it may cost: macs=0.5, params=2M, bytes, memory, latency=8ms."),
+    ] = [],  # noqa: B006
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "l2",
-    scope: Annotated[str, typer.Option(help="local: of every group; global: over all.")] = "local",
+    scope: Annotated[
+        str, typer.Option(help="local: of every group; global: over all; isomorphic: of a kind.")
+    ] = "local",
     keep: Annotated[list[str], typer.Option(help="Layers that keep all channels (glob).")] = [],  # noqa: B006
+    ratios: Annotated[list[str], typer.Option(help="Of some layers: 'layer3.*=0.6'.")] = [],  # noqa: B006
+    min_kept: Annotated[float, typer.Option(help="Smallest fraction a group keeps.")] = 0.0,
+    max_kept: Annotated[float, typer.Option(help="Largest fraction a group keeps.")] = 1.0,
+    round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 1,
+    uniform: Annotated[bool, typer.Option(help="Repeated blocks keep equal widths.")] = False,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for latencies.")] = None,
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
@@ -93,19 +108,26 @@ def shrink(
     """Remove channels from a model and save what is left."""
     with _session(as_json) as session:
         _check_folders(out, plan)
+        options: Options = {
+            "criterion": criterion,
+            "scope": scope,
+            "keep": keep,
+            "seed": seed,
+            "round_to": round_to,
+            "uniform": uniform,
+            "threads": threads,
+            "ratios": {name: _number("ratios", text) for name, text in _pairs("ratios", ratios)},
+        }
+        if target:
+            options["target"] = dict(_pairs("target", target))
+        if min_kept:
+            options["min_kept"] = min_kept
+        if max_kept < 1:
+            options["max_kept"] = max_kept
         original = _model(model, weights, seed)
         example = parse_inputs(inputs, original)
         with session.status("analysing"):
-            small = rebuild(
-                original,
-                ratio,
-                example,
-                criterion=criterion,
-                scope=scope,
-                keep=keep,
-                seed=seed,
-                attention=attention,
-            )
+            small = rebuild(original, ratio, example, attention=attention, **options)
         applied: Plan = small.graphprune_plan  # type: ignore[assignment]
         report = None
         if verify:
@@ -117,8 +139,8 @@ def shrink(
             _write_plan(applied, plan)
         if out is not None:
             save(small, out)
-        session.print(_groups_of_plan(applied))
-        session.print(_costs(before, after))
+        session.print(groups_of_plan(applied))
+        session.print(costs(before, after))
         _say_verified(session, report)
         for title, path in (("small model", out), ("plan", plan)):
             if path is not None:
@@ -130,7 +152,7 @@ def shrink(
                 "model": model,
                 "before": dataclasses.asdict(before),
                 "after": dataclasses.asdict(after),
-                "verified": _report(report),
+                "verified": report_data(report),
                 "out": None if out is None else str(out),
                 "plan": json.loads(applied.to_json()),
             }
@@ -152,16 +174,16 @@ def inspect(
         example = parse_inputs(inputs, original)
         with session.status("analysing"):
             graph = trace(original, example, attention=attention)
-        cost = measure(original, graph.call, latency=False)
-        session.print(_groups_of_graph(graph))
-        session.print(_cost(cost))
+        measured = measure(original, graph.call, latency=False)
+        session.print(groups_of_graph(graph))
+        session.print(cost(measured))
         if draw is not None:
             graph.draw(draw)
             session.print(f"picture written to [bold]{escape(str(draw))}[/]")
         session.finish(
             {
                 "model": model,
-                "cost": dataclasses.asdict(cost),
+                "cost": dataclasses.asdict(measured),
                 "groups": [
                     {
                         "name": group.name,
@@ -192,9 +214,9 @@ def verify(
         loaded = load(small, original)
         with session.status("verifying"):
             report = compare(original, loaded, example, seed=seed)
-        session.print(_checks(report))
+        session.print(checks(report))
         _say_verified(session, report)
-        session.finish({"model": model, "small": str(small), "verified": _report(report)})
+        session.finish({"model": model, "small": str(small), "verified": report_data(report)})
 
 
 def main() -> None:
@@ -279,6 +301,24 @@ def _model(text: str, weights: Path | None, seed: int) -> Any:
     return model
 
 
+def _pairs(option: str, texts: list[str]) -> list[tuple[str, str]]:
+    """``name=value`` texts, taken apart."""
+    pairs = []
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name or not value:
+            raise InputError(f"--{option} is written name=value, such as macs=0.5; got {text!r}")
+        pairs.append((name, value))
+    return pairs
+
+
+def _number(option: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--{option} needs a number after the sign =, got {text!r}") from None
+
+
 def _check_folders(*paths: Path | None) -> None:
     """A wrong folder is told before anything long is done."""
     for path in paths:
@@ -295,66 +335,6 @@ def _write_plan(plan: Plan, path: Path) -> None:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
 
 
-# --- tables -----------------------------------------------------------------------------------
-
-
-def _table(title: str, *columns: str, wide: int | None = None) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    for position, column in enumerate(columns):
-        numbers = position > 0 and wide != position and column not in ("kind", "inputs")
-        table.add_column(
-            column,
-            justify="right" if numbers else "left",
-            overflow="fold",
-            no_wrap=wide is not None and position not in (wide, wide + 1),
-        )
-    return table
-
-
-def _groups_of_plan(plan: Plan) -> Table:
-    table = _table("channels kept", "group", "channels", "kind", "layers", wide=3)
-    for group in plan.groups:
-        kind = "exact" if group.exact else "renormalising"
-        kept = f"{group.size} -> {len(group.kept)}"
-        table.add_row(group.name, kept, kind, escape(shorten(group.layers, 3)))
-    return table
-
-
-def _groups_of_graph(graph: ChannelGraph) -> Table:
-    channels = sum(group.size for group in graph)
-    title = f"{type(graph.model).__name__}: {len(graph)} groups, {channels:,} removable channels"
-    table = _table(title, "group", "channels", "kind", "layers", wide=3)
-    for group in graph.analysis.all_groups:
-        layers = escape(shorten(group.layers, 3))
-        note = f"{layers}\n[dim]{escape(group.note)}[/]" if group.note else layers
-        style = "dim" if group.frozen else ""
-        table.add_row(group.name, str(group.size), group.kind, note, style=style)
-    return table
-
-
-def _costs(before: Measurement, after: Measurement) -> Table:
-    title = f"cost on {escape(after.inputs)}, {after.device}"
-    table = _table(title, "", "original", "small", "share")
-    for row in before.compare(after).rows():
-        table.add_row(*row)
-    return table
-
-
-def _cost(cost: Measurement) -> Table:
-    table = _table(f"cost on {escape(cost.inputs)}", "", "original")
-    for name, text, _ in cost.rows():
-        table.add_row(name, text)
-    return table
-
-
-def _checks(report: Report) -> Table:
-    title = f"largest relative differences, tolerance {report.tolerance:.0e}"
-    table = _table(title, "compared", "inputs", "difference", wide=0)
-    for check in report.checks:
-        table.add_row(escape(check.name), escape(check.inputs), f"{check.difference:.1e}")
-    return table
-
-
 def _say_verified(session: _Session, report: Report | None) -> None:
     if report is None:
         session.print("[yellow]not verified[/]")
@@ -364,9 +344,3 @@ def _say_verified(session: _Session, report: Report | None) -> None:
         f"[green]verified[/]: the small model equals the masked original{reference}, largest "
         f"relative difference {report.difference:.1e}"
     )
-
-
-def _report(report: Report | None) -> dict[str, Any] | None:
-    if report is None:
-        return None
-    return {**dataclasses.asdict(report), "difference": report.difference}

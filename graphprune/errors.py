@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import sys
 import warnings
 
-_HERE = os.path.dirname(__file__) + os.sep
+_INSIDE = (os.path.dirname(__file__) + os.sep, functools.__file__, contextlib.__file__)
 
 
 class GraphPruneError(Exception):
@@ -41,6 +43,10 @@ class CheckpointError(GraphPruneError, ValueError):
     """A saved file is damaged or does not fit the model."""
 
 
+class RankError(GraphPruneError, RuntimeError):
+    """Processes that train one model together do not agree on what to remove."""
+
+
 class PruningWarning(UserWarning):
     """A request could not be met as asked; the text names the groups and the reasons."""
 
@@ -48,6 +54,6 @@ class PruningWarning(UserWarning):
 def warn(text: str) -> None:
     """Give a ``PruningWarning`` at the line of the user's code that called the package."""
     level, frame = 2, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(text, PruningWarning, stacklevel=level)

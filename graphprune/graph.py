@@ -188,7 +188,7 @@ class ChannelGraph:
         self,
         model: nn.Module,
         evaluate: Callable[[nn.Module], float],
-        ratios: Sequence[float] = (0.1, 0.25, 0.5, 0.75),
+        fractions: Sequence[float] = (0.1, 0.25, 0.5, 0.75),
         **options: Unpack[Options],
     ) -> Sensitivity:
         """Measure how much an evaluation drops when each group alone loses channels.
@@ -196,8 +196,8 @@ class ChannelGraph:
         Args:
             model: the model, of the architecture that was traced.
             evaluate: a number for a model, larger for better ones; it is called with the model
-                and with one smaller model for each group and ratio, in the mode of the model.
-            ratios: the fractions to remove, in (0, 1).
+                and with one smaller model for each group and fraction, in the mode of the model.
+            fractions: how much to remove, each in (0, 1).
             options: criterion, keep, exact_only and others; see :class:`graphprune.Options`.
 
         Returns:
@@ -207,7 +207,7 @@ class ChannelGraph:
             first where that costs least.
 
         Raises:
-            InputError: a wrong ratio, a model of another architecture, or an evaluation that is
+            InputError: a wrong fraction, a model of another architecture, or an evaluation that is
                 no finite number.
 
         Example:
@@ -219,7 +219,7 @@ class ChannelGraph:
             >>> plan = graph.plan(target={"macs": 0.5}, ratios=drops)
         """
         request = Request.of(0.0, options)
-        return sensitivity(model, self.call, self.settled, evaluate, ratios, request)
+        return sensitivity(model, self.call, self.settled, evaluate, fractions, request)
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

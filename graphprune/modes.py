@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -130,6 +131,7 @@ class Functions(TorchFunctionMode):
         recorder.method = getattr(torch.Tensor, name, None) is func
         reflected = name.startswith("__r") and hasattr(torch.Tensor, f"__{name[3:]}")
         recorder.count = -1 if reflected else len(args)
+        recorder.names_of_args = _names(func)
 
     def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A shape, a size or a number of elements that knows where it comes from."""
@@ -167,6 +169,13 @@ class Dispatch(TorchDispatchMode):
         if not recorder.opaque:
             recorder.call(func, args, kwargs, out)
         return out
+
+
+@functools.cache
+def _names(func: Any) -> tuple[str, ...]:
+    """The names of the arguments of a function of torch that is written in Python."""
+    code = getattr(func, "__code__", None)
+    return code.co_varnames[: code.co_argcount] if code is not None else ()
 
 
 def _to_meta(recorder: Any) -> Callable[[Tensor], Tensor]:

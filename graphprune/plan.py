@@ -3,105 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from graphprune.changes import (
+    FREE,
+    BiasChange,
+    Cost,
+    GroupPlan,
+    IndexChange,
+    LiteralChange,
+    Rescale,
+    SizeChange,
+    SlotPlan,
+    compose,
+    compose_biases,
+    compose_groups,
+    compose_indices,
+    compose_scales,
+    compose_zeroed,
+)
 from graphprune.errors import PlanError
 from graphprune.sites import Site
-from graphprune.sizes import Attribute
 from graphprune.skeleton import named_tensors
 from graphprune.table import render
 
 FORMAT = "graphprune-plan"
 VERSION = 3
-
-
-@dataclass(frozen=True)
-class GroupPlan:
-    """The kept channels of one group, of ``size`` channels."""
-
-    name: str
-    size: int
-    kept: tuple[int, ...]
-    layers: tuple[str, ...] = ()
-    exact: bool = True
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """The kept indices along one dimension of one parameter or buffer."""
-
-    tensor: str
-    dim: int
-    size: int
-    kept: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SizeChange:
-    """A size that a module remembers: ``path`` indexes into a tuple or list."""
-
-    module: str
-    name: str
-    path: tuple[int, ...]
-    old: int
-    new: int
-
-    @property
-    def attribute(self) -> Attribute:
-        """The attribute that changes."""
-        return Attribute(self.module, self.name, self.path)
-
-
-@dataclass(frozen=True)
-class LiteralChange:
-    """A number in the code that a module runs: ``path`` of the arguments given at a site."""
-
-    module: str
-    site: Site
-    path: tuple[int | str, ...]
-    old: float
-    new: float
-    digest: str = ""  # of the source of the function
-
-
-@dataclass(frozen=True)
-class IndexChange:
-    """A buffer that permutes channels: its numbers, and which of the numbered channels stay."""
-
-    tensor: str
-    values: tuple[int, ...]
-    kept: tuple[int, ...]
-
-    def then(self, later: IndexChange) -> IndexChange:
-        """This change followed by one of the small model."""
-        return replace(self, kept=tuple(self.kept[channel] for channel in later.kept))
-
-
-@dataclass(frozen=True)
-class Rescale:
-    """A weight to multiply, and the eps of its norm, so that statistics are the masked ones."""
-
-    tensor: str
-    factor: float
-    module: str
-    attribute: str  # empty when there is no eps to change
-    old: float
-    new: float
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Parameters, MACs and bytes of parameters and buffers."""
-
-    params: int
-    macs: int
-    bytes: int
+SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower precision
+__all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "Plan", "Rescale",
+           "SizeChange", "SlotPlan", "fingerprint", "runs", "share", "shorten", "tensors_of",
+           "unrun"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +48,9 @@ class Plan:
     """Which channels of which layers stay.
 
     A plan is independent of the weights: it applies to every instance of the architecture it
-    was made for. ``print(plan)`` shows it as a table.
+    was made for. Only a plan :meth:`from_masks` may hold constants that belong to weights
+    (``biases``, ``zeroed``); it applies to the model that it was made for, which ``weights``
+    marks. ``print(plan)`` shows a plan as a table.
 
     Example:
         >>> import torch, graphprune
@@ -126,9 +67,13 @@ class Plan:
     literals: tuple[LiteralChange, ...] = ()
     indices: tuple[IndexChange, ...] = ()
     scales: tuple[Rescale, ...] = ()
+    biases: tuple[BiasChange, ...] = ()
+    zeroed: tuple[SlotPlan, ...] = ()  # masked slices that cannot leave: all but ``kept``
+    weights: float | None = None  # a mark of the weights that ``biases`` belong to
+    notes: tuple[str, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
-    before: Cost = Cost(0, 0, 0)
-    after: Cost = Cost(0, 0, 0)
+    before: Cost = FREE
+    after: Cost = FREE
     inputs: str = ""
     request: Mapping[str, Any] = field(default_factory=dict)
 
@@ -186,6 +131,58 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{name} is damaged: {type(error).__name__} {error}") from None
 
+    @classmethod
+    def from_masks(
+        cls,
+        model: nn.Module,
+        example_inputs: Any = None,
+        *,
+        masks: Mapping[str, Any] | None = None,
+        fold: str = "exact",
+        attention: str = "heads",
+    ) -> Plan:
+        """A plan that removes what is dead in a masked model, with the same output in eval mode.
+
+        A channel is dead when its readers multiply it by zero or leave as well, or when it is
+        constant: a zeroed filter behind a bias, a BatchNorm, an activation. Constants are added to
+        the biases of the readers (or taken from the running mean of the BatchNorm behind them).
+        Masks that remain (``weight_mask`` of ``torch.nn.utils.prune``) are cut with the weights.
+        Activations are taken to be finite.
+
+        Args:
+            model: the masked model: pruned with ``torch.nn.utils.prune`` in any way, before or
+                after ``prune.remove``, or with zeroed weights. It is not touched.
+            example_inputs: as for :func:`trace`; inferred when absent.
+            masks: boolean vectors by the name of a layer, one entry for each output channel, false
+                for those whose weights and biases count as zero.
+            fold: ``"exact"`` keeps a constant channel that comes out different at the borders of a
+                padded convolution, and says so in ``notes``; ``"approximate"`` takes the constant
+                of the middle for all places; ``"none"`` removes only what contributes zeroes.
+            attention: as for :func:`trace`.
+
+        Returns:
+            A plan for :func:`rebuild`. Its ``notes`` name constant channels that stay, and why.
+
+        Raises:
+            InputError: a wrong ``fold``, or a mask that fits no layer.
+            ModelError: as for :func:`trace`.
+            TraceError: the model does not run on the example inputs.
+
+        Example:
+            >>> import torch, graphprune
+            >>> from torch.nn.utils import prune
+            >>> net = torch.nn.Sequential(
+            ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
+            ... )
+            >>> _ = prune.ln_structured(net[0], "weight", 0.5, n=2, dim=0)
+            >>> small = graphprune.rebuild(net, graphprune.Plan.from_masks(net))
+            >>> x = torch.randn(3, 4)
+            >>> small[0].out_features, torch.allclose(small(x), net(x), atol=1e-6)
+            (4, True)
+        """
+        above: Any = importlib.import_module("graphprune.masks")  # it needs the channel graph
+        return above.from_masks(model, example_inputs, masks, fold, attention)
+
     def check(self, model: nn.Module) -> None:
         """Raise unless the plan was made for the architecture of ``model``.
 
@@ -193,6 +190,7 @@ class Plan:
             PlanError: names the first tensors that differ.
         """
         if fingerprint(model) == self.architecture:
+            self._check_weights(model)
             return
         applied = getattr(model, "graphprune_plan", None)
         if applied == self:
@@ -211,6 +209,15 @@ class Plan:
             "trace this model anew"
         )
 
+    def _check_weights(self, model: nn.Module) -> None:
+        if self.weights is None or any(tensor.is_meta for tensor in model.parameters()):
+            return
+        if abs(mark(model) - self.weights) > SAME_WEIGHTS:
+            raise PlanError(
+                "the plan was made from the masks of a model with other weights: make a new one "
+                "with Plan.from_masks(model)"
+            )
+
     def then(self, later: Plan) -> Plan:
         """This plan followed by one for the model it makes, as one plan for the original.
 
@@ -224,14 +231,19 @@ class Plan:
             kept = first[key].kept if key in first else tuple(range(slot.size))
             size = first[key].size if key in first else slot.size
             slots[key] = replace(slot, size=size, kept=tuple(kept[index] for index in slot.kept))
+        made = {change.tensor for change in self.biases if change.like is not None}
         return Plan(
             architecture=self.architecture,
-            groups=_compose_groups(self.groups, later.groups),
-            slots=tuple(slots.values()),
-            sizes=_compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
-            literals=_compose(self.literals, later.literals, lambda c: (c.module, c.site, c.path)),
-            indices=_compose_indices(self.indices, later.indices),
-            scales=_compose_scales(self.scales, later.scales),
+            groups=compose_groups(self.groups, later.groups),
+            slots=tuple(slot for slot in slots.values() if slot.tensor not in made),
+            sizes=compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
+            literals=compose(self.literals, later.literals, lambda c: (c.module, c.site, c.path)),
+            indices=compose_indices(self.indices, later.indices),
+            scales=compose_scales(self.scales, later.scales),
+            biases=compose_biases(self.biases, later.biases, first),
+            zeroed=(*self.zeroed, *(compose_zeroed(slot, first) for slot in later.zeroed)),
+            weights=self.weights,
+            notes=(*self.notes, *later.notes),
             evaluated=self.evaluated or later.evaluated,
             before=self.before,
             after=later.after,
@@ -256,55 +268,24 @@ class Plan:
             f"MACs {self.before.macs:,} -> {self.after.macs:,} "
             f"({share(self.after.macs, self.before.macs)})"
         )
-        return render(title, ("group", "channels", "kind", "layers"), rows)
+        folded = [f"constants go to {change.tensor}" for change in self.biases]
+        table = render(title, ("group", "channels", "kind", "layers"), rows)
+        return "\n".join((table, *folded, *self.notes))
 
 
-Change = TypeVar("Change", SizeChange, LiteralChange)
-
-
-def _compose(
-    first: Sequence[Change], later: Sequence[Change], key: Callable[[Change], Hashable]
-) -> tuple[Change, ...]:
-    changes = {key(change): change for change in first}
-    for change in later:
-        old = changes[key(change)].old if key(change) in changes else change.old
-        changes[key(change)] = replace(change, old=old)
-    return tuple(changes.values())
-
-
-def _compose_indices(
-    first: Sequence[IndexChange], later: Sequence[IndexChange]
-) -> tuple[IndexChange, ...]:
-    changes = {change.tensor: change for change in first}
-    for change in later:
-        known = changes.get(change.tensor)
-        changes[change.tensor] = change if known is None else known.then(change)
-    return tuple(changes.values())
-
-
-def _compose_scales(first: Sequence[Rescale], later: Sequence[Rescale]) -> tuple[Rescale, ...]:
-    changes = {change.tensor: change for change in first}
-    for change in later:
-        known = changes.get(change.tensor, change)
-        factor = change.factor if known is change else known.factor * change.factor
-        changes[change.tensor] = replace(change, factor=factor, old=known.old)
-    return tuple(changes.values())
-
-
-def _compose_groups(
-    first: Sequence[GroupPlan], later: Sequence[GroupPlan]
-) -> tuple[GroupPlan, ...]:
-    """Groups are matched by the layers they tie; one that cannot be matched is kept as it is."""
-    known = {group.layers: group for group in first}
-    groups = []
-    for group in later:
-        old = known.get(group.layers)
-        if old is not None and len(old.kept) == group.size:
-            kept = tuple(old.kept[index] for index in group.kept)
-            exact = group.exact and (old.exact or len(old.kept) == old.size)
-            group = replace(group, name=old.name, size=old.size, kept=kept, exact=exact)
-        groups.append(group)
-    return tuple(groups)
+def mark(model: nn.Module) -> float:
+    """A number that tells the weights of two models apart, the same in every precision."""
+    total = squares = 0.0
+    for name, tensor in tensors_of(model):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        step = tensor.numel() // 4096 + 1
+        part = tensor.detach().reshape(-1)[::step].to("cpu", torch.float64)
+        part = part[part.isfinite()]
+        start = int(hashlib.sha256(name.encode()).hexdigest()[:4], 16)
+        total += float((part * (start + torch.arange(len(part))).sin()).sum())
+        squares += float(part.square().sum())
+    return float(total / (squares**0.5 or 1.0))
 
 
 def share(part: float, whole: float) -> str:
@@ -401,6 +382,10 @@ def _plan(body: Mapping[str, Any]) -> Plan:
             IndexChange(i["tensor"], tuple(i["values"]), unrun(i["kept"])) for i in body["indices"]
         ),
         scales=tuple(Rescale(**item) for item in body["scales"]),
+        biases=tuple(BiasChange(**_tuples(item)) for item in body["biases"]),
+        zeroed=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["zeroed"]),
+        weights=body["weights"],
+        notes=tuple(body["notes"]),
         evaluated=bool(body["evaluated"]),
         before=Cost(**body["before"]),
         after=Cost(**body["after"]),

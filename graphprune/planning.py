@@ -272,11 +272,11 @@ class Draft:
             pools = {name: signature(self.analysis, groups[name]) for name in self.scores}
         found = levels(self.scores, pools)
         if self.request.allocation is not None:
-            for name in found:
+            for name, level in found.items():
                 group = groups[name]
                 known = self.request.allocation.levels(group.layers, group.size)
-                if known is not None:
-                    found[name] = known
+                unknown = np.full_like(level, np.inf)  # the last to lose channels
+                found[name] = unknown if known is None else known
         return found
 
     def _by_pattern(self, values: Mapping[str, float], what: str) -> dict[str, float]:

@@ -82,6 +82,7 @@ class Recorder:
         self.numbers: list[float] = []
         self.paths: list[ArgumentPath] = []
         self.method, self.count = False, 0
+        self.names_of_args: tuple[str, ...] = ()
         self.opaque = False
         self.recording = True
         for _, module in named_modules(model):
@@ -220,7 +221,7 @@ class Recorder:
             if not name.startswith((_TORCH, _HERE)):
                 frames.append((frame.f_code, frame.f_lasti))
             if frame.f_code is forward:
-                return find_site(frames[::-1], module, self.method, self.count)
+                return find_site(frames[::-1], module, self.method, self.count, self.names_of_args)
             frame = frame.f_back
         return None
 

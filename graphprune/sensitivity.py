@@ -143,13 +143,13 @@ def sensitivity(
     call: Call,
     settled: Settled,
     evaluate: Evaluate,
-    ratios: Sequence[float],
+    fractions: Sequence[float],
     request: Request,
 ) -> Sensitivity:
     """Measure every group by itself; see ``ChannelGraph.sensitivity``."""
-    wanted = tuple(sorted(check_ratio(ratio, "each of ratios", "") for ratio in ratios))
+    wanted = tuple(sorted(check_ratio(fraction, "each of fractions", "") for fraction in fractions))
     if not wanted or wanted[0] == 0 or len(set(wanted)) < len(wanted):
-        raise InputError(f"ratios must be different fractions in (0, 1), got {list(ratios)}")
+        raise InputError(f"fractions must be different numbers in (0, 1), got {list(fractions)}")
     if fingerprint(model) != settled.analysis.architecture:
         raise InputError("the model is not of the architecture that was traced: trace it first")
     base = _number(evaluate(model))

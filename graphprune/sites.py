@@ -37,6 +37,7 @@ class Site:
     method: bool = False
     count: int = 0
     file: str = field(default="", compare=False)
+    names: tuple[str, ...] = field(default=(), compare=False)  # of the arguments, when known
     first: int = field(default=0, compare=False)
     digest: str = field(default="", compare=False)
 
@@ -47,7 +48,11 @@ class Site:
 
 
 def find_site(
-    frames: Sequence[tuple[types.CodeType, int]], module: Any, method: bool, count: int
+    frames: Sequence[tuple[types.CodeType, int]],
+    module: Any,
+    method: bool,
+    count: int,
+    names: tuple[str, ...] = (),
 ) -> Site | None:
     """The site of the innermost of some frames, given as (code, last instruction), outermost first.
 
@@ -73,7 +78,7 @@ def find_site(
         return None
     first = function.__code__.co_firstlineno
     span = (span[0] - first, span[1] - first, *span[2:])
-    place = code.co_filename, first, digest(function.__code__)
+    place = code.co_filename, names, first, digest(function.__code__)
     return Site(tuple(steps), span, method, count, *place)
 
 
@@ -241,12 +246,15 @@ def holders(node: Any, site: Site, path: Path) -> Iterator[Holder]:
     """Where the number at ``path`` of the arguments of an expression stands (one or none)."""
     head, rest = path[0], path[1:]
     if isinstance(node, ast.Call):
-        if isinstance(head, str):
-            for keyword in node.keywords:
-                if keyword.arg == head:
-                    yield _inside(keyword, "value", rest)
-            return
-        yield from _argument(node.args, head - site.method, site.count - site.method, rest)
+        name = site.names[head] if isinstance(head, int) and head < len(site.names) else head
+        for keyword in node.keywords:
+            if keyword.arg == name:
+                yield _inside(keyword, "value", rest)
+                return
+        if isinstance(head, int):
+            yield from _argument(node.args, head - site.method, site.count - site.method, rest)
+        elif head in site.names:  # given by place, passed on by name
+            yield from _argument(node.args, site.names.index(head), len(node.args), rest)
     elif isinstance(node, ast.BinOp):
         yield Holder(node, "left" if site.count < 0 else "right", rest)
     elif isinstance(node, ast.AugAssign):
@@ -259,12 +267,12 @@ def _argument(args: list[Any], index: int, count: int, rest: Path) -> Iterator[H
     stars = [place for place, arg in enumerate(args) if isinstance(arg, ast.Starred)]
     if not stars or index < stars[0]:
         yield from [_inside(args, index, rest)] if index < len(args) else ()
-    elif len(stars) == 1 and not rest:
+    elif len(stars) == 1:
         inside = count - (len(args) - 1)
         if index - stars[0] < inside:
-            yield Holder(args[stars[0]], "value", (index - stars[0],))
+            yield Holder(args[stars[0]], "value", (index - stars[0], *rest))
         else:
-            yield Holder(args, index - inside + 1, ())
+            yield _inside(args, index - inside + 1, rest)
 
 
 def _inside(parent: Any, key: Any, rest: Path) -> Holder:
@@ -282,16 +290,17 @@ def _inside(parent: Any, key: Any, rest: Path) -> Holder:
     return holder
 
 
-def lacks(node: ast.Call, path: Path) -> bool:
+def lacks(node: ast.Call, site: Site, path: Path) -> bool:
     """Whether a call leaves out a keyword argument."""
     names = {keyword.arg for keyword in node.keywords}
-    return isinstance(path[0], str) and path[0] not in names and None not in names
+    named = isinstance(path[0], str) and path[0] not in names and None not in names
+    return named and next(holders(node, site, path), None) is None
 
 
 def changeable(site: Site, path: Path) -> bool:
     """Whether the number at ``path`` of the arguments can be changed in the source."""
     node = _index(site.file).spans.get(site.absolute)
-    return given(site, path) is not None or (isinstance(node, ast.Call) and lacks(node, path))
+    return given(site, path) is not None or (isinstance(node, ast.Call) and lacks(node, site, path))
 
 
 def is_literal(node: ast.AST) -> bool:

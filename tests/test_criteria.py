@@ -5,6 +5,7 @@ The list of tests is the registry: a criterion without a case fails here.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -77,7 +78,7 @@ HAND = {
     "geometric_median": [5 + near, 5 + root5, root5 + near],
     "lamp": [1, 0, 5 / 30],  # squared norms 25, 0, 5, each over those at least as large
     "group_norm": [math.sqrt(25 + 1), 5, 3],
-    "random": [float(x) for x in torch.rand(3, generator=torch.Generator().manual_seed(7)).double()],
+    "random": torch.rand(3, generator=torch.Generator().manual_seed(7), dtype=torch.float64),
     "taylor": [49 + 49, 0, 16 + 16],
     "taylor_activation": [3 + 4, 0, 0 + 4],  # activation times W2, both samples in one batch
     "fisher": [(9 + 16 + 49) / 2, 0, (16 + 16) / 2],
@@ -113,9 +114,7 @@ def total(model, batch):
 @pytest.mark.parametrize("name", criteria())
 def test_a_case_by_hand(name):
     assert name in HAND, f"give {name} a case worked out by hand"
-    wanted = torch.tensor(HAND[name], dtype=torch.float64)
-    if name == "random":
-        wanted = torch.rand(3, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    wanted = torch.as_tensor(HAND[name], dtype=torch.float64)
     found = score(by_hand(norm=name == "bn_scale"), name, [INPUTS], total)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
@@ -166,10 +165,9 @@ def residual():
     torch.manual_seed(3)
     net = Residual().double().eval()
     with torch.no_grad():
-        for module in net.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.5, 1.5)
-                module.bias.uniform_(0, 0.5)
+        for name, parameter in net.named_parameters():
+            if parameter.dim() == 1:  # all channels are on for some input
+                parameter.uniform_(0.5, 1.5) if "weight" in name else parameter.uniform_(0.3, 0.6)
     return net
 
 
@@ -196,18 +194,19 @@ def test_planted_dead_channels_rank_last(name):
     """In every group that a criterion sees, three channels of which nothing is left."""
     net, data = residual(), image_batches()
     graph = graphprune.trace(net, data[0][0])
-    assert len(graph) == 6
+    assert len(graph) == 5
     planted = {}
     for group in graph.groups:
         planted[group.name] = torch.randperm(group.size)[: min(3, group.size - 2)].sort().values
         silence(net, group, planted[group.name].numpy())
     evidence = gather(net, name, graph.groups, data)
-    with pytest.warns(PruningWarning) if name == "bn_scale" else warnings_are_errors():
+    with pytest.warns(PruningWarning) if name == "bn_scale" else contextlib.nullcontext():
         found = scores(name, graph.groups, evidence, 0)
-    assert len(found) == (3 if name == "bn_scale" else 6)
+    assert len(found) == (3 if name == "bn_scale" else 5)
     for group, values in found.items():
-        last = values.argsort(stable=True)[: len(planted[group])].sort().values
-        assert torch.equal(last, planted[group]), (group, values)
+        rest = torch.ones(len(values), dtype=torch.bool)
+        rest[planted[group]] = False
+        assert values[~rest].max() < 0.9 * values[rest].min(), (group, values)
 
 
 def test_random_scores_are_a_control():
@@ -218,12 +217,6 @@ def test_random_scores_are_a_control():
     for group in graph.groups:
         assert torch.equal(first[group.name], again[group.name])
         assert not torch.equal(first[group.name], other[group.name])
-
-
-def warnings_are_errors():
-    import contextlib
-
-    return contextlib.nullcontext()
 
 
 def redundant(kind):
@@ -418,7 +411,7 @@ def test_groups_that_a_criterion_cannot_see_stay_whole():
     with pytest.warns(PruningWarning) as caught:
         plan = graphprune.trace(net, data[0][0]).plan(0.5, criterion="bn_scale", scope="global")
     text = str(caught[0].message)
-    assert text.startswith("criterion 'bn_scale' cannot see 3 groups, which stay whole:\n  no batch")
+    assert text.startswith("criterion 'bn_scale' cannot see 2 groups, which stay whole:\n  no batch")
     assert caught[0].filename == __file__
     assert "(head, last)" in text
     whole = [group for group in plan.groups if len(group.kept) == group.size]

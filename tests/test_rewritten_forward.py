@@ -246,3 +246,40 @@ def test_what_cannot_be_rewritten_stays(name):
         assert graphprune.verify(model, small, x).difference < 1e-10
     else:
         assert any("cannot be changed" in group.note for group in graph.frozen)
+
+
+class ByName(Padded):
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(x)) + F.pad(input=x, pad=(0, 0, 0, 0, 4, 4)))
+
+
+class PartlyByName(Padded):
+    def forward(self, x):
+        return self.norm(self.conv(x)) + F.pad(x, pad=[0, 0, 0, 0, 4, 4], value=0.0)
+
+
+class Starred(Padded):
+    def forward(self, x):
+        return self.norm(self.conv(x)) + F.pad(x, *((0, 0, 0, 0, 4, 4),))
+
+
+class StarInside(Padded):
+    def forward(self, x):
+        return self.norm(self.conv(x)) + F.pad(x, (0, 0, 0, 0, *(4, 4)))
+
+
+class FromShapes(Padded):
+    def forward(self, x):
+        y = self.norm(self.conv(x))
+        more = (y.shape[1] - x.shape[1]) // 2
+        return y + F.pad(x, (0, 0, 0, 0, more, more))
+
+
+@pytest.mark.parametrize("block", [ByName, PartlyByName, Starred, StarInside, FromShapes])
+def test_every_spelling_of_the_padding_shrinks(block):
+    torch.manual_seed(0)
+    model = Net()
+    model.block = block()
+    small = graphprune.rebuild(model, 0.5, X)
+    assert small.stem.out_channels == 4
+    graphprune.verify(model, small, X)

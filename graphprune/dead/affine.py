@@ -37,8 +37,10 @@ class Affine:
         transposed = bool(how and how[3])
         self.taps = _taps(weight.value, self.groups, transposed)
         self.outputs, self.width = self.taps.shape[:2]
-        channels = x.value.movedim(1 if how else -1, 0).flatten(1)
-        unknown = x.unknown.movedim(1 if how else -1, 0).flatten(1)
+        channels, unknown = (
+            part.movedim(1 if how else -1, 0).reshape(part.shape[1 if how else -1], -1)
+            for part in (x.value, x.unknown)
+        )
         self.state = torch.zeros(len(channels), dtype=torch.int64)
         self.nonzero = ~unknown.any(1) & (channels != 0).any(1)
         self.state[unknown.any(1)] = UNKNOWN

@@ -179,7 +179,7 @@ def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
     for node in ast.walk(definition):
         if span_of(node) != site.absolute:
             continue
-        if isinstance(node, ast.Call) and lacks(node, path):
+        if isinstance(node, ast.Call) and lacks(node, site, path):
             node.keywords.append(ast.keyword(str(path[0]), ast.Constant(new)))
             return
         for holder in holders(node, site, path):

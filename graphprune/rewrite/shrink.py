@@ -12,6 +12,7 @@ from graphprune.attention import replace_attention
 from graphprune.copying import copy_module
 from graphprune.errors import PlanError
 from graphprune.plan import IndexChange, Plan, SizeChange
+from graphprune.rewrite.fold import fold, recompute_masked
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
 from graphprune.skeleton import named_modules, named_tensors
@@ -55,6 +56,8 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     for index in plan.indices:
         _renumber(model.get_buffer(index.tensor), index, kept.get(index.tensor, {}))
     _rescale(model, plan)
+    fold(model, plan, kept)
+    recompute_masked(model)
     for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
         replace_attention(model.get_submodule(owner))
     for change in plan.sizes:

@@ -15,6 +15,7 @@ from graphprune.rewrite.shrink import cut, kept_indices
 from graphprune.skeleton import named_tensors
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension
+Sliced = tuple[dict[str, Any], str, Tensor]
 
 
 def follow(
@@ -54,10 +55,24 @@ def follow(
         torch.Size([4, 4])
     """
     optimizer = check_optimizer(optimizer, model)
+    for state, key, value in sliced_state(optimizer, model, plan):
+        state[key] = value
+    if small is not None:
+        names = {id(tensor): name for name, tensor in named_tensors(model)}
+        _replace(optimizer, names, dict(named_tensors(small)))
+    return optimizer
+
+
+def sliced_state(optimizer: Optimizer, model: nn.Module, plan: Plan) -> list[Sliced]:
+    """What :func:`follow` puts where: a dict of states, a key, and the sliced value.
+
+    Raises:
+        InputError: a state cannot be sliced.
+    """
     names = {id(tensor): name for name, tensor in named_tensors(model)}
     kept = kept_indices(plan)
     sizes = {(slot.tensor, slot.dim): slot.size for slot in plan.slots}
-    sliced: list[tuple[dict[str, Any], str, Tensor]] = []
+    sliced = []
     for parameter, state in optimizer.state.items():
         name = names.get(id(parameter)) if isinstance(parameter, Tensor) else None
         if name is None or name not in kept:
@@ -68,11 +83,7 @@ def follow(
             dims = _dims(value, before, kept[name], f"{where} {key!r}")
             if dims:
                 sliced.append((state, key, cut(value, dims)))
-    for state, key, value in sliced:
-        state[key] = value
-    if small is not None:
-        _replace(optimizer, names, dict(named_tensors(small)))
-    return optimizer
+    return sliced
 
 
 def _dims(value: Any, before: tuple[int, ...], kept: Kept, where: str) -> dict[int, Tensor]:
@@ -115,8 +126,7 @@ def check_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
     """The optimizer under its wrappers, if it trains the model.
 
     Raises:
-        InputError: it is no optimizer, or has none of the model's parameters, or has parameters
-            of the same names and shapes that are others.
+        InputError: it is no optimizer, or has none of the model's parameters.
     """
     found = unwrapped(optimizer)
     if not isinstance(found, Optimizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class SoftMasks:
         for name, tensor in self._tensors.items():
             _zero(tensor, self._gone[name])
             if tensor.requires_grad:
-                self._hooks.append(tensor.register_hook(_masking(self._gone[name])))
+                self._hooks.append(tensor.register_hook(partial(_masked, self._gone[name])))
             if tensor.grad is not None:
                 _zero(tensor.grad, self._gone[name])
 
@@ -104,20 +105,14 @@ class SoftMasks:
 
 
 def _zero(tensor: Tensor, gone: Gone) -> None:
+    if tensor.is_sparse:  # the gradient of a table, by rows; its weights are zeroed all the same
+        return
     with torch.no_grad():
         for dim, index in gone.items():
             tensor.index_fill_(dim, index.to(tensor.device), 0)
 
 
-class _masking:  # noqa: N801 (a function with state, which can be copied and pickled)
-    """Zeroes the masked part of a gradient."""
-
-    def __init__(self, gone: Gone) -> None:
-        self.gone = gone
-
-    def __call__(self, grad: Tensor) -> Tensor | None:
-        if grad.is_sparse:  # rows of a table; the weights are zeroed all the same
-            return None
-        grad = grad.clone()
-        _zero(grad, self.gone)
-        return grad
+def _masked(gone: Gone, grad: Tensor) -> Tensor:
+    grad = grad.clone()
+    _zero(grad, gone)
+    return grad

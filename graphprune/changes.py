@@ -1,0 +1,187 @@
+"""What plans are made of: records of single changes, and how they compose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from graphprune.sites import Site
+from graphprune.sizes import Attribute
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The kept channels of one group, of ``size`` channels."""
+
+    name: str
+    size: int
+    kept: tuple[int, ...]
+    layers: tuple[str, ...] = ()
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """The kept indices along one dimension of one parameter or buffer."""
+
+    tensor: str
+    dim: int
+    size: int
+    kept: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class SizeChange:
+    """A size that a module remembers: ``path`` indexes into a tuple or list."""
+
+    module: str
+    name: str
+    path: tuple[int, ...]
+    old: int
+    new: int
+
+    @property
+    def attribute(self) -> Attribute:
+        """The attribute that changes."""
+        return Attribute(self.module, self.name, self.path)
+
+
+@dataclass(frozen=True)
+class LiteralChange:
+    """A number in the code that a module runs: ``path`` of the arguments given at a site."""
+
+    module: str
+    site: Site
+    path: tuple[int | str, ...]
+    old: float
+    new: float
+    digest: str = ""  # of the source of the function
+
+
+@dataclass(frozen=True)
+class IndexChange:
+    """A buffer that permutes channels: its numbers, and which of the numbered channels stay."""
+
+    tensor: str
+    values: tuple[int, ...]
+    kept: tuple[int, ...]
+
+    def then(self, later: IndexChange) -> IndexChange:
+        """This change followed by one of the small model."""
+        return replace(self, kept=tuple(self.kept[channel] for channel in later.kept))
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """A weight to multiply, and the eps of its norm, so that statistics are the masked ones."""
+
+    tensor: str
+    factor: float
+    module: str
+    attribute: str  # empty when there is no eps to change
+    old: float
+    new: float
+
+
+@dataclass(frozen=True)
+class BiasChange:
+    """Constants of removed channels, added to a vector along the outputs of their reader.
+
+    ``values`` has an entry for each channel of the original. A vector that does not exist yet is a
+    new bias: ``like`` is then the weight and its dimension that lie along the same channels.
+    """
+
+    tensor: str
+    values: tuple[float, ...]
+    like: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, MACs and bytes of parameters and buffers."""
+
+    params: int
+    macs: int
+    bytes: int
+
+
+FREE = Cost(0, 0, 0)
+
+
+Change = TypeVar("Change", SizeChange, LiteralChange)
+
+
+def compose(
+    first: Sequence[Change], later: Sequence[Change], key: Callable[[Change], Hashable]
+) -> tuple[Change, ...]:
+    """Changes of numbers: the first old number, the last new one."""
+    changes = {key(change): change for change in first}
+    for change in later:
+        old = changes[key(change)].old if key(change) in changes else change.old
+        changes[key(change)] = replace(change, old=old)
+    return tuple(changes.values())
+
+
+def compose_indices(
+    first: Sequence[IndexChange], later: Sequence[IndexChange]
+) -> tuple[IndexChange, ...]:
+    """Changes of buffers of channel numbers."""
+    changes = {change.tensor: change for change in first}
+    for change in later:
+        known = changes.get(change.tensor)
+        changes[change.tensor] = change if known is None else known.then(change)
+    return tuple(changes.values())
+
+
+def compose_scales(first: Sequence[Rescale], later: Sequence[Rescale]) -> tuple[Rescale, ...]:
+    """Factors multiply."""
+    changes = {change.tensor: change for change in first}
+    for change in later:
+        known = changes.get(change.tensor, change)
+        factor = change.factor if known is change else known.factor * change.factor
+        changes[change.tensor] = replace(change, factor=factor, old=known.old)
+    return tuple(changes.values())
+
+
+def compose_groups(first: Sequence[GroupPlan], later: Sequence[GroupPlan]) -> tuple[GroupPlan, ...]:
+    """Groups are matched by the layers they tie; one that cannot be matched is kept as it is."""
+    known = {group.layers: group for group in first}
+    groups = []
+    for group in later:
+        old = known.get(group.layers)
+        if old is not None and len(old.kept) == group.size:
+            kept = tuple(old.kept[index] for index in group.kept)
+            exact = group.exact and (old.exact or len(old.kept) == old.size)
+            group = replace(group, name=old.name, size=old.size, kept=kept, exact=exact)
+        groups.append(group)
+    return tuple(groups)
+
+
+def compose_biases(
+    first: Sequence[BiasChange],
+    later: Sequence[BiasChange],
+    slots: Mapping[tuple[str, int], SlotPlan],
+) -> tuple[BiasChange, ...]:
+    """Constants add up; ``slots`` are what the first plan left of each dimension."""
+    changes = {change.tensor: change for change in first}
+    for change in later:
+        known = changes.get(change.tensor, change)
+        slot = slots.get(known.like or (change.tensor, 0))
+        size, places = len(change.values), range(len(change.values))
+        kept = places if slot is None else slot.kept
+        total = [0.0] * (size if slot is None else slot.size)
+        total = total if known is change else [*known.values]
+        for place, value in zip(kept, change.values):
+            total[place] += value
+        changes[change.tensor] = BiasChange(change.tensor, tuple(total), known.like)
+    return tuple(changes.values())
+
+
+def compose_zeroed(slot: SlotPlan, first: Mapping[tuple[str, int], SlotPlan]) -> SlotPlan:
+    """What a plan for a small model zeroes, in the original."""
+    known = first.get((slot.tensor, slot.dim))
+    if known is None:
+        return slot
+    gone = {known.kept[index] for index in set(range(slot.size)) - set(slot.kept)}
+    return replace(slot, size=known.size, kept=tuple(i for i in range(known.size) if i not in gone))

@@ -1,0 +1,1 @@
+"""Callbacks for Lightning and for the Trainer of transformers."""
