@@ -53,8 +53,12 @@ def reference() -> str:
             "Criteria",
             "graphprune.criteria",
             [
-                *(getattr(criteria, name) for name in criteria.criteria()),
+                *scorers(),
                 criteria.register_criterion,
+                criteria.register_statistic,
+                criteria.gather,
+                criteria.scores,
+                *(criteria.Collector, criteria.Evidence, criteria.Unseen),
                 *(analysis.Group, analysis.Member, analysis.Slot),
             ],
         ),
@@ -63,6 +67,12 @@ def reference() -> str:
         *errors_chapter(tree),
     ]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def scorers() -> Iterator[Any]:
+    """The classes of the registered criteria, and functions, each once."""
+    found = (criteria.find(name).function for name in criteria.criteria())
+    yield from dict.fromkeys(f if inspect.isfunction(f) else type(f) for f in found)
 
 
 def chapter(title: str, package: str, things: list[Any]) -> Iterator[str]:

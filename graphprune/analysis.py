@@ -124,7 +124,7 @@ class Analysis:
         )  # ids made from here on belong to no parameter
         for record in records:
             walk.run(record.graph)
-        units = resolve(ties, walk.choices, walk.grids)
+        units = resolve(ties, walk.choices, walk.grids, walk.aligned)
         for choice, label in units.chosen:
             if label == "equal columns" and isinstance(choice.owner, Reason):
                 walk.renormalising.append((choice.ids, choice.owner, None))

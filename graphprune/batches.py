@@ -103,7 +103,7 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
         return loss
     logits = output if isinstance(output, Tensor) else _entry(output, "logits")
     targets = Batch.of(batch).to(device_of(model)).targets
-    problem = _mismatch(logits, targets)
+    problem = _mismatch(output if logits is None else logits, targets)
     if problem:
         raise InputError(
             f"no default loss: {problem}; pass loss=, a function (model, batch) -> scalar tensor"
@@ -196,7 +196,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
     Buffers are those of the model's modules; a module that counts its calls in one is set back.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
@@ -210,8 +210,8 @@ def at_rest(model: nn.Module) -> Iterator[None]:
             for place, known in places:
                 place.update(known)
             with torch.no_grad():
-                for buffer, version, copied in buffers:
-                    if buffer._version != version:
+                for buffer, copied in buffers:
+                    if not torch.equal(buffer, copied):  # batch norm bumps no version
                         buffer.copy_(copied)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from graphprune.analysis import Analysis
-from graphprune.costs import Costs, Counts
+from graphprune.costs import Costs, Counts, Polynomials
 from graphprune.counting import COUNTS
 from graphprune.errors import InputError
 from graphprune.measure import bytes_text, count_text
@@ -48,16 +48,23 @@ class Budget:
     scales: dict[str, float] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.costs = Costs(self.analysis, self.targets)
+        counted = [name for name in self.targets if name != "latency"]
+        self.costs = Costs(self.analysis, counted)
         whole = np.ones(len(self.analysis.units.labels), bool)
-        self.before = {name: self.costs.exact(name, whole) for name in self.targets}
-        self.limits = {name: target.of(self.before[name]) for name, target in self.targets.items()}
+        self.before = {name: self.costs.exact(name, whole) for name in counted}
+        self.limits = {name: self.targets[name].of(self.before[name]) for name in counted}
         self.scales = dict.fromkeys(self.targets, 1.0)
+
+    def time(self, part: Polynomials, before: float, limit: float) -> None:
+        """From now on, limit the latency: as foreseen, of the whole model, and at most."""
+        self.costs.parts["latency"] = part
+        self.before["latency"] = before
+        self.limits["latency"] = limit
 
     def tightness(self, counts: Counts) -> float:
         """The largest share of a limit that is used."""
         found = self.costs.of(counts)
-        return max(found[name] * self.scales[name] / self.limits[name] for name in self.targets)
+        return max(found[name] * self.scales[name] / self.limits[name] for name in self.limits)
 
     def search(self, path: Path) -> Counts:
         """The counts of the largest model on (or beside) a path that is within all limits.
@@ -73,7 +80,9 @@ class Budget:
             if counts is None:
                 break
             alive = self.alive(counts)
-            exact = {name: self.costs.exact(name, alive) for name in self.targets}
+            exact = {
+                name: self.costs.exact(name, alive) for name in self.limits if name != "latency"
+            }
             if all(exact[name] <= self.limits[name] for name in exact):
                 return counts
             for name, amount in exact.items():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
+
+import torch
+from torch import Tensor
 
 from graphprune.sites import Site
 from graphprune.sizes import Attribute
@@ -23,12 +27,65 @@ class GroupPlan:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """The kept indices along one dimension of one parameter or buffer."""
+    """The kept indices along one dimension of one parameter or buffer.
+
+    Where the groups of a convolution keep different input channels, ``kept`` holds equally many
+    indices for each of several ``blocks`` of rows of the weight, block by block.
+    """
 
     tensor: str
     dim: int
     size: int
     kept: tuple[int, ...]
+    blocks: int = 1
+
+    @property
+    def width(self) -> int:
+        """How many slices stay."""
+        return len(self.kept) // self.blocks
+
+    @property
+    def by_block(self) -> tuple[tuple[int, ...], ...]:
+        """The kept indices of every block."""
+        return tuple(
+            self.kept[number * self.width : (number + 1) * self.width]
+            for number in range(self.blocks)
+        )
+
+    def stays(self, shape: Sequence[int]) -> Tensor:
+        """For a tensor of this shape what stays: a boolean mask that broadcasts to it."""
+        found = torch.zeros(self.blocks, self.size, dtype=torch.bool)
+        found.scatter_(1, torch.tensor(self.kept).reshape(self.blocks, -1), True)
+        sides = [1] * len(shape)
+        sides[self.dim] = self.size
+        if self.blocks == 1:
+            return found.reshape(sides)
+        rows = found.repeat_interleave(shape[0] // self.blocks, 0)
+        sides[0] = shape[0]
+        return rows.reshape(sides)
+
+    def then(self, later: SlotPlan) -> SlotPlan:
+        """This change followed by one of the small tensor."""
+        blocks = max(self.blocks, later.blocks)
+        mine, others = (
+            slot.by_block if slot.blocks == blocks else slot.by_block * blocks
+            for slot in (self, later)
+        )
+        kept = tuple(own[index] for own, rest in zip(mine, others) for index in rest)
+        return replace(self, kept=kept, blocks=blocks)
+
+    def before(self, rows: SlotPlan) -> SlotPlan:
+        """The blocks of a small tensor as blocks of the one whose rows were cut before."""
+        height = rows.size // self.blocks
+        left = Counter(row // height for row in rows.kept)
+        if len(left) == self.blocks and len(set(left.values())) == 1:
+            return self
+        height = len(rows.kept) // self.blocks  # whole blocks left
+        own = iter(self.by_block)
+        staying = {row // height for row in rows.kept}
+        spare = tuple(range(self.width))
+        parts = [next(own) if n in staying else spare for n in range(rows.size // height)]
+        return replace(self, kept=tuple(i for part in parts for i in part), blocks=len(parts))
 
 
 @dataclass(frozen=True)
@@ -95,6 +152,29 @@ class BiasChange:
     tensor: str
     values: tuple[float, ...]
     like: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class MergeChange:
+    """Slices of a weight that are added to another slice, each times its factor.
+
+    ``mask`` is a buffer that the weight is multiplied with; the slice ``into`` is then unmasked.
+    """
+
+    tensor: str
+    dim: int
+    into: int
+    sources: tuple[int, ...]
+    factors: tuple[float, ...]
+    mask: str | None = None
+
+    def before(self, slots: Mapping[tuple[str, int], SlotPlan]) -> MergeChange:
+        """The same change of the original of a small model."""
+        slot = slots.get((self.tensor, self.dim))
+        if slot is None:
+            return self
+        sources = tuple(slot.kept[source] for source in self.sources)
+        return replace(self, into=slot.kept[self.into], sources=sources)
 
 
 @dataclass(frozen=True)

@@ -271,7 +271,7 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
             "rebuild, not the small one"
         )
     first = aliases(original)
-    sizes = {(slot.tensor, slot.dim): len(slot.kept) for slot in content.plan.slots}
+    sizes = {(slot.tensor, slot.dim): slot.width for slot in content.plan.slots}
     found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
     found |= {name: found[owner] for name, owner in content.aliases.items() if owner in found}
     expected = {

@@ -14,10 +14,11 @@ from torch.utils import _pytree as pytree
 
 from graphprune.copying import copy_module
 from graphprune.errors import GraphPruneError, ModelError, TraceError, VerificationError
-from graphprune.inputs import Call
+from graphprune.inputs import Call, resized
 from graphprune.kernels import GROUPED_MM, grouped_mm
 from graphprune.mask import MaskedForward, mask
 from graphprune.plan import Plan
+from graphprune.reference import as_given, with_constants
 from graphprune.rewrite.shrink import cut, kept_indices, shrink
 from graphprune.skeleton import named_tensors
 from graphprune.trace import record
@@ -64,8 +65,8 @@ class Session:
         """The example inputs, another batch size and another resolution, as the model allows."""
         seen: list[str] = []
         for name, change in (
-            ("another batch size", lambda t, c: _resized(t, c, batch=True, side=False)),
-            ("another resolution", lambda t, c: _resized(t, c, batch=True, side=True)),
+            ("another batch size", lambda t, c: resized(t, c, batch=True, side=False)),
+            ("another resolution", lambda t, c: resized(t, c, batch=True, side=True)),
         ):
             inputs = self.random(call, change)
             if inputs is not None and str(inputs) not in seen and self.runs(inputs):
@@ -146,6 +147,13 @@ class Session:
             except Exception as error:
                 self._fail(name, call, training, f"{type(error).__name__}: {error}")
         return self._compare(name, call, wanted, found, training)
+
+    def given(self, name: str, call: Call) -> Check:
+        """Compare with the original itself, whose constants a plan from masks has moved."""
+        with torch.no_grad():
+            wanted = self._run(as_given(self.original, self.plan), call, training=False)
+            found = self._run(self.small, call, training=False)
+        return self._compare(name, call, wanted, found, training=False)
 
     def _compare(self, name: str, call: Call, wanted: Any, found: Any, training: bool) -> Check:
         left, right = (_tensors(out) for out in (wanted, found))
@@ -254,7 +262,8 @@ class Session:
 
             return keep
 
-        forward = MaskedForward(self.original, copy_module(self.original, {}), self.plan)
+        original = with_constants(self.original, self.plan)
+        forward = MaskedForward(original, copy_module(original, {}), self.plan)
         forward.module.train(training)
         small = copy_module(self.small, {})
         handles = [m.register_forward_hook(hook(n)) for n, m in small.named_modules()]
@@ -341,14 +350,21 @@ def difference(wanted: Tensor, found: Tensor, floor: float = 0.0) -> float:
 
 
 def _unround(copied: nn.Module, small: nn.Module, original: nn.Module, plan: Plan) -> None:
-    """Undo the rounding of weights that were rescaled in a lower precision."""
+    """Undo the rounding of weights that were rescaled or added to in a lower precision."""
     kept, tensors = kept_indices(plan), dict(named_tensors(original))
     given, promoted = dict(named_tensors(small)), dict(named_tensors(copied))
-    for change in plan.scales:
-        exact = cut(tensors[change.tensor].detach(), kept.get(change.tensor, {})) * change.factor
-        rounded = given[change.tensor].detach()
+    exacts = {
+        change.tensor: tensors[change.tensor].detach() * change.factor for change in plan.scales
+    }
+    for added in plan.biases:
+        values = torch.tensor(added.values, dtype=torch.float64)
+        vector = tensors.get(added.tensor)
+        exacts[added.tensor] = values if vector is None else vector.detach() + values.to(vector)
+    for name, whole in exacts.items():
+        exact = cut(whole, kept.get(name, {}))
+        rounded = given[name].detach()
         if torch.allclose(exact.to(rounded), rounded, rtol=4 * torch.finfo(rounded.dtype).eps):
-            promoted[change.tensor].data = exact
+            promoted[name].data = exact
 
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -368,22 +384,3 @@ def _tensors(out: Any) -> list[Tensor]:
     if not isinstance(out, Tensor | tuple | list | dict) and hasattr(out, "__dict__"):
         out = vars(out)
     return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
-
-
-def _resized(tensor: Tensor, call: Call, batch: bool, side: bool) -> tuple[int, ...] | None:
-    """The shape at another batch size, and at another resolution for image-like floats."""
-    shape = list(tensor.shape)
-    sizes = {t.shape[0] for t in call.tensors() if t.dim()}
-    if batch and shape and len(sizes) == 1:
-        shape[0] += 1
-    if side:
-        if tensor.dim() < 4 or not tensor.is_floating_point():
-            return None if not tensor.is_floating_point() else tuple(shape)
-        for dim in range(tensor.dim() - 2, tensor.dim()):
-            shape[dim] = _other_side(shape[dim])
-    return tuple(shape)
-
-
-def _other_side(side: int) -> int:
-    """A smaller side for large images, a larger one for small images."""
-    return side // 64 * 32 if side >= 128 else side + 8

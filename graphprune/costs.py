@@ -18,6 +18,7 @@ from torch import fx
 from graphprune.activations import lifetimes, peak_activations
 from graphprune.analysis import Analysis
 from graphprune.counting import COUNTS, macs
+from graphprune.ids import KEPT
 from graphprune.plan import Cost
 
 Counts = np.ndarray  # kept channels of every removable group, in the order of the groups
@@ -114,18 +115,36 @@ class Forms:
         """The shape of a recorded value: ints, and sums where channels can leave."""
         if node not in self._sizes:
             value = self.analysis.values[node]
-            labels = self.analysis.units.labels
             found: dict[int, list[np.ndarray]] = {}
             for layer in value.layers:
+                labels = self.analysis.units.labels[layer.numpy()]
                 for dim, extent in enumerate(layer.shape):
                     if extent > 1:
-                        line = layer.movedim(dim, 0).flatten(1)[:, 0]
-                        found.setdefault(dim, []).append(labels[line.numpy()])
+                        grid = np.moveaxis(labels, dim, 0).reshape(extent, -1)
+                        found.setdefault(dim, []).append(self._line(grid))
             self._sizes[node] = tuple(
                 self.size(found[dim], extent) if dim in found else extent
                 for dim, extent in enumerate(value.shape)
             )
         return self._sizes[node]
+
+    def _line(self, grid: np.ndarray) -> np.ndarray:
+        """The unit on which each position of a dimension hangs, given the units it meets.
+
+        A position stays if any of them stays; of a whole group, some always do.
+        """
+        line: np.ndarray = grid[:, 0]
+        if (grid == grid[:, :1]).all():
+            return line
+        always = self.analysis.units.labels[KEPT]
+        if (grid == grid[:1]).all():
+            return np.full_like(line, always)
+        line = line.copy()
+        for place, units in enumerate(grid):
+            owners, counts = np.unique(self.owner[np.unique(units)], return_counts=True)
+            if owners[0] == 0 or (counts == self.full[owners - 1]).any():
+                line[place] = always
+        return line
 
     def slots(self) -> dict[str, list[Any]]:
         """The sizes of every parameter and buffer that has dimensions."""
@@ -140,7 +159,7 @@ class Forms:
         """All forms, and a last one that is always 1; shape [forms + 1, 1 + groups]."""
         one = np.zeros((1, len(self.full) + 1))
         one[0, 0] = 1
-        return np.concatenate([np.array(self.rows).reshape(len(self.rows), -1), one])
+        return np.vstack([*self.rows, one])
 
 
 @dataclass(frozen=True)
@@ -224,8 +243,10 @@ class Costs:
         return float(getattr(cost(self.analysis, alive), name))
 
     def _one(self, name: str, values: np.ndarray) -> float:
+        if name == "latency":
+            return float(values[0])  # milliseconds; all else is whole numbers
         if name != "memory":
-            return float(values[0])
+            return float(np.rint(values[0]))
         change = np.zeros(self.ends.max() + 2)
         np.add.at(change, self.starts, values)
         np.subtract.at(change, self.ends + 1, values)

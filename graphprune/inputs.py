@@ -126,3 +126,22 @@ def infer(model: nn.Module, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
         + (f" (tried {'; '.join(tried)})" if tried else " (no convolution, linear or embedding)")
         + ": pass example_inputs=, a tensor, a tuple or a dict of keyword arguments"
     ) from error
+
+
+def resized(tensor: Tensor, call: Call, batch: bool, side: bool) -> tuple[int, ...] | None:
+    """The shape at another batch size, and at another resolution for image-like floats."""
+    shape = list(tensor.shape)
+    sizes = {t.shape[0] for t in call.tensors() if t.dim()}
+    if batch and shape and len(sizes) == 1:
+        shape[0] += 1
+    if side:
+        if tensor.dim() < 4 or not tensor.is_floating_point():
+            return None if not tensor.is_floating_point() else tuple(shape)
+        for dim in range(tensor.dim() - 2, tensor.dim()):
+            shape[dim] = _other_side(shape[dim])
+    return tuple(shape)
+
+
+def _other_side(side: int) -> int:
+    """A smaller side for large images, a larger one for small images."""
+    return side // 64 * 32 if side >= 128 else side + 8

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.analysis import Analysis
+from graphprune.blocks import fine_labels
 from graphprune.copying import copy_module
 from graphprune.errors import PlanError
 from graphprune.inputs import Call
@@ -26,6 +27,7 @@ from graphprune.kernels import grouped_mm
 from graphprune.modes import leak
 from graphprune.plan import Plan
 from graphprune.recorder import Record
+from graphprune.reference import with_constants
 from graphprune.rules import Value
 from graphprune.skeleton import named_tensors
 from graphprune.trace import record
@@ -62,16 +64,16 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
             "this plan follows a renormalising one by an exact one: no single masked model equals "
             "both; verify them one by one"
         )
-    masked = copy_module(model, {})
+    masked = with_constants(model, plan)
     if plan.evaluated:
-        masked.forward = MaskedForward(copy_module(model, {}), masked, plan)  # type: ignore[assignment]
+        template = copy_module(masked, {})
+        masked.forward = MaskedForward(template, masked, plan)  # type: ignore[assignment]
         return masked
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
         for slot in plan.slots:
-            gone = sorted(set(range(slot.size)) - set(slot.kept))
             tensor = tensors[slot.tensor]
-            tensor.index_fill_(slot.dim, torch.tensor(gone, device=tensor.device), 0)
+            tensor.masked_fill_(~slot.stays(tensor.shape).to(tensor.device), 0)
     return masked
 
 
@@ -129,16 +131,18 @@ class Masks:
     def __init__(self, analysis: Analysis, plan: Plan) -> None:
         self.analysis = analysis
         self.readers = analysis.walk.readers
-        labels = analysis.units.labels
+        labels = fine_labels(analysis) if plan.free_columns else analysis.units.labels
         self.plain = bool(plan.scales)  # statistics of the masked values themselves
         self.slots = plan.slots if "after" in plan.request else ()  # of several plans in a row
         self.alive = np.ones(len(labels), bool)
         starts = {(slot.tensor, slot.dim): slot.start for slot in analysis.slots}
         for slot in plan.slots:
+            if slot.blocks > 1:
+                continue  # what it reads is zeroed
             gone = np.setdiff1d(np.arange(slot.size), slot.kept)
             self.alive[starts[slot.tensor, slot.dim] + gone] = False
         fresh = analysis.walk.first_fresh  # constants leave with the last channel they are tied to
-        owned = np.zeros(len(analysis.units.frozen), bool)
+        owned = np.zeros(int(labels.max()) + 1, bool)
         owned[labels[:fresh]] = True
         alive = ~owned
         np.logical_or.at(alive, labels[:fresh], self.alive[:fresh])
@@ -149,10 +153,7 @@ class Masks:
         for slot in self.slots:
             tensor = tensors[slot.tensor]
             if tensor.requires_grad or isinstance(tensor, nn.Parameter):  # buffers are updated
-                keep = torch.zeros(slot.size, dtype=torch.bool)
-                keep[list(slot.kept)] = True
-                shape = [-1 if dim == slot.dim else 1 for dim in range(tensor.dim())]
-                tensors[slot.tensor] = zeroed(tensor, keep.reshape(shape))
+                tensors[slot.tensor] = zeroed(tensor, slot.stays(tensor.shape))
         return tensors
 
     def of(self, node: fx.Node) -> Tensor | None:

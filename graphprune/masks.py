@@ -6,25 +6,29 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from graphprune.comparing import resized
 from graphprune.copying import copy_module
-from graphprune.dead import Pass, Search
+from graphprune.dead import Pass, Search, agree
 from graphprune.errors import InputError, TraceError
 from graphprune.feasible import feasible
 from graphprune.graph import trace
-from graphprune.inputs import Call
+from graphprune.inputs import Call, resized
 from graphprune.plan import BiasChange, Cost, Plan, SlotPlan, mark, shorten
+from graphprune.planning import assemble
+from graphprune.rescaling import Rescaling
 from graphprune.skeleton import aliases, named_modules, named_tensors
 
 FOLDS = ("exact", "approximate", "none")
 
 
 def from_masks(
-    model: nn.Module, example_inputs: Any, masks: Mapping[str, Any] | None, fold: str, attention: str
+    model: nn.Module,
+    example_inputs: Any,
+    masks: Mapping[str, Any] | None,
+    fold: str,
+    attention: str,
 ) -> Plan:
     """See :meth:`graphprune.Plan.from_masks`."""
     if fold not in FOLDS:
@@ -33,45 +37,155 @@ def from_masks(
     zeroed = _zeroed(model, masks or {})
     masked = _apply(model, zeroed) if zeroed else model
     passes = _passes(masked, graph.call, attention, fold)
+    agree(passes, fold)
     settled = graph.settled.copy()
     used = frozenset(
         str(n.target) for n in settled.analysis.records[0].graph.nodes if n.op == "get_attr"
     )
     while True:
-        search = Search(settled.analysis, passes, used)
-        biases = search.run()
+        rescaling = Rescaling.of(settled.analysis, model)
+        search = Search(settled.analysis, passes, used, rescaling.covers)
+        biases, merges = search.run()
         kept = search.kept()
         if feasible(model, graph.call, settled, kept):
             break
-    graph = replace(graph, settled=settled)
-    plan = graph.plan_of(kept, {"masks": True, "fold": fold}, check=False)
+    request = {"masks": True, "fold": fold}
+    plan = assemble(graph.call, settled, kept, request, rescaling)
     left = _left(zeroed, plan)
     return replace(
         plan,
         biases=biases,
+        merges=merges,
         zeroed=left,
-        weights=mark(model) if biases or left else None,
-        notes=(*search.notes(), *_approximated(passes[0], search, fold)),
+        weights=mark(model) if biases or merges or left else None,
+        notes=(*search.notes(), *search.approximated()),
         after=_with_biases(plan, biases, model),
     )
 
 
 def _passes(model: nn.Module, call: Call, attention: str, fold: str) -> list[Pass]:
-    """The example inputs, few of them, and others, for which constants must be the same."""
-    found: list[Pass] = []
-    for call in (_few(model, call), call):
-        try:
-            found.append(Pass(model, call, attention, fold))
-            break
-        except TraceError:
-            if call is not _few(model, call) and found:
-                raise
+    """A few of the example inputs, and inputs of another shape, where constants must be the same.
+
+    A constant that reaches the border of a map, or the mean of one, may depend on its size.
+    """
+    few = _few(call)
+    try:
+        found = [Pass(model, few, attention, fold)]
+    except TraceError:
+        few = call
+        found = [Pass(model, few, attention, fold)]
     for side in (True, False):
-        other = _other(found[0].call, side)
+        other = _changed(few, side)
+        if str(other) == str(few):
+            continue
         try:
-            if other is not None:
-                found.append(Pass(model, other, attention, fold))
-                break
-        except TraceError:
+            return [*found, Pass(model, other, attention, fold)]
+        except TraceError:  # this model runs on the size of the example only
             continue
     return found
+
+
+def _few(call: Call) -> Call:
+    """The first two of a batch."""
+    sizes = {tensor.shape[0] for tensor in call.tensors() if tensor.dim()}
+    if len(sizes) != 1 or max(sizes) <= 2:
+        return call
+    return call.map(lambda tensor: tensor[:2] if tensor.dim() else tensor)
+
+
+def _changed(call: Call, side: bool) -> Call:
+    return call.map(lambda tensor: _other(tensor, call, side))
+
+
+def _other(tensor: Tensor, call: Call, side: bool) -> Tensor:
+    """A tensor at another batch size and, with ``side``, at another resolution."""
+    shape = resized(tensor, call, batch=True, side=side)
+    if shape is None or shape == tuple(tensor.shape):
+        return tensor
+    for dim, size in enumerate(shape):
+        index = torch.arange(size, device=tensor.device) % tensor.shape[dim]
+        tensor = tensor.index_select(dim, index)
+    return tensor
+
+
+def _zeroed(model: nn.Module, masks: Mapping[str, Any]) -> list[SlotPlan]:
+    """The slices of weights and biases that boolean vectors by layer turn off.
+
+    Raises:
+        InputError: no such layer, or a mask of another length or kind.
+    """
+    first, tensors = aliases(model), dict(named_tensors(model))
+    found: dict[tuple[str, int], SlotPlan] = {}
+    for layer, mask in masks.items():
+        own = {
+            key: first[name]
+            for key in ("weight", "bias")
+            for name in (f"{layer}.{key}", f"{layer}.{key}_orig")
+            if name in first
+        }
+        if "weight" not in own:
+            layers = [name for name, module in named_modules(model) if hasattr(module, "weight")]
+            raise InputError(f"no layer {layer!r} with a weight; layers: {shorten(layers, 12)}")
+        module = model.get_submodule(layer)
+        turned = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        if turned and module.groups > 1:  # type: ignore[operator,union-attr]
+            raise InputError(f"{layer!r} is transposed and grouped: zero its weights instead")
+        size = tensors[own["weight"]].shape[int(turned)]
+        keep = _vector(layer, mask, size)
+        for key, name in own.items():
+            dim = int(turned and key == "weight")
+            kept = tuple(keep.nonzero().flatten().tolist())
+            found[name, dim] = SlotPlan(name, dim, size, kept)
+    return list(found.values())
+
+
+def _vector(layer: str, mask: Any, size: int) -> Tensor:
+    try:
+        vector = torch.as_tensor(mask).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the mask of {layer!r} is no vector: {error}") from None
+    if vector.dim() != 1 or len(vector) != size:
+        raise InputError(
+            f"the mask of {layer!r} has shape {list(vector.shape)}; expected [{size}], one entry "
+            "for each output channel (for masks of single weights use "
+            "torch.nn.utils.prune.custom_from_mask)"
+        )
+    if vector.dtype != torch.bool and not bool(((vector == 0) | (vector == 1)).all()):
+        raise InputError(f"the mask of {layer!r} holds other values than true and false")
+    return vector.bool()
+
+
+def _apply(model: nn.Module, zeroed: list[SlotPlan]) -> nn.Module:
+    """A copy in which the slices are zero."""
+    masked = copy_module(model, {})
+    tensors = dict(named_tensors(masked))
+    for slot in zeroed:
+        gone = sorted(set(range(slot.size)) - set(slot.kept))
+        tensor = tensors[slot.tensor].detach()
+        tensor.index_fill_(slot.dim, torch.tensor(gone, dtype=torch.int64, device=tensor.device), 0)
+    return masked
+
+
+def _left(zeroed: list[SlotPlan], plan: Plan) -> tuple[SlotPlan, ...]:
+    """What must be zeroed in the small model: masked slices that stay."""
+    stay = {(slot.tensor, slot.dim): set(slot.kept) for slot in plan.slots}
+    left = []
+    for slot in zeroed:
+        here = stay.get((slot.tensor, slot.dim), set(range(slot.size)))
+        gone = here - set(slot.kept)
+        if gone:
+            left.append(replace(slot, kept=tuple(i for i in range(slot.size) if i not in gone)))
+    return tuple(left)
+
+
+def _with_biases(plan: Plan, biases: tuple[BiasChange, ...], model: nn.Module) -> Cost:
+    """The cost of the small model, new biases included."""
+    kept = {(slot.tensor, slot.dim): len(slot.kept) for slot in plan.slots}
+    tensors = dict(named_tensors(model))
+    params = size = 0
+    for change in biases:
+        if change.like is not None:
+            count = kept.get(change.like, len(change.values))
+            params += count
+            size += count * tensors[change.like[0]].element_size()
+    return replace(plan.after, params=plan.after.params + params, bytes=plan.after.bytes + size)

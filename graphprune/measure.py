@@ -198,8 +198,8 @@ def _latency(
     threads: int | None,
 ) -> tuple[float, float]:
     """Median and interquartile range of the milliseconds of one forward pass."""
-    args, kwargs = _drawn(call, device)
-    clone = _shared_copy(model).eval()
+    args, kwargs = drawn(call, device)
+    clone = shared_copy(model).eval()
 
     def run() -> None:
         clone(*args, **kwargs)
@@ -232,7 +232,7 @@ def _timed(run: Callable[[], None], repeats: int | None) -> Iterator[float]:
         yield 1000 * (time.perf_counter() - start)
 
 
-def _drawn(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def drawn(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The inputs on a device: floats are drawn, so that no zeros or denormals distort times."""
     generator = torch.Generator().manual_seed(0)
 
@@ -247,7 +247,7 @@ def _drawn(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str,
     return call.map(draw).on(device)
 
 
-def _shared_copy(model: nn.Module) -> nn.Module:
+def shared_copy(model: nn.Module) -> nn.Module:
     """A copy with the same parameters but its own buffers, flags and other state."""
     memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():

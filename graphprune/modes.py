@@ -21,7 +21,7 @@ from graphprune.sizes import Scale
 
 aten = torch.ops.aten
 _SHAPES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
-_WHOLE = {  # recorded as one op, whichever kernels it is made of
+WHOLE = {  # recorded as one op, whichever kernels it is made of
     F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
     F.linear: torch.ops.aten.linear.default,
     torch.matmul: torch.ops.aten.matmul.default,
@@ -108,8 +108,8 @@ class Functions(TorchFunctionMode):
             if func is torch.einsum and isinstance(args[0], str):
                 tensors = args[1] if isinstance(args[1], list | tuple) else args[1:]
                 return recorder.whole(aten.einsum.default, (args[0], [*tensors]), kwargs)
-            if func in _WHOLE:
-                return recorder.whole(_WHOLE[func], args, kwargs)
+            if func in WHOLE:
+                return recorder.whole(WHOLE[func], args, kwargs)
             if func in _INDEXING:
                 args = (args[0], _with_tensors(args[1]), *args[2:])
             out = func(*args, **kwargs)

@@ -13,6 +13,7 @@ import numpy as np
 
 from graphprune.errors import InputError
 
+COLUMNS = ("aligned", "free")
 SCOPES = ("local", "global", "isomorphic")
 QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
 _UNITS = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
@@ -36,7 +37,8 @@ class Options(TypedDict, total=False):
         scope: among which channels scores are compared. ``"local"``: within each group, every
             group loses the same fraction. ``"global"``: all channels. ``"isomorphic"``: groups of
             the same structure, every structure loses the same fraction (Fang et al., "Isomorphic
-            Pruning for Vision Models", ECCV 2024).
+            Pruning for Vision Models", ECCV 2024). With a target of latency and no scope, groups
+            lose channels first where that saves most time for the MACs it costs.
         keep: glob patterns of layers whose output channels all stay.
         ratios: fractions to remove by glob pattern of layers (``{"layer3.*": 0.6}``) or name of
             a group; the last pattern that fits counts. Such groups do not take part in a search
@@ -63,6 +65,9 @@ class Options(TypedDict, total=False):
         seed: for criteria that draw random numbers.
         exact_only: take statistics as the masked model does: weight and eps of RMSNorm are
             rescaled, groups under other norms over channels stay whole.
+        columns: where groups of a convolution, parts of a split or heads must keep equally many
+            channels: ``"aligned"`` removes the same ones from all of them, ``"free"`` chooses in
+            each, where nothing else ties them, and checks the result on the example inputs.
         threads: CPU threads when a latency is measured; torch's current setting by default.
         progress: show a progress bar while data is gone through.
 
@@ -89,6 +94,7 @@ class Options(TypedDict, total=False):
     loss: Callable[..., Any] | None
     seed: int
     exact_only: bool
+    columns: str
     threads: int | None
     progress: bool
 
@@ -111,7 +117,7 @@ class Request:
 
     ratio: float | None = None
     criterion: Any = "l2"
-    scope: str = "local"
+    scope: str | None = None
     keep: tuple[str, ...] = ()
     ratios: Mapping[str, float] = field(default_factory=dict)
     allocation: Allocation | None = None
@@ -126,6 +132,7 @@ class Request:
     loss: Callable[..., Any] | None = None
     seed: int = 0
     exact_only: bool = False
+    columns: str = "aligned"
     threads: int | None = None
     progress: bool = False
 
@@ -155,8 +162,10 @@ class Request:
         return request
 
     def _check_values(self) -> None:
-        if self.scope not in SCOPES:
+        if self.scope is not None and self.scope not in SCOPES:
             raise InputError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
+        if self.columns not in COLUMNS:
+            raise InputError(f"columns must be one of {', '.join(COLUMNS)}, not {self.columns!r}")
         if isinstance(self.round_to, bool) or not isinstance(self.round_to, int):
             raise InputError(f"round_to must be a positive int such as 8, not {self.round_to!r}")
         if self.round_to < 1:
@@ -184,9 +193,10 @@ class Request:
         """What a plan says of how it was made, as plain data."""
         told: dict[str, Any] = {
             "ratio": self.ratio,
-            "scope": self.scope,
+            "scope": self.scope or "local",
             "seed": self.seed,
             "exact_only": self.exact_only,
+            "columns": self.columns,
         }
         for name in ("keep", "ratios", "min_kept", "max_kept", "round_to", "uniform", "aggregate",
                      "normalise", "threads"):  # fmt: skip

@@ -6,7 +6,7 @@ import hashlib
 import importlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from graphprune.changes import (
     GroupPlan,
     IndexChange,
     LiteralChange,
+    MergeChange,
     Rescale,
     SizeChange,
     SlotPlan,
@@ -38,9 +39,9 @@ from graphprune.table import render
 FORMAT = "graphprune-plan"
 VERSION = 3
 SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower precision
-__all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "Plan", "Rescale",
-           "SizeChange", "SlotPlan", "fingerprint", "runs", "share", "shorten", "tensors_of",
-           "unrun"]  # fmt: skip
+__all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange", "Plan",
+           "Rescale", "SizeChange", "SlotPlan", "fingerprint", "runs", "share", "shorten",
+           "tensors_of", "unrun"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Plan:
 
     A plan is independent of the weights: it applies to every instance of the architecture it
     was made for. Only a plan :meth:`from_masks` may hold constants that belong to weights
-    (``biases``, ``zeroed``); it applies to the model that it was made for, which ``weights``
-    marks. ``print(plan)`` shows a plan as a table.
+    (``biases``, ``merges``, ``zeroed``); it applies to the model that it was made for, which
+    ``weights`` marks. ``print(plan)`` shows a plan as a table.
 
     Example:
         >>> import torch, graphprune
@@ -68,8 +69,9 @@ class Plan:
     indices: tuple[IndexChange, ...] = ()
     scales: tuple[Rescale, ...] = ()
     biases: tuple[BiasChange, ...] = ()
+    merges: tuple[MergeChange, ...] = ()
     zeroed: tuple[SlotPlan, ...] = ()  # masked slices that cannot leave: all but ``kept``
-    weights: float | None = None  # a mark of the weights that ``biases`` belong to
+    weights: float | None = None  # a mark of the weights that these belong to
     notes: tuple[str, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
     before: Cost = FREE
@@ -81,6 +83,16 @@ class Plan:
     def exact(self) -> bool:
         """Whether no statistics change (no renormalising group loses channels)."""
         return all(group.exact or len(group.kept) == group.size for group in self.groups)
+
+    @property
+    def free_columns(self) -> bool:
+        """Whether blocks keep channels of their own; ``groups`` then name the equal columns."""
+        request: Any = self.request
+        while request:
+            if request.get("columns") == "free":
+                return True
+            request = request.get("after")
+        return False
 
     @property
     def removed(self) -> int:
@@ -155,9 +167,10 @@ class Plan:
             example_inputs: as for :func:`trace`; inferred when absent.
             masks: boolean vectors by the name of a layer, one entry for each output channel, false
                 for those whose weights and biases count as zero.
-            fold: ``"exact"`` keeps a constant channel that comes out different at the borders of a
-                padded convolution, and says so in ``notes``; ``"approximate"`` takes the constant
-                of the middle for all places; ``"none"`` removes only what contributes zeroes.
+            fold: ``"exact"`` keeps one constant channel to stand for all those that come out
+                different at the borders of a padded convolution; ``"approximate"`` takes their
+                constants of the middle for all places; ``"none"`` removes only what contributes
+                zeroes.
             attention: as for :func:`trace`.
 
         Returns:
@@ -228,9 +241,9 @@ class Plan:
         slots = dict(first)
         for slot in later.slots:
             key = slot.tensor, slot.dim
-            kept = first[key].kept if key in first else tuple(range(slot.size))
-            size = first[key].size if key in first else slot.size
-            slots[key] = replace(slot, size=size, kept=tuple(kept[index] for index in slot.kept))
+            if slot.blocks > 1 and (slot.tensor, 0) in first:
+                slot = slot.before(first[slot.tensor, 0])
+            slots[key] = first[key].then(slot) if key in first else slot
         made = {change.tensor for change in self.biases if change.like is not None}
         return Plan(
             architecture=self.architecture,
@@ -241,6 +254,7 @@ class Plan:
             indices=compose_indices(self.indices, later.indices),
             scales=compose_scales(self.scales, later.scales),
             biases=compose_biases(self.biases, later.biases, first),
+            merges=(*self.merges, *(change.before(first) for change in later.merges)),
             zeroed=(*self.zeroed, *(compose_zeroed(slot, first) for slot in later.zeroed)),
             weights=self.weights,
             notes=(*self.notes, *later.notes),
@@ -268,7 +282,8 @@ class Plan:
             f"MACs {self.before.macs:,} -> {self.after.macs:,} "
             f"({share(self.after.macs, self.before.macs)})"
         )
-        folded = [f"constants go to {change.tensor}" for change in self.biases]
+        names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
+        folded = [f"constants go to {shorten(names)}"] if names else []
         table = render(title, ("group", "channels", "kind", "layers"), rows)
         return "\n".join((table, *folded, *self.notes))
 
@@ -383,6 +398,7 @@ def _plan(body: Mapping[str, Any]) -> Plan:
         ),
         scales=tuple(Rescale(**item) for item in body["scales"]),
         biases=tuple(BiasChange(**_tuples(item)) for item in body["biases"]),
+        merges=tuple(MergeChange(**_tuples(item)) for item in body["merges"]),
         zeroed=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["zeroed"]),
         weights=body["weights"],
         notes=tuple(body["notes"]),

@@ -12,6 +12,8 @@ from torch import Tensor
 from graphprune.ids import KEPT, Alternatives, Ties, connected, varying
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
+RECTANGLE = "a rectangular grid"
+_ALIGNING = frozenset({"equal columns", "rows", "others stay", RECTANGLE})  # blocks keep equal columns
 
 
 @dataclass
@@ -21,6 +23,7 @@ class Units:
     labels: np.ndarray
     frozen: np.ndarray  # by label
     chosen: list[tuple[Alternatives, str]] = field(default_factory=list)
+    firm: list[Pairs] = field(default_factory=list)  # ties made that align no blocks
 
     @classmethod
     def of(cls, ties: Ties) -> Units:
@@ -83,6 +86,8 @@ class Units:
         best = 0 if choice.firm and counts[0] > 1 else counts.index(max(counts))
         pairs, frozen = choice.ways[best]
         self.tie(pairs)
+        if choice.labels[best] not in _ALIGNING:
+            self.firm.append(pairs)
         for ids in frozen:
             self.freeze(ids)
         self.chosen.append((choice, choice.labels[best]))
@@ -110,14 +115,18 @@ class Units:
         if not ways:
             self.freeze(layer)
         else:
-            self.choose(Alternatives(layer, tuple(ways), ("",) * len(ways)))  # type: ignore[arg-type]
+            self.choose(Alternatives(layer, tuple(ways), (RECTANGLE,) * len(ways)))  # type: ignore[arg-type]
 
 
 def resolve(
-    ties: Ties, choices: Sequence[Alternatives], grids: Sequence[tuple[Tensor, frozenset[int]]]
+    ties: Ties,
+    choices: Sequence[Alternatives],
+    grids: Sequence[tuple[Tensor, frozenset[int]]],
+    aligned: Pairs = (),
 ) -> Units:
-    """Settle all open decisions, the forced ones first."""
+    """Settle all open decisions, the forced ones first; ``aligned`` are columns of blocks."""
     units = Units.of(ties)
+    units.tie(aligned)
     for layer, forbidden in grids:
         if forbidden:
             units.rectangular(layer, forbidden)

@@ -15,12 +15,13 @@ from rich.progress import Progress
 from torch import nn
 
 from graphprune.analysis import Group
+from graphprune.draft import Draft
 from graphprune.errors import InputError
 from graphprune.feasible import Settled, feasible
 from graphprune.inputs import Call
 from graphprune.options import Request, check_ratio
 from graphprune.plan import fingerprint, shorten
-from graphprune.planning import Draft, assemble
+from graphprune.planning import assemble
 from graphprune.rewrite.shrink import shrink
 from graphprune.table import render
 

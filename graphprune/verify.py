@@ -62,6 +62,9 @@ def verify(
     gradients through ReLU and batch statistics differ by more than rounding even between two
     runs of the same model.)
 
+    A plan :meth:`Plan.from_masks` is compared with the masked model that holds the same constants
+    in its biases and, in eval mode, with the model as it is given.
+
     Args:
         model: the original.
         small_or_plan: what :func:`rebuild` returned, or a plan.
@@ -115,6 +118,11 @@ def verify(
     if not variants:
         variants = [session.unchanged(call)]
         checks.append(session.outputs(f"output, {EXAMPLE}", variants[0][1], training=False))
+    request = plan.request
+    if request.get("masks") and request["fold"] != "approximate" and "after" not in request:
+        checks += [
+            session.given(f"the model as given, {name}", inputs) for name, inputs in variants
+        ]
     if dtype == torch.float64:
         checks += session.steps(variants)
     return Report(tuple(checks), tolerance, plan.exact)

@@ -134,16 +134,18 @@ def test_kinds_of_data():
     assert count_of([X, X]) == 2
     assert count_of(DataLoader(Stream())) is None
     assert check_data(iter([X]))
-    with pytest.raises(InputError, match="gone through 2 times, but a generator yields its batches"):
+    with pytest.raises(
+        InputError, match="gone through 2 times, but a generator yields its batches"
+    ):
         check_data((x for x in X), passes=2)
     with pytest.raises(InputError, match=r"found one batch float32\[4, 3\]: pass \[batch\]"):
         check_data(X)
     with pytest.raises(InputError, match=r"found one batch {a: float32\[4, 3\]}"):
         check_data({"a": X})
     for wrong in (3, "images"):
-        with pytest.raises(InputError, match="such as a list or a DataLoader, not (int|str)"):
+        with pytest.raises(InputError, match=r"such as a list or a DataLoader, not (int|str)"):
             check_data(wrong)
-    with pytest.raises(InputError, match="data holds no batches$"):
+    with pytest.raises(InputError, match=r"data holds no batches$"):
         list(batches([]))
 
 
@@ -151,10 +153,15 @@ def test_at_rest_restores_modes_buffers_and_random_states():
     net = nn.Sequential(nn.BatchNorm1d(3), nn.Dropout(), nn.Sequential(nn.Linear(3, 2)))
     net[2].eval()
     state = torch.get_rng_state()
-    with untouched(net), pytest.raises(KeyError), at_rest(net):
-        assert not any(module.training for module in net.modules())
-        net.train()
-        net(X)
-        net[0].running_mean = torch.ones(3)
-        raise KeyError
+
+    def disturb():
+        with at_rest(net):
+            assert not any(module.training for module in net.modules())
+            net.train()
+            net(X)
+            net[0].running_mean = torch.ones(3)
+            raise KeyError
+
+    with untouched(net), pytest.raises(KeyError):
+        disturb()
     assert torch.equal(torch.get_rng_state(), state)

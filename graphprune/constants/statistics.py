@@ -81,15 +81,15 @@ def batch_norm(op: Any, *args: Any, **kwargs: Any) -> list[Fact]:
     weight, bias, mean, var = (
         _vector(bound.get(name), ndim) for name in ("weight", "bias", "running_mean", "running_var")
     )
-    if bound.get("training"):
+    if bound.get("training") or mean is None or var is None:
         others = [dim for dim in range(ndim) if dim != 1]
         unknown = _any(x.unknown, others).expand(x.value.shape)
         values = x.filled()
         spread, centre = torch.var_mean(values, others, correction=0, keepdim=True)
     else:
-        unknown = x.unknown | mean.unknown | var.unknown  # type: ignore[union-attr]
-        values, centre, spread = x.filled(), mean.value, var.value  # type: ignore[union-attr]
-    return [_affine((values - centre) * (spread + eps).rsqrt(), unknown, weight, bias)]
+        unknown = x.unknown | mean.unknown | var.unknown
+        values, centre, spread = x.filled(), mean.value, var.value
+    return [_affine((values - centre) * (spread + float(eps or 0)).rsqrt(), unknown, weight, bias)]
 
 
 @register_fact(aten.native_layer_norm, aten._fused_rms_norm)

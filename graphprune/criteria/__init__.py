@@ -11,6 +11,7 @@ from graphprune.criteria.magnitude import (
     Magnitude,
     random,
 )
+from graphprune.criteria.reconstruction import Reconstruction
 from graphprune.criteria.registry import (
     Criterion,
     Unseen,
@@ -35,6 +36,7 @@ __all__ = [
     "Lamp",
     "Magnitude",
     "MeanActivation",
+    "Reconstruction",
     "Taylor",
     "TaylorActivation",
     "Unseen",

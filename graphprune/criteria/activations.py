@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.analysis import Group, Member
-from graphprune.criteria.evidence import Collector, Evidence, Key, register_statistic
+from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import by_channel, real
 from graphprune.observe import Product
@@ -109,7 +109,7 @@ def _parts(product: Product) -> int:
 class Activations(Collector):
     """Moments of what weights read: ``{(tensor, dim): {first row: Inputs}}``."""
 
-    def __init__(self, model: nn.Module, slots: frozenset[Key]) -> None:
+    def __init__(self, model: nn.Module, slots: Slots) -> None:
         super().__init__(model, slots)
         self.found: dict[Key, dict[int, Inputs]] = {}
 
@@ -132,13 +132,13 @@ class Activations(Collector):
 class ActivationGradients(Collector):
     """Activation times gradient of what weights read: ``{(tensor, dim): {first row: effect}}``.
 
-    An effect has one value per position of the slot: the mean over batches of the sum over samples
-    of abs(sum over places of activation times gradient).
+    An effect is the mean over batches of the sum over samples of abs(sum over places of activation
+    times gradient), over all positions of a channel together, shared out among them.
     """
 
     backward = True
 
-    def __init__(self, model: nn.Module, slots: frozenset[Key]) -> None:
+    def __init__(self, model: nn.Module, slots: Slots) -> None:
         super().__init__(model, slots)
         self.found: dict[Key, dict[int, Tensor]] = {}
 
@@ -149,12 +149,13 @@ class ActivationGradients(Collector):
             return
         # the hook must not refer to the input itself, which would then outlive its graph
         x, kind, parts = product.input.detach(), product.kind, _parts(product)
-        known, start = self.found.setdefault(key, {}), product.start
+        known, start, indices = self.found.setdefault(key, {}), product.start, self.slots[key]
 
         def read(gradient: Tensor) -> None:
             values = (channels_last(x, kind) * channels_last(gradient, kind)).sum(1)
-            effect = values.reshape(len(values), parts, -1).sum(1).abs().sum(0)
-            known[start] = known.get(start, 0.0) + effect.to("cpu", torch.float64)
+            values = values.reshape(len(values), parts, -1).sum(1)
+            effect = joined(values, indices, lambda sums: sums.abs().sum(0))
+            known[start] = known[start] + effect if start in known else effect
 
         product.input.register_hook(read)
 

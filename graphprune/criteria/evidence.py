@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -25,6 +26,7 @@ from graphprune.observe import Product, observing
 from graphprune.skeleton import named_tensors
 
 Key = tuple[str, int]  # a tensor and one of its dimensions
+Slots = Mapping[Key, Sequence[Tensor]]  # positions of channels, [channels, positions] by group
 
 
 class Evidence(Mapping[str, Tensor]):
@@ -59,8 +61,9 @@ class Collector:
     """Collects one statistic in one pass; subclasses override what they listen to."""
 
     backward: ClassVar[bool] = False  # whether the loss is differentiated
+    loss: Loss | None = None  # in place of the default loss, when the user passes none
 
-    def __init__(self, model: nn.Module, slots: frozenset[Key]) -> None:
+    def __init__(self, model: nn.Module, slots: Slots) -> None:
         self.model = model
         self.slots = slots  # of the groups that will be scored
 
@@ -75,7 +78,7 @@ class Collector:
         raise NotImplementedError
 
 
-_COLLECTORS: dict[str, Callable[[nn.Module, frozenset[Key]], Collector]] = {}
+_COLLECTORS: dict[str, Callable[[nn.Module, Slots], Collector]] = {}
 
 
 def register_statistic(name: str) -> Callable[[type[Collector]], type[Collector]]:
@@ -97,6 +100,24 @@ def register_statistic(name: str) -> Callable[[type[Collector]], type[Collector]
 def statistics() -> tuple[str, ...]:
     """The names of all registered statistics."""
     return tuple(sorted(_COLLECTORS))
+
+
+def joined(values: Tensor, indices: Sequence[Tensor], reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """Reduce the sums over the positions of each channel, and share the results out again.
+
+    Args:
+        values: shape [..., positions].
+        indices: positions of channels, [channels, positions per channel] by group.
+        reduce: [..., channels] -> [channels], such as a square.
+
+    Returns:
+        Shape [positions]; the sum over the positions of a channel is its reduced sum.
+    """
+    shared = torch.zeros(values.shape[-1], dtype=torch.float64)
+    for index in indices:
+        found = reduce(values[..., index.to(values.device)].sum(-1)).to("cpu", torch.float64)
+        shared[index] = (found / index.shape[1])[:, None].expand(index.shape)
+    return shared
 
 
 def gather(
@@ -138,7 +159,10 @@ def gather(
             f"criterion {entry.name!r} needs {' and '.join(needs)}: pass data=, an iterable of "
             "batches such as a list or a DataLoader"
         )
-    slots = frozenset((m.slot.tensor, m.slot.dim) for group in groups for m in group.members)
+    slots: dict[Key, list[Tensor]] = {}
+    for member in (member for group in groups for member in group.members):
+        index = torch.from_numpy(np.ascontiguousarray(member.index))
+        slots.setdefault((member.slot.tensor, member.slot.dim), []).append(index)
     collectors = {need: _COLLECTORS[need](model, slots) for need in needs}
     found = _Pass(model, tuple(collectors.values()), loss)
     found.run(check_data(data), bool(progress))
@@ -170,7 +194,8 @@ class _Pass:
         self, model: nn.Module, collectors: tuple[Collector, ...], loss: Loss | None
     ) -> None:
         self.model = model
-        self.loss = loss or loss_of
+        own = [c.loss for c in collectors if c.backward]
+        self.loss = loss or (own[0] if own else None) or loss_of
         self.batches = 0
         self.differentiated = any(c.backward for c in collectors)
         self.listeners = [c for c in collectors if type(c).product is not Collector.product]
@@ -180,7 +205,7 @@ class _Pass:
         """Go through the data once."""
         with torch.inference_mode(False), at_rest(self.model):
             if self.differentiated:
-                with torch.enable_grad(), self._gradients() as parameters:
+                with torch.enable_grad(), self._kernels(), self._gradients() as parameters:
                     self._batches(data, progress, lambda batch: self._backward(batch, parameters))
             else:
                 with torch.no_grad():
@@ -218,6 +243,12 @@ class _Pass:
         # other leaves, such as parameters of the loss, are left alone
         torch.autograd.backward(value, inputs=parameters)
 
+    def _kernels(self) -> contextlib.AbstractContextManager[None]:
+        """Kernels that differentiate in eval mode, which those of cudnn for recurrence do not."""
+        recurrent = any(isinstance(module, nn.RNNBase) for module in self.model.modules())
+        known = torch.backends.cudnn.flags(enabled=False)
+        return known if recurrent else contextlib.nullcontext()
+
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[list[Tensor]]:
         """All parameters require gradients, and each gradient goes to the readers, then away."""
@@ -228,14 +259,17 @@ class _Pass:
             and (tensor.is_floating_point() or tensor.is_complex())
         ]
         known = [(p, p.requires_grad, p.grad, p._post_accumulate_grad_hooks) for _, p in parameters]
+        handles = []
         try:
             for name, parameter in parameters:
                 parameter.grad = None
                 parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
                 parameter.requires_grad_(True)
-                parameter.register_post_accumulate_grad_hook(self._reader(name))
+                handles.append(parameter.register_post_accumulate_grad_hook(self._reader(name)))
             yield [parameter for _, parameter in parameters]
         finally:
+            for handle in handles:  # setting the attribute to None would not remove them
+                handle.remove()
             for parameter, required, gradient, hooks in known:
                 parameter._post_accumulate_grad_hooks = hooks
                 parameter.requires_grad_(required)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.analysis import Group
-from graphprune.criteria.evidence import Collector, Evidence, Key, register_statistic
+from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import along, by_channel, check_side, members, real
 from graphprune.errors import InputError
@@ -25,7 +25,7 @@ class GradientSums:
 
     Attributes:
         signed: of sum(w g): how the loss changes, to first order, when the slice is scaled.
-        squared: of sum(w g)^2.
+        squared: of sum(w g)^2, over all slices of a channel together, shared out among them.
         absolute: of sum(abs(w g)).
         elementwise: of sum((w g)^2).
     """
@@ -36,12 +36,12 @@ class GradientSums:
     elementwise: Tensor
 
     @classmethod
-    def of(cls, product: Tensor, dim: int) -> GradientSums:
+    def of(cls, product: Tensor, dim: int, indices: Sequence[Tensor]) -> GradientSums:
         """Those of weight times gradient in one batch."""
         signed = along(product, dim, lambda rows: rows.sum(1))
         return cls(
             signed,
-            signed.square(),
+            joined(signed, indices, torch.square),
             along(product, dim, lambda rows: torch.linalg.vector_norm(rows, 1, 1)),
             along(product, dim, lambda rows: torch.linalg.vector_norm(rows, 2, 1)).square(),
         )
@@ -58,7 +58,7 @@ class Gradients(Collector):
 
     backward = True
 
-    def __init__(self, model: nn.Module, slots: frozenset[Key]) -> None:
+    def __init__(self, model: nn.Module, slots: Slots) -> None:
         super().__init__(model, slots)
         self.dims: dict[str, list[int]] = {}
         for tensor, dim in sorted(slots):
@@ -73,7 +73,7 @@ class Gradients(Collector):
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         product = real(parameter) * real(gradient)
         for dim in self.dims[name]:
-            found = GradientSums.of(product, dim)
+            found = GradientSums.of(product, dim, self.slots[name, dim])
             if (name, dim) in self.sums:
                 self.sums[name, dim].add(found)
             else:
@@ -107,8 +107,7 @@ class Taylor:
 
     Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019: weight times
     gradient, summed over the weights of a channel, squared, and averaged over the batches. The
-    gradients are those of the loss of a batch: many small batches tell more than one large one. A
-    channel that takes several positions of a slot, as behind a flattened feature map, sums theirs.
+    gradients are those of the loss of a batch: many small batches tell more than one large one.
 
     Attributes:
         form: ``"squared"`` as above; ``"signed"``: the absolute value of the average; at a minimum

@@ -140,7 +140,8 @@ def _report(entry: Entry, unseen: Sequence[tuple[Group, str]], some: bool, most:
     """Say which groups a criterion cannot see."""
     reasons: dict[str, list[str]] = {}
     for group, reason in unseen:
-        reasons.setdefault(reason, []).append(f"{group.name} ({', '.join(group.layers[:2])})")
+        layers = ", ".join(layer or "the model itself" for layer in group.layers[:2])
+        reasons.setdefault(reason, []).append(f"{group.name} ({layers})")
     lines = [
         f"  {reason}: {', '.join(names[:most])}" + (", ..." if len(names) > most else "")
         for reason, names in reasons.items()
@@ -150,7 +151,5 @@ def _report(entry: Entry, unseen: Sequence[tuple[Group, str]], some: bool, most:
             f"criterion {entry.name!r} cannot see any group; choose another one:\n"
             + "\n".join(lines)
         )
-    warn(
-        f"criterion {entry.name!r} cannot see {len(unseen)} groups, which stay whole:\n"
-        + "\n".join(lines)
-    )
+    count = "1 group" if len(unseen) == 1 else f"{len(unseen)} groups"
+    warn(f"criterion {entry.name!r} cannot see {count} (left whole):\n" + "\n".join(lines))

@@ -13,12 +13,13 @@ from graphprune.constants import Fact
 
 aten = torch.ops.aten
 EVEN = 1e-12  # relative: two places that differ by rounding hold the same constant
-UNKNOWN, NONZERO, VARYING, NO_BIAS = range(1, 5)
+UNKNOWN, NONZERO, VARYING, NO_BIAS, CHANGING = range(1, 6)
 REASONS = {
-    UNKNOWN: "it depends on the input",
-    NONZERO: "it is a constant other than zero, and fold is 'none'",
-    VARYING: "its constant comes out different at the borders or from place to place",
-    NO_BIAS: "its constant has no bias to go to",
+    UNKNOWN: "not constant",
+    NONZERO: "not zero, and fold is 'none',",
+    VARYING: "not the same at all places",
+    NO_BIAS: "not for a bias, of which there is none,",
+    CHANGING: "not the same in every call or for every input shape",
 }
 
 
@@ -33,7 +34,7 @@ class Affine:
         self, node: fx.Node, x: Fact, weight: Fact, how: tuple[Any, ...] | None, needed: Tensor,
     ) -> None:  # fmt: skip
         self.node, self.how, self.needed = node, how, needed
-        self.groups = how[6] if how else 1
+        self.groups = how[5] if how else 1
         transposed = bool(how and how[3])
         self.taps = _taps(weight.value, self.groups, transposed)
         self.outputs, self.width = self.taps.shape[:2]
@@ -49,6 +50,9 @@ class Affine:
         self.columns = self.nonzero.nonzero().flatten()
         self.parts = torch.zeros(self.outputs, len(self.columns), dtype=torch.float64)
         self.uneven = torch.zeros(len(channels), dtype=torch.bool)
+        self.flat = torch.zeros(len(channels), dtype=torch.bool)  # one number other than zero
+        self.level = torch.zeros(len(channels), dtype=torch.float64)  # that number
+        self.merged = torch.zeros(len(channels), dtype=torch.bool)
         if len(self.columns):
             self._constants(x, channels, weight)
 
@@ -61,7 +65,8 @@ class Affine:
         """What constant channels add, taken in the middle, and whether it is the same all over."""
         patterns, middle = _patterns(x.value, weight.value, self.how)
         low, high = channels.amin(1), channels.amax(1)
-        flat = high - low <= EVEN * torch.maximum(high.abs(), low.abs())
+        self.flat = self.nonzero & (high - low <= EVEN * torch.maximum(high.abs(), low.abs()))
+        self.level[self.flat] = channels[self.flat, 0]
         step = max(1, (1 << 24) // (self.outputs * len(patterns)))
         for start in range(0, len(self.columns), step):
             places = torch.arange(start, min(start + step, len(self.columns)))
@@ -71,7 +76,7 @@ class Affine:
             size = size * high[self.columns[places]].abs()
             self._store(places, rows, sums[middle], gap > EVEN * size)
         for place, column in enumerate(self.columns.tolist()):
-            if not flat[column]:
+            if not self.flat[column]:
                 self._varying(place, column, x, weight)
 
     def _of(self, columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +117,7 @@ class Affine:
 
         In the approximate mode the value in the middle stands for all places.
         """
+        del self.taps  # as large as the weight
         if fold == "approximate":
             self.uneven = self.state == VARYING
             self.state[self.uneven] = 0
@@ -120,14 +126,42 @@ class Affine:
             self.state[self.nonzero] = NONZERO if fold == "none" else NO_BIAS
             self.bad |= self.reads & self._spread(self.nonzero)
 
+    def added(self) -> Tensor:
+        """What each constant input adds to each output that is needed, [outputs, inputs]."""
+        part = torch.zeros(self.outputs, len(self.state), dtype=torch.float64)
+        part[:, self.columns] = self.parts
+        part[~self.needed] = 0
+        return part
+
+    @property
+    def left_over(self) -> Tensor:
+        """Inputs of one constant that no bias can take, at the borders, say."""
+        return self.flat & ((self.state == VARYING) | (self.state == NO_BIAS))
+
+    def merge(self, merged: Tensor) -> None:
+        """Inputs whose constants go to the weights of another constant input that stays."""
+        self.merged = merged
+        self.state[merged] = 0
+        self.bad &= self._spread(~merged)
+        self.parts[:, merged[self.columns]] = 0
+
+    def refuse(self, columns: Tensor) -> None:
+        """Inputs that must stay because they are another constant in another call."""
+        self.state[columns] = CHANGING
+        self.bad |= self.reads & self._spread(columns)
+
     def blocked(self, kept: Tensor) -> Tensor:
         """Inputs that must stay because of what they add to kept outputs."""
         rows = (self.bad & kept[:, None]).reshape(self.groups, -1, self.width)
         return rows.any(1).flatten()
 
+    def read_by(self, kept: Tensor) -> Tensor:
+        """Inputs that kept outputs read."""
+        return (self.reads & kept[:, None]).reshape(self.groups, -1, self.width).any(1).flatten()
+
     def reason(self, channel: int) -> str:
         """Why an input must stay."""
-        return REASONS.get(int(self.state[channel]), "it depends on the input")
+        return REASONS[int(self.state[channel])]
 
 
 def _taps(weight: Tensor, groups: int, transposed: bool) -> Tensor:
@@ -158,7 +192,7 @@ def _alone(maps: Tensor, taps: Tensor, weight: Tensor, how: tuple[Any, ...]) -> 
     """One input channel by itself, with ``taps`` [outputs, 1, places of the kernel]."""
     kernel = taps.reshape(len(taps), 1, *weight.shape[2:])
     kernel = kernel.transpose(0, 1) if how[3] else kernel
-    return aten.convolution.default(maps, kernel, None, *how[:6], 1)
+    return aten.convolution.default(maps, kernel, None, *how[:5], 1)
 
 
 def _centre(shape: Any) -> int:

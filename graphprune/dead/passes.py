@@ -21,7 +21,7 @@ from graphprune.dead.readers import (
     StatisticsReader,
     product_of,
 )
-from graphprune.dead.sinks import Sink, needed, sink_of
+from graphprune.dead.sinks import Matrix, Sink, matrix_of, needed, sink_of
 from graphprune.ids import varying
 from graphprune.inputs import Call
 from graphprune.rules import Value
@@ -47,7 +47,7 @@ class Pass:
         rec = record(model, call, training=False)
         if any(tensor.is_meta for tensor in rec.constants.values()):  # their values are needed
             rec = record(model, call, training=False, devices=("cpu",))
-        self.model, self.fold = model, fold
+        self.model, self.call, self.fold = model, call, fold
         self.analysis = Analysis.build(model, [rec], attention)
         tensors = real_tensors(model)
         self.vectors = {name: t.clone() for name, t in tensors.items() if t.dim() == 1}
@@ -59,40 +59,43 @@ class Pass:
         self.inside = Interpreter(rec, tensors)
         self.readers: list[Reader] = []
         self.sinks: dict[AffineReader, Sink] = {}
+        self.matrices: dict[AffineReader, Matrix] = {}
         self.dead: list[tuple[str, np.ndarray]] = []  # constant outputs of a layer: their ids
         for node, known in self.inside.run():
             self._note_dead(node, known)
             if node in self.analysis.walk.readers:
                 self._read(node, known)
         del self.inside
-        labels = self.analysis.units.labels
         self.first = self.analysis.walk.first_fresh
-        self.owned = np.zeros(len(self.analysis.units.frozen), bool)
-        self.owned[labels[: self.first]] = True
+        self.labels = self.analysis.units.labels
+        self.own = self.labels[: self.first]  # the units of the slices of parameters
+        self.free = np.ones(len(self.analysis.units.frozen), bool)
+        self.free[self.own] = False
+        self.order = np.argsort(self.own, kind="stable")
+        self.starts = np.searchsorted(self.own[self.order], np.arange(len(self.free) + 1))
 
     def alive(self, slots: np.ndarray) -> np.ndarray:
         """For every id whether it stays, given that for the ids of parameters."""
-        labels = self.analysis.units.labels
-        alive = ~self.owned  # what belongs to no parameter leaves with the last channel tied to it
-        np.logical_or.at(alive, labels[: self.first], slots)
-        by_id: np.ndarray = alive[labels]
+        alive = self.free.copy()  # what belongs to no parameter leaves with the last tied to it
+        alive[self.own[slots]] = True
+        by_id: np.ndarray = alive[self.labels]
         return by_id
 
-    def slots_of(self, ids: np.ndarray) -> list[np.ndarray]:
-        """For each id the ids of parameters that it stands for."""
-        labels = self.analysis.units.labels
-        own = labels[: self.first]
-        return [np.flatnonzero(own == labels[index]) for index in ids]
+    def slots_of(self, index: int) -> np.ndarray:
+        """The ids of parameters that an id stands for."""
+        unit = self.labels[index]
+        found: np.ndarray = self.order[self.starts[unit] : self.starts[unit + 1]]
+        return found
 
     def _read(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
-        reader = self._affine(node, known) or self._product(node, known)
-        if reader is None:
-            reader = self._statistics(node, known) or OtherReader(node, self._factors(node, known))
-        self.readers.append(reader)
+        self.readers.append(
+            self._affine(node, known)
+            or self._product(node, known)
+            or self._statistics(node, known)
+            or OtherReader(node, self._factors(node, known))
+        )
 
-    def _factors(
-        self, node: fx.Node, known: Mapping[fx.Node, Any]
-    ) -> list[tuple[Value, Fact]]:
+    def _factors(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> list[tuple[Value, Fact]]:
         values = self.analysis.values
         return [(values[n], known[n]) for n in node.all_input_nodes if isinstance(known[n], Fact)]
 
@@ -102,7 +105,11 @@ class Pass:
             return None
         x, weight, _, turned, how = parts
         value, matrix = known[x], known[weight]
-        if not matrix.constant or matrix.value.dim() < 2 or (how is None and matrix.value.dim() > 2):
+        if (
+            not matrix.constant
+            or matrix.value.dim() < 2
+            or (how is None and matrix.value.dim() > 2)
+        ):
             return None
         if turned:
             matrix = Fact(matrix.value.T, matrix.unknown.T)
@@ -120,6 +127,9 @@ class Pass:
         reader = AffineReader(node, affine, *ids)
         if sink is not None:
             self.sinks[reader] = sink
+        matrix_name = matrix_of(node)
+        if matrix_name is not None:
+            self.matrices[reader] = matrix_name
         return reader
 
     def _product(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> ProductReader | None:
@@ -149,7 +159,7 @@ class Pass:
         return StatisticsReader(node, self.analysis.values[source], known[source], ids)
 
     def _note_dead(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
-        """Outputs of convolutions, linear layers and BatchNorms that are the same for all inputs."""
+        """Outputs of convolutions, linear layers and BatchNorms that are constant."""
         packet = getattr(node.target, "overloadpacket", None)
         norm = packet in (aten.native_batch_norm, aten.cudnn_batch_norm)
         if not norm and parts_of(node) is None:
@@ -174,4 +184,3 @@ def _along(value: Value, dim: int, size: int) -> np.ndarray:
     dim %= max(value.ndim, 1)
     rows = [layer.flatten().numpy() for layer in value.layers if varying(layer) == {dim}]
     return np.stack(rows) if rows else np.zeros((1, size), np.int64)
-

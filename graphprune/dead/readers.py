@@ -124,7 +124,7 @@ class ProductReader:
             (grad,) = torch.autograd.grad(total, leaf, wanted)
             ids.append(ids_at(value, gone[place] & (grad > 0), alive))
         found = np.unique(np.concatenate(ids))
-        why = f"it is not zero in a sum that has no bias{_where(self.node)}"
+        why = f"not zero{_where(self.node)} in a sum without a bias"
         return Blame(found, [why] * len(found))
 
 
@@ -139,7 +139,7 @@ class StatisticsReader:
         hit = self.mark & ~stays(self.value, alive)
         ids = ids_at(self.value, hit, alive) if bool(hit.any()) else NONE
         ids = ids[np.isin(ids, self.summed)]
-        return Blame(ids, [f"it is not zero in statistics{_where(self.node)}"] * len(ids))
+        return Blame(ids, [f"not zero{_where(self.node)} for statistics"] * len(ids))
 
 
 class OtherReader:
@@ -157,7 +157,7 @@ class OtherReader:
             if bool(hit.any()):
                 ids.append(ids_at(value, hit, alive))
         found = np.unique(np.concatenate(ids))
-        why = f"what {_name(self.node)} makes of it cannot be added to a bias{_where(self.node)}"
+        why = f"not zero{_where(self.node)} for {_name(self.node)}"
         return Blame(found, [why] * len(found))
 
 
@@ -170,7 +170,7 @@ def _name(node: fx.Node) -> str:
 
 def _where(node: fx.Node) -> str:
     module = node.meta.get("module")
-    return f" where {module!r} reads it" if module else ""
+    return f" where {module!r} reads them" if module else " where they are read"
 
 
 def scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

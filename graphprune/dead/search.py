@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from graphprune.analysis import Analysis, Group
-from graphprune.dead.changes import changes, disagreeing
+from graphprune.dead.changes import changes
+from graphprune.dead.merging import merges, representatives
 from graphprune.dead.passes import Pass
 from graphprune.dead.readers import Blame
-from graphprune.plan import BiasChange
+from graphprune.plan import BiasChange, MergeChange, shorten
 
 WHOLE = "a layer keeps at least one channel"
+TIED = "tied to channels that stay"
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Search:
     analysis: Analysis
     passes: Sequence[Pass]
     used: frozenset[str]  # tensors that the pass in eval mode reads
+    rescaled: Callable[[Group], bool]  # whether statistics can be made those with zeroes
     stays: np.ndarray = field(init=False)
     reasons: dict[int, str] = field(init=False, default_factory=dict)
 
@@ -35,7 +38,7 @@ class Search:
         self.stays = np.ones(len(self.analysis.units.frozen), bool)
         for group in self.analysis.groups:
             seen = any(member.slot.tensor in self.used for member in group.members)
-            if group.exact and seen:
+            if seen and (group.exact or self.rescaled(group)):
                 self.stays[group.units] = False
             elif not seen:
                 self.because(group, "eval mode does not run it")
@@ -47,34 +50,36 @@ class Search:
         """Why the channels of a group stay."""
         self.reasons.update(dict.fromkeys(group.units.tolist(), text))
 
-    def run(self) -> tuple[BiasChange, ...]:
+    def run(self) -> tuple[tuple[BiasChange, ...], tuple[MergeChange, ...]]:
         """Find what leaves; the constants that it leaves behind."""
         while True:
             while any([self._sweep(one) for one in self.passes]):
                 pass
-            slots = self.slots()
-            found = [
-                (one, blame)
-                for one, blame in disagreeing(self.passes, slots)
-                if self.keep(one, blame)
-            ]
-            if not found and not self._fill_groups():
-                return changes(self.passes[0], slots)
+            if not self._stand_in() and not self._fill_groups():
+                one, slots = self.passes[0], self.slots()
+                return changes(one, slots), merges(one, slots)
+
+    def _stand_in(self) -> bool:
+        """A channel for each weight that others are merged into."""
+        slots = self.slots()
+        found = [(one, blame) for one in self.passes for blame in representatives(one, slots)]
+        return any([self.keep(one, blame) for one, blame in found])
 
     def slots(self) -> np.ndarray:
         """For the id of every slice of a parameter whether it stays."""
         by_id: np.ndarray = self.stays[self.analysis.units.labels[: self.passes[0].first]]
         return by_id
 
-    def kept(self) -> dict[str, list[int]]:
+    def kept(self) -> dict[str, tuple[int, ...]]:
         """Kept channels by the name of their group."""
-        return {g.name: np.flatnonzero(self.stays[g.units]).tolist() for g in self.analysis.groups}
+        groups = self.analysis.groups
+        return {g.name: tuple(np.flatnonzero(self.stays[g.units]).tolist()) for g in groups}
 
     def keep(self, one: Pass, blame: Blame) -> bool:
         """Units that must stay; whether that is new."""
         labels, new = self.analysis.units.labels, False
-        for slots, why in zip(one.slots_of(blame.ids), blame.why):
-            for unit in np.unique(labels[slots]).tolist():
+        for index, why in zip(blame.ids.tolist(), blame.why):
+            for unit in np.unique(labels[one.slots_of(index)]).tolist():
                 if not self.stays[unit]:
                     self.stays[unit] = new = True
                     self.reasons[unit] = why
@@ -108,23 +113,35 @@ class Search:
         return int(total.argmin())
 
     def notes(self) -> tuple[str, ...]:
-        """Constant outputs of layers that stay, and why."""
+        """Constant outputs of layers that stay, and why; layers that write the same are as one."""
         one, labels = self.passes[0], self.analysis.units.labels
-        counts: dict[tuple[str, str], int] = {}
+        layers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for module, ids in one.dead:
+            staying: dict[str, list[int]] = {}
             for own in ids.T:
-                units = {
-                    unit for slots in one.slots_of(own) for unit in np.unique(labels[slots]).tolist()
-                }
-                if units and all(self.stays[unit] for unit in units):
-                    reason = _first(self.reasons.get(unit) for unit in units)
-                    counts[module, reason] = counts.get((module, reason), 0) + 1
+                places = np.concatenate([one.slots_of(index) for index in own.tolist()])
+                units = np.unique(labels[places]).tolist()
+                if units and self.stays[units].all():
+                    reason = next((self.reasons[u] for u in units if u in self.reasons), TIED)
+                    staying.setdefault(reason, []).append(units[0])
+            for reason, found in staying.items():
+                layers.setdefault((reason, tuple(found)), []).append(module or "the model")
         return tuple(
-            f"{module or 'the model'}: {count} constant channel{'s' * (count > 1)} stay"
-            f"{'s' * (count == 1)}: {reason}"
-            for (module, reason), count in counts.items()
+            f"{shorten(dict.fromkeys(names), 2)}: {len(units)} constant "
+            f"channel{'s stay' if len(units) > 1 else ' stays'}: {reason}"
+            for (reason, units), names in layers.items()
         )
 
-
-def _first(reasons: Iterable[str | None]) -> str:
-    return next((reason for reason in reasons if reason), "channels tied to it stay")
+    def approximated(self) -> tuple[str, ...]:
+        """Constants that are not the same at all places, of channels that leave all the same."""
+        one, notes = self.passes[0], []
+        alive = one.alive(self.slots())
+        for reader in one.sinks:
+            taken = reader.gone(alive) & reader.affine.uneven
+            count = int((taken & reader.affine.read_by(reader.kept(alive))).sum())
+            if count:
+                name = reader.node.meta.get("module") or "the model"
+                plural = "s" * (count > 1)
+                text = f"the constant{plural} of {count} channel{plural} from the middle"
+                notes.append(f"{name}: takes {text}, which is not exact")
+        return tuple(notes)

@@ -50,6 +50,49 @@ def sink_of(node: fx.Node, model: nn.Module, inside: Interpreter) -> Sink | None
     return _new_bias(node, weight, how, model)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A stored weight, the mask that it is multiplied with, and its dimension of the inputs."""
+
+    tensor: str
+    mask: str | None
+    dim: int
+
+
+def matrix_of(node: fx.Node) -> Matrix | None:
+    """The weight of a convolution or linear layer, if it is a parameter read by such ops alone."""
+    parts = parts_of(node)
+    assert parts is not None
+    _, weight, _, turned, how = parts
+    dim = int(not (turned or (how and how[3])))
+    grouped = how is not None and how[5] != 1
+    if grouped or not all(_is_weight(user, weight) for user in weight.users):
+        return None
+    if _stored(weight):
+        return Matrix(str(weight.target), None, dim)
+    names = _masked(weight)
+    return None if names is None else Matrix(*names, dim)
+
+
+def _masked(product: fx.Node) -> tuple[str, str] | None:
+    """A vector or matrix that hooks of ``torch.nn.utils.prune`` multiply with its mask."""
+    packet, args = getattr(product.target, "overloadpacket", None), product.args
+    if packet is not aten.mul or len(args) != 2:
+        return None
+    if not all(_stored(arg) and len(arg.users) == 1 for arg in args):  # type: ignore[union-attr]
+        return None
+    first, second = (str(arg.target) for arg in args)  # type: ignore[union-attr]
+    for tensor, mask in ((first, second), (second, first)):
+        if tensor.endswith("_orig") and mask == tensor.removesuffix("_orig") + "_mask":
+            return tensor, mask
+    return None
+
+
+def _is_weight(user: fx.Node, weight: fx.Node) -> bool:
+    parts = parts_of(user)
+    return parts is not None and parts[1] is weight and weight not in (parts[0], parts[2])
+
+
 def norm_of(node: fx.Node) -> fx.Node | None:
     """The BatchNorm that alone reads a value."""
     users = list(node.users)
@@ -75,17 +118,12 @@ def _bias(bias: fx.Node) -> Sink | None:
     """A parameter, or a parameter times a mask, that is used as a bias and for nothing else."""
     if not all(_is_bias(user, bias) for user in bias.users):
         return None
+    if len({parts[1] for user in bias.users if (parts := parts_of(user))}) > 1:
+        return None  # several weights would have to agree
     if _stored(bias):
         return Sink(str(bias.target))
-    if getattr(bias.target, "overloadpacket", None) is not aten.mul or len(bias.args) != 2:
-        return None
-    if not all(_stored(arg) and len(arg.users) == 1 for arg in bias.args):  # type: ignore
-        return None
-    first, second = (str(arg.target) for arg in bias.args)  # type: ignore[union-attr]
-    for vector, other in ((first, second), (second, first)):
-        if vector.endswith("_orig") and other == vector.removesuffix("_orig") + "_mask":
-            return Sink(vector, mask=other)
-    return None
+    names = _masked(bias)
+    return None if names is None else Sink(names[0], mask=names[1])
 
 
 def _is_bias(user: fx.Node, bias: fx.Node) -> bool:
@@ -103,7 +141,7 @@ def _new_bias(
     if not plain or "bias" not in layer._parameters:
         return None
     transposed = bool(how and how[3])
-    if transposed and how is not None and how[6] != 1:
+    if transposed and how is not None and how[5] != 1:
         return None
     prefix = f"{name}." if name else ""
     stored = [weight, *weight.all_input_nodes]

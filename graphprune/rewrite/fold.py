@@ -31,12 +31,32 @@ def fold(model: nn.Module, plan: Plan, kept: Indices) -> None:
         if change.like is not None and change.tensor not in tensors:
             _new_bias(model, change, tensors[change.like[0]])
             tensors = dict(named_tensors(model))
-            values = _values(change, kept.get(change.like[0], {}).get(change.like[1]))
-        else:
-            values = _values(change, kept.get(change.tensor, {}).get(0))
+        values = _values(change, kept.get(change.tensor, {}).get(0))
         vector = tensors[change.tensor].detach()
         if not vector.is_meta:
             vector.copy_(vector.to("cpu", torch.float64) + values)  # rounded once
+
+
+def merged(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Weights that take up others' slices before these are cut off, and their masks."""
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
+    found: dict[str, Tensor] = {}
+    for change in plan.merges:
+        weight = found.get(change.tensor, tensors[change.tensor]).clone()
+        if weight.is_meta:
+            continue
+        masked = weight
+        if change.mask is not None:
+            mask = found.get(change.mask, tensors[change.mask]).clone()
+            masked = weight * mask
+            mask.select(change.dim, change.into).fill_(1)
+            found[change.mask] = mask
+        index = torch.tensor((change.into, *change.sources), device=weight.device)
+        factors = torch.tensor((1.0, *change.factors), dtype=torch.float64, device=weight.device)
+        parts = masked.index_select(change.dim, index).double().movedim(change.dim, -1)
+        weight.select(change.dim, change.into).copy_(parts @ factors)
+        found[change.tensor] = weight
+    return found
 
 
 def _values(change: BiasChange, index: Tensor | None) -> Tensor:

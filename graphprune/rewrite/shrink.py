@@ -12,12 +12,12 @@ from graphprune.attention import replace_attention
 from graphprune.copying import copy_module
 from graphprune.errors import PlanError
 from graphprune.plan import IndexChange, Plan, SizeChange
-from graphprune.rewrite.fold import fold, recompute_masked
+from graphprune.rewrite.fold import fold, merged, recompute_masked
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
 from graphprune.skeleton import named_modules, named_tensors
 
-Kept = Mapping[int, Tensor]  # kept indices by dimension
+Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Selection = tuple[int, Tensor]
 CHUNK = 1 << 22  # elements
 
@@ -40,15 +40,17 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     plan.check(model)
     _check_indices(model, plan)
     earlier = getattr(model, "graphprune_plan", None)
-    kept = kept_indices(plan)
+    kept, full = kept_indices(plan), merged(model, plan)
     if inplace:
         for name, tensor in named_tensors(model):
+            if name in full:
+                tensor.detach().copy_(full[name])
             if name in kept:
                 _cut_in_place(tensor, kept[name])
     else:
         memo: dict[int, Any] = {}
         for name, tensor in named_tensors(model):
-            small = cut(tensor.detach(), kept.get(name, {}))
+            small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
             if isinstance(tensor, nn.Parameter):
                 small = _as_parameter(small, tensor)
             memo[id(tensor)] = small
@@ -93,7 +95,12 @@ def kept_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:
     """The kept indices of a plan by tensor name and dimension."""
     kept: dict[str, dict[int, Tensor]] = {}
     for slot in plan.slots:
-        kept.setdefault(slot.tensor, {})[slot.dim] = torch.tensor(slot.kept, dtype=torch.int64)
+        index = torch.tensor(slot.kept, dtype=torch.int64)
+        index = index if slot.blocks == 1 else index.reshape(slot.blocks, -1)
+        kept.setdefault(slot.tensor, {})[slot.dim] = index
+    for change in plan.biases:  # new ones are as long as the outputs of their weight
+        if change.like is not None and change.like[1] in kept.get(change.like[0], {}):
+            kept[change.tensor] = {0: kept[change.like[0]][change.like[1]]}
     return kept
 
 
@@ -101,6 +108,11 @@ def cut(tensor: Tensor, kept: Kept) -> Tensor:
     """A copy of the kept slices, in the memory format of the original."""
     if not kept:
         return tensor.clone()
+    for dim, index in kept.items():
+        if index.dim() > 1:
+            blocks = tensor.unflatten(0, (len(index), -1)).unbind()
+            parts = [part.index_select(dim, i.to(part.device)) for part, i in zip(blocks, index)]
+            return cut(torch.cat(parts), {d: i for d, i in kept.items() if d != dim})
     first, *rest = ((dim, index.to(tensor.device)) for dim, index in sorted(kept.items()))
     small = _select(tensor, first, rest) if rest else tensor.index_select(*first)
     for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):

@@ -41,6 +41,7 @@ class Walk:
     numbers: Callable[[str], Tensor | None] = lambda name: None
     values: dict[fx.Node, Value] = field(default_factory=dict)
     grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
+    aligned: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # equal parts
     choices: list[Alternatives] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
     renormalising: list[tuple[Tensor, Reason, fx.Node | None]] = field(default_factory=list)
@@ -188,6 +189,13 @@ class Walk:
         """Tie the ids of a layer along ``dims``."""
         return self.ties.collapse(layer, dims)
 
+    def align(self, layer: Tensor, dims: Iterable[int]) -> None:
+        """Parts along ``dims`` that must stay equally large: they keep equal columns."""
+        first = layer
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        self.aligned.append((first, layer))
+
     def freeze(self, layer: Tensor, text: str) -> None:
         """Ids that must stay."""
         self.ties.freeze(layer, self.reason(text))
@@ -324,19 +332,6 @@ class Walk:
                 layer = self.collapse(layer, fixed)
             found.append((index, layer, shape, varying(layer)))
         return found
-
-    def inward(self, value: Value, dims: Iterable[int]) -> Value:
-        """A value about to be summed over ``dims``, when heads are pruned inside.
-
-        Ids that vary over a summed dimension and another one (heads x width) are then tied along
-        the other one: the same columns go in all heads. Otherwise whole heads go.
-        """
-        layers = []
-        for layer in value.layers:
-            others = varying(layer) - set(dims)
-            inside = self.attention == "head_dim" and others and varying(layer) != others
-            layers.append(self.collapse(layer, others) if inside else layer)
-        return replace(value, layers=tuple(layers))
 
     def choose(self, choice: Alternatives) -> None:
         """Leave a decision between several ways to tie until the walk is over."""

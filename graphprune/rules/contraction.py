@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graphprune.ids import Alternatives, Layers, along, spread, varying
 from graphprune.rules.base import Walk, aten
+from graphprune.rules.heads import inward_both
 from graphprune.rules.registry import Value, register_rule
 
 FIXED_INPUT = "reads a model input"
@@ -83,8 +84,7 @@ def matmul(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """Products of matrices; a vector is a matrix of one row or column; batches broadcast."""
     wide_left = _reshaped(left, (1, *left.shape)) if left.ndim == 1 else left
     wide_right = _reshaped(right, (*right.shape, 1)) if right.ndim == 1 else right
-    wide_left = walk.inward(wide_left, {wide_left.ndim - 1})
-    wide_right = walk.inward(wide_right, {wide_right.ndim - 2})
+    wide_left, wide_right = inward_both(walk, wide_left, wide_right, turned=True)
     contract(walk, wide_left, wide_right, wide_left.ndim - 1, wide_right.ndim - 2)
     a, b = (tuple(free(v, d)) for v, d in
             ((wide_left, wide_left.ndim - 1), (wide_right, wide_right.ndim - 2)))  # fmt: skip
@@ -132,7 +132,7 @@ def dot(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
 @register_rule(aten.bmm)
 def bmm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[b, n, k] @ [b, k, m]``."""
-    left, right = walk.inward(left, {2}), walk.inward(right, {1})
+    left, right = inward_both(walk, left, right, turned=True)
     contract(walk, left, right, 2, 1)
     b, n, _ = left.shape
     m = right.shape[2]
@@ -261,7 +261,7 @@ def attention(
     ndim = query.ndim
     if kwargs.get("enable_gqa"):
         key, value = (_repeated(other, query.shape[-3]) for other in (key, value))
-    query, key = (walk.inward(side, {ndim - 1}) for side in (query, key))
+    query, key = inward_both(walk, query, key, turned=False)
     contract(walk, query, key, ndim - 1, ndim - 1)
     turned = tuple(layer.transpose(-1, -2) for layer in free(key, ndim - 1))
     length = key.shape[-2]

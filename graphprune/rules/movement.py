@@ -88,7 +88,7 @@ expand.makes = True  # type: ignore[attr-defined]
 def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
     """Groups must stay equal: column j of each is tied to column j of all."""
     for layer in x.on(1):
-        walk.collapse(spread(layer, x.shape, {1}).unflatten(1, (groups, -1)), {1})
+        walk.align(spread(layer, x.shape, {1}).unflatten(1, (groups, -1)), {1})
     return moved(walk, node, x, groups)
 
 
@@ -236,7 +236,7 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
             walk.freeze(layer, "split into parts of unequal size")
             continue
         parts = spread(layer, x.shape, {dim}).unflatten(dim, (len(starts), size))
-        walk.collapse(parts, {dim})
+        walk.align(parts, {dim})
     return [tuple(_part(layer, dim, n, n + size) for layer in x.layers) for n in starts]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from graphprune.ids import Layers, varying
 from graphprune.rules.base import Walk, aten
 from graphprune.rules.contraction import FIXED_INPUT, contract, free
+from graphprune.rules.heads import inward
 from graphprune.rules.registry import Value, register_rule
 
 
@@ -26,7 +27,7 @@ def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Lay
     if not any(value.linear for value in operands):
         walk.mask(*(layer for value in operands for dim in dims for layer in value.on(dim)))
     kept = []
-    operands = [walk.inward(value, dims) for value in operands]
+    operands = [inward(walk, value, dims) for value in operands]
     for layer in walk.broadcast(operands, operands[0].ndim, text):
         if varying(layer) & dims:
             if not varying(layer) - dims:

@@ -2,6 +2,14 @@
 
 from graphprune.training.optimizers import follow
 from graphprune.training.pruner import Pruner, Update
+from graphprune.training.regularise import (
+    GroupLasso,
+    Growing,
+    Growth,
+    Regulariser,
+    Slimming,
+    SparseLearning,
+)
 from graphprune.training.schedules import (
     Schedule,
     cubic,
@@ -13,8 +21,14 @@ from graphprune.training.schedules import (
 )
 
 __all__ = [
+    "GroupLasso",
+    "Growing",
+    "Growth",
     "Pruner",
+    "Regulariser",
     "Schedule",
+    "Slimming",
+    "SparseLearning",
     "Update",
     "cubic",
     "exponential",

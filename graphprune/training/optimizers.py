@@ -96,13 +96,16 @@ def _dims(value: Any, before: tuple[int, ...], kept: Kept, where: str) -> dict[i
     if value.numel() == 1:  # a step
         return {}
     after = tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(before))
-    if value.shape == after:  # has followed already
+    if _fits(value, before):
+        return {dim: index for dim, index in kept.items() if value.shape[dim] == before[dim]}
+    if _fits(value, after):  # has followed already
         return {}
-    if len(value.shape) != len(before) or any(
-        found not in (1, size) for found, size in zip(value.shape, before, strict=True)
-    ):
-        raise InputError(f"{where} of shape {list(value.shape)}; {_ADVICE}")
-    return {dim: index for dim, index in kept.items() if value.shape[dim] == before[dim]}
+    raise InputError(f"{where} of shape {list(value.shape)}; {_ADVICE}")
+
+
+def _fits(value: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a state has a shape, or that shape with ones in some places."""
+    return value.dim() == len(shape) and all(n in (1, m) for n, m in zip(value.shape, shape))
 
 
 _ADVICE = (

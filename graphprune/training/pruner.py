@@ -216,9 +216,7 @@ class Pruner:
         self.sparsity = sparsity
         if plan is not None:
             cost = plan.after
-            self.history.append(
-                Update(self.steps, sparsity, plan.removed, cost.params, cost.macs)
-            )
+            self.history.append(Update(self.steps, sparsity, plan.removed, cost.params, cost.macs))
 
     def _plan(
         self, graph: ChannelGraph, sparsity: float, spared: Sequence[Group], quiet: bool

@@ -39,7 +39,7 @@ class Schedule:
     name: ClassVar[str] = "schedule"
 
     def __post_init__(self) -> None:
-        for field in ("initial", "final"):
+        for field in ("final", "initial"):
             _check_fraction(f"{field} sparsity of {self.name}", getattr(self, field))
         for field, least in (("begin", 0), ("end", 0), ("frequency", 1)):
             _check_count(f"{field} of {self.name}", getattr(self, field), least)
@@ -340,13 +340,13 @@ def plot(schedule: SparsityOf, path: str | Path, steps: int, title: str = "") ->
     """
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(6, 3.5), layout="constrained").add_subplot()
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot()
     values = [100 * sparsity_at(schedule, step) for step in range(steps + 1)]
     axes.step(range(steps + 1), values, where="post")
     axes.set(xlabel="step", ylabel="sparsity in %")
     axes.set_title(title, fontsize=9)
-    assert axes.figure is not None
-    axes.figure.savefig(path)
+    figure.savefig(path)
     return Path(path)
 
 

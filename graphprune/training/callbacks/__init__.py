@@ -1,1 +1,19 @@
-"""Callbacks for Lightning and for the Trainer of transformers."""
+"""Gradual pruning inside other people's loops: Lightning, and the Trainer of transformers.
+
+Their packages are imported when a callback is first asked for; neither is needed otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_HOMES = {"LightningPruning": "lightning", "TrainerPruning": "huggingface"}
+
+__all__ = ["LightningPruning", "TrainerPruning"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

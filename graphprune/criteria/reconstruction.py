@@ -1,0 +1,309 @@
+"""The error that remains when the reading layers are refitted without a channel.
+
+What a layer reads is summed up by the second moments of its input windows, and what its output is
+worth by the second moments of the gradients with respect to it. With both, the loss of every
+channel after the best refit of the others is known in closed form, and channels are removed one
+after the other, the cheapest first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.analysis import Group
+from graphprune.batches import forward
+from graphprune.criteria.activations import reading_dim
+from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, register_statistic
+from graphprune.criteria.registry import Unseen, register_criterion
+from graphprune.observe import Product
+from graphprune.windows import Window
+
+WIDEST = 6144  # columns (channels x kernel) up to which all second moments are kept
+ROWS = 8192  # windows that are looked at of each batch
+STEPS = 256  # channels of large groups leave several at a time
+
+
+@dataclass
+class Reader:
+    """Second moments of what a weight reads, and of the gradients of what it writes.
+
+    With windows of n columns, in a convolution of b groups:
+
+    Attributes:
+        window: how the weight reads.
+        value: the weight as it was used.
+        index: positions of the channels, [channels, positions each], where only moments between
+            channels are kept; ``None`` when all moments are.
+        moment, total, count: sums over windows: [b, n, n], [b, n], and how many.
+        metric: sums of the gradients' products, [b, outputs, outputs], or their squares where
+            there are very many outputs.
+    """
+
+    window: Window
+    value: Tensor
+    index: Tensor | None
+    moment: Tensor | float = 0.0
+    total: Tensor | float = 0.0
+    count: int = 0
+    metric: Tensor | float = 0.0
+
+    def read(self, x: Tensor, places: int, generator: torch.Generator) -> None:
+        """Add the windows of one batch."""
+        if self.index is not None:  # kernel places and positions of a channel are alike
+            dim = -1 if self.window.kind == "linear" else 1
+            channels, positions = self.index.shape
+            x = x.movedim(dim, -1)[..., self.index.to(x.device)].movedim(-2, -1)
+            rows = x.reshape(-1, 1, channels)
+            rows = rows[_some(len(rows), ROWS * positions, generator).to(x.device)]
+        else:
+            rows = self.window.rows(x, _some(places, ROWS, generator).to(x.device))
+        rows = real(rows).transpose(0, 1)
+        self.moment = self.moment + (rows.mT @ rows).to("cpu", torch.float64)
+        self.total = self.total + rows.sum(1).to("cpu", torch.float64)
+        self.count += rows.shape[1]
+
+    def write(self, gradient: Tensor) -> None:
+        """Add the gradients of one batch."""
+        rows = real(self.window.outputs(gradient)).transpose(0, 1)
+        wide = rows.shape[-1] > WIDEST
+        found = rows.square().sum(1) if wide else rows.mT @ rows
+        self.metric = self.metric + found.to("cpu", torch.float64)
+
+    def covariance(self) -> Tensor:
+        """Of the columns, [b, n, n]: a constant is left to a bias."""
+        mean = self.total / self.count
+        assert isinstance(mean, Tensor)
+        return self.moment / self.count - mean[:, :, None] * mean[:, None, :]
+
+    def weighed(self) -> Tensor | None:
+        """The weight in units of the outputs' worth, [b, rows, n]; ``None``: worth nothing."""
+        if not isinstance(self.metric, Tensor) or not self.count:
+            return None
+        matrix = self.window.matrix(self.value.detach()).to("cpu", torch.float64)
+        if self.metric.dim() == 2:
+            matrix = self.metric.sqrt()[:, :, None] * matrix
+        else:
+            values, vectors = torch.linalg.eigh(self.metric)
+            matrix = values.clamp_min(0).sqrt()[:, :, None] * (vectors.mT @ matrix)
+        if self.index is not None:
+            channels, positions = self.index.shape
+            taps = self.value[0, 0].numel()
+            parts = matrix.reshape(1, matrix.shape[1], -1, taps)[:, :, self.index]
+            matrix = parts.permute(0, 1, 3, 4, 2).reshape(1, -1, channels)
+        return matrix
+
+    def columns(self, index: Tensor) -> Tensor:
+        """The columns of every channel of a group, [channels, columns each]."""
+        if self.index is not None:
+            place = torch.full((int(self.index.max()) + 1,), -1)
+            place[self.index[:, 0]] = torch.arange(len(self.index))
+            return place[index[:, :1]]
+        taps = self.value[0, 0].numel()
+        return (index[:, :, None] * taps + torch.arange(taps)).flatten(1)
+
+
+def real(x: Tensor) -> Tensor:
+    """Detached, in single or double precision."""
+    return x.detach() if x.dtype == torch.float64 else x.detach().float()
+
+
+def _some(count: int, most: int, generator: torch.Generator) -> Tensor:
+    """Numbers below ``count``: all of them, or as many as ``most`` drawn at random."""
+    if count <= most:
+        return torch.arange(count)
+    return torch.randint(count, (most,), generator=generator)
+
+
+@register_statistic("reconstruction")
+class Reconstructions(Collector):
+    """Second moments on both sides of what reads a group: ``{(tensor, dim): {row: Reader}}``.
+
+    Unless the user passes a loss, gradients are those of a random sum of all outputs: their second
+    moments weigh an error by what it does to the outputs (Gauss-Newton with the unit metric), which
+    works for trained networks whose loss has no gradient left.
+    """
+
+    backward = True
+
+    def __init__(self, model: nn.Module, slots: Slots) -> None:
+        super().__init__(model, slots)
+        self.found: dict[Key, dict[int, Reader]] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """A random sum of all outputs."""
+        out = forward(model, batch)
+        known = isinstance(out, Tensor | tuple | list | dict)
+        total = None
+        for leaf in pytree.tree_leaves(out if known else vars(out)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
+                weights = torch.randn(leaf.shape, generator=self.generator).to(leaf)
+                part = (leaf * weights).sum()
+                total = part if total is None else total + part
+        return torch.zeros(()) if total is None else total
+
+    def product(self, product: Product) -> None:
+        """Add what a product reads, and have its gradient added when it is there."""
+        key = (product.weight, reading_dim(product))
+        complex_or_split = product.value.is_complex() or (
+            product.kind == "transposed" and product.groups > 1
+        )
+        if key not in self.slots or complex_or_split or not product.output.requires_grad:
+            return
+        parts = self.found.setdefault(key, {})
+        if product.start not in parts:
+            reader = _reader(product, self.slots[key])
+            if reader is None:
+                return
+            parts[product.start] = reader
+        reader = parts[product.start]
+        reader.read(product.input.detach(), reader.window.places(product.output), self.generator)
+        product.output.register_hook(reader.write)
+
+    def finish(self, batches: int) -> dict[Key, dict[int, Reader]]:
+        """Moments and metrics; the metric is a mean over the batches."""
+        for parts in self.found.values():
+            for reader in parts.values():
+                reader.metric = reader.metric / batches
+        return self.found
+
+
+def _reader(product: Product, indices: Sequence[Tensor]) -> Reader | None:
+    """Empty moments for a product; ``None`` where they cannot be kept."""
+    window = Window.of(product)
+    taps = product.value[0, 0].numel()
+    if window.matrix(product.value).shape[-1] <= WIDEST:
+        return Reader(window, product.value.detach(), None)
+    if product.groups > 1 or len({index.shape[1] for index in indices}) > 1:
+        return None
+    index = torch.cat(list(indices))
+    fits = len(index) <= WIDEST and taps >= 1
+    return Reader(window, product.value.detach(), index) if fits else None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The error that remains after the reading layers are refitted: ``reconstruction``.
+
+    Luo et al., "ThiNet", ICCV 2017 choose channels by the error of the next layer, and refit it.
+    Here the error is weighed by its effect on the outputs, and the refit and the removal are those
+    of the optimal brain surgeon on groups of weights (Hassibi and Stork, NIPS 1992; Kurtic et al.,
+    "ZipLM", NeurIPS 2023): the cheapest channel leaves, the inverse moments are brought up to date,
+    and the next one is looked for. A score is the increase of the error when the turn of a channel
+    comes, smoothed so that it never falls: scores of different groups compare, and with
+    ``scope="global"``, ``normalise="macs"`` and a target they distribute a budget.
+
+    Attributes:
+        ridge: added to the second moments, as a fraction of their mean.
+    """
+
+    ridge: float = 1e-4
+    needs: ClassVar[frozenset[str]] = frozenset({"weights", "reconstruction"})
+    comparable: ClassVar[bool] = True
+
+    def __call__(
+        self, group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Scores of shape [channels]."""
+        assert isinstance(tensors, Evidence)
+        known: Mapping[Key, Mapping[int, Reader]] = tensors.statistics["reconstruction"]
+        found = []
+        for member in group.members if group.size else ():
+            parts = known.get((member.slot.tensor, member.slot.dim), {}) if member.reads else {}
+            for reader in parts.values():
+                weighed = reader.weighed()
+                if weighed is not None:
+                    columns = reader.columns(torch.from_numpy(member.index.copy()))
+                    found.append(Surgeon(reader.covariance(), weighed, columns, self.ridge))
+        if not found:
+            raise Unseen("no convolution or linear layer of moderate size sums over its channels")
+        return eliminate(found, group.size)
+
+
+reconstruction = register_criterion("reconstruction")(Reconstruction())
+
+
+@dataclass
+class Surgeon:
+    """One weight from which groups of columns are removed, the others being refitted.
+
+    Attributes:
+        covariance: of the columns, [b, n, n].
+        weight: [b, rows, n]; it is refitted with every removal.
+        columns: of each channel, [channels, columns each].
+    """
+
+    covariance: Tensor
+    weight: Tensor
+    columns: Tensor
+    ridge: float
+    inverse: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = self.covariance.shape[-1]
+        diagonal = self.covariance.diagonal(dim1=-2, dim2=-1)
+        level = self.ridge * diagonal.mean(-1) + 1e-12 * (diagonal.amax() + 1e-30)
+        unit = torch.eye(size, dtype=torch.float64)
+        self.inverse = torch.linalg.inv(self.covariance + level[:, None, None] * unit)
+        self.weight = self.weight.clone()
+
+    def errors(self, channels: Tensor) -> Tensor:
+        """How much the error grows when one of the channels leaves, [channels]."""
+        columns = self.columns[channels]
+        blocks = self.inverse[:, columns[:, :, None], columns[:, None, :]]
+        weights = self.weight[:, :, columns].permute(0, 2, 3, 1)
+        solved = torch.linalg.solve(blocks, weights)
+        return (weights * solved).sum((0, 2, 3))
+
+    def remove(self, channels: Tensor) -> None:
+        """Remove channels together and refit the others."""
+        columns = self.columns[channels].flatten()
+        block = self.inverse[:, columns[:, None], columns[None, :]]
+        update = torch.linalg.solve(block, self.inverse[:, columns])
+        self.weight -= self.weight[:, :, columns] @ update
+        self.inverse -= self.inverse[:, :, columns] @ update
+
+
+def eliminate(surgeons: Sequence[Surgeon], size: int) -> Tensor:
+    """The increase of the error when each channel leaves, the cheapest first: [channels]."""
+    alive = torch.arange(size)
+    order: list[int] = []
+    costs: list[float] = []
+    at_once = -(-size // STEPS)
+    while len(alive) > 1:
+        errors = torch.stack([surgeon.errors(alive) for surgeon in surgeons]).sum(0)
+        count = min(at_once, len(alive) - 1)
+        cheapest = errors.argsort(stable=True)[:count]
+        order += alive[cheapest].tolist()
+        costs += errors[cheapest].clamp_min(0).tolist()
+        for surgeon in surgeons:
+            surgeon.remove(alive[cheapest])
+        stays = torch.ones(len(alive), dtype=torch.bool)
+        stays[cheapest] = False
+        alive = alive[stays]
+    found = torch.zeros(size, dtype=torch.float64)
+    slopes = _rising(costs)
+    found[order] = slopes
+    found[alive] = (slopes[-1] if len(slopes) else 1.0) * 2 + 1e-30
+    return found
+
+
+def _rising(costs: Sequence[float]) -> Tensor:
+    """Slopes of the largest convex curve below the sums of the costs, strictly rising."""
+    blocks: list[tuple[float, int]] = []  # the mean of a stretch, and its length
+    for cost in costs:
+        mean, length = cost, 1
+        while blocks and blocks[-1][0] >= mean:
+            before, count = blocks.pop()
+            mean = (mean * length + before * count) / (length + count)
+            length += count
+        blocks.append((mean, length))
+    slopes = torch.tensor([mean for mean, count in blocks for _ in range(count)])
+    ranks = torch.arange(len(costs), dtype=torch.float64) / max(len(costs), 1)
+    return slopes.double() * (1 + 1e-6 * ranks) + 1e-30 * ranks

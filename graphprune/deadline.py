@@ -1,0 +1,161 @@
+"""The search for the kept counts of a model that meets a latency, verified by measuring it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from graphprune.budget import Budget, Unreachable, amount_text
+from graphprune.costs import Costs, Counts, Polynomials
+from graphprune.latency import Bench, Cache, Sample, fit
+from graphprune.select import Path
+
+_SAMPLES = 6  # shrunk models of random widths, from which times are fitted
+_NARROWEST = 0.35
+_ROUNDS = 5  # of search, emission and measurement
+_NEAR = 0.97  # of the limit used, and of the prediction met: good enough
+_CHUNKS = 40  # in which a group loses its channels, while the order of the groups is found
+
+
+@dataclass
+class Deadline:
+    """A latency to be met on a bench.
+
+    ``emit`` makes the model of kept counts. ``report`` is filled by :meth:`search`: the device,
+    milliseconds of the original, what was predicted for the small model, what was measured.
+    """
+
+    budget: Budget
+    path: Path
+    bench: Bench
+    cache: Cache
+    model: nn.Module
+    emit: Callable[[Counts], nn.Module]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def search(self, along: Callable[[Mapping[str, np.ndarray]], Path] | None) -> Counts:
+        """The counts of the largest model that was measured to be fast enough.
+
+        Args:
+            along: makes a path from an order of the channels; then the order is the one in which
+                they save most time. ``None`` keeps to the path given.
+
+        Raises:
+            Unreachable: no model on the path is fast enough.
+        """
+        samples = self._samples()
+        target = self.budget.targets["latency"]
+        best: tuple[float, Counts, dict[str, Any]] | None = None
+        anchor: Sample | None = None
+        path, slack = self.path, 1.0
+        for turn in range(_ROUNDS):
+            part = fit(self.budget.costs, samples, anchor)
+            whole = self._of(part, self.path.full)
+            self.budget.time(part, whole, slack * target.of(whole))
+            if along is not None and turn == 0:
+                path = along(self._order(part))
+            counts = self.budget.search(path)
+            small = self.emit(counts)
+            before, after = self._measured(small)
+            limit = target.of(before)
+            predicted = self._of(part, counts) / whole * before
+            found = {
+                "device": str(self.bench),
+                "before": before,
+                "predicted": predicted,
+                "measured": after,
+            }
+            if after <= limit and (best is None or after > best[0]):
+                best = after, counts, found
+            accurate = _NEAR <= after / predicted <= 1 / _NEAR
+            if after <= limit and accurate and after >= _NEAR * limit:
+                break
+            (anchor,) = self.bench.samples([small], [counts])
+            total = after / before * samples[0].total  # as it is beside the original
+            anchor = replace(anchor, total=total)
+            samples = [*samples, anchor]
+            if after > limit and accurate:
+                slack *= 0.99 * limit / after
+        if best is None:
+            raise Unreachable(
+                f"at most {amount_text('latency', limit)} latency was not met: the nearest "
+                f"model took {amount_text('latency', after)}"
+            )
+        self.report.update(best[2])
+        return best[1]
+
+    def _of(self, part: Polynomials, counts: Counts) -> float:
+        return float(part.values(self.budget.costs.sizes(counts))[0])
+
+    def _measured(self, small: nn.Module) -> tuple[float, float]:
+        """The shortest milliseconds of the original and of a small model, measured in turns."""
+        before, after = self.bench.totals([self.model, small], self.bench.clock, seconds=2.0)
+        return min(before), min(after)
+
+    def _samples(self) -> list[Sample]:
+        """The whole model and some of random widths, from the cache where they are there."""
+        generator = np.random.default_rng(0)
+        wanted = [self.path.full]
+        for _ in range(_SAMPLES):
+            taken = []
+            for lane in self.path.lanes:
+                width = generator.uniform(_NARROWEST, 1) * len(lane.levels)
+                taken.append(int(np.abs(np.array(lane.counts) - width).argmin()))
+            wanted.append(self.path.counts(taken))
+        missing = [counts for counts in wanted if self.cache.find(counts) is None]
+        if missing:
+            models = [
+                self.model if counts is wanted[0] else self.emit(counts) for counts in missing
+            ]
+            for sample in self.bench.samples(models, missing):
+                self.cache.add(sample)
+        found = [self.cache.find(counts) for counts in wanted]
+        return [sample for sample in found if sample is not None]
+
+    def _order(self, part: Polynomials) -> dict[str, np.ndarray]:
+        """An order of all channels: those that save most time for what they are worth first.
+
+        A group is worth the MACs that depend on it, times the logarithm of the fraction it keeps:
+        the narrower it is, the dearer is its next channel. Without it, the group that saves most
+        would be emptied before the next one is touched.
+        """
+        costs, path = self.budget.costs, self.path
+        groups = self.budget.analysis.groups
+        macs = Costs(self.budget.analysis, ("macs",))
+        worth = macs.gradient("macs", path.full) * path.full
+        worth = np.array([worth[list(lane.groups)].sum() for lane in path.lanes])
+        worth = np.maximum(worth, 1e-3 * worth.max(initial=1.0))
+        taken = np.zeros(len(path.lanes), int)
+        turns = {group.name: np.full(group.size, np.inf) for group in groups}
+        open_lanes = [number for number, lane in enumerate(path.lanes) if len(lane.counts) > 1]
+        turn = 0
+        while open_lanes:
+            counts = path.counts(taken)
+            slopes = part.gradient(costs.sizes(counts), costs.matrix)
+            gains = []
+            for number in open_lanes:
+                lane = path.lanes[number]
+                now = lane.counts[taken[number]]
+                saved = slopes[list(lane.groups)].sum() * now
+                gains.append(saved / worth[number])
+            ranked = np.argsort(gains, kind="stable")[::-1]
+            for place in ranked[: max(1, len(ranked) // 10)]:
+                number = open_lanes[place]
+                lane = path.lanes[number]
+                now = lane.counts[taken[number]]
+                least = now - max(1, round(now / _CHUNKS))
+                while taken[number] + 1 < len(lane.counts):
+                    taken[number] += 1
+                    if lane.counts[taken[number]] <= least:
+                        break
+                turn += 1
+                left = lane.counts[taken[number]]
+                for group in lane.groups:
+                    size = groups[group].size
+                    turns[groups[group].name][size - now : size - left] = turn
+            open_lanes = [n for n in open_lanes if taken[n] + 1 < len(path.lanes[n].counts)]
+        return turns

@@ -1,0 +1,233 @@
+"""A request for an analysis: scores, limits, and the path of ever smaller models."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from graphprune.analysis import Analysis, Group
+from graphprune.costs import Costs
+from graphprune.criteria import comparable, gather, scores
+from graphprune.errors import InputError, PruningWarning
+from graphprune.feasible import Settled
+from graphprune.inputs import Call
+from graphprune.options import Request
+from graphprune.plan import Plan, shorten
+from graphprune.rescaling import Rescaling
+from graphprune.select import Kept, Lane, Path, allowed, kept, levels
+from graphprune.structure import multiple, signature
+
+_HERE = str(FilePath(__file__).parent) + os.sep
+_NATURAL = ("model output", "reads a model input", "rows of an embedding table")
+
+
+@dataclass
+class Draft:
+    """A request for an analysis in which more may become frozen."""
+
+    model: nn.Module
+    call: Call
+    settled: Settled
+    request: Request
+    evidence: Mapping[str, Tensor] | None = None
+
+    @property
+    def analysis(self) -> Analysis:
+        """The channel ids behind the groups."""
+        return self.settled.analysis
+
+    @cached_property
+    def spared(self) -> set[str]:
+        """Names of the groups that ``keep`` names."""
+        return {
+            group.name
+            for pattern in self.request.keep
+            for group in matching(self.analysis, pattern, "keep pattern")
+        }
+
+    @cached_property
+    def rescaling(self) -> Rescaling | None:
+        """How statistics stay those of the masked model, when that is asked for."""
+        return Rescaling.of(self.analysis, self.model) if self.request.exact_only else None
+
+    def may_leave(self, group: Group) -> bool:
+        """Whether the request allows that statistics change as they do for a group."""
+        return group.exact or self.rescaling is None or self.rescaling.covers(group)
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of all groups that may lose channels."""
+        request = self.request
+        groups = [g for g in self.analysis.groups if g.name not in self.spared]
+        groups = [group for group in groups if self.may_leave(group)]
+        if self.evidence is None:
+            self.evidence = gather(
+                self.model, request.criterion, groups, request.data, request.loss, request.progress
+            )
+        apart = request.scope in (None, "local") or comparable(request.criterion)
+        normalise = request.normalise or ("none" if apart else "mean")
+        saved = None
+        if normalise == "macs":
+            costs = Costs(self.analysis, ("macs",))
+            slopes = costs.gradient("macs", costs.full)
+            saved = {group.name: float(s) for group, s in zip(self.analysis.groups, slopes)}
+        return scores(
+            request.criterion,
+            groups,
+            self.evidence,
+            request.seed,
+            request.aggregate,
+            normalise,
+            saved,
+        )
+
+    def alive(self, counts: np.ndarray) -> np.ndarray:
+        """For every id whether it stays, given how many channels each group keeps."""
+        return self.analysis.alive(self.kept(counts))
+
+    def kept(self, counts: np.ndarray) -> Kept:
+        """The channels that stay, given how many."""
+        numbers = {group.name: int(n) for group, n in zip(self.analysis.groups, counts)}
+        return kept(self.scores, numbers)
+
+    def path(self, order: Mapping[str, np.ndarray] | None = None) -> Path:
+        """The lanes in which groups lose channels, in the order of the scope or another one."""
+        fixed = self._by_pattern(self.request.ratios, "ratios pattern")
+        groups = {group.name: group for group in self.analysis.groups}
+        turns = self._levels() if order is None else order
+        numbers = {name: number for number, name in enumerate(groups)}
+        together: dict[Any, list[Group]] = {}
+        for name in self.scores:
+            group = groups[name]
+            key: Any = name
+            if self.request.uniform:
+                key = signature(self.analysis, group), group.size, fixed.get(name)
+            together.setdefault(key, []).append(group)
+        lanes = []
+        for members in together.values():
+            counts = self._allowed(members)
+            first = members[0]
+            if first.name in fixed:
+                removed = int(fixed[first.name] * first.size + 1e-9)
+                wanted = min(counts, key=lambda n: abs(n - (first.size - removed)))
+                counts = (wanted,)
+            level = np.mean([turns[group.name] for group in members], axis=0)
+            lanes.append(Lane(tuple(numbers[g.name] for g in members), counts, level))
+        full = np.array([group.size for group in groups.values()], float)
+        return Path(tuple(lanes), full)
+
+    def _allowed(self, members: Sequence[Group]) -> tuple[int, ...]:
+        request = self.request
+        least = self._by_pattern(request.min_kept, "min_kept pattern")
+        most = self._by_pattern(request.max_kept, "max_kept pattern")
+        low = max(least.get(group.name, 0.0) for group in members)
+        high = min(most.get(group.name, 1.0) for group in members)
+        if low > high:
+            name = members[0].layers[0]
+            raise InputError(f"min_kept {low} is above max_kept {high} for the group of {name!r}")
+        step = int(np.lcm.reduce([multiple(group, request.round_to) for group in members]))
+        return allowed(members[0].size, low, high, step)
+
+    def _levels(self) -> dict[str, np.ndarray]:
+        """The order of the scope, or of an allocation for the groups it knows."""
+        pools: dict[str, Any] | None = None
+        groups = {group.name: group for group in self.analysis.groups}
+        if self.request.scope == "global":
+            pools = dict.fromkeys(self.scores)
+        elif self.request.scope == "isomorphic":
+            pools = {name: signature(self.analysis, groups[name]) for name in self.scores}
+        found = levels(self.scores, pools)
+        if self.request.allocation is not None:
+            for name, level in found.items():
+                group = groups[name]
+                known = self.request.allocation.levels(group.layers, group.size)
+                unknown = np.full_like(level, np.inf)  # the last to lose channels
+                found[name] = unknown if known is None else known
+        return found
+
+    def _by_pattern(self, values: Mapping[str, float], what: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for pattern, value in values.items():
+            for group in matching(self.analysis, pattern, what):
+                found[group.name] = value
+        return found
+
+    def warn(self, plan: Plan) -> None:
+        """Warn when much less is removed than the ratio says."""
+        ratio = self.request.ratio
+        if not ratio:
+            return
+        frozen = [group for group in self.analysis.all_groups if group.frozen]
+        unusual = [g for g in frozen if not str(g.reason).startswith(_NATURAL)]
+        free = [group for group in self.analysis.groups if group.name not in self.spared]
+        total = sum(g.size for g in free) + sum(
+            g.size for g in unusual if any(m.slot.weight and not m.reads for m in g.members)
+        )
+        if ratio * total < 1 or plan.removed >= 0.5 * ratio * total:
+            return
+        small = [group for group in free if group.size * ratio < 1]
+        whole = [group for group in free if not self.may_leave(group)]
+        text = f"{plan.removed} of {total} channels were removed where {ratio:.0%} was asked for"
+        if unusual:
+            text += f"; frozen:\n{why(self.analysis, unusual)}"
+        if whole:
+            names = shorten([group.layers[0] for group in whole], 6)
+            text += f"\n  left whole by exact_only: {names}"
+        if small:
+            names = shorten([group.layers[0] for group in small], 6)
+            text += f"\n  too small to lose a channel at this ratio: {names}"
+        warnings.warn(text, PruningWarning, stacklevel=outside())
+
+
+def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
+    """The groups whose channels are written by layers that a glob pattern names.
+
+    Raises:
+        InputError: no layer and no group has such a name.
+    """
+    named = [group for group in analysis.all_groups if fnmatch.fnmatchcase(group.name, pattern)]
+    names = [name for name in analysis.names if _matches(pattern, name)]
+    if not names and not named:
+        layers = sorted({name.rpartition(".")[0] for name in analysis.names})
+        raise InputError(f"{what} {pattern!r} matches no layer; layers: {shorten(layers, 12)}")
+    tensors = {analysis.names[name] for name in names}
+    return [
+        group
+        for group in analysis.all_groups
+        if group in named or any(m.slot.tensor in tensors and not m.reads for m in group.members)
+    ]
+
+
+def _matches(pattern: str, tensor: str) -> bool:
+    parts = tensor.split(".")
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:stop]), pattern) for stop in range(1, len(parts) + 1)
+    )
+
+
+def why(analysis: Analysis, groups: Iterable[Group] | None = None, most: int = 6) -> str:
+    """Why groups are frozen, one reason a line."""
+    lines: dict[str, list[str]] = {}
+    frozen = (group for group in analysis.all_groups if group.frozen)
+    for group in frozen if groups is None else groups:
+        lines.setdefault(group.note, []).append(shorten(group.layers, 2))
+    shown = list(lines.items())[:most]
+    return "\n".join(f"  {reason}: {shorten(layers, 3)}" for reason, layers in shown)
+
+
+def outside() -> int:
+    """The stack level of the first caller outside this package, for warnings."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+        level, frame = level + 1, frame.f_back
+    return level

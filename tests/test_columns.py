@@ -1,0 +1,165 @@
+"""Blocks that keep channels of their own: groups of convolutions, parts of a split, heads."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphprune
+from graphprune.blocks import blocks, fine_labels
+from graphprune.errors import InputError
+
+
+class Grouped(nn.Module):
+    def __init__(self, kind=nn.Conv2d):
+        super().__init__()
+        self.a, self.n = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.b, self.c = kind(16, 32, 3, padding=1, groups=2), nn.Conv2d(32, 4, 1)
+        nn.init.uniform_(self.n.bias)
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(F.relu(self.n(self.a(x))))))
+
+
+class Split(nn.Module):
+    """The parts of a chunk go separate ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.m = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.c = nn.Conv2d(24, 4, 1)
+
+    def forward(self, x):
+        a, b = self.a(x).chunk(2, 1)
+        return self.c(torch.cat((a, b, F.relu(self.m(b))), 1))
+
+
+class Gated(Split):
+    """The parts of a chunk are multiplied: their columns are the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        a, b = self.a(x).chunk(2, 1)
+        return self.c(a * torch.sigmoid(b))
+
+
+class Halved(Grouped):
+    """Positions of columns within each group count."""
+
+    def forward(self, x):
+        y = F.relu(self.n(self.a(x)))
+        y = torch.cat((y[:, :4], y[:, 4:8], y[:, 8:]), 1).roll(1, 2)
+        return self.c(F.relu(self.b(y)))
+
+
+class Attention(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.qkv, self.out, self.kind = nn.Linear(16, 48), nn.Linear(16, 5), kind
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).reshape(batch, length, 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.kind == "sdpa":
+            o = F.scaled_dot_product_attention(q, k, v)
+        elif self.kind == "matmul":
+            o = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1) @ v
+        else:
+            o = torch.einsum("bhnd,bhmd->bhnm", q, k).softmax(-1)
+            o = torch.einsum("bhnm,bhmd->bhnd", o, v)
+        return self.out(o.transpose(1, 2).reshape(batch, length, -1))
+
+
+IMAGE, TEXT = (1, 3, 8, 8), (2, 5, 16)
+FREE = {
+    "grouped": (Grouped, IMAGE, {}),
+    "grouped, transposed": (lambda: Grouped(nn.ConvTranspose2d), IMAGE, {}),
+    "split": (Split, IMAGE, {}),
+    "halved": (Halved, IMAGE, {}),
+    **{
+        f"heads, {kind}": (lambda kind=kind: Attention(kind), TEXT, {"attention": "head_dim"})
+        for kind in ("sdpa", "matmul", "einsum")
+    },
+}
+
+
+def made(name):
+    torch.manual_seed(0)
+    kind, shape, options = FREE[name]
+    return kind().eval(), torch.randn(shape), options
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_the_result_equals_its_masked_original(name):
+    model, x, options = made(name)
+    graph = graphprune.trace(model, x, **options)
+    aligned, plan = graph.plan(0.5), graph.plan(0.5, columns="free")
+    assert plan.free_columns
+    assert plan.after == aligned.after
+    assert set(plan.slots) != set(aligned.slots)
+    graphprune.verify(model, graphprune.rebuild(model, plan), x)
+    assert graphprune.Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_it_can_be_shrunk_again(name):
+    model, x, options = made(name)
+    small = graphprune.rebuild(model, 0.25, x, columns="free", **options)
+    smaller = graphprune.rebuild(small, 0.5, x, columns="free", **options)
+    graphprune.verify(model, smaller, x)
+    smallest = graphprune.rebuild(smaller, 0.5, x, **options)
+    graphprune.verify(model, smallest, x)
+
+
+def test_every_group_of_a_convolution_keeps_its_largest_filters():
+    model, x, _ = made("grouped")
+    with torch.no_grad():  # other columns matter in each group
+        model.a.weight[:8] *= torch.tensor([9, 1, 9, 1, 9, 1, 9, 1.0]).reshape(-1, 1, 1, 1)
+        model.a.weight[8:] *= torch.tensor([1, 9, 1, 9, 1, 9, 1, 9.0]).reshape(-1, 1, 1, 1)
+        model.n.weight.fill_(1.0)
+    plan = graphprune.trace(model, x).plan(0.5, columns="free", keep="b")
+    slots = {(slot.tensor, slot.dim): slot for slot in plan.slots}
+    assert slots["a.weight", 0].kept == (0, 2, 4, 6, 9, 11, 13, 15)
+    assert slots["b.weight", 1].by_block == ((0, 2, 4, 6), (1, 3, 5, 7))
+    small = graphprune.rebuild(model, plan)
+    assert torch.equal(small.b.weight[0], model.b.weight[0, [0, 2, 4, 6]])
+    assert torch.equal(small.b.weight[16], model.b.weight[16, [1, 3, 5, 7]])
+
+
+def test_more_of_the_norm_stays_than_with_equal_columns():
+    model, x, _ = made("grouped")
+
+    def norm(small):
+        return float(small.a.weight.detach().norm())
+
+    free = graphprune.rebuild(model, 0.5, x, columns="free")
+    aligned = graphprune.rebuild(model, 0.5, x)
+    assert norm(free) > norm(aligned)
+
+
+def test_columns_that_an_op_ties_stay_equal():
+    torch.manual_seed(0)
+    model, x = Gated(), torch.randn(IMAGE)
+    graph = graphprune.trace(model, x)
+    labels = fine_labels(graph.analysis)
+    assert all(blocks(graph.analysis, group, labels) is None for group in graph.groups)
+    plan = graph.plan(0.5, columns="free")
+    assert not plan.free_columns
+    assert plan.slots == graph.plan(0.5).slots
+
+
+def test_a_checkpoint_of_free_columns(tmp_path):
+    model, x, _ = made("grouped")
+    small = graphprune.rebuild(model, 0.5, x, columns="free")
+    graphprune.save(small, tmp_path / "small.safetensors")
+    back = graphprune.load(tmp_path / "small.safetensors", Grouped())
+    assert torch.equal(back.eval()(x), small(x))
+
+
+def test_an_unknown_choice_of_columns():
+    model, x, _ = made("grouped")
+    with pytest.raises(InputError, match="columns must be one of aligned, free, not 'some'"):
+        graphprune.rebuild(model, 0.5, x, columns="some")
