@@ -279,6 +279,11 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
         for name, value in original.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
+    expected |= {  # biases for the constants of removed channels
+        change.tensor: (sizes.get(change.like, len(change.values)),)
+        for change in content.plan.biases
+        if change.like is not None
+    }
     shapes = [
         f"{name} is {list(found[name])} in the file, the plan makes it {list(shape)} in the model"
         for name, shape in expected.items()
@@ -306,10 +311,10 @@ def _fill(small: nn.Module, content: _Content, devices: Mapping[str, torch.devic
     state = small.state_dict(keep_vars=True)  # with the versions that some modules ask for
     values: dict[int, Tensor] = {}  # one new tensor for each tensor of the model: ties stay
     owners = {**{name: name for name in content.tensors}, **content.aliases}
-    olds = dict(state)
+    olds, usual = dict(state), next(iter(devices.values()), None)
     for name, old in olds.items():
         if id(old) not in values:
-            values[id(old)] = _ready(content, owners[name], old, devices.get(name))
+            values[id(old)] = _ready(content, owners[name], old, devices.get(name, usual))
         state[name] = values[id(old)]
     small.load_state_dict(state, assign=True)
     for name, buffer in _unsaved_buffers(small).items():

@@ -356,10 +356,9 @@ def _unround(copied: nn.Module, small: nn.Module, original: nn.Module, plan: Pla
     exacts = {
         change.tensor: tensors[change.tensor].detach() * change.factor for change in plan.scales
     }
-    for added in plan.biases:
-        values = torch.tensor(added.values, dtype=torch.float64)
-        vector = tensors.get(added.tensor)
-        exacts[added.tensor] = values if vector is None else vector.detach() + values.to(vector)
+    constants = dict(named_tensors(with_constants(original, plan)))
+    for name in [b.tensor for b in plan.biases] + [m.tensor for m in plan.merges]:
+        exacts[name] = constants[name].detach()
     for name, whole in exacts.items():
         exact = cut(whole, kept.get(name, {}))
         rounded = given[name].detach()

@@ -15,10 +15,10 @@ from graphprune.errors import InputError, TraceError
 from graphprune.feasible import feasible
 from graphprune.graph import trace
 from graphprune.inputs import Call, resized
-from graphprune.plan import BiasChange, Cost, Plan, SlotPlan, mark, shorten
+from graphprune.plan import BiasChange, Cost, Plan, SlotPlan, shorten
 from graphprune.planning import assemble
 from graphprune.rescaling import Rescaling
-from graphprune.skeleton import aliases, named_modules, named_tensors
+from graphprune.skeleton import aliases, mark, named_modules, named_tensors
 
 FOLDS = ("exact", "approximate", "none")
 
@@ -51,13 +51,12 @@ def from_masks(
             break
     request = {"masks": True, "fold": fold}
     plan = assemble(graph.call, settled, kept, request, rescaling)
-    left = _left(zeroed, plan)
     return replace(
         plan,
         biases=biases,
         merges=merges,
-        zeroed=left,
-        weights=mark(model) if biases or merges or left else None,
+        zeroed=tuple(zeroed),
+        weights=mark(model) if biases or merges or zeroed else None,
         notes=(*search.notes(), *search.approximated()),
         after=_with_biases(plan, biases, model),
     )
@@ -135,7 +134,8 @@ def _zeroed(model: nn.Module, masks: Mapping[str, Any]) -> list[SlotPlan]:
         for key, name in own.items():
             dim = int(turned and key == "weight")
             kept = tuple(keep.nonzero().flatten().tolist())
-            found[name, dim] = SlotPlan(name, dim, size, kept)
+            if len(kept) < size:
+                found[name, dim] = SlotPlan(name, dim, size, kept)
     return list(found.values())
 
 
@@ -164,18 +164,6 @@ def _apply(model: nn.Module, zeroed: list[SlotPlan]) -> nn.Module:
         tensor = tensors[slot.tensor].detach()
         tensor.index_fill_(slot.dim, torch.tensor(gone, dtype=torch.int64, device=tensor.device), 0)
     return masked
-
-
-def _left(zeroed: list[SlotPlan], plan: Plan) -> tuple[SlotPlan, ...]:
-    """What must be zeroed in the small model: masked slices that stay."""
-    stay = {(slot.tensor, slot.dim): set(slot.kept) for slot in plan.slots}
-    left = []
-    for slot in zeroed:
-        here = stay.get((slot.tensor, slot.dim), set(range(slot.size)))
-        gone = here - set(slot.kept)
-        if gone:
-            left.append(replace(slot, kept=tuple(i for i in range(slot.size) if i not in gone)))
-    return tuple(left)
 
 
 def _with_biases(plan: Plan, biases: tuple[BiasChange, ...], model: nn.Module) -> Cost:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graphprune.changes import (
@@ -33,7 +32,7 @@ from graphprune.changes import (
 )
 from graphprune.errors import PlanError
 from graphprune.sites import Site
-from graphprune.skeleton import named_tensors
+from graphprune.skeleton import mark, named_tensors
 from graphprune.table import render
 
 FORMAT = "graphprune-plan"
@@ -70,7 +69,7 @@ class Plan:
     scales: tuple[Rescale, ...] = ()
     biases: tuple[BiasChange, ...] = ()
     merges: tuple[MergeChange, ...] = ()
-    zeroed: tuple[SlotPlan, ...] = ()  # masked slices that cannot leave: all but ``kept``
+    zeroed: tuple[SlotPlan, ...] = ()  # slices that count as zero: all but ``kept``
     weights: float | None = None  # a mark of the weights that these belong to
     notes: tuple[str, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
@@ -286,21 +285,6 @@ class Plan:
         folded = [f"constants go to {shorten(names)}"] if names else []
         table = render(title, ("group", "channels", "kind", "layers"), rows)
         return "\n".join((table, *folded, *self.notes))
-
-
-def mark(model: nn.Module) -> float:
-    """A number that tells the weights of two models apart, the same in every precision."""
-    total = squares = 0.0
-    for name, tensor in tensors_of(model):
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        step = tensor.numel() // 4096 + 1
-        part = tensor.detach().reshape(-1)[::step].to("cpu", torch.float64)
-        part = part[part.isfinite()]
-        start = int(hashlib.sha256(name.encode()).hexdigest()[:4], 16)
-        total += float((part * (start + torch.arange(len(part))).sin()).sum())
-        squares += float(part.square().sum())
-    return float(total / (squares**0.5 or 1.0))
 
 
 def share(part: float, whole: float) -> str:

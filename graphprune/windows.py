@@ -79,7 +79,11 @@ class Window:
     def outputs(self, y: Tensor, pick: Tensor | None = None) -> Tensor:
         """The outputs at these places: [places, groups, outputs per group]."""
         y = y if self.kind == "linear" else y.movedim(1, -1)
-        y = y.reshape(-1, y.shape[-1]) if pick is None else y[torch.unravel_index(pick, y.shape[:-1])]
+        y = (
+            y.reshape(-1, y.shape[-1])
+            if pick is None
+            else y[torch.unravel_index(pick, y.shape[:-1])]
+        )
         return y.reshape(len(y), self.groups, -1)
 
     def places(self, y: Tensor) -> int:

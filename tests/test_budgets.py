@@ -33,13 +33,15 @@ class Residual(nn.Module):
         self.inner = nn.ModuleList(nn.Conv2d(32, 48, 3, padding=1) for _ in range(3))
         self.outer = nn.ModuleList(nn.Conv2d(48, 32, 1) for _ in range(3))
         self.grouped = nn.Conv2d(32, 64, 3, padding=1, groups=4)
-        self.fc = nn.Linear(64, 10)
+        self.hidden = nn.Linear(64, 40)
+        self.fc = nn.Linear(40, 10)
 
     def forward(self, x):
         x = F.relu(self.norm(self.stem(x)))
         for inner, outer in zip(self.inner, self.outer):
             x = x + outer(F.relu(inner(x)))
-        return self.fc(F.relu(self.grouped(x)).mean((2, 3)))
+        x = F.relu(self.grouped(x)).mean((2, 3))
+        return self.fc(F.relu(self.hidden(x)))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +75,7 @@ def assert_foreseen(graph, kept):
 
 
 @given(specs(), st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_polynomials_are_exact_on_drawn_networks(spec, data):
     model, inputs = spec.build(), spec.inputs()
     graph = graphprune.trace(model, inputs)
@@ -88,7 +90,7 @@ def test_polynomials_are_exact_on_drawn_networks(spec, data):
     assert small.activation_bytes == peak(graph.analysis, graph.analysis.alive(kept))
 
 
-@pytest.mark.parametrize("name", sorted(ZOO)[::6])
+@pytest.mark.parametrize("name", sorted(ZOO)[::12])
 def test_polynomials_are_exact_on_the_zoo(name):
     entry = ZOO[name]
     graph = graphprune.trace(entry.build(), entry.inputs())
@@ -157,11 +159,12 @@ def test_targets_hold_on_drawn_networks(spec, quantity, data):
     whole = Costs(graph.analysis, QUANTITIES)
     before = whole.of(whole.full)[quantity]
     for share in data.draw(st.lists(st.floats(0.2, 1.0), min_size=1, max_size=3)):
-        try:
-            plan = graph.plan(target={quantity: share}, criterion="random")
-        except InputError as error:
-            assert "cannot be met" in str(error)
+        smallest = graph.analysis.alive({group.name: (0,) for group in graph.groups})
+        if whole.exact(quantity, smallest) > share * before:
+            with pytest.raises(InputError, match="cannot be met"):
+                graph.plan(target={quantity: share}, criterion="random")
             continue
+        plan = graph.plan(target={quantity: share}, criterion="random")
         alive = graph.analysis.alive({group.name: group.kept for group in plan.groups})
         assert whole.exact(quantity, alive) <= share * before
 
@@ -180,7 +183,7 @@ def test_memory_is_met_without_needless_removal(net, graph):
     plan = graph.plan(target={"memory": 0.75})
     small = measure(graphprune.rebuild(net, plan), X, latency=False)
     assert small.activation_bytes <= 0.75 * measure(net, X, latency=False).activation_bytes
-    assert sizes(plan)["grouped"] == 16
+    assert sizes(plan)["hidden"] == 40
 
 
 def test_absolute_targets_and_texts(graph):
@@ -215,7 +218,7 @@ def test_the_plan_says_what_was_asked_for(graph):
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_bounds_hold(graph, scope):
-    plan = graph.plan(target={"macs": 0.2}, scope=scope, min_kept=0.4)
+    plan = graph.plan(target={"macs": 0.35}, scope=scope, min_kept=0.4)
     assert all(len(group.kept) >= 0.4 * group.size for group in plan.groups)
     plan = graph.plan(target={"macs": 0.3}, scope=scope, max_kept={"inner.*": 0.5}, min_kept=0.1)
     assert all(sizes(plan)[f"inner.{n}"] <= 24 for n in range(3))
@@ -235,7 +238,7 @@ def test_ratios_by_pattern(graph):
     plan = graph.plan(0.25, ratios={"inner.*": 0.5, "inner.2": 0.0})
     found = sizes(plan)
     assert [found[f"inner.{n}"] for n in range(3)] == [24, 24, 48]
-    assert found["stem"] == 24
+    assert found["stem"] == 6
     plan = graph.plan(ratios={"inner.1": 0.5})
     assert plan.removed == 24
     fixed = graph.plan(target={"macs": 0.5}, ratios={"inner.*": 0.5})
@@ -300,7 +303,7 @@ def test_isomorphic_groups_are_ranked_among_themselves(graph):
     plan = graph.plan(0.5, scope="isomorphic", **options)
     found = sizes(plan)
     assert sum(found[f"inner.{n}"] for n in range(3)) == 72
-    assert (found["grouped"], found["stem"]) == (8, 16)
+    assert (found["grouped"], found["stem"]) == (8, 4)
     assert sizes(graph.plan(0.5, scope="global", **options))["grouped"] == 16
 
 

@@ -257,7 +257,10 @@ class Repair:
     def _norm(self, layer: Layer) -> tuple[str, ...] | None:
         """Names of weight, bias, mean and variance of a BatchNorm right behind a layer."""
         node = self.nodes[layer.chain[0]] if layer.chain else None
-        if node is None or getattr(node.target, "overloadpacket", None) is not aten.native_batch_norm:
+        if (
+            node is None
+            or getattr(node.target, "overloadpacket", None) is not aten.native_batch_norm
+        ):
             return None
         names = []
         for part in node.args[1:5]:
