@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import nnls
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -338,9 +338,3 @@ def _aligned(nodes: Sequence[fx.Node], sample: Sample) -> np.ndarray:
     for start, other, length in matcher.get_matching_blocks():
         times[start : start + length] = sample.ops[other : other + length]
     return times
-
-
-def is_measurable(model: nn.Module) -> bool:
-    """Whether the model has weights to run with."""
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
-    return not any(tensor.is_meta for tensor in tensors)

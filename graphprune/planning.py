@@ -15,11 +15,11 @@ from graphprune.costs import cost
 from graphprune.criteria import name_of
 from graphprune.deadline import Deadline
 from graphprune.draft import Draft, why
-from graphprune.errors import InputError, ModelError
+from graphprune.errors import InputError
 from graphprune.feasible import Settled, bare_plan, feasible, follows
 from graphprune.freeing import freed
 from graphprune.inputs import Call
-from graphprune.latency import Bench, Cache, is_measurable
+from graphprune.latency import Bench, Cache
 from graphprune.options import Request
 from graphprune.plan import GroupPlan, Plan, fingerprint, shorten
 from graphprune.rescaling import Rescaling
@@ -70,8 +70,6 @@ def _counts(draft: Draft, told: dict[str, Any]) -> np.ndarray:
 def _deadline(draft: Draft, budget: Budget) -> Deadline:
     """The search for a latency on the device of the model."""
     model, request = draft.model, draft.request
-    if not is_measurable(model):
-        raise ModelError("the model has no weights (meta device): it has no latency to aim at")
 
     def emit(counts: np.ndarray) -> nn.Module:
         chosen = draft.kept(counts)

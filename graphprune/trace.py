@@ -21,6 +21,7 @@ from graphprune.recorder import Record, Recorder
 from graphprune.skeleton import skeleton
 
 
+@torch.inference_mode(False)  # in it, ops are not taken apart
 def record(
     model: nn.Module,
     call: Call,
@@ -67,6 +68,7 @@ def _record(
         return run(clone(), call, device)  # it may want ``training`` to be a plain bool
 
 
+@torch.inference_mode(False)
 def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> Record:
     """Record a model that may be marked and changed by running.
 

@@ -79,12 +79,8 @@ class Window:
     def outputs(self, y: Tensor, pick: Tensor | None = None) -> Tensor:
         """The outputs at these places: [places, groups, outputs per group]."""
         y = y if self.kind == "linear" else y.movedim(1, -1)
-        y = (
-            y.reshape(-1, y.shape[-1])
-            if pick is None
-            else y[torch.unravel_index(pick, y.shape[:-1])]
-        )
-        return y.reshape(len(y), self.groups, -1)
+        rows = y.flatten(0, -2) if pick is None else y[torch.unravel_index(pick, y.shape[:-1])]
+        return rows.reshape(len(rows), self.groups, -1)
 
     def places(self, y: Tensor) -> int:
         """How many output places an output has."""
@@ -112,5 +108,6 @@ def _stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     """The input with zeros between its places."""
     sizes = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride)]
     wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(..., *(slice(None, None, s) for s in stride))] = x
+    steps = [slice(None, None, s) for s in stride]
+    wide[(slice(None), slice(None), *steps)] = x
     return wide

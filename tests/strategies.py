@@ -209,3 +209,19 @@ def kept_channels(
         bits = draw(st.integers(1, 2**group.size - 1))
         kept[group.name] = [channel for channel in range(group.size) if bits >> channel & 1]
     return kept
+
+
+def zeroed(model: nn.Module, seed: int, rows: bool) -> nn.Module:
+    """Set random slices of weights to zero: filters, or slices along any dimension, and vectors."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=generator)
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            few = 0.7 if parameter.dim() > 1 else 0.0 if rows else 0.3
+            if float(drawn(1)) < few:
+                dim = 0 if rows else int(drawn(1) * parameter.dim())
+                parameter.index_fill_(dim, (drawn(parameter.shape[dim]) < 0.5).nonzero()[:, 0], 0)
+    return model

@@ -24,6 +24,7 @@ from graphprune.criteria import (
     Wanda,
     evidence,
     gather,
+    gradients,
     register_statistic,
     scores,
 )
@@ -206,6 +207,17 @@ class Shifted(nn.Module):
 
     def forward(self, x):
         return torch.tanh(x) + self.offset
+
+
+def test_large_weights_are_reduced_in_blocks(monkeypatch):
+    net, data = residual(), image_batches(2)
+    for criterion in (Taylor("signed"), Taylor("absolute"), Fisher()):
+        monkeypatch.setattr(gradients, "BLOCK", 1 << 18)
+        _, whole = scored(net, criterion, data, data[0][0])
+        monkeypatch.setattr(gradients, "BLOCK", 100)
+        _, parts = scored(net, criterion, data, data[0][0])
+        for name, values in whole.items():
+            close(parts[name], values)
 
 
 class Watch(Collector):

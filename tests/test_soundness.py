@@ -90,3 +90,15 @@ def test_an_index_moves_with_its_channel():
         gone = [channel for channel in range(16) if channel not in kept]
         model.second.weight[:, gone] = 0  # a reference made by hand
     assert torch.allclose(small(x), model(x), atol=1e-6)
+
+
+def test_inside_inference_mode_all_is_as_outside():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    x = torch.randn(2, 3, 8, 8)
+    wanted = graphprune.rebuild(model, 0.5, x)
+    with torch.inference_mode():
+        small = graphprune.rebuild(model, 0.5, x)
+        graphprune.verify(model, small, x)
+    assert small.graphprune_plan.slots == wanted.graphprune_plan.slots
+    small(x).sum().backward()

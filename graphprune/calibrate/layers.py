@@ -233,7 +233,8 @@ def slope_of(layer: Layer, nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, A
                 values[node] = sign * values[source]
                 continue
             known = {**{n: _double(t) for n, t in tensors.items()}, **values}
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n, k=known: k[n])
+            args: Any
+            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
             values[node] = node.target(*_fresh(args), **kwargs)  # type: ignore[operator]
         found.append(values[nodes[layer.end]].reshape(-1))
     return found[1] - found[0]

@@ -271,7 +271,7 @@ class Repair:
 
     def _renorm(self, layer: Layer, shift: Tensor, names: tuple[str, ...]) -> None:
         outputs = [self.small.value(b, layer.node) for b in range(len(self.small.values))]
-        variance, mean, count = _moments(outputs)
+        variance, mean = _moments(outputs)
         weight, bias, old_mean, old_variance = (self.small.tensors[n].detach() for n in names)
         eps = float(self.nodes[layer.chain[0]].args[7])  # type: ignore[arg-type]
         slope = weight.double() / (old_variance.double() + eps).sqrt()
@@ -281,8 +281,8 @@ class Repair:
         old_variance.copy_(variance)
 
 
-def _moments(outputs: list[Tensor]) -> tuple[Tensor, Tensor, int]:
-    """Variance and mean by channel over all batches, in float64, and how many values."""
+def _moments(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Variance and mean by channel over all batches, in float64."""
     count = sum(y.numel() // y.shape[1] for y in outputs)
     dims = [d for d in range(outputs[0].dim()) if d != 1]
     mean = torch.stack([_real(y).sum(dims).double() for y in outputs]).sum(0) / count
@@ -290,7 +290,7 @@ def _moments(outputs: list[Tensor]) -> tuple[Tensor, Tensor, int]:
     squares = [
         (_real(y) - mean.to(_real(y)).reshape(shape)).square().sum(dims).double() for y in outputs
     ]
-    return torch.stack(squares).sum(0) / max(count - 1, 1), mean, count
+    return torch.stack(squares).sum(0) / max(count - 1, 1), mean
 
 
 def _real(x: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ def _value(tree: Any) -> Any:
 
 
 @register_fact(
-    aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze, aten.movedim,
+    aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.squeeze,
     aten.unsqueeze_, aten.squeeze_, aten.transpose_, aten.t_, aten.expand, aten.slice,
     aten.select, aten.unbind, aten.split, aten.split_with_sizes, aten.unsafe_split,
     aten.unsafe_split_with_sizes, aten.diagonal, aten.unfold, aten.flip, aten.roll, aten.repeat,
-    aten.stack, aten.detach, aten.detach_, aten.alias, aten.lift_fresh, aten.contiguous,
+    aten.stack, aten.detach, aten.detach_, aten.alias, aten.lift_fresh,
     aten.channel_shuffle, aten.slice_scatter,
-    aten.select_scatter, aten.real, aten.imag, aten.view_as_complex, aten.tril, aten.triu,
+    aten.select_scatter, aten.view_as_complex, aten.tril, aten.triu,
 )  # fmt: skip
 def moved(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Views stay views of the same memory, so that what is written into one is seen in all."""
@@ -50,7 +50,7 @@ def view_as_real(op: Any, x: Fact) -> Fact:
     return Fact(op(x.value), x.unknown.unsqueeze(-1).expand(*x.unknown.shape, 2))
 
 
-@register_fact(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias)
+@register_fact(aten.view, aten._unsafe_view, aten._reshape_alias)
 def view(op: Any, x: Fact, size: Any, *args: Any) -> Fact:
     """A reshape; strides may differ from the recorded ones."""
     if not isinstance(size, list | tuple):
@@ -58,7 +58,7 @@ def view(op: Any, x: Fact, size: Any, *args: Any) -> Fact:
     return Fact(x.value.reshape(size), x.unknown.reshape(size))
 
 
-@register_fact(aten.cat, aten.concat)
+@register_fact(aten.cat)
 def cat(op: Any, tensors: Any, dim: int = 0) -> Fact:
     """Concatenation, of one dtype as the op would make it."""
     value = torch.cat([fact.value for fact in tensors], dim)

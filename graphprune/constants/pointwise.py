@@ -52,12 +52,6 @@ def where(op: Any, condition: Fact, *sides: Any) -> Any:
     return Fact.checked(out, unknown & ~agree)
 
 
-@register_fact(aten.prelu)
-def prelu(op: Any, x: Fact, weight: Fact) -> Fact:
-    """Slopes of channels, which lie along dimension 1."""
-    return Fact.checked(op(x.filled(), weight.value), x.unknown | weight.unknown.any())
-
-
 @register_fact(aten.glu)
 def glu(op: Any, x: Fact, dim: int = -1) -> Fact:
     """The first half times the sigmoid of the second."""

@@ -43,8 +43,7 @@ def reduced(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
     return [Fact.checked(part, unknown.reshape(part.shape)) for part in out]
 
 
-@register_fact(aten._softmax, aten._log_softmax, aten._safe_softmax, aten.softmax,
-               aten.log_softmax, aten.cumsum, aten.cumprod)  # fmt: skip
+@register_fact(aten._softmax, aten._log_softmax, aten._safe_softmax, aten.cumsum, aten.cumprod)
 def along(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> Fact:
     """Every position depends on all others along a dimension."""
     out = op(x.filled(), dim, *args, **kwargs)
@@ -120,13 +119,10 @@ def group_norm(
 
 
 @register_fact(
-    aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.adaptive_avg_pool1d,
-    aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten._adaptive_avg_pool2d,
-    aten._adaptive_avg_pool3d, aten.max_pool2d_with_indices, aten.max_pool3d_with_indices,
-    aten.max_pool1d, aten.max_pool2d, aten.max_pool3d, aten.max_pool1d_with_indices,
-    aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d,
-    aten.upsample_linear1d, aten.upsample_bilinear2d, aten.upsample_trilinear3d,
-    aten._upsample_bilinear2d_aa,
+    aten.avg_pool2d, aten.avg_pool3d, aten._adaptive_avg_pool2d, aten._adaptive_avg_pool3d,
+    aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.adaptive_max_pool2d,
+    aten.adaptive_max_pool3d, aten.upsample_linear1d, aten.upsample_bilinear2d,
+    aten.upsample_trilinear3d, aten._upsample_bilinear2d_aa,
 )  # fmt: skip
 def pooled(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
     """Weights are never negative: what an unknown position reaches, a one reaches as well."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from graphprune.analysis import Group
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
-from graphprune.criteria.slots import along, by_channel, check_side, members, real
+from graphprune.criteria.slots import by_channel, check_side, members, real
 from graphprune.errors import InputError
+
+BLOCK = 1 << 18  # weights that are reduced at a time
 
 
 @dataclass
@@ -34,17 +36,6 @@ class GradientSums:
     squared: Tensor
     absolute: Tensor
     elementwise: Tensor
-
-    @classmethod
-    def of(cls, product: Tensor, dim: int, indices: Sequence[Tensor]) -> GradientSums:
-        """Those of weight times gradient in one batch."""
-        signed = along(product, dim, lambda rows: rows.sum(1))
-        return cls(
-            signed,
-            joined(signed, indices, torch.square),
-            along(product, dim, lambda rows: torch.linalg.vector_norm(rows, 1, 1)),
-            along(product, dim, lambda rows: torch.linalg.vector_norm(rows, 2, 1)).square(),
-        )
 
     def add(self, other: GradientSums) -> None:
         """Add those of another batch."""
@@ -71,13 +62,36 @@ class Gradients(Collector):
         if gradient is None or name not in self.dims:
             return
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
-        product = real(parameter) * real(gradient)
-        for dim in self.dims[name]:
-            found = GradientSums.of(product, dim, self.slots[name, dim])
+        for dim, (signed, absolute, elementwise) in self._reduced(name, parameter, gradient):
+            squared = joined(signed, self.slots[name, dim], torch.square)
+            found = GradientSums(signed, squared, absolute, elementwise)
             if (name, dim) in self.sums:
                 self.sums[name, dim].add(found)
             else:
                 self.sums[name, dim] = found
+
+    def _reduced(
+        self, name: str, parameter: Tensor, gradient: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Sums of the products, their absolute values and squares: dimensions and [3, size].
+
+        Rows are taken in blocks: temporary tensors stay small beside the gradient.
+        """
+        shape = parameter.shape
+        sums = {d: torch.zeros(3, shape[d], dtype=torch.float64) for d in self.dims[name]}
+        step = max(1, BLOCK * shape[0] // parameter.numel())
+        for start in range(0, shape[0], step):
+            rows = slice(start, start + step)
+            product = real(parameter[rows]) * real(gradient[rows])
+            for dim, known in sums.items():
+                others = [other for other in range(product.dim()) if other != dim]
+                parts = [
+                    part.sum(others) if others else part
+                    for part in (product, product.abs(), product.square())
+                ]
+                found = torch.stack(parts).to("cpu", torch.float64)
+                known[:, rows if dim == 0 else slice(None)] += found
+        yield from sums.items()
 
     def finish(self, batches: int) -> dict[Key, GradientSums]:
         """Means over the batches."""

@@ -92,7 +92,7 @@ class Reader:
             values, vectors = torch.linalg.eigh(self.metric)
             matrix = values.clamp_min(0).sqrt()[:, :, None] * (vectors.mT @ matrix)
         if self.index is not None:
-            channels, positions = self.index.shape
+            channels = len(self.index)
             taps = self.value[0, 0].numel()
             parts = matrix.reshape(1, matrix.shape[1], -1, taps)[:, :, self.index]
             matrix = parts.permute(0, 1, 3, 4, 2).reshape(1, -1, channels)

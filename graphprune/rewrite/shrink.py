@@ -22,6 +22,7 @@ Selection = tuple[int, Tensor]
 CHUNK = 1 << 22  # elements
 
 
+@torch.inference_mode(False)
 def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     """Execute a plan.
 

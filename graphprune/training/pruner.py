@@ -266,8 +266,8 @@ class Pruner:
 
     def _check_options(self) -> None:
         """Find wrong options now, not at the first update; and ranks that were given others."""
-        find(self.options.get("criterion", "l2"))
-        told = Request.of(0.0, self.options).said()
+        criterion = find(self.options.get("criterion", "l2")).name
+        told = {**Request.of(0.0, self.options).said(), "criterion": criterion}
         schedule = self.schedule if isinstance(self.schedule, Schedule) else ""
         self.ranks.check("the model", self.graph.analysis.architecture)
         self.ranks.check("options and schedule", (repr(schedule), repr(sorted(told.items()))))

@@ -110,6 +110,8 @@ class TrainerPruning(TrainerCallback):
         """Say how sparse the model is."""
         if self.pruner is not None and logs is not None:
             logs["sparsity"] = self.pruner.sparsity
+            if state.log_history:  # which has a copy of them
+                state.log_history[-1]["sparsity"] = self.pruner.sparsity
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the state of the pruner beside the checkpoint."""

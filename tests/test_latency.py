@@ -1,0 +1,284 @@
+"""Latency targets: the stopwatch, the cache, the fit, and the search, on a foreseen clock."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphprune
+from graphprune import planning
+from graphprune.costs import Costs
+from graphprune.errors import InputError, ModelError
+from graphprune.inputs import Call
+from graphprune.latency import Bench, Cache, Sample, Stopwatch, fit
+
+X = torch.randn(2, 3, 8, 8)
+CPU = torch.device("cpu")
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.mix, self.qkv = nn.Conv2d(16, 24, 1), nn.Linear(24, 24 * 3)
+        self.out = nn.Linear(24, 4)
+
+    def forward(self, x):
+        x = self.mix(self.depthwise(F.relu(self.norm(self.stem(x)))))
+        q, k, v = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
+        return self.out(F.scaled_dot_product_attention(q, k, v).mean(1))
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+@pytest.fixture(scope="module")
+def graph(net):
+    return graphprune.trace(net, X)
+
+
+@pytest.fixture(autouse=True)
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def names_of(graph):
+    return tuple(str(node.target.overloadpacket) for node in graph.analysis.records[0].ops)
+
+
+def milliseconds(graph, counts, fixed=0.01):
+    """The times of a machine on which every op takes as long as its MACs and its values say."""
+    costs = Costs(graph.analysis, ())
+    shapes = costs.forms.shape
+    times = []
+    for node in graph.analysis.records[0].ops:
+        moved = [n for n in (node, *node.all_input_nodes) if n.op != "get_attr"]
+        moved = [n for n in moved if n in graph.analysis.values]
+        total = sum(np.prod([1.0, *map(value_of(costs, counts), shapes(n))]) for n in moved)
+        times.append(fixed + 1e-4 * total)
+    return times
+
+
+def value_of(costs, counts):
+    def value(size):
+        if isinstance(size, int):
+            return size
+        costs.matrix = costs.forms.matrix()
+        sizes = costs.sizes(counts)
+        return sum(f * np.prod(sizes[list(key)]) for key, f in size.terms.items())
+
+    return value
+
+
+# --- measuring --------------------------------------------------------------------------------
+
+
+def test_the_stopwatch_sees_the_recorded_ops(net, graph):
+    watch = Stopwatch(False, iter(range(1000)).__next__)
+    with torch.no_grad(), watch.running():
+        net(X)
+    assert tuple(name for name, _ in watch.entries) == names_of(graph)
+    assert {ms for _, ms in watch.entries} == {1000}, "an op inside another one is not seen"
+
+
+def test_samples_and_totals(net, graph):
+    bench = Bench(Call.of(X), CPU, 1)
+    state = torch.random.get_rng_state()
+    counts = np.array([group.size for group in graph.groups], float)
+    small = graphprune.rebuild(net, graph.plan(0.5))
+    found = bench.samples([net, small], [counts, counts // 2])
+    assert [sample.names for sample in found] == [names_of(graph)] * 2
+    assert all(ms > 0 for sample in found for ms in sample.ops)
+    assert all(sample.total > 0 for sample in found)
+    assert found[1].counts == tuple(int(n) for n in counts // 2)
+    assert len(bench.totals([net], seconds=0.0)[0]) >= 5
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not net.training
+    assert "threads: 1, torch " in str(bench)
+
+
+# --- the cache --------------------------------------------------------------------------------
+
+
+def test_what_was_measured_is_kept(folder):
+    sample = Sample((4, 5), ("aten.mm", "aten.relu"), (0.1, 0.2), 0.4)
+    cache = Cache("model", "cpu")
+    assert cache.find(np.array([4.0, 5.0])) is None
+    cache.add(sample)
+    assert Cache("model", "cpu").find(np.array([4.0, 5.0])) == sample
+    assert Cache("model", "another").samples == []
+    (file,) = folder.iterdir()
+    for damaged in ("", "[1, 2]", json.dumps([{"counts": [1]}])):
+        file.write_text(damaged)
+        assert Cache("model", "cpu").samples == []
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path / "file" / "folder"))
+    cache = Cache("model")
+    cache.add(Sample((1,), (), (), 1.0))
+    assert len(cache.samples) == 1
+
+
+# --- fitting ----------------------------------------------------------------------------------
+
+
+def drawn(graph, number):
+    generator = np.random.default_rng(number)
+    return np.array([generator.integers(1, g.size + 1) for g in graph.groups], float)
+
+
+def sample_of(graph, counts, factor=1.0):
+    times = milliseconds(graph, counts)
+    total = factor * sum(times)
+    return Sample(tuple(int(n) for n in counts), names_of(graph), tuple(times), total)
+
+
+def test_the_fit_is_right_where_times_follow_the_costs(graph):
+    samples = [sample_of(graph, drawn(graph, number), 1.5) for number in range(7)]
+    costs = Costs(graph.analysis, ())
+    part = fit(costs, samples)
+    for number in range(7, 12):
+        counts = drawn(graph, number)
+        found = float(part.values(costs.sizes(counts))[0])
+        assert found == pytest.approx(1.5 * sum(milliseconds(graph, counts)), rel=1e-6)
+
+
+def test_the_fit_is_right_at_an_anchor(graph):
+    samples = [sample_of(graph, drawn(graph, number)) for number in range(5)]
+    odd = sample_of(graph, drawn(graph, 9))
+    odd = Sample(odd.counts, odd.names, tuple(3 * ms + 1 for ms in odd.ops), 77.0)
+    costs = Costs(graph.analysis, ())
+    part = fit(costs, [*samples, odd], odd)
+    assert float(part.values(costs.sizes(np.array(odd.counts, float)))[0]) == pytest.approx(77.0)
+
+
+def test_ops_of_another_kernel_are_skipped(graph):
+    samples = [sample_of(graph, drawn(graph, number)) for number in range(5)]
+    other = [
+        Sample(
+            s.counts,
+            ("aten.empty", *s.names[:3], "aten.copy", *s.names[4:]),
+            (9.0, *s.ops),
+            s.total,
+        )
+        for s in samples
+    ]
+    costs = Costs(graph.analysis, ())
+    part = fit(costs, other)
+    counts = drawn(graph, 3)
+    found = float(part.values(costs.sizes(counts))[0])
+    assert found == pytest.approx(sum(milliseconds(graph, counts)), rel=0.1)
+
+
+# --- the search -------------------------------------------------------------------------------
+
+
+class Foreseen(Bench):
+    """A bench that computes times instead of measuring them; ``surprise`` is not in its ops."""
+
+    surprise = staticmethod(lambda counts: 1.0)
+    runs = 0
+
+    def counts_of(self, model):
+        plan = getattr(model, "graphprune_plan", None)
+        sizes = [group.size for group in self.graph.groups]
+        return np.array(sizes if plan is None else [len(g.kept) for g in plan.groups], float)
+
+    def total(self, model):
+        counts = self.counts_of(model)
+        return sum(milliseconds(self.graph, counts)) * self.surprise(counts)
+
+    def samples(self, models, counts):
+        type(self).runs += len(models)
+        return [
+            Sample(
+                tuple(int(n) for n in one),
+                names_of(self.graph),
+                tuple(milliseconds(self.graph, one)),
+                self.total(model),
+            )
+            for model, one in zip(models, counts)
+        ]
+
+    def totals(self, models, clock=None, seconds=0.0):
+        return [[self.total(model)] * 3 for model in models]
+
+
+@pytest.fixture
+def machine(monkeypatch, graph):
+    class Machine(Foreseen):
+        pass
+
+    Machine.graph = graph
+    monkeypatch.setattr(planning, "Bench", Machine)
+    return Machine
+
+
+@pytest.mark.parametrize("options", [{}, {"round_to": 8}, {"scope": "global"}, {"min_kept": 0.5}])
+def test_a_latency_is_met(net, graph, machine, options):
+    plan = graph.plan(target={"latency": 0.6}, **options)
+    said = plan.request["latency"]
+    assert said["measured"] <= 0.6 * said["before"]
+    assert said["measured"] >= (0.45 if options.get("round_to") else 0.57) * said["before"]
+    assert said["predicted"] == pytest.approx(said["measured"], rel=0.01)
+    assert said["before"] == pytest.approx(machine(graph.call, CPU, 1).total(net))
+    assert plan.request["target"] == {"latency": 0.6}
+    assert graphprune.Plan.from_json(plan.to_json()) == plan
+
+
+def test_what_the_ops_do_not_tell_is_measured_and_corrected(graph, machine):
+    machine.surprise = staticmethod(lambda counts: 1.3 if counts.sum() < 50 else 1.0)
+    said = graph.plan(target={"latency": 0.6}).request["latency"]
+    assert said["measured"] <= 0.6 * said["before"]
+    assert said["predicted"] == pytest.approx(said["measured"], rel=0.05)
+
+
+def test_an_absolute_latency_and_another_target(net, graph, machine):
+    whole = machine(graph.call, CPU, 1).total(net)
+    plan = graph.plan(target={"latency": f"{1000 * 0.7 * whole} us", "params": 0.5})
+    assert plan.request["latency"]["measured"] <= 0.7 * whole
+    assert plan.after.params <= 0.5 * plan.before.params
+
+
+def test_layers_are_measured_once(graph, machine):
+    graph.plan(target={"latency": 0.6})
+    before = machine.runs
+    graph.plan(target={"latency": 0.6})
+    assert machine.runs == before
+
+
+def test_time_goes_where_it_is_spent(graph, machine):
+    """Unless a scope is named, channels leave where that saves most time for the MACs."""
+    even = graph.plan(target={"latency": 0.6}, scope="local")
+    plan = graph.plan(target={"latency": 0.6})
+    assert plan.after.macs >= even.after.macs
+
+
+def test_out_of_reach(graph, machine):
+    with pytest.raises(InputError, match=r"at most .* ms latency cannot be met: the nearest is"):
+        graph.plan(target={"latency": 0.01})
+
+
+def test_a_model_without_weights_has_no_latency():
+    bare = Net().to("meta").eval()
+    with pytest.raises(ModelError, match="on the meta device: load the weights first"):
+        graphprune.trace(bare, X).plan(target={"latency": 0.5}, criterion="random")
+
+
+def test_it_runs_on_this_machine():
+    """A real clock; what it says is not looked at."""
+    layers = nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 1)
+    graph = graphprune.trace(nn.Sequential(*layers).eval(), torch.randn(1, 3, 24, 24))
+    said = graph.plan(target={"latency": 0.8}, threads=1, round_to=8).request["latency"]
+    assert set(said) == {"device", "before", "predicted", "measured"}
+    assert 0 < said["measured"] <= 0.8 * said["before"]
