@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import graphprune
-from graphprune import analysis, criteria, errors
+from graphprune import analysis, criteria, errors, training
 from graphprune.attention import MultiheadAttention
 from graphprune.measure import Comparison
 from graphprune.rules import register_rule
+from graphprune.training import callbacks
 from graphprune.verify import Report
 
 TARGET = Path(__file__).with_name("api.md")
@@ -61,6 +62,14 @@ def reference() -> str:
                 *(criteria.Collector, criteria.Evidence, criteria.Unseen),
                 *(analysis.Group, analysis.Member, analysis.Slot),
             ],
+        ),
+        *chapter(
+            "Training", "graphprune.training", [getattr(training, n) for n in training.__all__]
+        ),
+        *chapter(
+            "Callbacks",
+            "graphprune.training.callbacks",
+            [getattr(callbacks, name) for name in callbacks.__all__],
         ),
         *chapter("Layers", "graphprune.attention", [MultiheadAttention]),
         *chapter("Rules of ops", "graphprune.rules", [register_rule]),

@@ -1,6 +1,7 @@
 """graphprune: a smaller dense model whose output equals the masked original."""
 
 from graphprune.api import rebuild
+from graphprune.calibrate import Calibration, calibrate
 from graphprune.checkpoint import load, save
 from graphprune.graph import ChannelGraph, trace
 from graphprune.mask import mask
@@ -10,10 +11,12 @@ from graphprune.plan import Plan
 from graphprune.verify import verify
 
 __all__ = [
+    "Calibration",
     "ChannelGraph",
     "Measurement",
     "Options",
     "Plan",
+    "calibrate",
     "load",
     "mask",
     "measure",

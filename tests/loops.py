@@ -66,7 +66,7 @@ def build(kind=Residual):
     return kind().double()
 
 
-def train(model, optimizer, pruner=None, steps=1, clip=0.5, after=lambda: None):
+def train(model, optimizer, pruner=None, steps=1, clip=0.05, after=lambda: None):
     """The user's own loop; the last loss stays alive while channels leave."""
     losses = []
     for _ in range(steps):

@@ -95,7 +95,7 @@ def fit(lightning, tmp_path):
 def test_lightning_prunes_as_a_plain_loop(fit, accumulate):
     callback = callbacks.LightningPruning(SCHEDULE, X[:2])
     module, trainer = fit(callback, 2 * accumulate, accumulate_grad_batches=accumulate)
-    wanted, pruner = plain(8, accumulate)
+    _, pruner = plain(8, accumulate)
     assert callback.pruner.history[:-1] == pruner.history
     assert callback.pruner.finished
     assert_same(module.net, pruner.finish())
@@ -222,7 +222,7 @@ def test_the_trainer_is_resumed(run, tmp_path):
 
 
 def test_the_best_model_at_the_end_may_be_another(run):
-    callback = callbacks.TrainerPruning(SCHEDULE, EXAMPLE)
+    callback = callbacks.TrainerPruning(0.5, EXAMPLE)
     with pytest.warns(PruningWarning, match="may be from before the last masks"):
         run(callback, 4, load_best_model_at_end=True, eval_strategy="steps", eval_steps=4)
     assert callback.pruner.finished

@@ -221,10 +221,42 @@ def test_a_real_process(folder: Path) -> None:
     assert json.loads(done.stdout)["ok"]
 
 
-def test_a_missing_option() -> None:
+def test_nothing_says_how_much() -> None:
     result = call("shrink", "zoo_for_tests:net")
     assert result.exit_code == MISTAKE
-    assert "Missing option '--ratio'" in result.stderr
+    assert "nothing says how much to remove" in result.stderr
+
+
+def test_a_budget_with_constraints() -> None:
+    options = "--target", "macs=0.6", "--target", "params=80", "--round-to", "2", "--json"
+    more = "--min-kept", "0.25", "--max-kept", "0.9", "--uniform", "--threads", "1"
+    result = call("shrink", "zoo_for_tests:net", *options, *more, "--scope", "isomorphic")
+    plan = json.loads(result.stdout)["plan"]
+    assert plan["after"]["macs"] <= 0.6 * plan["before"]["macs"]
+    assert plan["after"]["params"] <= 80
+    assert plan["request"]["target"] == {"macs": 0.6, "params": 80}
+    assert plan["request"]["round_to"] == 2
+
+
+def test_ratios_of_layers() -> None:
+    result = call("shrink", "zoo_for_tests:net", "--ratios", "0=0.75", "--json")
+    assert json.loads(result.stdout)["plan"]["groups"][0]["kept"].count(",") <= 2
+    assert json.loads(result.stdout)["plan"]["after"]["params"] == 3 * 7 + 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--target", "macs"), "--target is written name=value, such as macs=0.5; got 'macs'"),
+        (("--target", "flops=2"), "unknown target 'flops'"),
+        (("--ratios", "0=half"), "--ratios needs a number after the sign =, got 'half'"),
+        (("--ratio", "0.5", "--target", "macs=0.5"), "both a ratio (0.5) and a target (macs)"),
+    ],
+)
+def test_wrong_budgets(options: tuple[str, ...], message: str) -> None:
+    result = call("shrink", "zoo_for_tests:net", *options)
+    assert result.exit_code == MISTAKE
+    assert message in result.stderr
 
 
 # --- models, weights and inputs ---------------------------------------------------------------

@@ -22,6 +22,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(graphprune.__path__, "graphprune.")
 )
+NEEDS = {"lightning_prune": ["lightning"], "trainer_prune": ["transformers", "accelerate"]}
 MACHINE = re.compile(rf"(?<![\w./~-])/({'|'.join(('work', 'tmp', 'root', 'home', 'opt'))})/\w")
 
 
@@ -122,6 +123,8 @@ def test_examples_of_docstrings(name, monkeypatch):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
+    for package in NEEDS.get(path.stem, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")

@@ -27,7 +27,7 @@ FLOORS = (
     {"changes", "skeleton"},
     {"checks", "observe", "plan", "recorder"},
     {"activations", "constants", "counting", "loading", "reference", "rewrite", "trace", "windows"},
-    {"analysis", "checkpoint", "measure"},
+    {"analysis", "calibrate", "checkpoint", "measure"},
     {"blocks"},
     {"costs", "criteria", "dead", "drawing", "mask", "problems", "rescaling", "structure", "wanted"},
     {"adapt", "budget", "latency"},

@@ -106,7 +106,7 @@ def test_masked_training_is_rebuilt_training_for_any_network(spec, seed):
 
 
 def test_the_soft_phase_is_the_masked_model():
-    model, _, pruner = masked(OPTIMIZERS["adam"])
+    model, _, pruner = masked(OPTIMIZERS["adam"], steps=7)
     reference = graphprune.mask(model, pruner.soft.plan)
     assert_same_parameters(reference, model)
     for name, mask in pruner.masks.items():

@@ -52,8 +52,16 @@ class Sums:
     x: Tensor | float = 0.0
     e: Tensor | float = 0.0
     count: int = 0
-    error: float = 0.0  # in units of the values at the end of the layer
-    energy: float = 0.0
+    error: float = 0.0  # squared, in units of the values at the end of the layer
+    goal: Tensor | float = 0.0  # the sum of these values, and of their squares
+    squares: float = 0.0
+
+    @property
+    def energy(self) -> float:
+        """The squared deviation of the values at the end from their means."""
+        total = torch.as_tensor(self.goal)
+        energy = self.squares - float(total.square().sum()) / max(self.count, 1)
+        return max(energy, torch.finfo(torch.float64).tiny)
 
     def solve(self, ridge: float, centred: bool, weights: bool) -> tuple[Tensor, Tensor]:
         """Changes of the weights, [groups, outputs, n], and of the bias, [groups, outputs]."""
@@ -142,12 +150,11 @@ class Repair:
         for start in range(0, layer.columns if self.weights else 1, WIDEST):
             block = slice(start, start + WIDEST)
             sums = self._sums(layer, keep, slope, block)
-            energy = max(sums.energy, torch.finfo(torch.float64).tiny)
-            before = before or sums.error / energy
-            if sums.error <= _EXACT * energy:
+            before = before or sums.error / sums.energy
+            if sums.error <= _EXACT * sums.energy:
                 return Refit(layer.name, note="equal already")
             change, shift = sums.solve(self.ridge, centred, self.weights)
-            after = (sums.error - self._gain(sums, change, shift, centred, slope)) / energy
+            after = (sums.error - self._gain(sums, change, shift, centred, slope)) / sums.energy
             self._move(layer, change, block)
             self._shift(layer, shift.reshape(-1) if centred else None, norm)
         return Refit(layer.name, before, max(after, 0.0))
@@ -192,7 +199,8 @@ class Repair:
             goal = _real(window.outputs(wanted, pick))
             gap = goal - _real(window.outputs(small, pick))
             sums.error += float(gap.double().square().sum())
-            sums.energy += float(goal.double().var(0, correction=0).sum()) * len(goal)
+            sums.goal = sums.goal + goal.double().sum(0)
+            sums.squares += float(goal.double().square().sum())
             e = (gap * scale.reshape(per_group).to(gap)).transpose(0, 1)
             rows = _real(window.rows(x, pick)[..., block]).transpose(0, 1)
             sums.xx = sums.xx + (rows.mT @ rows).double() if self.weights else rows.new_zeros(1)

@@ -29,7 +29,7 @@ def _value(tree: Any) -> Any:
     aten.unsqueeze_, aten.squeeze_, aten.transpose_, aten.t_, aten.expand, aten.slice,
     aten.select, aten.unbind, aten.split, aten.split_with_sizes, aten.unsafe_split,
     aten.unsafe_split_with_sizes, aten.diagonal, aten.unfold, aten.flip, aten.roll, aten.repeat,
-    aten.stack, aten.detach, aten.detach_, aten.alias, aten.lift_fresh,
+    aten.stack, aten.detach, aten.alias, aten.lift_fresh,
     aten.channel_shuffle, aten.slice_scatter,
     aten.select_scatter, aten.view_as_complex, aten.tril, aten.triu,
 )  # fmt: skip
