@@ -1,7 +1,7 @@
 """graphprune: a smaller dense model whose output equals the masked original."""
 
 from graphprune.api import rebuild
-from graphprune.calibrate import Calibration, calibrate
+from graphprune.calibrate import calibrate
 from graphprune.checkpoint import load, save
 from graphprune.graph import ChannelGraph, trace
 from graphprune.mask import mask
@@ -11,7 +11,6 @@ from graphprune.plan import Plan
 from graphprune.verify import verify
 
 __all__ = [
-    "Calibration",
     "ChannelGraph",
     "Measurement",
     "Options",

@@ -186,6 +186,15 @@ def test_memory_is_met_without_needless_removal(net, graph):
     assert sizes(plan)["hidden"] == 40
 
 
+def test_costs_foreseen_too_low_are_corrected(graph, monkeypatch):
+    right = Costs.of
+    monkeypatch.setattr(
+        Costs, "of", lambda self, counts: {n: 0.9 * v for n, v in right(self, counts).items()}
+    )
+    plan = graph.plan(target={"macs": 0.5})
+    assert 0.98 * 0.5 * plan.before.macs <= plan.after.macs <= 0.5 * plan.before.macs
+
+
 def test_absolute_targets_and_texts(graph):
     macs = graph.plan(target={"macs": 0.5}).before.macs
     wanted = graph.plan(target={"macs": 0.5})
@@ -218,8 +227,9 @@ def test_the_plan_says_what_was_asked_for(graph):
 
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_bounds_hold(graph, scope):
-    plan = graph.plan(target={"macs": 0.35}, scope=scope, min_kept=0.4)
-    assert all(len(group.kept) >= 0.4 * group.size for group in plan.groups)
+    for options in ({"target": {"macs": 0.35}, "min_kept": 0.4}, {"ratio": 0.6, "min_kept": 0.7}):
+        plan = graph.plan(scope=scope, **options)
+        assert all(len(group.kept) >= options["min_kept"] * group.size for group in plan.groups)
     plan = graph.plan(target={"macs": 0.3}, scope=scope, max_kept={"inner.*": 0.5}, min_kept=0.1)
     assert all(sizes(plan)[f"inner.{n}"] <= 24 for n in range(3))
     plan = graph.plan(0.1, scope=scope, max_kept=0.75)

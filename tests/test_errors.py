@@ -193,7 +193,7 @@ def test_damaged_plans(model, tmp_path):
         (text.replace('"kept": "', '"kept": "1,', 1), "damaged: its content does not match"),
         ('{"a": 1}', "not a graphprune plan"),
         ("[]", "not a graphprune plan"),
-        (text.replace('"version": 2', '"version": 99'), "version 99"),
+        (text.replace('"version": 3', '"version": 99'), "version 99"),
     ):
         with pytest.raises(PlanError, match=message):
             graphprune.Plan.from_json(bad)

@@ -58,7 +58,7 @@ def together(rank):
             wrapped = DistributedDataParallel(pruner.model)
         optimizer.zero_grad()
         F.cross_entropy(wrapped(x), y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
         optimizer.step()
         pruner.step()
     return {"state": model.state_dict(), "plan": pruner.plan.to_json(), "said": said}
@@ -104,7 +104,9 @@ def disagreeing(rank):
     ]
     pruner = Pruner(build(), X[:2], schedule=lambda step: 0.25 * (1 + rank))
     found.append(message(pruner.step))
-    return found, pruner.soft.plan is None
+    other = Pruner(build(), X[:2], schedule=lambda step: 0.5 * rank)  # masks nothing on rank 0
+    found.append(message(other.step))
+    return found, pruner.soft.plan is None and other.soft.plan is None
 
 
 def other_models(rank):
@@ -175,7 +177,7 @@ def test_masked_under_ddp_is_as_on_one_process(ranks):
         optimizer.zero_grad()
         halves = [F.cross_entropy(model.net(X[r::SIZE]), Y[r::SIZE]) for r in range(SIZE)]
         (sum(halves) / SIZE).backward()
-        nn.utils.clip_grad_norm_(model.net.parameters(), 0.5)
+        nn.utils.clip_grad_norm_(model.net.parameters(), 0.05)
         optimizer.step()
         pruner.step()
     for name, tensor in model.net.named_parameters():
@@ -208,6 +210,7 @@ def test_ranks_that_disagree_are_told_so(ranks):
             "the ranks disagree on step and sparsity: rank 0 has (1, 0.25), rank 1 has (1, 0.5); "
             "give every rank the same model, schedule and options"
         )
+        assert "rank 0 has (1, 0.0), rank 1 has (1, 0.5)" in messages[4]
         assert unmasked
         assert found["other_models"].startswith("the ranks disagree on the model: rank 0 has ")
         assert "rank 0 has (3, 0.5), rank 1 has (2, 0.5)" in found["unequal_steps"]

@@ -2,10 +2,12 @@
 
     python examples/benchmarks/latency.py --models resnet50 mobilenet_v2 --write docs/benchmarks.md
 
-All models of a row run in turns with the original, so that a busy moment of the machine hits all of
-them. The figure that counts is the latency kept over the MACs kept: 1 means that every MAC removed
-saved its share of the time. The allocator is told to keep freed memory, as PyTorch's tuning guide
-recommends (there by another allocator): else page faults decide, by what was freed before.
+All models of a network run in turns with the original, so that a busy moment of the machine hits
+all of them; on one CPU thread, the time is that of the thread. The figure that counts is the
+latency kept over the MACs kept: 1 means that every MAC removed saved its share of the time.
+
+The allocator is told to keep freed memory, as PyTorch's tuning guide recommends (there by another
+allocator): else page faults decide, by what was freed before.
 """
 
 from __future__ import annotations
@@ -128,7 +130,7 @@ def rows_of(name: str, bench: Bench, x: Tensor, share: float, seconds: float) ->
             print(f"{name}, {how}: {type(error).__name__}: {str(error)[:200]}", flush=True)
         else:
             print(f"{name}, {how}: made in {time.perf_counter() - start:.0f} s", flush=True)
-    times = bench.totals([model, *small.values()], seconds=seconds * (1 + len(small)))
+    times = bench.totals([model, *small.values()], bench.clock, seconds * (1 + len(small)))
     before, *after = [statistics.median(found) for found in times]
     whole = macs(model, x)
     found = []

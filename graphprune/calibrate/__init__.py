@@ -61,7 +61,7 @@ def calibrate(
     *,
     method: str = "repair",
     ridge: float = 1e-3,
-    rows: int = 1 << 18,
+    rows: int = 1 << 17,
     seed: int = 0,
     progress: bool = False,
 ) -> Calibration:

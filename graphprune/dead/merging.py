@@ -7,7 +7,7 @@ adds with v + b / a * w, at every place. One channel thus stands for all of them
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from graphprune.dead.sinks import Matrix, Sink
 from graphprune.plan import MergeChange
 
 EQUAL = 1e-11  # relative
-STANDS_IN = "in the place of all that no bias can take (borders of zero padding)"
+STANDS_IN = "it stands for others that no bias can take (borders of zero padding)"
 
 
 def agree(passes: Sequence[Pass], fold: str) -> None:
@@ -33,34 +33,36 @@ def agree(passes: Sequence[Pass], fold: str) -> None:
             sinks.setdefault(sink, []).append(reader)
         for reader, matrix in one.matrices.items():
             matrices.setdefault(matrix, []).append(reader)
+    differing = {}
     for calls in sinks.values():
-        _same_parts(calls)
+        differing.update(dict.fromkeys(calls, _differing(calls)))
     for calls in matrices.values() if fold == "exact" else ():
-        _same_levels(calls)
+        _merge(calls, differing)
+    for reader, columns in differing.items():
+        reader.affine.refuse(columns & reader.affine.nonzero & ~reader.affine.merged)
 
 
-def _same_parts(calls: Sequence[AffineReader]) -> None:
-    """A bias takes one constant."""
-    if not any(len(reader.affine.columns) for reader in calls) or len(calls) < 2:
-        return
+def _differing(calls: Sequence[AffineReader]) -> torch.Tensor:
+    """Inputs of which a bias would need several constants."""
     first = calls[0].affine.added()
     differs = torch.zeros(first.shape[1], dtype=torch.bool)
     for reader in calls[1:]:
         part = reader.affine.added()
         size = max(float(first.abs().max()), float(part.abs().max()))
         differs |= ((part - first).abs() > EQUAL * size).any(0) & ~reader.affine.uneven
-    for reader in calls:
-        reader.affine.refuse(differs & reader.affine.nonzero)
+    return differs
 
 
-def _same_levels(calls: Sequence[AffineReader]) -> None:
-    """The constant of a channel is merged everywhere or nowhere."""
+def _merge(calls: Sequence[AffineReader], differing: Mapping[AffineReader, torch.Tensor]) -> None:
+    """The constant of a channel is merged in all calls that read a weight, or in none."""
     first = calls[0].affine
     same = first.flat.clone()
     for reader in calls[1:]:
         gap = (reader.affine.level - first.level).abs()
         same &= reader.affine.flat & (gap <= EQUAL * first.level.abs())
     wanted = torch.stack([reader.affine.left_over for reader in calls]).any(0)
+    for reader in calls:
+        wanted |= differing.get(reader, wanted)
     for reader in calls:
         reader.affine.flat = same  # what may stand for others
         reader.affine.refuse(wanted & ~same & reader.affine.nonzero)

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from graphprune.analysis import Group
@@ -24,6 +23,7 @@ from graphprune.training.optimizers import check_optimizer, sliced_state
 from graphprune.training.ranks import Ranks, retire, unwrapped_model
 from graphprune.training.schedules import Schedule, SparsityOf, as_schedule, sparsity_at
 from graphprune.training.soft import SoftMasks
+from graphprune.training.trial import unmaskable
 
 _OWN = ("ratio", "target")  # options of a plan that the schedule takes the place of
 
@@ -53,15 +53,15 @@ class Pruner:
 
     Zeroes cannot stand for channels under a norm that takes statistics over them (the residual
     stream of a transformer, ``graph`` calls it renormalising), or that are summed without weights.
-    Such groups (:attr:`whole`) are left alone in the soft phase, and lose their channels in
-    :meth:`finish`.
+    Nor where zeroed weights are divided by their norm, as in weight normalisation. Such groups
+    (:attr:`whole`) are left alone in the soft phase, and lose their channels in :meth:`finish`.
 
     Gradual pruning: Zhu and Gupta, "To prune, or not to prune", 2017; channels that may recover:
     He et al., "Soft Filter Pruning", IJCAI 2018.
 
     Args:
-        model: is trained by the user's loop; one inside ``DistributedDataParallel`` is found, and
-            must be wrapped anew after :meth:`finish`.
+        model: is trained by the user's loop; one inside ``DistributedDataParallel`` (also by
+            Accelerate) is found, and must be wrapped anew after :meth:`finish`.
         example_inputs: as for ``graphprune.trace``.
         optimizer: whose state shall follow; several in a list.
         schedule: a sparsity, a schedule, or any function step -> sparsity. The n-th call of
@@ -128,9 +128,9 @@ class Pruner:
         self.history: list[Update] = []
         self.plan: Plan | None = None  # what was removed
         self.finished = False
-        self._whole = _whole(self.graph)
         self._params = sum(p.numel() for p in self.model.parameters())
         self._check_options()
+        self._whole = unmaskable(self.graph, self._plain_plan)
 
     def step(self) -> None:
         """Call it after each ``optimizer.step()``: holds the masks, and updates them when due.
@@ -145,6 +145,9 @@ class Pruner:
             return
         self.soft.hold()
         sparsity = sparsity_at(self.schedule, self.steps)
+        known = isinstance(self.schedule, Schedule)  # and the same on all ranks, as was checked
+        if sparsity != self.sparsity or not known:
+            self._check_ranks("step and sparsity", (self.steps, sparsity))
         if sparsity != self.sparsity:
             self._update(sparsity)
         if self.finish_at is not None and self.steps >= self.finish_at:
@@ -196,7 +199,6 @@ class Pruner:
 
     def _update(self, sparsity: float) -> None:
         """Choose the channels that are masked from now on."""
-        self._check_ranks("step and sparsity", (self.steps, sparsity))
         before, aside = self.soft.plan, self.soft.aside
         self.soft.lift()
         plan = None
@@ -219,19 +221,26 @@ class Pruner:
             self.history.append(Update(self.steps, sparsity, plan.removed, cost.params, cost.macs))
 
     def _plan(
-        self, graph: ChannelGraph, sparsity: float, spared: Sequence[Group], quiet: bool
+        self,
+        graph: ChannelGraph,
+        sparsity: float,
+        spared: Sequence[Group],
+        quiet: bool,
+        options: Mapping[str, Any] | None = None,
     ) -> Plan:
-        keep = self.options.get("keep", ())
+        if options is None:
+            criterion = self.ranks.criterion(self.options.get("criterion", "l2"))
+            options = {**self.options, "criterion": criterion}
+        keep = options.get("keep", ())
         keep = [keep] if isinstance(keep, str) else list(keep)
-        options = {
-            **self.options,
-            "criterion": self.ranks.criterion(self.options.get("criterion", "l2")),
+        asked = {
+            **options,
             "keep": [*keep, *(_pattern(group, graph.groups) for group in spared)],
         }
         with warnings.catch_warnings():
             if quiet:  # at low sparsities small groups are too small to lose a channel
                 warnings.simplefilter("ignore", PruningWarning)
-            return graph.plan(sparsity, **options)  # type: ignore[typeddict-item, no-any-return]
+            return graph.plan(sparsity, **asked)  # type: ignore[typeddict-item, no-any-return]
 
     def _remove_whole(self) -> None:
         """Remove channels from the groups that were whole until now."""
@@ -271,10 +280,11 @@ class Pruner:
         schedule = self.schedule if isinstance(self.schedule, Schedule) else ""
         self.ranks.check("the model", self.graph.analysis.architecture)
         self.ranks.check("options and schedule", (repr(schedule), repr(sorted(told.items()))))
+
+    def _plain_plan(self, spared: Sequence[Group]) -> Plan:
+        """Half of the channels, whatever criterion the user has chosen."""
         plain = {n: v for n, v in self.options.items() if n not in ("criterion", "data", "loss")}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", PruningWarning)
-            self.graph.plan(0.0, **plain)
+        return self._plan(self.graph, 0.5, spared, quiet=True, options=plain)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the model and the optimizer; ``torch.save`` takes it."""
@@ -349,14 +359,6 @@ def _copies(model: nn.Module, copies: nn.Module | Iterable[nn.Module]) -> list[n
             )
         found.append(inner)
     return found
-
-
-def _whole(graph: ChannelGraph) -> list[Group]:
-    """The groups whose masks zeroed parameters cannot be."""
-    analysis = graph.analysis
-    layers = [ids.numpy().reshape(-1) for found in analysis.walk.masked.values() for ids in found]
-    labels = analysis.units.labels[np.concatenate(layers)] if layers else np.zeros(0, np.int64)
-    return [group for group in graph.groups if np.isin(group.units, labels).any()]
 
 
 def _pattern(group: Group, groups: Iterable[Group]) -> str:

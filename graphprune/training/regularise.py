@@ -246,7 +246,7 @@ class Growing(Regulariser):
     Args:
         model: the model that the plan is for.
         plan: which channels are to leave.
-        strength: by default the growth of the paper.
+        strength: by default ``Growth()``.
 
     Raises:
         PlanError: the plan does not fit the model.
