@@ -16,6 +16,7 @@ from graphprune import analysis, criteria, errors, training
 from graphprune.attention import MultiheadAttention
 from graphprune.measure import Comparison
 from graphprune.rules import register_rule
+from graphprune.sensitivity import Sensitivity
 from graphprune.training import callbacks
 from graphprune.verify import Report
 
@@ -49,7 +50,7 @@ def reference() -> str:
     parts = [
         INTRODUCTION,
         *chapter("Functions", "graphprune", functions),
-        *chapter("Classes", "graphprune", [*classes, Report, Comparison]),
+        *chapter("Classes", "graphprune", [*classes, Report, Comparison, Sensitivity]),
         *chapter(
             "Criteria",
             "graphprune.criteria",

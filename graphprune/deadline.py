@@ -50,7 +50,7 @@ class Deadline:
         """
         samples = self._samples()
         target = self.budget.targets["latency"]
-        best: tuple[float, Counts, dict[str, Any]] | None = None
+        best: tuple[tuple[bool, float], Counts, dict[str, Any]] | None = None
         anchor: Sample | None = None
         path, slack, share = self.path, 1.0, 0.0
         for turn in range(_ROUNDS):
@@ -72,9 +72,10 @@ class Deadline:
                 "predicted": predicted,
                 "measured": after,
             }
-            if after <= limit and (best is None or after / limit > best[0]):
-                best = after / limit, counts, found
             accurate = _NEAR <= after / predicted <= 1 / _NEAR
+            merit = accurate and after >= 0.9 * limit, after / limit
+            if after <= limit and (best is None or merit > best[0]):
+                best = merit, counts, found
             if after <= limit and accurate and after >= _NEAR * limit:
                 break
             (anchor,) = self.bench.samples([small], [counts])

@@ -307,12 +307,14 @@ def test_uniform_widths(graph):
 
 def test_isomorphic_groups_are_ranked_among_themselves(graph):
     def lopsided(group, tensors, generator):
-        return torch.rand(group.size, generator=generator) + 10 * (group.layers[0] == "grouped")
+        score = torch.rand(group.size, generator=generator)
+        return score + 10 * (group.layers[0] == "grouped") + (group.layers[0] == "inner.2")
 
     options = {"criterion": lopsided, "normalise": "none"}
     plan = graph.plan(0.5, scope="isomorphic", **options)
     found = sizes(plan)
     assert sum(found[f"inner.{n}"] for n in range(3)) == 72
+    assert found["inner.2"] == 48, "the best of the three loses nothing"
     assert (found["grouped"], found["stem"]) == (8, 4)
     assert sizes(graph.plan(0.5, scope="global", **options))["grouped"] == 16
 

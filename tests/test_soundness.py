@@ -102,3 +102,14 @@ def test_inside_inference_mode_all_is_as_outside():
         graphprune.verify(model, small, x)
     assert small.graphprune_plan.slots == wanted.graphprune_plan.slots
     small(x).sum().backward()
+
+
+@pytest.mark.parametrize("keep", ["0", ()])
+def test_the_reference_of_a_weight_normalised_layer_is_finite(keep):
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), layer, nn.ReLU(), nn.Conv2d(8, 3, 1))
+    x = torch.randn(2, 1, 8, 8)
+    plan = graphprune.trace(model, x).plan(0.5, keep=keep)
+    assert graphprune.mask(model, plan)(x).isfinite().all()
+    graphprune.verify(model, graphprune.rebuild(model, plan), x)

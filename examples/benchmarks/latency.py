@@ -81,7 +81,7 @@ def peer(model: nn.Module, x: Tensor, share: float, round_to: int | None) -> nn.
     heads = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     last = [m for m in model.modules() if isinstance(m, nn.Linear)][-1]
     low, high, best = 0.0, 1.0, None
-    for _ in range(9):
+    for _ in range(6):
         ratio = (low + high) / 2
         small = copy.deepcopy(model)
         twins = dict(zip(model.modules(), small.modules()))

@@ -374,6 +374,11 @@ class Walk:
         self.readers.add(self.node)
         self.masked.setdefault(self.node, []).extend(layers)
 
+    def spare(self, *layers: Tensor) -> None:
+        """Zeroed parameters would break the current node: what reads its result is zeroed."""
+        assert self.node is not None
+        self.masked.setdefault(self.node, []).extend(layers)
+
     def extents(self, shape: Shape) -> Layers:
         """One layer of fresh ids per dimension: a constant that can be cut anywhere."""
         return tuple(

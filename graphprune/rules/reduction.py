@@ -103,6 +103,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
         if not layer.shape[dim] > 1:
             walk.renormalise(layer, "norm over channels")
     walk.mask(*(layer for layer in v.layers if layer.shape[dim] == 1))
+    walk.spare(*(layer for layer in v.layers if layer.shape[dim] > 1))  # 0 / 0
     return [walk.broadcast([v, g], v.ndim), g.layers]
 
 

@@ -19,22 +19,40 @@ from graphprune.training.schedules import (
     one_shot,
     polynomial,
 )
+from graphprune.training.semi_structured import to_semi_structured
+from graphprune.training.sparse import (
+    LayerSparsity,
+    NMStructured,
+    Sparsity,
+    make_permanent,
+    sparsify,
+    sparsity_of,
+)
+from graphprune.training.sparse_pruner import SparsePruner
 
 __all__ = [
     "GroupLasso",
     "Growing",
     "Growth",
+    "LayerSparsity",
+    "NMStructured",
     "Pruner",
     "Regulariser",
     "Schedule",
     "Slimming",
     "SparseLearning",
+    "SparsePruner",
+    "Sparsity",
     "Update",
     "cubic",
     "exponential",
     "follow",
     "iterative",
     "linear",
+    "make_permanent",
     "one_shot",
     "polynomial",
+    "sparsify",
+    "sparsity_of",
+    "to_semi_structured",
 ]
