@@ -18,7 +18,7 @@ _SAMPLES = 6  # shrunk models of random widths, from which times are fitted
 _NARROWEST = 0.25
 _ROUNDS = 5  # of search, emission and measurement
 _NEAR = 0.97  # of the limit used, and of the prediction met: good enough
-_POWER = 0.3  # 0: worth grows with the logarithm of the width; 1: in proportion to it
+_NARROW = 0.6  # 0: only MACs count, and some groups nearly vanish; 1: all groups get narrower
 _CHUNKS = 40  # in which a group loses its channels, while the order of the groups is found
 
 
@@ -123,38 +123,36 @@ class Deadline:
     def _order(self, part: Polynomials) -> dict[str, np.ndarray]:
         """An order of all channels: those that save most time for what they are worth first.
 
-        A group is worth the MACs that depend on it, times a power of the fraction it keeps: the
-        narrower it is, the dearer is its next channel. Otherwise the group that saves most would
-        be emptied before the next one is touched.
+        A group is worth the MACs that depend on it at that point, the more the narrower it is.
+        Otherwise the group that saves most would be emptied before the next one is touched.
         """
         costs, path = self.budget.costs, self.path
         groups = self.budget.analysis.groups
         macs = Costs(self.budget.analysis, ("macs",))
-        worth = macs.gradient("macs", path.full) * path.full
-        worth = np.array([worth[list(lane.groups)].sum() for lane in path.lanes])
-        worth = np.maximum(worth, 1e-3 * worth.max(initial=1.0))
+        least = 1e-4 * macs.of(path.full)["macs"]
         taken = np.zeros(len(path.lanes), int)
         turns = {group.name: np.full(group.size, np.inf) for group in groups}
         open_lanes = [number for number, lane in enumerate(path.lanes) if len(lane.counts) > 1]
         turn = 0
         while open_lanes:
             counts = path.counts(taken)
-            slopes = part.gradient(costs.sizes(counts), costs.matrix)
+            saves = part.gradient(costs.sizes(counts), costs.matrix) * counts
+            worth = macs.gradient("macs", counts) * counts
             gains = []
             for number in open_lanes:
                 lane = path.lanes[number]
-                now = lane.counts[taken[number]]
-                saved = slopes[list(lane.groups)].sum() * now
-                gains.append(saved / (worth[number] * (now / len(lane.levels)) ** _POWER))
+                members, kept = list(lane.groups), lane.counts[taken[number]] / len(lane.levels)
+                value = max(worth[members].sum(), least) * kept**-_NARROW
+                gains.append(saves[members].sum() / value)
             ranked = np.argsort(gains, kind="stable")[::-1]
             for place in ranked[: max(1, len(ranked) // 10)]:
                 number = open_lanes[place]
                 lane = path.lanes[number]
                 now = lane.counts[taken[number]]
-                least = now - max(1, round(now / _CHUNKS))
+                aim = now - max(1, round(now / _CHUNKS))
                 while taken[number] + 1 < len(lane.counts):
                     taken[number] += 1
-                    if lane.counts[taken[number]] <= least:
+                    if lane.counts[taken[number]] <= aim:
                         break
                 turn += 1
                 left = lane.counts[taken[number]]

@@ -47,6 +47,14 @@ class RankError(GraphPruneError, RuntimeError):
     """Processes that train one model together do not agree on what to remove."""
 
 
+class RoundError(GraphPruneError, RuntimeError):
+    """A round of pruning and training went wrong; ``outcome`` holds the last good model."""
+
+    def __init__(self, text: str, outcome: object = None) -> None:
+        super().__init__(text)
+        self.outcome = outcome
+
+
 class PruningWarning(UserWarning):
     """A request could not be met as asked; the text names the groups and the reasons."""
 

@@ -215,7 +215,7 @@ class ChannelGraph:
             >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
             >>> x, y = torch.randn(64, 4), torch.randn(64, 2)
             >>> graph = graphprune.trace(net)
-            >>> drops = graph.sensitivity(net, lambda m: -float((m(x) - y).square().mean()))
+            >>> drops = graph.sensitivity(net, lambda m: -(m(x) - y).square().mean().item())
             >>> plan = graph.plan(target={"macs": 0.5}, ratios=drops)
         """
         request = Request.of(0.0, options)

@@ -22,6 +22,7 @@ Tightness = Callable[[Counts], float]  # above 1: over the budget
 
 _COARSE = 4000  # paths of fewer steps are worth trying several ways
 _FURTHER = (0, 1, 2, 4, 8)  # steps down the path from which to fill up
+_BARRED = 4  # lanes that are left out in turn when filling up
 
 
 @dataclass(frozen=True)
@@ -97,23 +98,23 @@ class Path:
         best: tuple[float, Counts] | None = None
         for further in _FURTHER if coarse else _FURTHER[:1]:
             place = min(high + further, len(self.order[0]))
-            for latest in (True, False) if coarse else (True,):
-                counts = self._filled(place, tightness, latest)
+            last = dict.fromkeys(self.order[0][:place][::-1].tolist())
+            for barred in (None, *list(last)[:_BARRED]) if coarse else (None,):
+                counts = self._filled(place, tightness, barred)
                 reached = tightness(counts)
                 if best is None or reached > best[0]:
                     best = reached, counts
         assert best is not None
         return best[1]
 
-    def _filled(self, place: int, tightness: Tightness, latest: bool) -> Counts:
-        """Take back steps while the budget allows: the latest first, or lane by lane."""
+    def _filled(self, place: int, tightness: Tightness, barred: int | None) -> Counts:
+        """Take back steps while the budget allows, the latest first, but none of one lane."""
         taken = self.at(place)
         counts = self.counts(taken)
-        turn = self.order[0][:place][::-1]
-        if not latest:
-            turn = turn[np.argsort(-taken[turn], kind="stable")]
         closed = np.zeros(len(self.lanes), bool)
-        for number in turn:
+        if barred is not None:
+            closed[barred] = True
+        for number in self.order[0][:place][::-1]:
             if closed[number]:
                 continue
             lane = self.lanes[number]

@@ -33,7 +33,7 @@ class Around(nn.Module):
         self.register_buffer("rows", torch.tensor([2, 1, 0]))
         with torch.no_grad():
             self.conv.weight[1:3] = 0
-            self.conv.bias[1:3] = torch.tensor([KNOWN, 0.0])
+            self.conv.bias[:] = torch.tensor([0.0, KNOWN, 0, 0])
             self.weight[:, 3] = 0
             self.weight[1] = 0
             self.kernel[:2, [0, 3]] = 0

@@ -15,7 +15,7 @@ from graphprune.errors import InputError, ModelError
 from graphprune.inputs import Call
 from graphprune.latency import Bench, Cache, Sample, Stopwatch, fit
 
-X = torch.randn(2, 3, 8, 8)
+X = torch.zeros(2, 3, 8, 8)
 CPU = torch.device("cpu")
 
 

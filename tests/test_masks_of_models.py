@@ -237,6 +237,12 @@ def test_norms_that_can_be_rescaled_lose_zeroes():
     assert small.up.out_features == 9
     assert plan.notes == ("down: 1 constant channel stays: not constant where 'up' reads them",)
     assert graphprune.verify(model, small, tokens).difference < 1e-10
+    with torch.no_grad():
+        for layer in (model.up, model.gate, model.head):
+            layer.weight[:, 5:7] = 0  # nobody reads these but the mean square
+    plan, small = shrunk(model, tokens)
+    assert small.embed.embedding_dim == 6
+    assert any("for statistics" in note for note in plan.notes)
 
 
 class Twice(nn.Module):

@@ -142,3 +142,13 @@ def test_the_model_and_the_random_state_are_untouched():
     assert all(p.grad is None for p in net.parameters())
     again = scored(net, data, Reconstruction())[1]
     assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_errors_of_late_layers_count_more():
+    net = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 2))
+    data = [torch.randn(64, 3, dtype=D)]
+    graph, plain = scored(net.double(), data, Reconstruction(late=0.0))
+    found = scored(net, data, Reconstruction(late=2.0))[1]
+    first, second = (group.name for group in graph.groups)
+    assert torch.allclose(found[first], plain[first])
+    assert torch.allclose(found[second], plain[second] * torch.e**2)

@@ -10,7 +10,7 @@ import graphprune
 from graphprune.errors import InputError
 from graphprune.sensitivity import Curve, Sensitivity
 
-X = torch.randn(8, 6)
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 
 
 class Planted(nn.Module):
@@ -94,10 +94,10 @@ def test_a_budget_takes_first_what_costs_least(measured):
     plan = graph.plan(target={"params": 0.7}, ratios=found)
     assert plan.after.params <= 0.7 * plan.before.params
     kept = {group.layers[0]: len(group.kept) for group in plan.groups}
-    assert kept["dull"] < 10
-    assert min(kept["read"], kept["keen"]) >= 11
-    even = graph.plan(target={"params": 0.7})
-    assert min(len(group.kept) for group in even.groups[1:]) < 11
+    even = {group.layers[0]: len(group.kept) for group in graph.plan(target={"params": 0.7}).groups}
+    assert kept["dull"] < even["dull"], "what costs nothing leaves first"
+    assert kept["read"] + kept["keen"] > even["read"] + even["keen"]
+    assert min(kept["read"], kept["keen"]) >= 10
     with pytest.raises(InputError, match="says where channels leave first, not how many"):
         graph.plan(ratios=found)
 

@@ -108,7 +108,9 @@ def macs(model: nn.Module, x: Tensor) -> int:
     return graphprune.measure(model, x, latency=False).macs
 
 
-def rows_of(name: str, bench: Bench, x: Tensor, share: float, seconds: float) -> list[Row]:
+def rows_of(
+    name: str, bench: Bench, x: Tensor, share: float, seconds: float, beside: bool
+) -> list[Row]:
     """Shrink one network in all ways and time the results in turns."""
     model = getattr(torchvision.models, name)(weights=None).eval().to(bench.device)
     makers: dict[str, Callable[[], nn.Module]] = {
@@ -118,9 +120,10 @@ def rows_of(name: str, bench: Bench, x: Tensor, share: float, seconds: float) ->
         "latency, round_to=16": lambda: ours(
             model, x, target={"latency": share}, threads=bench.threads, round_to=16
         ),
-        "peer, MACs": lambda: peer(model, x, share, None),
-        "peer, MACs, round_to=16": lambda: peer(model, x, share, 16),
     }
+    if beside:
+        makers["peer, MACs"] = lambda: peer(model, x, share, None)
+        makers["peer, MACs, round_to=16"] = lambda: peer(model, x, share, 16)
     small: dict[str, nn.Module] = {}
     for how, make in makers.items():
         start = time.perf_counter()
@@ -159,6 +162,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing per model")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--write", type=Path, help="Markdown file to put the table into")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -170,7 +174,7 @@ def main() -> None:
     bench = Bench(call, x.device, arguments.threads)
     rows: list[Row] = []
     for name in arguments.models:
-        rows += rows_of(name, bench, x, arguments.share, arguments.seconds)
+        rows += rows_of(name, bench, x, arguments.share, arguments.seconds, not arguments.no_peer)
         print(render("", HEADER, [row.cells() for row in rows if row.model == name]), flush=True)
     if arguments.write:
         table = "\n".join(

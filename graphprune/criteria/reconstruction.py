@@ -8,6 +8,7 @@ after the other, the cheapest first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,7 +25,7 @@ from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.observe import Product
 from graphprune.windows import Window
 
-WIDEST = 6144  # columns (channels x kernel) up to which all second moments are kept
+WIDEST = 2560  # columns (channels x kernel) up to which all second moments are kept
 ROWS = 8192  # windows that are looked at of each batch
 STEPS = 256  # channels of large groups leave several at a time
 
@@ -43,6 +44,7 @@ class Reader:
         moment, total, count: sums over windows: [b, n, n], [b, n], and how many.
         metric: sums of the gradients' products, [b, outputs, outputs], or their squares where
             there are very many outputs.
+        place: where the weight stands in the order in which weights run, from 0 to 1.
     """
 
     window: Window
@@ -52,6 +54,7 @@ class Reader:
     total: Tensor | float = 0.0
     count: int = 0
     metric: Tensor | float = 0.0
+    place: float = 0.0
 
     def read(self, x: Tensor, places: int, generator: torch.Generator) -> None:
         """Add the windows of one batch."""
@@ -168,9 +171,10 @@ class Reconstructions(Collector):
 
     def finish(self, batches: int) -> dict[Key, dict[int, Reader]]:
         """Moments and metrics; the metric is a mean over the batches."""
-        for parts in self.found.values():
-            for reader in parts.values():
-                reader.metric = reader.metric / batches
+        readers = [reader for parts in self.found.values() for reader in parts.values()]
+        for number, reader in enumerate(readers):  # in the order in which they first ran
+            reader.place = number / max(len(readers) - 1, 1)
+            reader.metric = reader.metric / batches
         return self.found
 
 
@@ -201,9 +205,12 @@ class Reconstruction:
 
     Attributes:
         ridge: added to the second moments, as a fraction of their mean.
+        late: how much more an error in the last layer counts than the same one in the first, as a
+            power of e: a repair makes up for errors of early layers in the layers behind them.
     """
 
     ridge: float = 1e-4
+    late: float = 1.0
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "reconstruction"})
     comparable: ClassVar[bool] = True
 
@@ -220,6 +227,7 @@ class Reconstruction:
                 weighed = reader.weighed()
                 if weighed is not None:
                     columns = reader.columns(torch.from_numpy(member.index.copy()))
+                    weighed = weighed * math.exp(self.late * reader.place / 2)  # of the root
                     found.append(Surgeon(reader.covariance(), weighed, columns, self.ridge))
         if not found:
             raise Unseen("no convolution or linear layer of moderate size sums over its channels")

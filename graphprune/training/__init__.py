@@ -1,5 +1,6 @@
 """Prune and retrain: parts that fit the user's own training loop."""
 
+from graphprune.training.history import Entry, History
 from graphprune.training.optimizers import follow
 from graphprune.training.pruner import Pruner, Update
 from graphprune.training.regularise import (
@@ -10,6 +11,7 @@ from graphprune.training.regularise import (
     Slimming,
     SparseLearning,
 )
+from graphprune.training.rounds import Outcome, iterate
 from graphprune.training.schedules import (
     Schedule,
     cubic,
@@ -31,11 +33,14 @@ from graphprune.training.sparse import (
 from graphprune.training.sparse_pruner import SparsePruner
 
 __all__ = [
+    "Entry",
     "GroupLasso",
     "Growing",
     "Growth",
+    "History",
     "LayerSparsity",
     "NMStructured",
+    "Outcome",
     "Pruner",
     "Regulariser",
     "Schedule",
@@ -47,6 +52,7 @@ __all__ = [
     "cubic",
     "exponential",
     "follow",
+    "iterate",
     "iterative",
     "linear",
     "make_permanent",

@@ -1,0 +1,368 @@
+"""Prune, train, evaluate, and again: until it is small enough, or not good enough any more."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor, nn
+
+from graphprune.api import rebuild
+from graphprune.batches import at_rest, device_of
+from graphprune.checks import check_model
+from graphprune.criteria import find
+from graphprune.errors import InputError, ModelError, RoundError
+from graphprune.options import Options, Request
+from graphprune.plan import Plan, fingerprint, share
+from graphprune.skeleton import mark, named_modules, named_tensors
+from graphprune.training.history import Entry, History, widths_of
+from graphprune.training.round_plans import RoundPlans
+from graphprune.training.round_state import Folder, State
+from graphprune.training.schedules import SparsityOf, iterative, sparsity_at
+
+Train = Callable[[nn.Module], Any]
+Evaluate = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What :func:`iterate` found.
+
+    Attributes:
+        model: the smallest model above the floor; the user's own where no round was good enough.
+        history: one entry for the original (step 0) and one for each model that was trained, with
+            the values ``sparsity``, ``before`` and ``accuracy`` (before and after training) and
+            ``kept`` (0 where a round was undone).
+        reason: why it ended.
+    """
+
+    model: nn.Module
+    history: History
+    reason: str
+
+    @property
+    def plan(self) -> Plan | None:
+        """Which channels of the original stayed."""
+        return getattr(self.model, "graphprune_plan", None)
+
+    def __str__(self) -> str:
+        """The rounds as a table."""
+        first, kept = self.history.entries[0], [e for e in self.history.entries if _kept(e)][-1]
+        costs = (
+            f"{share(kept.params, first.params)} of the parameters, "
+            f"{share(kept.macs, first.macs)} of the MACs"
+        )
+        return f"{self.history}\n{self.reason}; the model has {costs}"
+
+
+def iterate(
+    model: nn.Module,
+    rounds: int,
+    train: Train | None,
+    evaluate: Evaluate,
+    *,
+    sparsity: float | SparsityOf = 0.5,
+    quantity: str = "channels",
+    example_inputs: Any = None,
+    folder: str | Path | None = None,
+    floor: float | None = None,
+    retries: int = 2,
+    attention: str = "heads",
+    **options: Unpack[Options],
+) -> Outcome:
+    """Remove some channels, train, evaluate, and go on from there.
+
+    The user's functions get the small model of the round, in train and in eval mode. ``train``
+    trains it in place, with an optimizer that it makes from ``model.parameters()``; it may be a
+    generator that yields losses, so that one which is not finite ends the round at once.
+
+    A round that ends below the ``floor`` is undone, and repeated from the model before with half
+    the step, which stays halved from then on. Every round has random numbers of its own (``seed``),
+    so that a run that was cut off and resumed ends as one that was not.
+
+    Han et al., "Learning both Weights and Connections for Efficient Neural Networks", NeurIPS 2015.
+
+    Args:
+        model: the trained original; it is not touched.
+        rounds: how many.
+        train: trains a model in place; ``None`` for rounds without training.
+        evaluate: a number for a model, larger for better ones.
+        sparsity: the fraction that is gone in the end, in equal parts of what is left
+            (:func:`iterative`); or any function round (from 0) -> sparsity.
+        quantity: of what it is a fraction: ``"channels"``, ``"macs"``, ``"params"`` or
+            ``"bytes"`` of the original.
+        example_inputs: as for ``graphprune.trace``.
+        folder: where to keep the last good model and the state. A later call with the same model,
+            settings and folder goes on after the last finished round.
+        floor: the least evaluation allowed.
+        retries: how often the floor may be broken before it is the end.
+        attention: as for ``graphprune.trace``.
+        options: as for ``graph.plan``, without ``ratio``, ``ratios`` and ``target``. ``min_kept``
+            and ``max_kept`` are fractions of the original's channels.
+
+    Returns:
+        The smallest model above the floor, and the history of all rounds.
+
+    Raises:
+        InputError: an argument is wrong; the original is below the floor; ``train`` replaced the
+            model instead of training it, or changed none of its weights; the folder belongs to
+            another run.
+        RoundError: a loss, a weight or an evaluation was not finite, or no more can be removed; its
+            ``outcome`` holds the last good model, which is in the folder, too.
+        CheckpointError: the folder is damaged or cannot be written.
+
+    Example:
+        >>> import torch
+        >>> from graphprune.training import iterate
+        >>> x = torch.randn(64, 4)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.Linear(16, 1))
+        >>> def train(model):
+        ...     sgd = torch.optim.SGD(model.parameters(), lr=0.05)
+        ...     for _ in range(20):
+        ...         sgd.zero_grad()
+        ...         loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        ...         loss.backward()
+        ...         sgd.step()
+        ...         yield loss
+        >>> def evaluate(model):
+        ...     return -(model(x) - x.sum(1, keepdim=True)).square().mean()
+        >>> outcome = iterate(net, 2, train, evaluate, sparsity=0.75)
+        >>> [entry.widths["0"] for entry in outcome.history.entries]
+        [16, 8, 4]
+    """
+    schedule, told = _check(rounds, train, evaluate, sparsity, floor, retries, options)
+    progress = bool(options.pop("progress", False))
+    seed = options.get("seed", 0)
+    check_model(model)
+    plans = RoundPlans(model, example_inputs, quantity, attention, options)
+    settings = {
+        "architecture": fingerprint(model),
+        "weights": mark(model),
+        "rounds": rounds,
+        **told,
+        "quantity": quantity,
+        "floor": floor,
+        "retries": retries,
+        "attention": attention,
+    }
+    run = _Rounds(model, plans, schedule, train, evaluate, floor, seed, Folder(folder, settings))
+    run.start(retries)
+    with _bar(rounds, progress) as show, _noted(folder):
+        while not run.state.reason and run.state.done < rounds:
+            show(run.state.done)
+            with run.numbers():
+                run.round()
+    return run.outcome(run.state.reason or f"all {rounds} rounds done")
+
+
+class _Rounds:
+    """The state between two rounds, and how to get to the next one."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        plans: RoundPlans,
+        schedule: SparsityOf,
+        train: Train | None,
+        evaluate: Evaluate,
+        floor: float | None,
+        seed: int,
+        folder: Folder,
+    ) -> None:
+        self.original, self.plans, self.schedule = original, plans, schedule
+        self.train, self.evaluate, self.floor = train, evaluate, floor
+        self.seed, self.folder = seed, folder
+        self.modes = {name: module.training for name, module in named_modules(original)}
+        self.earlier: Plan | None = getattr(original, "graphprune_plan", None)
+        self.model: nn.Module = original
+        self.plan: Plan | None = None
+        self.state = State()
+
+    def start(self, retries: int) -> None:
+        """Go on from the folder, or begin with the original."""
+        found = self.folder.read()
+        if found is not None:
+            self.state = found
+            self.model, self.plan = self.folder.model(found, self.original)
+            return
+        with at_rest(self.original):
+            accuracy = _score(self.evaluate(self.original))
+        if not math.isfinite(accuracy):
+            raise InputError(f"evaluate(model) is {accuracy} for the original model")
+        if self.floor is not None and accuracy < self.floor:
+            raise InputError(
+                f"the original itself evaluates to {accuracy:.6g}, below the floor {self.floor:g}"
+            )
+        cost = self.plans.cost
+        values = {"sparsity": 0.0, "accuracy": accuracy, "kept": 1.0}
+        first = Entry(0, cost.params, cost.macs, values, widths_of(self.original))
+        self.state = self.folder.write(State(retries=retries, entries=(first,)))
+
+    def round(self) -> None:
+        """One attempt at the next round; what it changes is kept only when it is finished."""
+        state = self.state
+        before = sparsity_at(self.schedule, state.done - 1) if state.done else 0.0
+        step = sparsity_at(self.schedule, state.done) - before
+        sparsity = state.sparsity + state.pace * step
+        number = state.done + 1
+        plan = self._plan(number, sparsity)
+        if not plan.removed:
+            reason = "" if state.pace == 1 else "half a step is less than one channel"
+            done = replace(state, done=number, sparsity=sparsity, reason=reason)
+            self.state = self.folder.write(done)
+            return
+        small = rebuild(self.model, plan)
+        whole = plan if self.plan is None else self.plan.then(plan)
+        small.graphprune_plan = whole  # type: ignore[assignment]  # from this original
+        first = self._evaluated(small, number)
+        self._train(small, number)
+        last = self._evaluated(small, number)
+        kept = self.floor is None or last >= self.floor
+        values = {"sparsity": sparsity, "before": first, "accuracy": last, "kept": float(kept)}
+        cost = plan.after
+        note = "" if kept else "below the floor: undone"
+        entry = Entry(state.attempts + 1, cost.params, cost.macs, values, widths_of(small), note)
+        state = replace(state, attempts=entry.step, entries=(*state.entries, entry))
+        if kept:
+            done = replace(state, done=number, sparsity=sparsity, plan=whole.to_json())
+            self.state = self.folder.write(done, small)
+            self.model, self.plan = small, whole
+            return
+        reason = "" if state.retries else f"the floor was broken in round {number}"
+        left = max(0, state.retries - 1)
+        self.state = self.folder.write(
+            replace(state, pace=state.pace / 2, retries=left, reason=reason)
+        )
+
+    def outcome(self, reason: str) -> Outcome:
+        """The last good model in the modes of the original, and the history."""
+        for name, module in named_modules(self.model):
+            module.training = self.modes.get(name, module.training)
+        if self.earlier is not None and self.plan is not None:
+            self.model.graphprune_plan = self.earlier.then(self.plan)  # type: ignore[assignment]
+        return Outcome(self.model, History(self.plans.call, self.state.entries), reason)
+
+    def _plan(self, number: int, sparsity: float) -> Plan:
+        try:
+            return self.plans.plan(self.model, sparsity)
+        except InputError as error:
+            if self.plan is None:
+                raise
+            raise self._error(f"round {number} can remove no more: {error}") from error
+
+    def _train(self, small: nn.Module, number: int) -> None:
+        if self.train is None:
+            return
+        architecture, weights = fingerprint(small), _versions(small)
+        small.train()
+        result = self.train(small)
+        if isinstance(result, nn.Module) and result is not small:
+            raise InputError(
+                f"train returned another model ({type(result).__name__}): it must train the model "
+                "it is given, in place"
+            )
+        losses = result if isinstance(result, Iterator) else [result]
+        for count, loss in enumerate(losses, 1):
+            one = isinstance(loss, Tensor) and loss.numel() == 1
+            found = float(loss.detach()) if one else loss
+            if isinstance(found, int | float) and not math.isfinite(found):
+                raise self._error(f"round {number}: the loss is {found} (number {count})")
+        if fingerprint(small) != architecture:
+            raise InputError("train changed the architecture of the model that it was given")
+        if _versions(small) == weights:
+            raise InputError(
+                "train changed no weight of the model that it was given: the smaller model has new "
+                "parameters, so make the optimizer inside train, from model.parameters(); for "
+                "rounds without training pass train=None"
+            )
+        try:
+            check_model(small)
+        except ModelError as error:
+            raise self._error(f"round {number}, after training: {error}") from None
+
+    def _evaluated(self, small: nn.Module, number: int) -> float:
+        small.eval()
+        found = _score(self.evaluate(small))
+        if not math.isfinite(found):
+            raise self._error(f"round {number}: the evaluation is {found}")
+        return found
+
+    def _error(self, text: str) -> RoundError:
+        return RoundError(f"{text}; the last good model is kept", self.outcome(text))
+
+    @contextlib.contextmanager
+    def numbers(self) -> Iterator[None]:
+        """Random numbers of an attempt's own; the user's go on afterwards as if it had not been."""
+        device = device_of(self.original)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(self.seed + 1_000_003 * (self.state.attempts + 1))
+            yield
+
+
+def _check(
+    rounds: Any, train: Any, evaluate: Any, sparsity: Any, floor: Any, retries: Any, options: Any
+) -> tuple[SparsityOf, dict[str, Any]]:
+    """The schedule of the rounds, and what a later run is compared with."""
+    for name, number, least in (("rounds", rounds, 1), ("retries", retries, 0)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            raise InputError(f"{name} must be an int of at least {least}, got {number!r}")
+    if not (train is None or callable(train)) or not callable(evaluate):
+        raise InputError("train and evaluate must be functions of a model (train may be None)")
+    if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float)):
+        raise InputError(f"floor must be a number that evaluate may return, not {floor!r}")
+    schedule = sparsity if callable(sparsity) else iterative(sparsity, rounds)
+    found = [sparsity_at(schedule, number) for number in range(rounds)]
+    if found != sorted(found) or not 0 < found[-1] < 1:
+        raise InputError(
+            "the sparsity must grow from round to round and end in (0, 1); it is "
+            + ", ".join(f"{value:.3g}" for value in found)
+        )
+    request = Request.of(0.0, options)
+    told = {**request.said(), "criterion": find(request.criterion).name}
+    return schedule, {"sparsity": found, "options": {n: told[n] for n in sorted(told)}}
+
+
+def _score(value: Any) -> float:
+    try:
+        return float(value.detach() if isinstance(value, Tensor) else value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(f"evaluate must return a number, not {type(value).__name__}") from None
+
+
+def _versions(model: nn.Module) -> tuple[float, tuple[int, ...]]:
+    """What tells whether any tensor was written to, or put in the place of another."""
+    return mark(model), tuple(tensor._version for _, tensor in named_tensors(model))
+
+
+def _kept(entry: Entry) -> bool:
+    return bool(entry.values.get("kept", 1))
+
+
+@contextlib.contextmanager
+def _noted(folder: str | Path | None) -> Iterator[None]:
+    """Say, on any error in a round, where the finished ones are."""
+    try:
+        yield
+    except BaseException as error:
+        if folder is not None:
+            error.add_note(f"the finished rounds are in {str(folder)!r}: call iterate again")
+        raise
+
+
+@contextlib.contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar, if it is wanted and someone can see it."""
+    console = Console(stderr=True)
+    if not (progress and console.is_terminal):
+        yield lambda _: None
+        return
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("rounds", total=total)
+        yield lambda done: bar.update(task, completed=done)
