@@ -16,7 +16,7 @@ from graphprune.select import Path
 
 _SAMPLES = 6  # shrunk models of random widths, from which times are fitted
 _NARROWEST = 0.25
-_ROUNDS = 5  # of search, emission and measurement
+_ROUNDS = 7  # of search, emission and measurement
 _NEAR = 0.97  # of the limit used, and of the prediction met: good enough
 _NARROW = 0.6  # 0: only MACs count, and some groups nearly vanish; 1: all groups get narrower
 _CHUNKS = 40  # in which a group loses its channels, while the order of the groups is found
@@ -82,7 +82,7 @@ class Deadline:
             total = after / before * samples[0].total  # as it is beside the original
             anchor = replace(anchor, total=total)
             samples = [*samples, anchor]
-            if after > limit and accurate:
+            if after > limit and (accurate or turn > 1):
                 slack *= 0.99 * limit / after
         if best is None:
             raise Unreachable(

@@ -236,6 +236,15 @@ def test_a_latency_is_met(net, graph, machine, options):
     assert graphprune.Plan.from_json(plan.to_json()) == plan
 
 
+def test_a_model_that_is_a_little_too_slow_is_not_taken(net, graph, machine):
+    """When it is measured by itself, every small model takes 2 % more than its ops foretell."""
+    machine.totals = lambda self, models, *rest, **more: [
+        [self.total(model) * (1.0 if model is net else 1.02)] for model in models
+    ]
+    said = graph.plan(target={"latency": 0.6}).request["latency"]
+    assert said["measured"] <= 0.6 * said["before"]
+
+
 def test_what_the_ops_do_not_tell_is_measured_and_corrected(graph, machine):
     machine.surprise = staticmethod(lambda counts: 1.3 if counts.sum() < 50 else 1.0)
     said = graph.plan(target={"latency": 0.6}).request["latency"]

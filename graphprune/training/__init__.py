@@ -1,5 +1,6 @@
 """Prune and retrain: parts that fit the user's own training loop."""
 
+from graphprune.training.distil import Distillation, divergence
 from graphprune.training.history import Entry, History
 from graphprune.training.optimizers import follow
 from graphprune.training.pruner import Pruner, Update
@@ -11,6 +12,7 @@ from graphprune.training.regularise import (
     Slimming,
     SparseLearning,
 )
+from graphprune.training.rewind import RewindPoint
 from graphprune.training.rounds import Outcome, iterate
 from graphprune.training.schedules import (
     Schedule,
@@ -31,18 +33,22 @@ from graphprune.training.sparse import (
     sparsity_of,
 )
 from graphprune.training.sparse_pruner import SparsePruner
+from graphprune.training.tickets import Lottery, lottery
 
 __all__ = [
+    "Distillation",
     "Entry",
     "GroupLasso",
     "Growing",
     "Growth",
     "History",
     "LayerSparsity",
+    "Lottery",
     "NMStructured",
     "Outcome",
     "Pruner",
     "Regulariser",
+    "RewindPoint",
     "Schedule",
     "Slimming",
     "SparseLearning",
@@ -50,11 +56,13 @@ __all__ = [
     "Sparsity",
     "Update",
     "cubic",
+    "divergence",
     "exponential",
     "follow",
     "iterate",
     "iterative",
     "linear",
+    "lottery",
     "make_permanent",
     "one_shot",
     "polynomial",

@@ -80,15 +80,14 @@ class Distillation:
         self.loss = loss_of if loss is None else loss
         self.soft = soft
         self.compare = relative_error if compare is None else compare
-        names = [features] if isinstance(features, str) else features
-        known = names if isinstance(names, Mapping) else {name: name for name in names}
+        given = [features] if isinstance(features, str) else features
+        known = given if isinstance(given, Mapping) else {name: name for name in given}
         self.features: dict[str, str] = dict(known)
         modules = dict(self.teacher.named_modules())
         for name in self.features:
             if name not in modules:
-                raise InputError(
-                    f"the teacher has no module {name!r}; it has {shorten(filter(None, modules), 12)}"
-                )
+                names = shorten(filter(None, modules), 12)
+                raise InputError(f"the teacher has no module {name!r}; it has {names}")
         self._kept: dict[str, dict[tuple[int, int], Tensor]] = {}
         self._known: tuple[int, Plan | None] | None = None
 
@@ -172,7 +171,9 @@ class Distillation:
         first = aliases(self.teacher)
         for name, layer in self.features.items():
             tensors = {
-                first[f"{layer}.{leaf}"] for leaf in ("weight", "bias") if f"{layer}.{leaf}" in first
+                first[f"{layer}.{leaf}"]
+                for leaf in ("weight", "bias")
+                if f"{layer}.{leaf}" in first
             }
             slots = [] if plan is None else [s for s in plan.slots if s.tensor in tensors]
             self._kept[name] = {}
@@ -235,9 +236,7 @@ def _transposed(model: nn.Module, layer: str) -> bool:
 
 
 @contextlib.contextmanager
-def _watching(
-    outer: nn.Module, inner: nn.Module, names: Iterable[str]
-) -> Iterator[dict[str, Any]]:
+def _watching(outer: nn.Module, inner: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """What a model (under ``""``) and some of its modules return inside."""
     found: dict[str, Any] = {}
 
@@ -272,6 +271,8 @@ def _resting(model: nn.Module) -> Iterator[None]:
 def _positive(name: str, value: Any, least: float | None = None) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not (value > 0 if least is None else value >= least) or value == float("inf"):
-        raise InputError(f"{name} must be a {'positive' if least is None else 'non-negative'} "
-                         f"number, got {value!r}")
+        raise InputError(
+            f"{name} must be a {'positive' if least is None else 'non-negative'} "
+            f"number, got {value!r}"
+        )
     return float(value)

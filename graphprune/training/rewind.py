@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from graphprune.api import rebuild
 from graphprune.checks import check_model
@@ -88,7 +89,7 @@ class RewindPoint:
         plan = getattr(inner, "graphprune_plan", None)
         source = self.model
         if isinstance(plan, Plan) and plan != getattr(self.model, "graphprune_plan", None):
-            source = rebuild(self.model, _since(plan, self.model))
+            source = rebuild(self.model, plan)
         tensors = {_plain(name): tensor for name, tensor in named_tensors(source)}
         pairs = []
         for name, tensor in named_tensors(inner):
@@ -106,8 +107,8 @@ class RewindPoint:
             for tensor, old in pairs:
                 tensor.copy_(old)
                 tensor.grad = None
-        for hook_owner in inner.modules():
-            _recompute(hook_owner)
+        for module in inner.modules():
+            _recompute(module)
         return small
 
     def rewind_rate(self, optimizer: Any, scheduler: Any = None) -> None:
@@ -186,16 +187,6 @@ class RewindPoint:
         return point
 
 
-def _since(plan: Plan, model: nn.Module) -> Plan:
-    """The plan of a small model, if it begins at the model of the point.
-
-    Raises:
-        PlanError: it does not.
-    """
-    plan.check(model)
-    return plan
-
-
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group, without its parameters."""
     return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
@@ -209,6 +200,6 @@ def _plain(name: str) -> str:
 def _recompute(module: nn.Module) -> None:
     """Masked weights are computed before each call; between calls they are what was left there."""
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, torch.nn.utils.prune.BasePruningMethod):
+        if isinstance(hook, prune.BasePruningMethod):
             value: Tensor = hook.apply_mask(module)
             setattr(module, hook._tensor_name, value.detach())

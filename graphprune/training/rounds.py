@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 from graphprune.api import rebuild
-from graphprune.batches import at_rest, device_of
+from graphprune.batches import at_rest
 from graphprune.checks import check_model
 from graphprune.criteria import find
-from graphprune.errors import InputError, ModelError, RoundError
+from graphprune.errors import InputError, RoundError
 from graphprune.options import Options, Request
 from graphprune.plan import Plan, fingerprint, share
-from graphprune.skeleton import mark, named_modules, named_tensors
+from graphprune.skeleton import mark, named_modules
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.round_state import Folder, State
 from graphprune.training.schedules import SparsityOf, iterative, sparsity_at
+from graphprune.training.users import (
+    Evaluate,
+    NotFinite,
+    check_callables,
+    own_numbers,
+    run_evaluation,
+    run_training,
+)
 
 Train = Callable[[nn.Module], Any]
-Evaluate = Callable[[nn.Module], Any]
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def iterate(
     with _bar(rounds, progress) as show, _noted(folder):
         while not run.state.reason and run.state.done < rounds:
             show(run.state.done)
-            with run.numbers():
+            with own_numbers(model, run.seed_of_round):
                 run.round()
     return run.outcome(run.state.reason or f"all {rounds} rounds done")
 
@@ -192,10 +197,11 @@ class _Rounds:
             self.state = found
             self.model, self.plan = self.folder.model(found, self.original)
             return
-        with at_rest(self.original):
-            accuracy = _score(self.evaluate(self.original))
-        if not math.isfinite(accuracy):
-            raise InputError(f"evaluate(model) is {accuracy} for the original model")
+        try:
+            with at_rest(self.original):
+                accuracy = run_evaluation(self.evaluate, self.original)
+        except NotFinite as error:
+            raise InputError(f"the original model: {error}") from None
         if self.floor is not None and accuracy < self.floor:
             raise InputError(
                 f"the original itself evaluates to {accuracy:.6g}, below the floor {self.floor:g}"
@@ -258,52 +264,25 @@ class _Rounds:
             raise self._error(f"round {number} can remove no more: {error}") from error
 
     def _train(self, small: nn.Module, number: int) -> None:
-        if self.train is None:
-            return
-        architecture, weights = fingerprint(small), _versions(small)
-        small.train()
-        result = self.train(small)
-        if isinstance(result, nn.Module) and result is not small:
-            raise InputError(
-                f"train returned another model ({type(result).__name__}): it must train the model "
-                "it is given, in place"
-            )
-        losses = result if isinstance(result, Iterator) else [result]
-        for count, loss in enumerate(losses, 1):
-            one = isinstance(loss, Tensor) and loss.numel() == 1
-            found = float(loss.detach()) if one else loss
-            if isinstance(found, int | float) and not math.isfinite(found):
-                raise self._error(f"round {number}: the loss is {found} (number {count})")
-        if fingerprint(small) != architecture:
-            raise InputError("train changed the architecture of the model that it was given")
-        if _versions(small) == weights:
-            raise InputError(
-                "train changed no weight of the model that it was given: the smaller model has new "
-                "parameters, so make the optimizer inside train, from model.parameters(); for "
-                "rounds without training pass train=None"
-            )
-        try:
-            check_model(small)
-        except ModelError as error:
-            raise self._error(f"round {number}, after training: {error}") from None
+        if self.train is not None:
+            try:
+                run_training(self.train, small)
+            except NotFinite as error:
+                raise self._error(f"round {number}: {error}") from None
 
     def _evaluated(self, small: nn.Module, number: int) -> float:
-        small.eval()
-        found = _score(self.evaluate(small))
-        if not math.isfinite(found):
-            raise self._error(f"round {number}: the evaluation is {found}")
-        return found
+        try:
+            return run_evaluation(self.evaluate, small)
+        except NotFinite as error:
+            raise self._error(f"round {number}: {error}") from None
 
     def _error(self, text: str) -> RoundError:
         return RoundError(f"{text}; the last good model is kept", self.outcome(text))
 
-    @contextlib.contextmanager
-    def numbers(self) -> Iterator[None]:
-        """Random numbers of an attempt's own; the user's go on afterwards as if it had not been."""
-        device = device_of(self.original)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.seed + 1_000_003 * (self.state.attempts + 1))
-            yield
+    @property
+    def seed_of_round(self) -> int:
+        """Another one for every attempt, the same one when it is repeated after a crash."""
+        return self.seed + 1_000_003 * (self.state.attempts + 1)
 
 
 def _check(
@@ -313,8 +292,7 @@ def _check(
     for name, number, least in (("rounds", rounds, 1), ("retries", retries, 0)):
         if isinstance(number, bool) or not isinstance(number, int) or number < least:
             raise InputError(f"{name} must be an int of at least {least}, got {number!r}")
-    if not (train is None or callable(train)) or not callable(evaluate):
-        raise InputError("train and evaluate must be functions of a model (train may be None)")
+    check_callables(train, evaluate)
     if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float)):
         raise InputError(f"floor must be a number that evaluate may return, not {floor!r}")
     schedule = sparsity if callable(sparsity) else iterative(sparsity, rounds)
@@ -327,18 +305,6 @@ def _check(
     request = Request.of(0.0, options)
     told = {**request.said(), "criterion": find(request.criterion).name}
     return schedule, {"sparsity": found, "options": {n: told[n] for n in sorted(told)}}
-
-
-def _score(value: Any) -> float:
-    try:
-        return float(value.detach() if isinstance(value, Tensor) else value)
-    except (TypeError, ValueError, RuntimeError):
-        raise InputError(f"evaluate must return a number, not {type(value).__name__}") from None
-
-
-def _versions(model: nn.Module) -> tuple[float, tuple[int, ...]]:
-    """What tells whether any tensor was written to, or put in the place of another."""
-    return mark(model), tuple(tensor._version for _, tensor in named_tensors(model))
 
 
 def _kept(entry: Entry) -> bool:

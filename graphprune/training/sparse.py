@@ -23,6 +23,7 @@ from graphprune.training.ranks import unwrapped_model
 
 SCOPES = ("global", "local")
 _LAYERS = (nn.Linear, _ConvNd)
+Target = tuple[str, nn.Linear | _ConvNd]
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ def prune_hook(module: nn.Module) -> prune.BasePruningMethod | None:
 
 def layers_to_mask(
     model: nn.Module, keep: str | Iterable[str]
-) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
+) -> tuple[list[Target], dict[str, str]]:
     """The layers to mask by name, and why the others are left alone."""
     patterns = (keep,) if isinstance(keep, str) else tuple(keep)
     layers = [(name, m) for name, m in named_modules(model) if isinstance(m, _LAYERS)]
@@ -215,7 +216,8 @@ def layers_to_mask(
     members = [p for _, m in named_modules(model) for p in m._parameters.values()]
     uses = Counter(id(parameter) for parameter in members if parameter is not None)
     inside = read_elsewhere(model)
-    notes, targets = {}, []
+    notes: dict[str, str] = {}
+    targets: list[Target] = []
     for name, module in layers:
         masked = prune_hook(module) is not None
         weight = module._parameters.get("weight_orig" if masked else "weight")
@@ -242,7 +244,7 @@ def read_elsewhere(model: nn.Module) -> set[int]:
     return {id(module) for owner in owners for module in owner.modules()}
 
 
-def _mask_smallest(targets: Sequence[tuple[str, nn.Module]], sparsity: float, scope: str) -> None:
+def _mask_smallest(targets: Sequence[Target], sparsity: float, scope: str) -> None:
     """Mask so many weights in all that this fraction is zero.
 
     Masks before become zeros, which are the smallest weights: so counts are of all weights, and
@@ -264,9 +266,7 @@ def _mask_smallest(targets: Sequence[tuple[str, nn.Module]], sparsity: float, sc
         )
 
 
-def _mask_pattern(
-    targets: Sequence[tuple[str, nn.Module]], notes: dict[str, str], n: int, m: int
-) -> None:
+def _mask_pattern(targets: Sequence[Target], notes: dict[str, str], n: int, m: int) -> None:
     """Mask by a pattern; layers whose input channels it does not divide get a note."""
     fitting = 0
     for name, module in targets:
@@ -275,7 +275,7 @@ def _mask_pattern(
             continue
         if prune_hook(module) is not None:
             prune.remove(module, "weight")
-        NMStructured.apply(module, "weight", n=n, m=m)
+        NMStructured.apply(module, "weight", n=n, m=m)  # type: ignore[no-untyped-call]
         fitting += 1
     if not fitting:
         raise InputError(f"no layer has a multiple of {m} input channels: {notes}")
