@@ -13,7 +13,7 @@ from graphprune.ids import KEPT, Alternatives, Ties, connected, varying
 
 Pairs = Sequence[tuple[Tensor, Tensor]]
 RECTANGLE = "a rectangular grid"
-_ALIGNING = frozenset({"equal columns", "rows", "others stay", RECTANGLE})  # blocks keep equal columns
+_ALIGNING = frozenset({"equal columns", "rows", "others stay", RECTANGLE})  # columns
 
 
 @dataclass

@@ -135,6 +135,28 @@ def test_a_broken_floor_is_undone_and_approached_in_half_steps():
     assert outcome.reason == "the floor was broken in round 4"
 
 
+def test_an_undone_round_leaves_the_last_good_model_on_disk(tmp_path):
+    options = {"sparsity": lambda n: (n + 1) / 3, "example_inputs": X, "floor": 1.0}
+    first = iterate(net(), 2, train, floored(9), folder=tmp_path, retries=0, **options)
+    assert [entry.values["kept"] for entry in first.history.entries] == [1, 1, 0]
+    second = iterate(net(), 2, train, floored(9), folder=tmp_path, retries=0, **options)
+    assert same(first.model, second.model)
+    assert second.reason == "the floor was broken in round 2"
+
+
+def test_every_round_draws_numbers_of_its_own():
+    drawn = []
+
+    def draws(model):
+        drawn.append(float(torch.rand(())))
+        return train(model)
+
+    for seed in (0, 0, 1):
+        iterate(net(), 2, draws, evaluate, example_inputs=X, seed=seed)
+    assert drawn[:2] == drawn[2:4]
+    assert len(set(drawn)) == 4
+
+
 def test_when_no_round_is_good_enough_the_original_is_returned():
     model = net()
     outcome = iterate(

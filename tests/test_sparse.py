@@ -71,6 +71,10 @@ def test_a_second_call_counts_what_is_gone_and_keeps_it():
         after = model.get_submodule(name).weight_mask.bool()
         assert not (after & ~before[name]).any(), "no weight came back"
     assert sparsify(model, 0.2).fraction == pytest.approx(0.8, abs=1e-3)
+    masked = sum(int((model.get_submodule(name).weight_mask == 0).sum()) for name in LAYERS)
+    assert masked == pytest.approx(
+        0.8 * sum(model.get_submodule(n).weight.numel() for n in LAYERS), 1e-3
+    )
     assert len(model[0]._forward_pre_hooks) == 1
     assert not isinstance(next(iter(model[0]._forward_pre_hooks.values())), prune.PruningContainer)
 

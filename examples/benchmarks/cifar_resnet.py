@@ -1,21 +1,28 @@
 """The CIFAR ResNets of He et al. (2015), their trained weights, and real CIFAR-10 images.
 
 The shortcut that changes the width has no parameters ("option A"): every second pixel, and zeros
-for the new channels. Weights and images are looked for in ``shared/data`` beside the repository.
+for the new channels. Weights and images are looked for in ``shared/data`` beside the repository, or
+in it.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+ROOT = Path(__file__).resolve().parents[2]
+PLACES = [folder / "shared" / "data" for folder in (ROOT.parent, ROOT)]
+DATA = next((place for place in PLACES if place.is_dir()), PLACES[0])
+JPEG = "cifar10_jpeg.npz"
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -104,6 +111,29 @@ def images(part: str) -> tuple[Tensor, Tensor]:
         raw, labels = file[f"x_{part}"], file[f"y_{part}"]
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
     pixels = torch.from_numpy(raw).float() / 255
+    return (pixels - mean) / std, torch.from_numpy(labels.astype(np.int64))
+
+
+def jpeg_available() -> bool:
+    """Whether the trained weights and all images, as JPEG, are there."""
+    return all((DATA / name).is_file() for name in ("cifar_resnet56.safetensors", JPEG))
+
+
+def jpeg_images(part: str, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """All 50,000 images of ``"train"`` or 5,000 of ``"test"``, from JPEG; the first ``count``.
+
+    Returns:
+        As :func:`images`.
+    """
+    with np.load(DATA / JPEG) as file:
+        data, offsets = file[f"{part}_bytes"], file[f"{part}_offsets"]
+        labels = file[f"{part}_labels"][:count]
+    pictures = [
+        np.asarray(Image.open(io.BytesIO(data[begin:end].tobytes())).convert("RGB"))
+        for begin, end in itertools.pairwise(offsets[: len(labels) + 1])
+    ]
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (MEAN, STD))
+    pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
     return (pixels - mean) / std, torch.from_numpy(labels.astype(np.int64))
 
 

@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class SmallResNet(nn.Module):
-    """Three stages of one block each, 16, 32 and 64 channels: 3.7 M MACs at 28x28."""
+    """Three stages of one block each, 16, 32 and 64 channels: 78 k parameters, 2.55 M MACs."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
