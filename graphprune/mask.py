@@ -66,7 +66,8 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         )
     masked = with_constants(model, plan)
     if plan.evaluated:
-        template = copy_module(masked, {})
+        tensors = (*masked.parameters(), *masked.buffers())
+        template = copy_module(masked, {id(tensor): tensor for tensor in tensors})
         masked.forward = MaskedForward(template, masked, plan)  # type: ignore[assignment]
         return masked
     tensors = dict(named_tensors(masked))

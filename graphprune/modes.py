@@ -37,7 +37,7 @@ _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
 # Code of torch whose train mode acts position by position or on statistics of one channel.
-_NEUTRAL = ("torch.", "torchvision.ops.")
+_NEUTRAL = ("torch.", "torchvision.ops.", "graphprune.attention")
 
 
 class EvalFlag(int):
