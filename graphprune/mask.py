@@ -66,8 +66,8 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         )
     masked = with_constants(model, plan)
     if plan.evaluated:
-        tensors = (*masked.parameters(), *masked.buffers())
-        template = copy_module(masked, {id(tensor): tensor for tensor in tensors})
+        held = (*masked.parameters(), *masked.buffers())
+        template = copy_module(masked, {id(tensor): tensor for tensor in held})
         masked.forward = MaskedForward(template, masked, plan)  # type: ignore[assignment]
         return masked
     tensors = dict(named_tensors(masked))
