@@ -127,7 +127,8 @@ another resolution; outputs, gradients and buffers in train mode, auxiliary head
   differ by several percent between float32 and float64.
 - *renorm.*: models with a norm over removed channels; there the reference takes the statistics over
   the kept channels.
-- *seconds*: trace, plan and rebuild, first call in a fresh process.
+- *seconds*: trace, plan and rebuild, first call in a fresh process; other work ran beside it, see
+  [benchmarks](benchmarks.md#the-slowest-models) for CPU seconds.
 - *peer*: parameters kept by Torch-Pruning (`BasePruner`, `GroupMagnitudeImportance(p=2)`, same
   ratio, output layers ignored, nothing else set by hand), and whether its result runs in eval and
   in train mode, with outputs of the same shapes. It is not checked against a reference."""
