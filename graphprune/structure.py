@@ -34,6 +34,8 @@ def multiple(group: Group, round_to: int) -> int:
     then that of the layer.
     """
     found = 1
+    if round_to == 1:
+        return found
     tensors = [member.slot.tensor for member in group.members]
     for member in group.members:
         channels, positions = member.index.shape
