@@ -21,17 +21,16 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
 
-    def visit(module: nn.Module, name: str) -> None:
-        if id(module) in seen:
-            return
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
         seen.add(id(module))
         found.append((name, module))
-        prefix = f"{name}." if name else ""
-        for key, child in module._modules.items():
-            if child is not None:
-                visit(child, prefix + key)
-
-    visit(model, "")
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in module._modules.items()][::-1]
     return found
 
 

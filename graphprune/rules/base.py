@@ -237,11 +237,14 @@ class Walk:
             for layer in (value.layers or (torch.zeros((1,) * value.ndim, dtype=torch.int64),))
         ]
         found = self._around_fixed(items, text or "combined with a tensor of fixed size")
+        first: dict[frozenset[int], int] = {}  # layers along one dimension are tied to the first
         for index, layer, _, dims in found:
             if not dims:
                 continue
+            leads = first.setdefault(dims, index) == index
             for other, partner, _, others in found:
-                if other > index and dims & others:
+                follows = dims == others and len(dims) == 1 and not leads
+                if other > index and dims & others and not follows:
                     self._meet(layer, partner)
         chosen: list[tuple[int, Tensor, frozenset[int]]] = []
         for index, layer, _, dims in sorted(found, key=lambda item: -len(item[3])):

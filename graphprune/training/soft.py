@@ -12,8 +12,6 @@ from torch.utils.hooks import RemovableHandle
 from graphprune.plan import Plan
 from graphprune.skeleton import named_tensors
 
-Gone = dict[int, Tensor]  # indices that leave by dimension
-
 
 class SoftMasks:
     """Zeroes on both sides of the channels that a plan removes, while the model trains.
@@ -29,7 +27,7 @@ class SoftMasks:
         self.plan: Plan | None = None
         self.aside: dict[str, Tensor] = {}
         self._tensors: dict[str, Tensor] = {}
-        self._gone: dict[str, Gone] = {}
+        self._gone: dict[str, Tensor] = {}  # boolean masks of the same shapes
         self._hooks: list[RemovableHandle] = []
 
     def put(self, plan: Plan, aside: Mapping[str, Tensor] | None = None) -> None:
@@ -49,10 +47,9 @@ class SoftMasks:
             tensor = tensors[slot.tensor]
             if not tensor.is_floating_point() and not tensor.is_complex():
                 continue  # numbers of channels
-            stays = torch.zeros(slot.size, dtype=torch.bool)
-            stays[list(slot.kept)] = True
-            gone = torch.nonzero(~stays).flatten().to(tensor.device)
-            self._gone.setdefault(slot.tensor, {})[slot.dim] = gone
+            gone = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
+            gone = self._gone.setdefault(slot.tensor, gone)
+            gone |= ~slot.stays(tensor.shape).to(tensor.device)
         self._tensors = {name: tensors[name] for name in self._gone}
         self.aside = {
             name: (tensor if aside is None else aside[name]).detach().to(tensor.device, copy=True)
@@ -79,7 +76,7 @@ class SoftMasks:
         """Put back what was set aside, and mask nothing."""
         with torch.no_grad():
             for name, tensor in self._tensors.items():
-                gone = self._where(name)
+                gone = self._gone[name].to(tensor.device)
                 tensor.copy_(torch.where(gone, self.aside[name].to(tensor.device), tensor))
         self.drop()
 
@@ -94,25 +91,17 @@ class SoftMasks:
         """For every masked parameter by name a boolean mask of its shape, true where it stays."""
         for name, tensor in self._tensors.items():
             if isinstance(tensor, nn.Parameter):
-                yield name, ~self._where(name)
-
-    def _where(self, name: str) -> Tensor:
-        tensor = self._tensors[name]
-        gone = torch.zeros(tensor.shape, dtype=torch.bool, device=tensor.device)
-        for dim, index in self._gone[name].items():
-            gone.index_fill_(dim, index.to(tensor.device), True)
-        return gone
+                yield name, ~self._gone[name]
 
 
-def _zero(tensor: Tensor, gone: Gone) -> None:
+def _zero(tensor: Tensor, gone: Tensor) -> None:
     if tensor.is_sparse:  # the gradient of a table, by rows; its weights are zeroed all the same
         return
     with torch.no_grad():
-        for dim, index in gone.items():
-            tensor.index_fill_(dim, index.to(tensor.device), 0)
+        tensor.masked_fill_(gone.to(tensor.device), 0)
 
 
-def _masked(gone: Gone, grad: Tensor) -> Tensor:
+def _masked(gone: Tensor, grad: Tensor) -> Tensor:
     grad = grad.clone()
     _zero(grad, gone)
     return grad
