@@ -106,9 +106,11 @@ def changes(
     def extent(leaf: Extent) -> int:
         return graph.shape(leaf.node, alive)[leaf.dim]
 
+    for known in graph.remembered:
+        _holds(graph, found, known, extent)
     _settle_sizes(graph, found, list(_demands(graph, alive, trusted, found)), extent)
-    _check_numbers(graph, found, extent)
     _check_comparisons(graph, found, extent)
+    _check_numbers(graph, found, extent)
     found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
     found.values = {
         leaf: new
@@ -216,7 +218,8 @@ def _check_numbers(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
 def _check_comparisons(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
     """Comparisons of sizes come out as before, or a run must show that it does not matter."""
     for record in graph.records:
-        for comparison in dict.fromkeys(record.comparisons):
+        made = dict.fromkeys(record.comparisons)
+        for comparison in sorted(made, key=lambda comparison: comparison.op == "is"):
             if _holds(graph, found, comparison, extent):
                 continue
             places = [leaf.node for leaf in extents(comparison.left)]
@@ -224,7 +227,9 @@ def _check_comparisons(graph: Analysis, found: Changes, extent: ExtentOf) -> Non
             places += [found.origin[leaf] for leaf in leaves if leaf in found.origin]
             if comparison.op == "is" and places:  # its value has left the sizes
                 value = float(evaluate(comparison.right, {}, extent))
-                found.problems.append(Problem(places[0], value, value, comparison.left))
+                rivals = tuple(found.places[leaf] for leaf in leaves if leaf in found.places)
+                problem = Problem(places[0], value, value, comparison.left, rivals=rivals)
+                found.problems.append(problem)
             else:
                 found.unsure = True
 

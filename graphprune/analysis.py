@@ -17,7 +17,9 @@ from graphprune.ids import Shape, Ties, along
 from graphprune.plan import fingerprint
 from graphprune.recorder import Record
 from graphprune.resolve import Units, resolve
+from graphprune.rewrite.modules import remembered
 from graphprune.rules import Reason, Value, Walk
+from graphprune.sizes import Comparison, attributes, expression
 from graphprune.skeleton import aliases, named_tensors
 
 
@@ -82,6 +84,11 @@ class Group:
         return tuple(dict.fromkeys(member.slot.module for member in self.members))
 
     @property
+    def slots(self) -> tuple[tuple[str, int], ...]:
+        """Names of the tensors and the dimensions that the group ties, in order."""
+        return tuple((member.slot.tensor, member.slot.dim) for member in self.members)
+
+    @property
     def kind(self) -> str:
         """For tables: exact, renormalising or frozen."""
         return "frozen" if self.frozen else "exact" if self.exact else "renormalising"
@@ -104,6 +111,7 @@ class Analysis:
     units: Units
     walk: Walk = field(repr=False)
     shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
+    remembered: tuple[Comparison, ...] = ()  # sizes of torch's layers that code of the model reads
     _stays: dict[tuple[int, int], np.ndarray] = field(repr=False, default_factory=dict)
     _alive: np.ndarray | None = field(repr=False, default=None)  # what ``_stays`` is for
 
@@ -144,6 +152,7 @@ class Analysis:
                 name: (tuple(t.shape), t.element_size(), name in parameters)
                 for name, t in named_tensors(model)
             },
+            tuple(_remembered(model, records)),
         )
 
     def copy(self) -> Analysis:
@@ -221,6 +230,16 @@ class Analysis:
         return tuple(sizes)
 
 
+def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Comparison]:
+    for record in records:
+        read = [side for c in record.comparisons for side in (c.left, c.right)]
+        for node in record.graph.nodes:
+            read += map(expression, node.meta.get("numbers", ()))
+        owners = {leaf.module for item in read for leaf in attributes(item)}
+        nodes = {str(node.target): node for node in record.graph.nodes if node.op == "get_attr"}
+        yield from remembered(model, owners, nodes) if owners else ()
+
+
 def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
     slots, values = [], {}
     parameters = {id(p) for p in model.parameters()}
@@ -256,6 +275,10 @@ def _groups(graph: Analysis) -> Iterator[Group]:
     reads = np.zeros(graph.walk.ties.size, bool)
     for ids in graph.walk.reads:
         reads[ids.reshape(-1).numpy()] = True
+    for layers in reversed(graph.walk.combined):
+        if any(reads[ids.numpy()].all() for ids in layers):
+            for ids in layers:
+                reads[ids.numpy()] = True
     signature[units.frozen] ^= np.uint64(1)
     order = np.lexsort((position, owner, label, signature[label]))
     owner, position, label = owner[order], position[order], label[order]

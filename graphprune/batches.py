@@ -163,7 +163,8 @@ def check_data(data: Any, *, passes: int = 1) -> Iterable[Any]:
             f"data is gone through {passes} times, but a {type(data).__name__} yields its batches "
             "only once: pass list(data) or a DataLoader"
         )
-    return data  # type: ignore[no-any-return]
+    found: Iterable[Any] = data
+    return found
 
 
 def batches(data: Any) -> Iterator[Any]:
@@ -190,23 +191,31 @@ def count_of(data: Any) -> int | None:
 
 
 @contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; afterwards, also on errors, modes are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; afterwards, also on errors, modes, buffers and random states are restored.
 
     Buffers are those of the model's modules; a module that counts its calls in one is set back.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
     places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        model.eval()
+    with torch.random.fork_rng(devices), evaluated(model):
         try:
             yield
         finally:
-            for module, training in modes:
-                module.training = training
             for place, known in places:
                 place.update(known)
             with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -66,26 +66,28 @@ class SlotPlan:
 
     def then(self, later: SlotPlan) -> SlotPlan:
         """This change followed by one of the small tensor."""
-        blocks = max(self.blocks, later.blocks)
+        blocks = math.lcm(self.blocks, later.blocks)
         mine, others = (
-            slot.by_block if slot.blocks == blocks else slot.by_block * blocks
+            [block for block in slot.by_block for _ in range(blocks // slot.blocks)]
             for slot in (self, later)
         )
         kept = tuple(own[index] for own, rest in zip(mine, others) for index in rest)
         return replace(self, kept=kept, blocks=blocks)
 
     def before(self, rows: SlotPlan) -> SlotPlan:
-        """The blocks of a small tensor as blocks of the one whose rows were cut before."""
-        height = rows.size // self.blocks
-        left = Counter(row // height for row in rows.kept)
-        if len(left) == self.blocks and len(set(left.values())) == 1:
-            return self
-        height = len(rows.kept) // self.blocks  # whole blocks left
-        own = iter(self.by_block)
-        staying = {row // height for row in rows.kept}
-        spare = tuple(range(self.width))
-        parts = [next(own) if n in staying else spare for n in range(rows.size // height)]
-        return replace(self, kept=tuple(i for part in parts for i in part), blocks=len(parts))
+        """The blocks of a small tensor as blocks of the one whose rows were cut before.
+
+        Whole blocks may have left: there are as many of equal height as keep those apart that stay.
+        """
+        left = len(rows.kept) // self.blocks
+        for count in (n for n in range(self.blocks, rows.size + 1) if rows.size % n == 0):
+            height = rows.size // count
+            pairs = {(row // height, place // left) for place, row in enumerate(rows.kept)}
+            if len(pairs) == len({part for part, _ in pairs}):
+                break
+        own, spare = dict(pairs), tuple(range(self.width))
+        parts = [self.by_block[own[n]] if n in own else spare for n in range(count)]
+        return replace(self, kept=tuple(i for part in parts for i in part), blocks=count)
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,8 @@ def _read(path: Path) -> _Content:
             metadata = file.metadata() or {}
             _check_format(name, metadata)
             # Clones: the tensors of an open file are a map of it, not memory of our own.
-            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+            keys = file.keys()
+            tensors = {key: file.get_tensor(key).clone() for key in keys}
     except OSError as error:
         raise CheckpointError(f"cannot read {name}: {error.strerror or error}") from error
     except SafetensorError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -51,6 +52,7 @@ class Deadline:
         samples = self._samples()
         target = self.budget.targets["latency"]
         best: tuple[tuple[bool, float], Counts, dict[str, Any]] | None = None
+        nearest = math.inf
         anchor: Sample | None = None
         path, slack, share = self.path, 1.0, 0.0
         for turn in range(_ROUNDS):
@@ -60,11 +62,17 @@ class Deadline:
             self.budget.time(part, whole, slack * share * whole)
             if along is not None and turn == 0:
                 path = along(self._order(part))
-            counts = self.budget.search(path)
+            try:
+                counts = self.budget.search(path)
+            except Unreachable:
+                if best is None:
+                    raise
+                break  # by the fit as it is now; what was measured counts
             small = self.emit(counts)
             before, after = self._measured(small)
             limit = target.of(before)
             share = limit / before
+            nearest = min(nearest, after)
             predicted = self._of(part, counts) / whole * before
             found = {
                 "device": str(self.bench),
@@ -87,7 +95,7 @@ class Deadline:
         if best is None:
             raise Unreachable(
                 f"at most {amount_text('latency', limit)} latency was not met: the nearest "
-                f"model took {amount_text('latency', after)}"
+                f"model took {amount_text('latency', nearest)}"
             )
         self.report.update(best[2])
         return best[1]

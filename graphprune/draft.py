@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import fnmatch
-import os
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from graphprune.analysis import Analysis, Group
 from graphprune.costs import Costs
 from graphprune.criteria import comparable, gather, scores
-from graphprune.errors import InputError, PruningWarning
+from graphprune.errors import InputError, warn
 from graphprune.feasible import Settled
 from graphprune.inputs import Call
 from graphprune.options import Request
@@ -27,7 +24,6 @@ from graphprune.rescaling import Rescaling
 from graphprune.select import Kept, Lane, Path, allowed, kept, levels
 from graphprune.structure import multiple, signature
 
-_HERE = str(FilePath(__file__).parent) + os.sep
 _NATURAL = ("model output", "reads a model input", "rows of an embedding table")
 
 
@@ -147,13 +143,14 @@ class Draft:
         elif self.request.scope == "isomorphic":
             pools = {name: signature(self.analysis, groups[name]) for name in self.scores}
         found = levels(self.scores, pools)
-        if self.request.allocation is not None:
-            for name, level in found.items():
-                group = groups[name]
-                known = self.request.allocation.levels(group.layers, group.size)
-                unknown = np.full_like(level, np.inf)  # the last to lose channels
-                found[name] = unknown if known is None else known
-        return found
+        if self.request.allocation is None:
+            return found
+        costs = {}
+        for name, level in found.items():
+            known = self.request.allocation.levels(groups[name].slots, groups[name].size)
+            unknown = np.full_like(level, np.inf)  # the last to lose channels
+            costs[name] = torch.from_numpy(unknown if known is None else known)
+        return levels(costs, dict.fromkeys(costs))
 
     def _by_pattern(self, values: Mapping[str, float], what: str) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -163,7 +160,12 @@ class Draft:
         return found
 
     def warn(self, plan: Plan) -> None:
-        """Warn when much less is removed than the ratio says."""
+        """Warn when less is removed than the ratios say, or much less than the ratio."""
+        for pattern, fraction in self.request.ratios.items():
+            groups = matching(self.analysis, pattern, "ratios pattern")
+            if fraction and not any(group.name in self.scores for group in groups):
+                reasons = why(self.analysis, (group for group in groups if group.frozen))
+                warn(f"ratios pattern {pattern!r} names no channels that may leave\n{reasons}")
         ratio = self.request.ratio
         if not ratio:
             return
@@ -186,7 +188,7 @@ class Draft:
         if small:
             names = shorten([group.layers[0] for group in small], 6)
             text += f"\n  too small to lose a channel at this ratio: {names}"
-        warnings.warn(text, PruningWarning, stacklevel=outside())
+        warn(text)
 
 
 def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
@@ -223,11 +225,3 @@ def why(analysis: Analysis, groups: Iterable[Group] | None = None, most: int = 6
         lines.setdefault(group.note, []).append(shorten(group.layers, 2))
     shown = list(lines.items())[:most]
     return "\n".join(f"  {reason}: {shorten(layers, 3)}" for reason, layers in shown)
-
-
-def outside() -> int:
-    """The stack level of the first caller outside this package, for warnings."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
-        level, frame = level + 1, frame.f_back
-    return level

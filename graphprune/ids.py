@@ -36,8 +36,8 @@ def along(ids: Tensor, dim: int, ndim: int) -> Tensor:
 
 
 def compact(full: Tensor) -> Tensor:
-    """Shrink to size 1 every dimension along which ``full`` is constant."""
-    for dim in range(full.dim()):
+    """Shrink to size 1 every dimension along which ``full`` is constant; not where it is empty."""
+    for dim in range(full.dim() if full.numel() else 0):
         if full.shape[dim] <= 1:
             continue
         first = full.narrow(dim, 0, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.batches import describe
 from graphprune.errors import InputError, TraceError
 
 _SIDES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8, 512)
@@ -74,18 +75,8 @@ class Call:
 
     def __str__(self) -> str:
         """The shapes, for messages."""
-
-        def show(tree: Any) -> str:
-            if isinstance(tree, Tensor):
-                return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}"
-            if isinstance(tree, list | tuple):
-                return f"({', '.join(map(show, tree))})"
-            if isinstance(tree, dict):
-                return f"{{{', '.join(f'{k}: {show(v)}' for k, v in tree.items())}}}"
-            return type(tree).__name__
-
-        named = (f"{key}={show(value)}" for key, value in self.kwargs.items())
-        return ", ".join([*map(show, self.args), *named])
+        named = (f"{key}={describe(value)}" for key, value in self.kwargs.items())
+        return ", ".join([*map(describe, self.args), *named])
 
 
 def candidates(model: nn.Module) -> Iterator[Call]:

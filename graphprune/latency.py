@@ -202,17 +202,19 @@ class Bench:
         """The device with all that times depend on."""
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)}, torch {torch.__version__}"
-        return f"{_processor()}, threads: {self.cores}, torch {torch.__version__}"
+        return f"{processor()}, threads: {self.cores}, torch {torch.__version__}"
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor; many models of one name differ in family and model number."""
     info = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     for line in info.read_text().splitlines() if info.exists() else ():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
-    kind = [fields.get(key, "") for key in ("model name", "cpu family", "model")]
-    return " ".join(kind).strip() or platform.processor() or platform.machine()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    numbered = "cpu family" in fields and "model" in fields
+    return f"{name}, family {fields['cpu family']} model {fields['model']}" if numbered else name
 
 
 def _sample(counts: Counts, passes: Sequence[Sequence[tuple[str, float]]], total: float) -> Sample:

@@ -125,9 +125,9 @@ def _zeroed(model: nn.Module, masks: Mapping[str, Any]) -> list[SlotPlan]:
         if "weight" not in own:
             layers = [name for name, module in named_modules(model) if hasattr(module, "weight")]
             raise InputError(f"no layer {layer!r} with a weight; layers: {shorten(layers, 12)}")
-        module = model.get_submodule(layer)
+        module: Any = model.get_submodule(layer)
         turned = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        if turned and module.groups > 1:  # type: ignore[operator,union-attr]
+        if turned and module.groups > 1:
             raise InputError(f"{layer!r} is transposed and grouped: zero its weights instead")
         size = tensors[own["weight"]].shape[int(turned)]
         keep = _vector(layer, mask, size)

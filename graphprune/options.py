@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -24,8 +25,8 @@ _SECONDS = ("us", "ms", "s")
 class Allocation(Protocol):
     """What may stand for ``ratios``: how early every channel of a group leaves."""
 
-    def levels(self, layers: Iterable[str], size: int) -> np.ndarray | None:
-        """Increasing levels at which a group of these layers loses its channels, one by one."""
+    def levels(self, slots: Iterable[tuple[str, int]], size: int) -> np.ndarray | None:
+        """Increasing levels at which a group of these slots loses its channels, one by one."""
 
 
 class Options(TypedDict, total=False):
@@ -56,7 +57,7 @@ class Options(TypedDict, total=False):
             multiples of this; groups that have no such width stay whole.
         uniform: groups of the same structure and size keep equally many channels.
         aggregate: how scores of the slots of a group become one: ``"sum"``, ``"mean"``,
-            ``"max"``, ``"product"`` or ``"root"``; by default as the criterion says.
+            ``"max"``, ``"product"``, ``"norm"`` or ``"root"``; by default as the criterion says.
         normalise: how scores of a group are made comparable with those of others: ``"none"``,
             ``"mean"``, ``"max"``, ``"standard"`` or ``"macs"``; by default ``"mean"``, and
             ``"none"`` for criteria whose scores are on one scale.
@@ -149,8 +150,7 @@ class Request:
             if name in given:
                 given[name] = _fractions(name, given[name])
         if "keep" in given:
-            keep = given["keep"]
-            given["keep"] = (keep,) if isinstance(keep, str) else tuple(keep)
+            given["keep"] = _patterns(given["keep"])
         if hasattr(given.get("ratios"), "levels"):
             given["allocation"] = given.pop("ratios")
         elif "ratios" in given:
@@ -170,6 +170,10 @@ class Request:
             raise InputError(f"round_to must be a positive int such as 8, not {self.round_to!r}")
         if self.round_to < 1:
             raise InputError(f"round_to must be a positive int such as 8, got {self.round_to}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise InputError(f"seed must be an int, not {self.seed!r}")
+        if self.loss is not None and not callable(self.loss):
+            raise InputError(f"loss must be a function (model, batch) -> scalar, not {self.loss!r}")
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
         if self.ratio is not None and self.target:
@@ -180,7 +184,7 @@ class Request:
         if self.allocation is not None and not self.target and self.ratio is None:
             raise InputError(
                 "a sensitivity as ratios says where channels leave first, not how many: pass a "
-                "target too, or ratios=sensitivity.allocation(max_drop)"
+                "target or a ratio too, or ratios=sensitivity.allocation(max_drop)"
             )
         some = self.target or self.ratios or self.max_kept
         if self.ratio is None and not some:
@@ -220,13 +224,14 @@ def check_ratio(ratio: Any, name: str = "ratio", other: str = " or a Plan") -> f
     Raises:
         InputError: not a number, or outside the range.
     """
-    if isinstance(ratio, bool) or not isinstance(ratio, int | float):
+    if isinstance(ratio, bool) or not isinstance(ratio, Real):
         raise InputError(
             f"{name} must be a number in [0, 1){other}, not {type(ratio).__name__} {ratio!r}"
         )
-    if not 0 <= ratio < 1:
+    number = float(ratio)
+    if not 0 <= number < 1:
         raise InputError(f"{name} must be in [0, 1), the fraction to remove: got {ratio}")
-    return float(ratio)
+    return number
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -237,11 +242,21 @@ def _check_names(options: Mapping[str, Any]) -> None:
             raise InputError(f"unknown option {name!r}{hint} Options: {', '.join(_NAMES)}")
 
 
+def _patterns(given: Any) -> tuple[str, ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    patterns = tuple(given) if several else (given,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise InputError(
+            f'keep must be a glob pattern of layers such as "layer1.*", or several; got {given!r}'
+        )
+    return patterns
+
+
 def _ratios(given: Any) -> dict[str, float]:
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise InputError(
             'ratios must map glob patterns of layers to fractions, such as {"layer3.*": 0.6}, '
-            f"or be a sensitivity; not {type(given).__name__}"
+            f"or be a sensitivity; not {given!r}"
         )
     return {
         pattern: check_ratio(ratio, f"ratios[{pattern!r}]", "") for pattern, ratio in given.items()
@@ -251,8 +266,8 @@ def _ratios(given: Any) -> dict[str, float]:
 def _fractions(name: str, given: Any) -> dict[str, float]:
     by_glob = given if isinstance(given, Mapping) else {"*": given}
     for pattern, value in by_glob.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value <= 1:
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if not isinstance(pattern, str) or not number or not 0 <= value <= 1:
             raise InputError(
                 f"{name} must be a fraction of the channels in [0, 1], or such fractions by glob "
                 f"pattern of layers; got {value!r} for {pattern!r}"
@@ -291,7 +306,7 @@ def _target(name: str, value: Any) -> Target:
         if unit == "%" and not 0 < amount <= 1:
             raise problem
         value = amount
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise problem
     if value <= 0:
         raise problem

@@ -81,7 +81,9 @@ def _deadline(draft: Draft, budget: Budget) -> Deadline:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     bench = Bench(draft.call, device, request.threads)
     sizes = [group.size for group in draft.analysis.groups]
-    key = fingerprint(model), draft.call, bench, sizes, request.round_to
+    tensors = [(t.dtype, t.stride()) for t in (*model.parameters(), *model.buffers())]
+    inputs = repr(draft.call.map(lambda tensor: tensor.to("meta")))
+    key = fingerprint(model), tensors, inputs, bench, sizes, request.round_to
     return Deadline(budget, draft.path(), bench, Cache(*key), model, emit)
 
 
@@ -97,7 +99,7 @@ def _obstacles(draft: Draft, budget: Budget) -> str:
         gains = [
             f"{amount_text(quantity, amount)} {TITLES[quantity]}"
             for quantity, amount in budget.floor(other.path()).items()
-            if amount < floor[quantity]
+            if amount < floor[quantity] > budget.limits[quantity]
         ]
         if gains:
             lines.append(f"\n  without {name}, {' and '.join(gains)} could be reached")

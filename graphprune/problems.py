@@ -42,7 +42,8 @@ class Problem:
     @property
     def reason(self) -> Reason:
         """For reports."""
-        return Reason(f"size {self.old} cannot be changed", self.owner, self.node.meta.get("line"))
+        old = int(self.old) if self.old == int(self.old) else self.old
+        return Reason(f"size {old} cannot be changed", self.owner, self.node.meta.get("line"))
 
 
 def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:

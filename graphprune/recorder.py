@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import os
 import sys
@@ -254,15 +255,26 @@ class Recorder:
             mode.__enter__()  # type: ignore[no-untyped-call]
         self.apply = torch.autograd.Function.__dict__["apply"]
         torch.autograd.Function.apply = classmethod(_opaque_apply(self))  # type: ignore
+        math.sqrt = _root
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.recording = False
         torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
+        math.sqrt = _sqrt
         for mode in reversed(self.modes):
             mode.__exit__(*exc)  # type: ignore[no-untyped-call]
         for handle in self.handles:
             handle.remove()
+
+
+_sqrt = math.sqrt
+
+
+def _root(number: Any) -> float:
+    """``math.sqrt`` that remembers where a size came from: scales of attention are spelt so."""
+    known = isinstance(number, Size | Scale) and plain(number) > 0
+    return number**0.5 if known else _sqrt(number)
 
 
 def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:

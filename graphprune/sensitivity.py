@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from graphprune.analysis import Group
@@ -22,6 +19,7 @@ from graphprune.inputs import Call
 from graphprune.options import Request, check_ratio
 from graphprune.plan import fingerprint, shorten
 from graphprune.planning import assemble
+from graphprune.progress import tracked
 from graphprune.rewrite.shrink import shrink
 from graphprune.table import render
 
@@ -38,6 +36,7 @@ class Curve:
         size: its channels.
         ratios: fractions removed, increasing.
         drops: the evaluation of the whole model minus that of the model without them.
+        slots: the dimensions of tensors that the group ties, which tell it from other groups.
     """
 
     key: str
@@ -45,6 +44,7 @@ class Curve:
     size: int
     ratios: tuple[float, ...]
     drops: tuple[float, ...]
+    slots: tuple[tuple[str, int], ...] = ()
 
     def at(self, ratios: np.ndarray) -> np.ndarray:
         """The drop at fractions in between, never falling; beyond the last one it rises on."""
@@ -89,11 +89,11 @@ class Sensitivity:
             found[curve.key] = float(removed[curve.at(removed) <= max_drop + 1e-12].max())
         return found
 
-    def levels(self, layers: Iterable[str], size: int) -> np.ndarray | None:
+    def levels(self, slots: Iterable[tuple[str, int]], size: int) -> np.ndarray | None:
         """The drop at which a group loses its channels, one by one; ``None`` if not measured."""
-        layers = tuple(layers)
+        slots = tuple(slots)
         for curve in self.curves:
-            if curve.layers == layers and curve.size == size:
+            if curve.slots == slots and curve.size == size:
                 removed = np.arange(1, size + 1) / size
                 level = curve.at(removed) + 1e-9 * removed  # equal drops: the same fraction of all
                 level[-1] = math.inf
@@ -157,7 +157,7 @@ def sensitivity(
     draft = Draft(model, call, settled, request)
     groups = [group for group in settled.analysis.groups if group.name in draft.scores]
     curves = []
-    for group in _shown(groups, request.progress):
+    for group in tracked(groups, "groups", len(groups), request.progress):
         found: dict[float, float] = {}
         for ratio in wanted:
             removed = min(int(ratio * group.size + 1e-9), group.size - 1)
@@ -179,6 +179,7 @@ def sensitivity(
                     group.size,
                     tuple(found),
                     tuple(found.values()),
+                    group.slots,
                 )
             )
     return Sensitivity(base, tuple(curves))
@@ -204,14 +205,3 @@ def _key(group: Group, groups: Sequence[Group]) -> str:
         if layer and not any(m.slot.module == layer and not m.reads for m in others):
             return layer
     return group.name
-
-
-def _shown(groups: Sequence[Group], progress: bool) -> Iterator[Group]:
-    """The groups, with a progress bar if it is wanted and someone can see it."""
-    console = Console(stderr=True)
-    with contextlib.ExitStack() as stack:
-        if progress and console.is_terminal:
-            bar = stack.enter_context(Progress(console=console, transient=True))
-            yield from bar.track(groups, description="groups")
-        else:
-            yield from groups

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from strategies import kept_channels, specs
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from zoo import ZOO
 
 import graphprune
 from graphprune.costs import Costs, cost, peak
-from graphprune.errors import InputError
+from graphprune.errors import InputError, PruningWarning
 from graphprune.measure import measure
-from graphprune.options import Request
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
 QUANTITIES = ("macs", "params", "bytes", "memory")
@@ -236,6 +236,25 @@ def test_bounds_hold(graph, scope):
     assert all(len(group.kept) <= 0.75 * group.size for group in plan.groups)
 
 
+def test_a_ratio_of_channels_that_stay_is_told(graph):
+    with pytest.warns(PruningWarning, match="'fc' names no channels that may leave\n  model out"):
+        assert graph.plan(ratios={"fc": 0.5}).removed == 0
+    with pytest.warns(PruningWarning, match=r"'inner.\*' names no channels that may leave"):
+        graph.plan(ratios={"inner.*": 0.5}, keep="inner.*")
+
+
+def test_patterns_name_masked_layers_by_what_they_write(net):
+    """A mask is read with its weight: ``keep`` spares the outputs of a layer, not its inputs."""
+    masked = copy.deepcopy(net)
+    for layer in (masked.inner[0], masked.outer[0]):
+        prune.l1_unstructured(layer, "weight", 0.3)
+    graph = graphprune.trace(masked, X)
+    group = graph.group_of("inner.0")
+    assert (group.size, group.layers) == (48, ("inner.0", "outer.0"))
+    whole = [g.layers for g in graph.plan(0.5, keep="inner.0").groups if len(g.kept) == g.size]
+    assert whole == [group.layers]
+
+
 def test_global_pruning_empties_no_layer(graph):
     def lopsided(group, tensors, generator):
         return torch.full((group.size,), 1.0 + 100 * (group.layers[0] == "stem"))
@@ -344,49 +363,6 @@ def test_a_target_out_of_reach_says_what_stands_in_the_way(graph):
         graph.plan(target={"memory": 100})
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"crieterion": "l1"}, "unknown option 'crieterion'; did you mean 'criterion'.*round_to"),
-        ({"zzz": 1}, "unknown option 'zzz' Options: criterion, scope"),
-        ({"scope": "locl"}, "unknown scope 'locl'; choose one of local, global, isomorphic"),
-        ({"target": 0.5}, "target must map quantities to limits"),
-        ({"target": {}}, "target must map quantities to limits"),
-        ({"target": {"flops": 0.5}}, "unknown target 'flops'; choose of macs, params"),
-        ({"target": {"macs": 0}}, "target 'macs' must be a fraction .* got 0"),
-        ({"target": {"macs": -3}}, "target 'macs' must be a fraction"),
-        ({"target": {"macs": float("nan")}}, "target 'macs' must be a fraction"),
-        ({"target": {"macs": True}}, "target 'macs' must be a fraction"),
-        ({"target": {"macs": "half"}}, "target 'macs' must be .* got 'half'"),
-        ({"target": {"macs": "5 ms"}}, "target 'macs' must be"),
-        ({"target": {"macs": "150%"}}, "target 'macs' must be"),
-        ({"target": {"latency": "5 MB"}}, "target 'latency' must be .*0.8 ms"),
-        ({"ratio": 0.5, "target": {"macs": 0.5}}, "both a ratio .* and a target"),
-        ({}, "nothing says how much to remove"),
-        ({"ratio": 0.5, "round_to": 0}, "round_to must be a positive int such as 8, got 0"),
-        ({"ratio": 0.5, "round_to": 8.0}, "round_to must be a positive int such as 8, not 8.0"),
-        ({"ratio": 0.5, "min_kept": 2}, "min_kept must be a fraction .* got 2"),
-        ({"ratio": 0.5, "max_kept": {"fc": "all"}}, "max_kept must be a fraction .* 'fc'"),
-        ({"ratio": 0.5, "min_kept": 0.8, "max_kept": 0.5}, "min_kept 0.8 is above max_kept 0.5"),
-        ({"ratios": 0.5}, "ratios must map glob patterns"),
-        ({"ratios": {"inner.*": 1.0}}, r"ratios\['inner.\*'\] must be in \[0, 1\)"),
-        ({"ratios": {"outr.*": 0.5}}, r"ratios pattern 'outr.\*' matches no layer; layers: fc"),
-        ({"ratio": 0.5, "keep": "outr"}, "keep pattern 'outr' matches no layer"),
-        ({"ratio": 0.5, "threads": 0}, "threads must be a positive int, got 0"),
-    ],
-)
-def test_wrong_options(graph, options, message):
-    with pytest.raises(InputError, match=message):
-        graph.plan(**options)
-
-
 def test_a_plan_takes_no_options(net, graph):
     with pytest.raises(InputError, match="a plan was given, which is complete: leave out round_to"):
         graphprune.rebuild(net, graph.plan(0.5), round_to=8)
-
-
-def test_every_option_is_documented_and_has_a_default():
-    text = graphprune.Options.__doc__
-    for name in graphprune.Options.__annotations__:
-        assert f"\n        {name}: " in text
-        assert hasattr(Request(), name)

@@ -201,8 +201,9 @@ def test_the_trainer_prunes_as_a_plain_loop(run, accumulate):
 
 
 def test_the_trainer_prunes_under_a_penalty(run):
-    penalty = lambda graph: GroupLasso(graph, 0.01)  # noqa: E731
-    callback = callbacks.TrainerPruning(SCHEDULE, EXAMPLE, regulariser=penalty, finish=False)
+    callback = callbacks.TrainerPruning(
+        SCHEDULE, EXAMPLE, regulariser=lambda graph: GroupLasso(graph, 0.01), finish=False
+    )
     trainer = run(callback, 8, save_strategy="no")
     assert_same(trainer.model.net, plain(8, penalty=True)[0])
 

@@ -1,5 +1,7 @@
 """Blocks that keep channels of their own: groups of convolutions, parts of a split, heads."""
 
+import random
+
 import pytest
 import torch
 from torch import nn
@@ -7,7 +9,9 @@ from torch.nn import functional as F
 
 import graphprune
 from graphprune.blocks import blocks, fine_labels
+from graphprune.changes import SlotPlan
 from graphprune.errors import InputError
+from graphprune.rewrite.shrink import cut
 
 
 class Grouped(nn.Module):
@@ -163,3 +167,42 @@ def test_an_unknown_choice_of_columns():
     model, x, _ = made("grouped")
     with pytest.raises(InputError, match="columns must be one of aligned, free, not 'some'"):
         graphprune.rebuild(model, 0.5, x, columns="some")
+
+
+def shrunk_at_random(draw, count, shape):
+    """A cut of a weight [count * height, width]: columns of each block, rows, or whole blocks."""
+    (height, width), every = shape, range(count)
+    kind = draw.choice(["columns", "rows", "blocks"])
+    if kind == "columns":
+        number = draw.randint(1, width)
+        kept = [column for _ in every for column in sorted(draw.sample(range(width), number))]
+        return SlotPlan("w", 1, width, tuple(kept), count), count, (height, number)
+    left, number = (every, draw.randint(1, height)) if kind == "rows" else (every, height)
+    if kind == "blocks":
+        left = sorted(draw.sample(every, draw.randint(1, count)))
+    kept = [n * height + row for n in left for row in sorted(draw.sample(range(height), number))]
+    return SlotPlan("w", 0, count * height, tuple(kept)), len(left), (number, width)
+
+
+def index_of(slot):
+    index = torch.tensor(slot.kept)
+    return index if slot.blocks == 1 else index.reshape(slot.blocks, -1)
+
+
+def assert_composes(draw, count):
+    shape, weight = (4, 6), torch.arange(count * 24).reshape(count * 4, 6)
+    small, whole = weight, {}
+    for _ in range(4):
+        slot, count, shape = shrunk_at_random(draw, count, shape)
+        small = cut(small, {slot.dim: index_of(slot)})
+        if slot.blocks > 1 and 0 in whole:
+            slot = slot.before(whole[0])
+        whole[slot.dim] = whole[slot.dim].then(slot) if slot.dim in whole else slot
+        assert torch.equal(cut(weight, {dim: index_of(s) for dim, s in whole.items()}), small)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 6])
+def test_any_order_of_cuts_composes(count):
+    draw = random.Random(count)
+    for _ in range(100):
+        assert_composes(draw, count)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from calibration import image_batches, residual
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 import graphprune
 from graphprune.criteria import (
@@ -151,6 +152,42 @@ def test_biases_are_no_weights_of_a_group():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, weight):
+        return weight * self.factor
+
+
+@pytest.mark.parametrize("name", [name for name in criteria() if find(name).needs == {"weights"}])
+@pytest.mark.parametrize("kind", ["mask", "parametrization"])
+def test_weights_count_as_layers_use_them(name, kind):
+    """Filters that are masked to zero, half masked, or computed from a parameter."""
+    plain, other = by_hand(norm=True), by_hand(norm=True)
+    factors = {
+        0: torch.tensor([[1, 0], [1, 1], [0, 0]]),
+        1: torch.tensor([1, 0, 1]),
+        3: torch.tensor([[1, 1, 0]]),
+    }
+    for place, factor in factors.items():
+        with torch.no_grad():
+            plain[place].weight.mul_(factor)
+        if kind == "mask":
+            prune.custom_from_mask(other[place], "weight", factor)
+        elif place != 1:
+            parametrize.register_parametrization(other[place], "weight", Times(factor))
+        else:
+            with torch.no_grad():
+                other[place].weight.mul_(factor)
+    before = {key: value.clone() for key, value in other.state_dict().items()}
+    assert torch.equal(score(other, name), score(plain, name))
+    assert all(torch.equal(before[key], value) for key, value in other.state_dict().items())
+    if name != "random":
+        assert not torch.equal(score(plain, name), score(by_hand(norm=True), name))
+
+
 # --- aggregation, normalisation ----------------------------------------------------------------
 
 SLOTS = torch.tensor([[1.0, 2.0, 6.0], [3.0, 0.0, 8.0]], dtype=torch.float64)
@@ -186,6 +223,16 @@ def test_normalisation(name):
     torch.testing.assert_close(found, torch.tensor(NORMALISED[name], dtype=torch.float64))
     (flat,) = scores(lambda *_: torch.zeros(3), graph.groups, {}, 0, None, name, costs).values()
     assert torch.equal(flat, torch.zeros(3, dtype=torch.float64)), "no division by zero"
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS)
+def test_negative_scores_keep_their_order(name):
+    """A criterion may count downwards; a mean below zero must not turn its order round."""
+    falling = lambda group, *_: -1.0 - torch.arange(group.size)  # noqa: E731
+    plan = graphprune.trace(by_hand(), INPUTS).plan(
+        0.4, criterion=falling, scope="global", normalise=name
+    )
+    assert plan.groups[0].kept == (0, 1)
 
 
 def test_aggregation_is_that_of_the_criterion_unless_said():

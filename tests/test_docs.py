@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import pkgutil
 import re
 import runpy
@@ -129,6 +130,19 @@ def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [str(path)])
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out, "an example prints what it shows"
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_one_shot_pruning_runs(tmp_path):
+    if not (ROOT.parent / "shared" / "data" / "cifar_resnet20.safetensors").exists():
+        pytest.skip("the trained networks are not in shared/data beside the repository")
+    script, out = ROOT / "examples" / "benchmarks" / "oneshot.py", tmp_path / "rows.json"
+    command = [sys.executable, str(script), "--quick", "--threads", "1", "--json", str(out)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text(encoding="utf-8"))
+    assert {"reconstruction", "l2"} <= {row["criterion"] for row in rows}
+    assert all(row["macs"] <= row["budget"] for row in rows)
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)

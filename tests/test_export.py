@@ -139,22 +139,13 @@ def encoder() -> nn.Module:
     return nn.Sequential(nn.Embedding(30, 32), layers, nn.Linear(32, 5))
 
 
-def llama() -> nn.Module:
+def language(kind: str, task: str, **options: int) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=30, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2,
+        num_attention_heads=4, **options,
     )  # fmt: skip
-    return Logits(transformers.LlamaForCausalLM(config))
-
-
-def bert() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=30, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=16,
-    )  # fmt: skip
-    return Logits(transformers.BertForMaskedLM(config))
+    return Logits(getattr(transformers, f"{kind}For{task}")(config))
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
@@ -167,8 +158,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "encoder": (encoder, words),
     "cifar_resnet": (CifarResNet, image),
     "unet": (UNet, image),
-    "llama": (llama, words),
-    "bert": (bert, words),
+    "llama": (lambda: language("Llama", "CausalLM", num_key_value_heads=2), words),
+    "bert": (lambda: language("Bert", "MaskedLM", max_position_embeddings=16), words),
 }
 NOT_WHOLE = {"lstm"}  # torch.compile leaves the layer to eager mode
 QUICK = {

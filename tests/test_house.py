@@ -21,7 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file imports from the floors below its own, never from its own floor or above it. The files
 # of one package (criteria, rewrite, rules) share a room, in which they may see each other.
 FLOORS = (
-    {"attention", "collecting", "errors", "ids", "kernels", "shapes", "sites", "table"},
+    {"attention", "collecting", "errors", "ids", "kernels", "progress", "shapes", "sites", "table"},
     {"batches", "sizes"},
     {"copying", "inputs", "modes", "options", "resolve", "rules", "select", "weightless"},
     {"changes", "skeleton"},

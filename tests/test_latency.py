@@ -1,5 +1,6 @@
 """Latency targets: the stopwatch, the cache, the fit, and the search, on a foreseen clock."""
 
+import copy
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 import graphprune
 from graphprune import planning
+from graphprune.budget import Budget, Unreachable
 from graphprune.costs import Costs
 from graphprune.errors import InputError, ModelError
 from graphprune.inputs import Call
@@ -264,6 +266,33 @@ def test_layers_are_measured_once(graph, machine):
     before = machine.runs
     graph.plan(target={"latency": 0.6})
     assert machine.runs == before
+
+
+def test_layers_in_another_memory_format_are_measured_anew(net, graph, machine):
+    graph.plan(target={"latency": 0.6})
+    before = machine.runs
+    again = copy.deepcopy(net).to(memory_format=torch.channels_last)
+    graphprune.trace(again, X).plan(target={"latency": 0.6})
+    assert machine.runs >= before + 7, "the whole model and six samples"
+
+
+def test_a_model_that_was_fast_enough_is_not_lost(net, graph, machine, monkeypatch):
+    """It is taken when the fit, corrected by it, foresees no model within the limit any more."""
+    machine.totals = lambda self, models, *rest, **more: [
+        [self.total(model) * (1.0 if model is net else 0.8)] for model in models
+    ]
+    search, paths = Budget.search, []
+
+    def once(self, path):
+        paths.append(path)
+        if len(paths) > 1:
+            raise Unreachable("nothing is fast enough")
+        return search(self, path)
+
+    monkeypatch.setattr(Budget, "search", once)
+    said = graph.plan(target={"latency": 0.6}).request["latency"]
+    assert len(paths) == 2
+    assert said["measured"] <= 0.6 * said["before"]
 
 
 def test_time_goes_where_it_is_spent(graph, machine):

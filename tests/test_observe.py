@@ -129,10 +129,18 @@ LAYERS = {
     "valid": (lambda: nn.Conv2d(6, 4, 3, padding="valid"), (2, 6, 5, 6)),
     "reflect": (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode="reflect"), (2, 6, 5, 6)),
     "conv3d": (lambda: nn.Conv3d(2, 3, 2), (2, 2, 3, 4, 3)),
+    "conv3d grouped": (
+        lambda: nn.Conv3d(4, 6, (2, 1, 3), (1, 2, 1), (0, 1, 2), (2, 1, 2), groups=2),
+        (2, 4, 4, 3, 5),
+    ),
     "grouped": (lambda: nn.Conv2d(6, 9, 3, groups=3), (2, 6, 5, 5)),
     "depthwise": (lambda: nn.Conv2d(6, 12, 3, groups=6, padding=1), (2, 6, 5, 5)),
     "transposed": (lambda: nn.ConvTranspose2d(6, 4, 3, 2, 1, output_padding=1), (2, 6, 4, 5)),
     "transposed groups": (lambda: nn.ConvTranspose1d(6, 4, 3, 3, groups=2, dilation=2), (2, 6, 4)),
+    "transposed3d": (
+        lambda: nn.ConvTranspose3d(4, 6, (2, 3, 1), (2, 1, 3), 1, (1, 0, 2), 2, dilation=2),
+        (2, 4, 3, 2, 3),
+    ),
     "transposed cut": (lambda: nn.ConvTranspose2d(6, 4, 2, padding=2), (2, 6, 4, 5)),
 }
 

@@ -167,6 +167,12 @@ def test_when_no_round_is_good_enough_the_original_is_returned():
     assert len(outcome.history.entries) == 2
 
 
+def test_layers_that_are_kept_stay_whole():
+    assert widths(iterate(net(), 2, train, evaluate, keep="0", example_inputs=X)) == [16, 16, 16]
+    outcome = iterate(net(), 2, train, evaluate, keep="*", example_inputs=X)
+    assert outcome.reason == "no round could remove a channel"
+
+
 def test_a_step_below_one_channel_ends_it():
     outcome = iterate(
         net(4), 1, train, floored(4), sparsity=0.3, example_inputs=X, floor=1, retries=5
@@ -242,10 +248,8 @@ def test_a_finished_folder_gives_its_outcome_at_once(tmp_path):
     second = iterate(model, 2, lambda _: 1 / 0, evaluate, example_inputs=X, folder=tmp_path)
     assert same(first.model, second.model)
     assert first.plan == second.plan
-    assert [path.name for path in sorted(tmp_path.iterdir())] == [
-        "model-2.safetensors",
-        "state.json",
-    ]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["model-2.safetensors", "state.json"]
 
 
 def test_a_small_model_can_be_the_original(tmp_path):
@@ -366,6 +370,7 @@ def test_a_train_that_replaces_the_model_is_told(function, text):
         ({"train": "sgd"}, "train and evaluate must be functions"),
         ({"evaluate": None}, "train and evaluate must be functions"),
         ({"floor": "90 %"}, "floor must be a number"),
+        ({"floor": float("nan")}, "floor must be a number that evaluate may return, not nan"),
         ({"floor": 1.0}, r"the original itself evaluates to -[\d.]+, below the floor 1"),
         ({"sparsity": 1.5}, "sparsity of iterative must be a fraction"),
         ({"sparsity": lambda n: 0.5 - n / 4}, "must grow from round to round"),
@@ -373,6 +378,7 @@ def test_a_train_that_replaces_the_model_is_told(function, text):
         ({"sparsity": lambda n: 2}, "the schedule's sparsity at step 0 must be a fraction"),
         ({"quantity": "watts"}, "quantity must be one of channels, macs, params, bytes"),
         ({"ratios": {"0": 0.5}}, "ratios is what the sparsity says round by round"),
+        ({"ratio": 0.5}, "ratio is what the sparsity says round by round"),
         ({"scop": "local"}, "unknown option 'scop'"),
         ({"criterion": "best"}, "unknown criterion 'best'"),
         ({"evaluate": lambda m: "good"}, "evaluate must return a number, not str"),

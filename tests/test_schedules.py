@@ -118,6 +118,7 @@ def test_schedules_are_drawn(tmp_path, suffix):
         (lambda: one_shot(2), "final sparsity of one shot"),
         (lambda: as_schedule("cubic"), "a function step -> sparsity; not 'cubic'"),
         (lambda: as_schedule(None), "not None"),
+        (lambda: as_schedule(1), "must be below 1: one shot: 100.0% at step 0"),
         (lambda: sparsity_at(lambda step: 2.0, 7), "sparsity at step 7 must be a fraction"),
         (lambda: sparsity_at(lambda step: None, 7), "got None"),
     ],

@@ -98,21 +98,51 @@ def test_a_budget_takes_first_what_costs_least(measured):
     assert kept["dull"] < even["dull"], "what costs nothing leaves first"
     assert kept["read"] + kept["keen"] > even["read"] + even["keen"]
     assert min(kept["read"], kept["keen"]) >= 10
+    plan = graph.plan(0.3, ratios=found)
+    assert plan.removed == 12, "a ratio is that of all channels, whatever drops are measured in"
+    assert len(plan.groups[0].kept) < min(len(group.kept) for group in plan.groups[1:])
     with pytest.raises(InputError, match="says where channels leave first, not how many"):
         graph.plan(ratios=found)
 
 
 def test_curves_between_and_beyond_what_was_measured():
-    curve = Curve("a", ("a",), 10, (0.2, 0.4), (1.0, 0.5))
+    curve = Curve("a", ("a",), 10, (0.2, 0.4), (1.0, 0.5), (("a.weight", 0),))
     assert curve.at(np.array([0.0, 0.1, 0.2, 0.3, 0.4])).tolist() == [0, 0.5, 1, 1, 1]
     assert curve.at(np.array([0.6]))[0] == pytest.approx(1.5), "never flat where it is unknown"
     found = Sensitivity(90.0, (curve,))
     assert found.allocation(0.5) == {"a": 0.1}
     assert found.allocation(100) == {"a": 0.4}, "nothing was measured beyond"
-    level = found.levels(("a",), 10)
+    level = found.levels([("a.weight", 0)], 10)
     assert (np.diff(level) > 0).all()
     assert level[-1] == np.inf
-    assert found.levels(("b",), 10) is None
+    assert found.levels([("b.weight", 0)], 10) is None
+
+
+class Bare(nn.Module):
+    """All parameters in one module; of the second group four channels are read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Parameter(torch.randn(6, 16)), nn.Parameter(torch.randn(16, 16))
+        self.three = nn.Parameter(torch.randn(16, 3))
+        with torch.no_grad():
+            self.three[4:] = 0
+            self.two[:, 4:] *= 1e-3
+
+    def forward(self, x):
+        return torch.tanh(torch.tanh(x @ self.one) @ self.two) @ self.three
+
+
+def test_groups_of_the_same_layers_are_told_apart():
+    torch.manual_seed(0)
+    net, x = Bare().double(), X.double()
+    graph = graphprune.trace(net, x)
+    assert [(group.layers, group.size) for group in graph.groups] == [(("",), 16)] * 2
+    found = graph.sensitivity(net, lambda model: -float((model(x) - net(x)).detach().abs().mean()))
+    plan = graph.plan(target={"params": 0.75}, ratios=found)
+    first, second = (len(group.kept) for group in plan.groups)
+    assert first == 16
+    assert 4 <= second < 16
 
 
 @pytest.mark.parametrize(

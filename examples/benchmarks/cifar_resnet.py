@@ -52,7 +52,8 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(planes)
         self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut = nn.Identity() if width == planes else padded_shortcut(planes)
+        same = width == planes
+        self.shortcut: nn.Module = nn.Identity() if same else padded_shortcut(planes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))

@@ -6,6 +6,7 @@ import gzip
 import sys
 from pathlib import Path
 
+import cifar_resnet
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -41,23 +42,14 @@ def images(part: str, count: int | None = None, folder: Path = FOLDER) -> tuple[
     return (x - 0.286) / 0.353, torch.from_numpy(labels[:count].astype(np.int64))
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions and a shortcut."""
+class Block(cifar_resnet.Block):
+    """The block of the CIFAR ResNets, with a convolution where the width changes."""
 
     def __init__(self, width: int, planes: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(width, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or width != planes:
+        super().__init__(width, planes, stride)
+        if width != planes:
             convolution = nn.Conv2d(width, planes, 1, stride, bias=False)
             self.shortcut = nn.Sequential(convolution, nn.BatchNorm2d(planes))
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
 
 
 class SmallResNet(nn.Module):

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 import graphprune
 
 BUDGETS = (0.5, 1 / 2.57)
+SCRATCH_RATE = 0.1
 OURS, PEER, SCRATCH = "graphprune", "Torch-Pruning 1.6.1", "small network from scratch"
 
 
@@ -61,8 +62,12 @@ class Setup:
     def data(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Training and test images with their labels, on the device."""
         source = cifar_resnet.jpeg_images if self.cifar else fashion.images
-        train, test = source("train", self.count), source("test", self.count)
-        return tuple(tuple(t.to(self.device) for t in part) for part in (train, test))  # type: ignore
+
+        def part(name: str) -> tuple[Tensor, Tensor]:
+            x, y = source(name, self.count)
+            return x.to(self.device), y.to(self.device)
+
+        return part("train"), part("test")
 
     def fresh(self) -> nn.Module:
         """The untrained network."""
@@ -72,10 +77,6 @@ class Setup:
     def start(self) -> nn.Module:
         """What training begins with: published weights, or none."""
         return cifar_resnet.trained(56).to(self.device) if self.cifar else self.fresh()
-
-    @property
-    def scratch_rate(self) -> float:
-        return 0.1
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def one_seed(setup: Setup, seed: int) -> list[Result]:
             report(PEER, budget, theirs, setup.fine, setup.fine_rate)
         torch.manual_seed(seed + 2)
         bare = graphprune.rebuild(setup.fresh(), plan)
-        report(SCRATCH, budget, bare, setup.epochs + setup.fine, setup.scratch_rate)
+        report(SCRATCH, budget, bare, setup.epochs + setup.fine, SCRATCH_RATE)
     return results
 
 
@@ -268,7 +269,7 @@ to the budget from below. "From scratch" is our small network with new weights, 
 last epoch, never the best; means and standard deviations over {seeds} seeds; the drop is from the
 original of the same seed. One recipe for all: SGD with Nesterov momentum 0.9, weight decay 5e-4,
 batches of {setup.batch}, flips and shifts, a warm-up and a cosine from {setup.rate} (fine-tuning
-{setup.fine_rate}, from scratch {setup.scratch_rate}).
+{setup.fine_rate}, from scratch {SCRATCH_RATE}).
 `examples/benchmarks/finetune.py` prints this; {seconds / 60:.0f} minutes on {machine.describe()},
 {setup.device}.
 

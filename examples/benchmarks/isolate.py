@@ -23,7 +23,8 @@ def isolated(function: Callable[..., dict[str, Any]], *args: Any, timeout: float
     sender.close()
     try:
         if receiver.poll(timeout):
-            return receiver.recv()  # type: ignore[no-any-return]
+            found: dict[str, Any] = receiver.recv()
+            return found
         return {"status": "timeout", "reason": f"longer than {timeout:.0f} s"}
     except EOFError:
         process.join()

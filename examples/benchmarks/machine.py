@@ -9,25 +9,17 @@ from pathlib import Path
 import torch
 import torchvision
 
+from graphprune.latency import processor
+
 TITLE = "# Benchmarks\n"
 
 
 def describe() -> str:
     """Processor, cores and versions."""
     return (
-        f"{_processor()} ({os.cpu_count()} cores), Python {platform.python_version()}, "
+        f"{processor()} ({os.cpu_count()} cores), Python {platform.python_version()}, "
         f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     )
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    fields: dict[str, str] = {}
-    for line in info.read_text().splitlines() if info.exists() else ():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    name = fields.get("model name") or platform.processor() or platform.machine()
-    return f"{name}, family {fields['cpu family']} model {fields['model']}" if fields else name
 
 
 def replace_section(path: Path, title: str, text: str) -> None:

@@ -80,8 +80,8 @@ class Interpreter:
         if node.op == "get_attr":
             return self.stored(node)
         if node.op == "call_function" and node.target is operator.getitem:
-            items = known[node.args[0]]  # type: ignore[index]
-            index: Any = node.args[1]
+            place: Any = node.args
+            items, index = known[place[0]], place[1]
             return items[index] if isinstance(items, list) and index < len(items) else _any(node)
         if node.op != "call_function" or self.read:
             return _any(node)

@@ -14,16 +14,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrize import ParametrizationList
 
 from graphprune.analysis import Group
 from graphprune.batches import Loss, at_rest, batches, check_data, count_of, forward, loss_of
 from graphprune.criteria.registry import Criterion, Entry, find
 from graphprune.errors import InputError
 from graphprune.observe import Product, observing
-from graphprune.skeleton import named_tensors
+from graphprune.progress import tracked
+from graphprune.skeleton import named_modules, named_tensors
 
 Key = tuple[str, int]  # a tensor and one of its dimensions
 Slots = Mapping[Key, Sequence[Tensor]]  # positions of channels, [channels, positions] by group
@@ -31,6 +32,9 @@ Slots = Mapping[Key, Sequence[Tensor]]  # positions of channels, [channels, posi
 
 class Evidence(Mapping[str, Tensor]):
     """All parameters and buffers by name, and the statistics that were asked for.
+
+    A parameter that a layer does not use as it is, but masked by ``torch.nn.utils.prune`` or
+    through a parametrization, has the value that the layer uses.
 
     Attributes:
         statistics: results of the collectors, by the name of the statistic.
@@ -149,7 +153,7 @@ def gather(
         InputError: data is missing or malformed, or the loss is not a finite scalar that depends
             on the parameters.
     """
-    tensors = dict(named_tensors(model))
+    tensors = _used(model)
     entry = find(criterion)
     needs = needed(entry)
     if not needs:
@@ -169,6 +173,25 @@ def gather(
     return Evidence(
         tensors, {need: c.finish(found.batches) for need, c in collectors.items()}, found.batches
     )
+
+
+@torch.no_grad()
+def _used(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by name, weights that are computed from them as they are used."""
+    tensors = dict(named_tensors(model))
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    for _, module in named_modules(model):
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                source = module._parameters[f"{hook._tensor_name}_orig"]
+                tensors[names[id(source)]] = hook.apply_mask(module)
+        if isinstance(module, ParametrizationList):
+            with at_rest(module):
+                value = module()
+            for source in module._parameters.values():
+                if source is not None and source.shape == value.shape:
+                    tensors[names[id(source)]] = value
+    return tensors
 
 
 def needed(entry: Entry) -> tuple[str, ...]:
@@ -212,7 +235,8 @@ class _Pass:
                     self._batches(data, progress, lambda batch: self._observed(forward, batch))
 
     def _batches(self, data: Iterable[Any], progress: bool, step: Callable[[Any], Any]) -> None:
-        for batch in _shown(batches(data), count_of(data), progress):
+        found = batches(data)
+        for batch in tracked(found, "calibration batches", count_of(data), progress):
             step(batch)
             self.batches += 1
 
@@ -252,7 +276,7 @@ class _Pass:
     @contextlib.contextmanager
     def _gradients(self) -> Iterator[list[Tensor]]:
         """All parameters require gradients, and each gradient goes to the readers, then away."""
-        parameters = [
+        parameters: list[tuple[str, Any]] = [
             (name, tensor)
             for name, tensor in named_tensors(self.model)
             if isinstance(tensor, nn.Parameter)
@@ -263,7 +287,7 @@ class _Pass:
         try:
             for name, parameter in parameters:
                 parameter.grad = None
-                parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]
+                parameter._post_accumulate_grad_hooks = None
                 parameter.requires_grad_(True)
                 handles.append(parameter.register_post_accumulate_grad_hook(self._reader(name)))
             yield [parameter for _, parameter in parameters]
@@ -283,13 +307,3 @@ class _Pass:
             parameter.grad = None
 
         return read
-
-
-def _shown(found: Iterator[Any], count: int | None, progress: bool) -> Iterator[Any]:
-    """The batches, with a progress bar if it is wanted and someone can see it."""
-    console = Console(stderr=True)
-    if not (progress and console.is_terminal):
-        yield from found
-        return
-    with Progress(console=console, transient=True) as bar:
-        yield from bar.track(found, total=count, description="calibration batches")

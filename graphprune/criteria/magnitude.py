@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graphprune.analysis import Group, Member
 from graphprune.criteria.registry import Unseen, register_criterion
-from graphprune.criteria.slots import by_channel, check_side, members, real, slice_norms
+from graphprune.criteria.slots import by_channel, check_side, members, own_name, real, slice_norms
 from graphprune.errors import InputError
 
 
@@ -110,7 +110,7 @@ class BatchNormScale:
         scales = [
             m
             for m in group.members
-            if m.slot.module in normed and m.slot.tensor.endswith("weight") and not m.slot.weight
+            if m.slot.module in normed and own_name(m) in ("weight", "weight_orig")
         ]
         if not scales:
             raise Unseen("no batch norm scales its channels")

@@ -22,8 +22,8 @@ AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {  # [slots, channels] -> [c
 }
 NORMALISATIONS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda score, macs: score,
-    "mean": lambda score, macs: score / (score.mean() or 1.0),
-    "max": lambda score, macs: score / (score.amax() or 1.0),
+    "mean": lambda score, macs: score / (score.abs().mean() or 1.0),
+    "max": lambda score, macs: score / (score.abs().amax() or 1.0),
     "standard": lambda score, macs: (score - score.mean()) / (score.std(correction=0) or 1.0),
     "macs": lambda score, macs: score / macs,
 }
@@ -54,9 +54,9 @@ def scores(
         aggregate: how scores of several slots become one: ``"sum"``, ``"mean"``, ``"max"``,
             ``"product"``, ``"norm"`` (root of the sum of squares) or ``"root"`` (the slot that
             comes first in the model); when absent, what the criterion says.
-        normalise: scores of a group divided by their ``"mean"`` or ``"max"``, made ``"standard"``
-            scores (mean 0, deviation 1), divided by the MACs that a channel costs (``"macs"``), or
-            left as they are (``"none"``).
+        normalise: scores of a group divided by the ``"mean"`` or ``"max"`` of their absolute
+            values, made ``"standard"`` scores (mean 0, deviation 1), divided by the MACs that a
+            channel costs (``"macs"``), or left as they are (``"none"``).
         costs: MACs saved per channel by group name, for ``normalise="macs"``.
 
     Returns:

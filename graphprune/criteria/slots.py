@@ -38,9 +38,9 @@ def members(group: Group, side: str) -> list[Member]:
         Unseen: no weight sums over the channels.
     """
     if side == "both":
-        return [m for m in group.members if m.slot.parameter and not _bias(m)] or members(
-            group, "writes"
-        )
+        found = [m for m in group.members if m.slot.parameter]
+        unbiased = [m for m in found if m.slot.weight or not own_name(m).startswith("bias")]
+        return unbiased or members(group, "writes")
     weights = [m for m in group.members if m.slot.weight]
     if side == "reads":
         found = [m for m in weights if m.reads]
@@ -51,8 +51,9 @@ def members(group: Group, side: str) -> list[Member]:
     return [m for m in weights if not m.reads] or weights or parameters or list(group.members)
 
 
-def _bias(member: Member) -> bool:
-    return not member.slot.weight and member.slot.tensor.rpartition(".")[2].startswith("bias")
+def own_name(member: Member) -> str:
+    """The name of a tensor in its module."""
+    return member.slot.tensor.rpartition(".")[2]
 
 
 def real(tensor: Tensor) -> Tensor:

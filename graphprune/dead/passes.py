@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -133,16 +134,16 @@ class Pass:
         return reader
 
     def _product(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> ProductReader | None:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet is aten.einsum:
-            equation, sources = str(node.args[0]), list(node.args[1])  # type: ignore[arg-type]
-            product: Any = lambda *factors: torch.einsum(equation, *factors)  # noqa: E731
+        args: Any = node.args
+        if getattr(node.target, "overloadpacket", None) is aten.einsum:
+            equation, sources, *_ = args
+            product: Callable[..., Tensor] = partial(torch.einsum, equation)
         else:
             try:
-                product, places = product_of(node, node.args, node.kwargs)
+                product, places = product_of(node, args, node.kwargs)
             except NotImplementedError:
                 return None
-            sources = [node.args[place] for place in places]
+            sources = [args[place] for place in places]
         factors = [(self.analysis.values[n], known[n]) for n in sources]
         return ProductReader(node, product, factors, self.analysis.values[node])
 

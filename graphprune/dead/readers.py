@@ -195,7 +195,8 @@ def product_of(node: fx.Node, args: Any, kwargs: Any) -> tuple[Callable[..., Ten
         return (lambda x, weight: aten.convolution.default(x, weight, None, *args[3:])), [0, 1]
     if packet is aten.sum:
         named = {key: value for key, value in kwargs.items() if key != "dtype"}
-        return (lambda x: node.target(x, *args[1:], **named)), [0]  # type: ignore[operator]
+        op: Any = node.target
+        return (lambda x: op(x, *args[1:], **named)), [0]
     if packet is aten.scaled_dot_product_attention:
         return scores, [0, 1, 2]
     raise NotImplementedError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -45,8 +45,8 @@ def sink_of(node: fx.Node, model: nn.Module, inside: Interpreter) -> Sink | None
     norm = norm_of(node)
     if norm is not None and not norm.args[_TRAINING]:
         mean = norm.args[_MEAN]
-        if _stored(mean) and len(mean.users) == 1:  # type: ignore[union-attr]
-            return Sink(str(mean.target), -1)  # type: ignore[union-attr]
+        if _stored(mean) and len(mean.users) == 1:
+            return Sink(str(mean.target), -1)
     return _new_bias(node, weight, how, model)
 
 
@@ -76,12 +76,12 @@ def matrix_of(node: fx.Node) -> Matrix | None:
 
 def _masked(product: fx.Node) -> tuple[str, str] | None:
     """A vector or matrix that hooks of ``torch.nn.utils.prune`` multiply with its mask."""
-    packet, args = getattr(product.target, "overloadpacket", None), product.args
-    if packet is not aten.mul or len(args) != 2:
+    args: Any = product.args
+    if getattr(product.target, "overloadpacket", None) is not aten.mul or len(args) != 2:
         return None
-    if not all(_stored(arg) and len(arg.users) == 1 for arg in args):  # type: ignore[union-attr]
+    if not all(_stored(arg) and len(arg.users) == 1 for arg in args):
         return None
-    first, second = (str(arg.target) for arg in args)  # type: ignore[union-attr]
+    first, second = (str(arg.target) for arg in args)
     for tensor, mask in ((first, second), (second, first)):
         if tensor.endswith("_orig") and mask == tensor.removesuffix("_orig") + "_mask":
             return tensor, mask
@@ -110,7 +110,7 @@ def needed(node: fx.Node, outputs: int, inside: Interpreter) -> Tensor:
     return everything if scale is None else scale.nonzero & everything
 
 
-def _stored(value: Any) -> bool:
+def _stored(value: Any) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from graphprune.attention import MultiheadAttention
+from graphprune.sizes import Attribute, Comparison, Extent, Size
+from graphprune.skeleton import named_modules
 
 Refresh = Callable[[Any], dict[str, Any]]
 
@@ -92,3 +95,40 @@ def _refresh(module: nn.Module) -> None:
                 if getattr(module, name) != value:
                     setattr(module, name, value)
             return
+
+
+def remembered(
+    model: nn.Module, owners: set[str], nodes: Mapping[str, fx.Node]
+) -> Iterator[Comparison]:
+    """What :func:`refresh` will make true of the attributes of some layers.
+
+    Args:
+        model: the model.
+        owners: names of modules.
+        nodes: the recorded nodes of parameters, by name.
+    """
+    for name, module in named_modules(model):
+        kinds = (sizes for kinds, sizes in TABLE if isinstance(module, kinds))
+        sizes = next(kinds, None) if name in owners else None
+        for key, value in sizes(_Marked(name, module, nodes)).items() if sizes else ():
+            items = value if isinstance(value, tuple) else (value,)
+            for place, item in enumerate(items):
+                path = (place,) if isinstance(value, tuple) else ()
+                if isinstance(item, Size):
+                    known = Attribute(name, key, path, int(item))
+                    yield Comparison("eq", known, item.expression, True)
+
+
+class _Marked:
+    """A layer whose sizes know which dimension of which parameter they are."""
+
+    def __init__(self, name: str, module: nn.Module, nodes: Mapping[str, fx.Node]) -> None:
+        self.name, self.module, self.nodes = name, module, nodes
+
+    def __getattr__(self, key: str) -> Any:
+        value = getattr(self.module, key)
+        node = self.nodes.get(f"{self.name}.{key}" if self.name else key)
+        if node is not None:
+            shape = tuple(Size(n, Extent(node, dim)) for dim, n in enumerate(value.shape))
+            return SimpleNamespace(shape=shape, numel=lambda: shape[0])
+        return Size(value, Attribute(self.name, key, (), value)) if type(value) is int else value

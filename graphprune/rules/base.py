@@ -31,6 +31,13 @@ _LINEAR = frozenset(
 _PRODUCTS = {aten.mul: 2, aten.div: 1}  # how many of the operands may be the zero
 
 
+def _emptied(result: Any) -> bool:
+    """Whether no ids are left to say what varies along a layer."""
+    if isinstance(result, Tensor):
+        return not result.numel() and bool(varying(result))
+    return any(map(_emptied, result or ()))
+
+
 @dataclass
 class Walk:
     """What the rules write to, while they are applied node by node."""
@@ -44,6 +51,7 @@ class Walk:
     aligned: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # equal parts
     choices: list[Alternatives] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
+    combined: list[list[Tensor]] = field(default_factory=list)  # of parameters: read together
     renormalising: list[tuple[Tensor, Reason, fx.Node | None]] = field(default_factory=list)
     unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
     partly_read: list[Tensor] = field(default_factory=list)
@@ -122,6 +130,8 @@ class Walk:
             result = RULES["pointwise"](self, node, *args, **kwargs)
         else:
             result = self.refuse(inputs)
+        if any(0 in value.shape for value in inputs) and _emptied(result):
+            result = self.refuse(inputs, "channels of a tensor without elements")
         given = any(value.given for value in inputs)
         if "shape" in node.meta:
             self._store(node, result or (), constant, given, linear)

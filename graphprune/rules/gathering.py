@@ -120,7 +120,8 @@ def _is_mask(node: fx.Node) -> bool:
 def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, list[Any]]:
     """The layers that advanced indexing leaves, and an index of zeros that moves them alike.
 
-    A mask stands for as many dimensions as it has.
+    A mask stands for as many dimensions as it has. An empty index (an expert without tokens) stands
+    for one of a single position: the ids there are those of any other.
     """
     picked: set[int] = set()
     items: list[Any] = []
@@ -131,7 +132,7 @@ def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, 
             items.append(None)
         else:
             picked |= set(range(len(items), len(items) + width))
-            shape = (1,) if _is_mask(source) else item.shape
+            shape = (1,) if _is_mask(source) else tuple(max(n, 1) for n in item.shape)
             items += [torch.zeros(shape, dtype=torch.int64)] * width
             walk.freeze_value(item, walk.reason("positions to read"))
     return walk.settle(x, picked, PICKED), items

@@ -47,14 +47,13 @@ def batch_norm(
     passing = []
     for layer in x.layers:
         over = others & varying(layer)
-        if over and mean is not None:  # running statistics of other dimensions than the channels
+        if over and varying(layer) - others:  # a channel leaves with all its places
+            layer = walk.collapse(layer, over)
+        elif over and mean is not None:  # running statistics of other dimensions than the channels
             walk.freeze(layer, "channels where BatchNorm takes its statistics")
         elif over and args and args[0] is True:  # statistics of the batch
-            if varying(layer) - others:
-                layer = walk.collapse(layer, over)
-            else:
-                walk.renormalise(layer, "statistics of BatchNorm")
-                walk.mask(layer)
+            walk.renormalise(layer, "statistics of BatchNorm")
+            walk.mask(layer)
         passing.append(layer)
     x = Value(x.shape, tuple(passing))
     vectors = [v for v in (weight, bias, mean, var) if isinstance(v, Value)]

@@ -44,6 +44,10 @@ from graphprune.rules.registry import Value, register_rule
 def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
     """Every operand is tied to every other at each position."""
     operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
+    if all(operand.constant for operand in operands):  # a weight and its mask, say
+        for dim in range(-len(node.meta["shape"]), 0):
+            layers = [i for operand in operands if operand.ndim >= -dim for i in operand.on(dim)]
+            walk.combined.append([i.reshape(-1) for i in layers if i.numel() == i.shape[dim]])
     return walk.broadcast(operands, len(node.meta["shape"]))
 
 

@@ -14,7 +14,7 @@ from graphprune.plan import Plan
 from graphprune.rewrite.shrink import cut, kept_indices
 from graphprune.skeleton import named_tensors
 
-Kept = Mapping[int, Tensor]  # kept indices by dimension
+Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Sliced = tuple[dict[str, Any], str, Tensor]
 
 
@@ -95,10 +95,12 @@ def _dims(value: Any, before: tuple[int, ...], kept: Kept, where: str) -> dict[i
         return {}
     if value.numel() == 1:  # a step
         return {}
-    after = tuple(len(kept[dim]) if dim in kept else size for dim, size in enumerate(before))
+    after = tuple(kept[d].shape[-1] if d in kept else size for d, size in enumerate(before))
     if _fits(value, before):
-        return {dim: index for dim, index in kept.items() if value.shape[dim] == before[dim]}
-    if _fits(value, after):  # has followed already
+        dims = {dim: index for dim, index in kept.items() if value.shape[dim] == before[dim]}
+        if value.shape[0] == before[0] or all(index.dim() == 1 for index in dims.values()):
+            return dims
+    elif _fits(value, after):  # has followed already
         return {}
     raise InputError(f"{where} of shape {list(value.shape)}; {_ADVICE}")
 

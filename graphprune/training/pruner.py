@@ -21,7 +21,13 @@ from graphprune.options import Request
 from graphprune.plan import Plan, fingerprint, share
 from graphprune.training.optimizers import check_optimizer, sliced_state
 from graphprune.training.ranks import Ranks, retire, unwrapped_model
-from graphprune.training.schedules import Schedule, SparsityOf, as_schedule, sparsity_at
+from graphprune.training.schedules import (
+    Schedule,
+    SparsityOf,
+    as_schedule,
+    check_count,
+    sparsity_at,
+)
 from graphprune.training.soft import SoftMasks
 from graphprune.training.trial import unmaskable
 
@@ -115,6 +121,8 @@ class Pruner:
             if name in options:
                 raise InputError(f"{name} is what the schedule says step by step: leave it out")
         self.options = options
+        if finish_at is not None:
+            check_count("finish_at", finish_at, 1)
         self.finish_at = finish_at
         check_model(self.model)
         found = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
@@ -233,14 +241,14 @@ class Pruner:
             options = {**self.options, "criterion": criterion}
         keep = options.get("keep", ())
         keep = [keep] if isinstance(keep, str) else list(keep)
-        asked = {
+        asked: Any = {
             **options,
             "keep": [*keep, *(_pattern(group, graph.groups) for group in spared)],
         }
         with warnings.catch_warnings():
             if quiet:  # at low sparsities small groups are too small to lose a channel
                 warnings.simplefilter("ignore", PruningWarning)
-            return graph.plan(sparsity, **asked)  # type: ignore[typeddict-item, no-any-return]
+            return graph.plan(sparsity, **asked)
 
     def _remove_whole(self) -> None:
         """Remove channels from the groups that were whole until now."""

@@ -7,9 +7,11 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.draft import matching
+from graphprune.criteria import find
+from graphprune.draft import Draft, matching
 from graphprune.errors import InputError
 from graphprune.graph import ChannelGraph, trace
+from graphprune.options import Request
 from graphprune.plan import Plan
 
 QUANTITIES = ("channels", "macs", "params", "bytes")
@@ -46,6 +48,9 @@ class RoundPlans:
         for name in _OWN:
             if name in options:
                 raise InputError(f"{name} is what the sparsity says round by round: leave it out")
+        self.request = Request.of(0.0, options)
+        told = {**self.request.said(), "criterion": find(self.request.criterion).name}
+        self.told = {name: told[name] for name in sorted(told)}  # what another run is compared with
         self.quantity, self.attention = quantity, attention
         self.options = dict(options)
         graph = trace(model, example_inputs, attention=attention)
@@ -68,8 +73,13 @@ class RoundPlans:
                 return graph.plan(0.0, **options)
             return graph.plan(target={self.quantity: amount}, **options)
         if options.get("scope", "local") in (None, "local"):
-            ratios = {g.name: self._ratio(g.size, self._size(g), sparsity) for g in graph.groups}
-            return graph.plan(ratios=ratios, **options)
+            draft = Draft(model, graph.call, graph.settled, self.request)
+            ratios = {
+                group.name: self._ratio(group.size, self._size(group), sparsity)
+                for group in graph.groups
+                if group.name not in draft.spared and draft.may_leave(group)
+            }
+            return graph.plan(0.0, ratios=ratios, **options)
         now = sum(group.size for group in graph.groups)
         size = sum(self._size(group) for group in graph.groups)
         return graph.plan(self._ratio(now, size, sparsity), **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,15 +16,14 @@ from torch import nn
 from graphprune.api import rebuild
 from graphprune.batches import at_rest
 from graphprune.checks import check_model
-from graphprune.criteria import find
 from graphprune.errors import InputError, RoundError
-from graphprune.options import Options, Request
+from graphprune.options import Options
 from graphprune.plan import Plan, fingerprint, share
 from graphprune.skeleton import mark, named_modules
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.round_state import Folder, State
-from graphprune.training.schedules import SparsityOf, iterative, sparsity_at
+from graphprune.training.schedules import SparsityOf, check_count, iterative, sparsity_at
 from graphprune.training.users import (
     Evaluate,
     NotFinite,
@@ -142,7 +142,7 @@ def iterate(
         >>> [entry.widths["0"] for entry in outcome.history.entries]
         [16, 8, 4]
     """
-    schedule, told = _check(rounds, train, evaluate, sparsity, floor, retries, options)
+    schedule, sparsities = _check(rounds, train, evaluate, sparsity, floor, retries)
     progress = bool(options.pop("progress", False))
     seed = options.get("seed", 0)
     check_model(model)
@@ -151,7 +151,8 @@ def iterate(
         "architecture": fingerprint(model),
         "weights": mark(model),
         "rounds": rounds,
-        **told,
+        "sparsity": sparsities,
+        "options": plans.told,
         "quantity": quantity,
         "floor": floor,
         "retries": retries,
@@ -164,7 +165,8 @@ def iterate(
             show(run.state.done)
             with own_numbers(model, run.seed_of_round):
                 run.round()
-    return run.outcome(run.state.reason or f"all {rounds} rounds done")
+    done = f"all {rounds} rounds done" if run.state.attempts else "no round could remove a channel"
+    return run.outcome(run.state.reason or done)
 
 
 class _Rounds:
@@ -286,14 +288,14 @@ class _Rounds:
 
 
 def _check(
-    rounds: Any, train: Any, evaluate: Any, sparsity: Any, floor: Any, retries: Any, options: Any
-) -> tuple[SparsityOf, dict[str, Any]]:
-    """The schedule of the rounds, and what a later run is compared with."""
-    for name, number, least in (("rounds", rounds, 1), ("retries", retries, 0)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < least:
-            raise InputError(f"{name} must be an int of at least {least}, got {number!r}")
+    rounds: Any, train: Any, evaluate: Any, sparsity: Any, floor: Any, retries: Any
+) -> tuple[SparsityOf, list[float]]:
+    """The schedule of the rounds, and what it says of each."""
+    check_count("rounds", rounds, 1)
+    check_count("retries", retries, 0)
     check_callables(train, evaluate)
-    if floor is not None and (isinstance(floor, bool) or not isinstance(floor, int | float)):
+    number = isinstance(floor, int | float) and not isinstance(floor, bool)
+    if floor is not None and (not number or math.isnan(floor)):
         raise InputError(f"floor must be a number that evaluate may return, not {floor!r}")
     schedule = sparsity if callable(sparsity) else iterative(sparsity, rounds)
     found = [sparsity_at(schedule, number) for number in range(rounds)]
@@ -302,9 +304,7 @@ def _check(
             "the sparsity must grow from round to round and end in (0, 1); it is "
             + ", ".join(f"{value:.3g}" for value in found)
         )
-    request = Request.of(0.0, options)
-    told = {**request.said(), "criterion": find(request.criterion).name}
-    return schedule, {"sparsity": found, "options": {n: told[n] for n in sorted(told)}}
+    return schedule, found
 
 
 def _kept(entry: Entry) -> bool:

@@ -42,7 +42,7 @@ class Schedule:
         for field in ("final", "initial"):
             _check_fraction(f"{field} sparsity of {self.name}", getattr(self, field))
         for field, least in (("begin", 0), ("end", 0), ("frequency", 1)):
-            _check_count(f"{field} of {self.name}", getattr(self, field), least)
+            check_count(f"{field} of {self.name}", getattr(self, field), least)
         if self.initial > self.final:
             raise InputError(
                 f"{self.name} goes from {self.initial} down to {self.final}: the initial sparsity "
@@ -189,7 +189,7 @@ def one_shot(sparsity: float, step: int = 0) -> OneShot:
         >>> schedule(99), schedule(100)
         (0.0, 0.5)
     """
-    _check_count("step of one shot", step, 0)
+    check_count("step of one shot", step, 0)
     return OneShot(sparsity, step, step, sparsity)
 
 
@@ -212,9 +212,9 @@ def iterative(sparsity: float, rounds: int, begin: int = 0, frequency: int = 1) 
         (0.5, 0.5, 0.75)
     """
     _check_fraction("sparsity of iterative", sparsity)
-    _check_count("rounds of iterative", rounds, 1)
-    _check_count("begin of iterative", begin, 0)
-    _check_count("frequency of iterative", frequency, 1)
+    check_count("rounds of iterative", rounds, 1)
+    check_count("begin of iterative", begin, 0)
+    check_count("frequency of iterative", frequency, 1)
     first = 1 - (1 - sparsity) ** (1 / rounds)
     end = begin + (rounds - 1) * frequency
     return Iterative(sparsity, begin, end, min(first, sparsity), frequency, rounds)
@@ -308,12 +308,14 @@ def as_schedule(schedule: Any) -> SparsityOf:
     """A schedule as it is, a number as :func:`one_shot` at step 0.
 
     Raises:
-        InputError: neither.
+        InputError: neither, or nothing would be left in the end.
     """
+    if isinstance(schedule, int | float) and not isinstance(schedule, bool):
+        schedule = one_shot(float(schedule))
+    if isinstance(schedule, Schedule) and schedule.final == 1:
+        raise InputError(f"nothing would be left, the final sparsity must be below 1: {schedule}")
     if callable(schedule) and not isinstance(schedule, type):
         return schedule
-    if isinstance(schedule, int | float) and not isinstance(schedule, bool):
-        return one_shot(float(schedule))
     raise InputError(
         "schedule must be a sparsity, a schedule such as cubic(0.5, end=1000), or a function "
         f"step -> sparsity; not {schedule!r}"
@@ -360,6 +362,11 @@ def _check_fraction(what: str, value: Any) -> float:
     return number
 
 
-def _check_count(what: str, value: Any, least: int) -> None:
+def check_count(what: str, value: Any, least: int) -> None:
+    """Raise unless a value is a whole number of at least ``least``.
+
+    Raises:
+        InputError: says what it is, and what it should be.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise InputError(f"{what} must be an int of at least {least}, got {value!r}")

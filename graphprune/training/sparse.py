@@ -165,8 +165,9 @@ def sparsity_of(model: nn.Module, notes: Mapping[str, str] | None = None) -> Spa
     for name, module in named_modules(model):
         if isinstance(module, _LAYERS):
             weight = module.weight.detach()
-            if prune_hook(module) is not None:
-                weight = module.weight_orig.detach() * module.weight_mask  # type: ignore
+            hook = prune_hook(module)
+            if hook is not None:  # the weight itself may be as it was before the last step
+                weight = hook.apply_mask(module).detach()
             zeros = weight.numel() - int(weight.count_nonzero())
             rows.append(LayerSparsity(name, weight.numel(), zeros, (notes or {}).get(name, "")))
     return Sparsity(tuple(rows))

@@ -103,7 +103,7 @@ class SparsePruner:
     def masks(self) -> dict[str, Tensor]:
         """Boolean masks by the name of the weight, true where it stays."""
         return {
-            f"{name}.weight": module.weight_mask.bool()  # type: ignore[operator]
+            f"{name}.weight": module.get_buffer("weight_mask").bool()
             for name, module in named_modules(self.model)
             if prune_hook(module) is not None
         }

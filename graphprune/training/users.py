@@ -44,7 +44,10 @@ def run_training(train: Callable[..., Any], model: nn.Module, *more: Any) -> Non
         if isinstance(found, int | float) and not math.isfinite(found):
             raise NotFinite(f"the loss is {found} (number {count})")
     if fingerprint(model) != architecture:
-        raise InputError("train changed the architecture of the model that it was given")
+        raise InputError(
+            "train changed the architecture of the model that it was given: it must train the "
+            "layers that are there"
+        )
     if _versions(model) == weights:
         raise InputError(
             "train changed no weight of the model that it was given: the smaller model has new "

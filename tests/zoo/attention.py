@@ -74,6 +74,34 @@ def attention_scaled_by_math_sqrt():
     return stream(Scaled())
 
 
+class Divided(Attention):
+    """The width of a head is that of the stream over the heads."""
+
+    root = staticmethod(lambda width: math.sqrt(width))
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = (
+            part(x).reshape(b, n, self.heads, c // self.heads).transpose(1, 2)
+            for part in (self.q, self.k, self.v)
+        )
+        y = attend(q, k, v, 1 / self.root(c // self.heads))
+        return self.out(y.transpose(1, 2).reshape(b, n, c))
+
+
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def attention_scaled_by_the_width_over_the_heads():
+    return stream(Divided())
+
+
+@awkward(TOKENS, removable=0)  # a float says nothing of where it came from
+def attention_scaled_by_a_float_of_the_width():
+    class Lost(Divided):
+        root = staticmethod(lambda width: float(width) ** 0.5)
+
+    return stream(Lost())
+
+
 @awkward(TOKENS, removable=WIDTH + HEADS)
 def attention_fused_by_torch():
     class Fused(Attention):

@@ -29,6 +29,13 @@ def generator_of_transposed():
         nn.ConvTranspose2d(6, 3, 4, stride=2, padding=1), nn.Tanh())  # fmt: skip
 
 
+@awkward((2, 5), removable=8 + 6)  # a norm takes its statistics over all that becomes a channel
+def generator_of_shuffled_pixels():
+    return nn.Sequential(
+        nn.Linear(5, 8 * 9), nn.Unflatten(1, (8, 3, 3)), nn.BatchNorm2d(8), nn.ReLU(),
+        conv(8, 6 * 4), nn.PixelShuffle(2), nn.BatchNorm2d(6), nn.ReLU(), conv(6, 3))  # fmt: skip
+
+
 @awkward((2, 3, 9), removable=8)
 def transposed_1d():
     return nn.Sequential(

@@ -126,6 +126,25 @@ def experts_that_read_their_own_tokens():
     return stream(Routed())
 
 
+# No token of the example inputs reaches the first expert: it must be cut like the others.
+@awkward(TOKENS, removable=WIDTH + 2 * 10)
+def an_expert_without_tokens():
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(own_mlp() for _ in range(2))
+
+        def forward(self, x):
+            flat = x.reshape(-1, x.shape[-1])
+            out = torch.zeros_like(flat)
+            for expert, chosen in zip(self.experts, (flat.sum(1) > 1e4, flat.sum(1) <= 1e4)):
+                (token,) = torch.where(chosen)
+                out = out.index_add(0, token, expert(flat[token]))
+            return out.view_as(x)
+
+    return stream(Sparse())
+
+
 # An expert that all tokens share, beside one that is chosen by the sample.
 @awkward(TOKENS, removable=WIDTH + 10 + 7)
 def shared_expert_beside_a_gated_one():

@@ -1,5 +1,7 @@
 """Sizes in code: literals, attributes, shapes and comparisons of shapes."""
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -185,3 +187,18 @@ def res2net_width():
             return torch.cat(out, 1)
 
     return sandwich(Res2(), 9)
+
+
+# Sizes that torch's own layers remember change with their parameters; numbers made of them do not.
+@awkward(lambda: (torch.tensor([[1, 4, 2], [0, 3, 5]]),), removable=8 + 12 + 9)
+class ScaledBySizesOfLayers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.state = nn.Embedding(6, 8), nn.GRU(8, 12, batch_first=True)
+        self.norm, self.wide, self.last = nn.BatchNorm1d(12), nn.Linear(12, 9), nn.Linear(9, 4)
+
+    def forward(self, tokens):
+        x = self.words(tokens) * math.sqrt(self.words.embedding_dim)
+        x = self.state(x * self.state.input_size)[0] / self.state.hidden_size
+        x = self.norm(x.mean(1)) * self.norm.num_features**-0.5
+        return self.last(self.wide(x).relu() / self.wide.out_features + 1 / self.last.in_features)

@@ -1,0 +1,21 @@
+"""Recorded graphs run op by op, for several batches at once."""
+
+import torch
+from torch import nn
+
+from graphprune.batches import Batch
+from graphprune.calibrate.replay import Replay
+
+
+class Scaled(nn.Linear):
+    def forward(self, x, by):
+        return super().forward(x) * by
+
+
+def test_batches_of_one_shape_may_differ_in_numbers():
+    net, x = Scaled(4, 2), torch.randn(3, 4)
+    replay = Replay.of(net, [Batch((x, by), {}, ()) for by in (1.0, 3.0)])
+    for number in range(len(replay.nodes[0])):
+        replay.step(number)
+    for which, by in enumerate((1.0, 3.0)):
+        assert torch.equal(replay.value(which, -2), net(x, by))
