@@ -11,7 +11,7 @@ from graphprune.blocks import choose
 from graphprune.comparing import Session
 from graphprune.criteria import scores
 from graphprune.draft import Draft
-from graphprune.errors import VerificationError
+from graphprune.errors import InputError, VerificationError
 from graphprune.plan import Plan
 from graphprune.select import Kept, kept
 
@@ -32,7 +32,10 @@ def freed(draft: Draft, plan: Plan, chosen: Kept) -> Plan:
 
     def best(part: Group, count: int) -> tuple[int, ...]:
         options = request.criterion, [part], draft.evidence or {}, request.seed
-        found = scores(*options, request.aggregate or "sum", "none", None)
+        try:
+            found = scores(*options, request.aggregate, "none", None)
+        except InputError:  # the criterion, which has seen the group, cannot see this part of it
+            return chosen[part.name]
         return kept(found, {part.name: count})[part.name]
 
     def trial(names: set[str]) -> Plan | None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import graphprune
 from graphprune.blocks import blocks, fine_labels
 from graphprune.changes import SlotPlan
+from graphprune.criteria.registry import Unseen
 from graphprune.errors import InputError
 from graphprune.rewrite.shrink import cut
 
@@ -206,3 +207,27 @@ def test_any_order_of_cuts_composes(count):
     draw = random.Random(count)
     for _ in range(100):
         assert_composes(draw, count)
+
+
+class Ranked:
+    """The last channels are best by the largest of all slots, the first ones by their sum."""
+
+    aggregate = "max"
+
+    def __call__(self, group, tensors, generator):
+        rank = torch.arange(group.size, dtype=torch.float64)
+        return torch.stack([rank, -3 * rank])
+
+
+def wholes_only(group, tensors, generator):
+    if all(member.index.shape[1] == 1 for member in group.members):
+        raise Unseen("a part of a group")
+    return torch.arange(group.size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("criterion", [Ranked(), wholes_only])
+def test_parts_are_scored_as_the_criterion_says(criterion):
+    graph = graphprune.trace(Grouped().eval(), torch.randn(1, 3, 6, 6))
+    aligned = graph.plan(0.5, criterion=criterion)
+    free = graph.plan(0.5, criterion=criterion, columns="free")
+    assert [set(slot.kept) for slot in free.slots] == [set(slot.kept) for slot in aligned.slots]
