@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,25 +41,6 @@ class Window:
             product.kind, kernel, product.stride, product.pads, product.dilation, product.groups
         )
 
-    def views(self, x: Tensor) -> Tensor:
-        """What every output place reads, as a view: [batch, *places, channels, *kernel]."""
-        if self.kind == "linear":
-            return x if x.dim() > 1 else x.unsqueeze(0)
-        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel)]
-        stride = self.stride
-        pads = list(self.pads)
-        if self.kind == "transposed":  # zeros between the inputs, read by the flipped kernel
-            x = _stuffed(x, self.stride)
-            stride = (1,) * len(self.kernel)
-            pads = [(span - a, span - b) for span, (a, b) in zip(spans, self.pads)]
-        if any(map(any, pads)):
-            x = F.pad(x, [p for pair in reversed(pads) for p in pair])
-        for dim, (span, step, dilation) in enumerate(zip(spans, stride, self.dilation), start=2):
-            x = x.unfold(dim, span + 1, step)[..., ::dilation]
-        places = range(2, 2 + len(self.kernel))
-        kernel = range(2 + len(self.kernel), x.dim())
-        return x.permute(0, *places, 1, *kernel)
-
     def rows(self, x: Tensor, pick: Tensor | None = None) -> Tensor:
         """What output places read, in the order of the columns of :meth:`matrix`.
 
@@ -69,12 +51,32 @@ class Window:
         Returns:
             Shape [places, groups, columns].
         """
-        view = self.views(x)
-        lead = view.shape[: view.dim() - 1 - len(self.kernel)]
-        if pick is not None:
-            view = view[torch.unravel_index(pick, lead)]
-            return view.reshape(len(pick), self.groups, -1)
-        return view.reshape(math.prod(lead), self.groups, -1)
+        if self.kind == "linear":
+            lines = x.reshape(-1, x.shape[-1])
+            lines = lines if pick is None else lines[pick]
+        else:
+            lines = self._gathered(x, pick)
+        return lines.reshape(len(lines), self.groups, -1)
+
+    def _gathered(self, x: Tensor, pick: Tensor | None) -> Tensor:
+        """The windows of a convolution, [places, channels, kernel]: channels are read together."""
+        spans = [d * (k - 1) for d, k in zip(self.dilation, self.kernel)]
+        stride, pads = self.stride, list(self.pads)
+        if self.kind == "transposed":  # zeros between the inputs, read by the flipped kernel
+            x = _stuffed(x, self.stride)
+            stride = (1,) * len(self.kernel)
+            pads = [(span - a, span - b) for span, (a, b) in zip(spans, self.pads)]
+        if any(map(any, pads)):
+            x = F.pad(x, [p for pair in reversed(pads) for p in pair])
+        sizes = (len(x), *x.shape[2:])
+        strides = [math.prod(sizes[d + 1 :]) for d in range(len(sizes))]
+        lead = [len(x), *((n - s - 1) // t + 1 for n, s, t in zip(x.shape[2:], spans, stride))]
+        steps = [strides[0], *(s * t for s, t in zip(strides[1:], stride))]
+        first = _grid(lead, steps).to(x.device)
+        taps = _grid(self.kernel, [s * d for s, d in zip(strides[1:], self.dilation)]).to(x.device)
+        places = (first if pick is None else first[pick])[:, None] + taps
+        lines = x.movedim(1, -1).reshape(-1, x.shape[1]).index_select(0, places.flatten())
+        return lines.reshape(*places.shape, -1).transpose(1, 2)
 
     def outputs(self, y: Tensor, pick: Tensor | None = None) -> Tensor:
         """The outputs at these places: [places, groups, outputs per group]."""
@@ -102,6 +104,14 @@ class Window:
         inputs, outputs, *kernel = like.shape
         blocks = matrix.reshape(self.groups, outputs, inputs // self.groups, *kernel)
         return blocks.flip([*range(3, blocks.dim())]).transpose(1, 2).reshape(like.shape)
+
+
+def _grid(sizes: Sequence[int], steps: Sequence[int]) -> Tensor:
+    """The sums of the coordinates of all points of a grid, each times its step."""
+    found = torch.zeros((), dtype=torch.int64)
+    for size, step in zip(sizes, steps):
+        found = found[..., None] + torch.arange(size) * step
+    return found.flatten()
 
 
 def _stuffed(x: Tensor, stride: tuple[int, ...]) -> Tensor:

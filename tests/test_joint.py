@@ -113,7 +113,7 @@ def test_what_does_not_help_is_put_back(monkeypatch):
     net, alone = small_of(net, x.double())
     calibrate(alone, net, [x.double()])
     together = graphprune.rebuild(net, alone.graphprune_plan)
-    for rate in (1e3, float("nan")):
+    for rate in (1e3, float("inf")):
         monkeypatch.setattr(joint, "RATE", rate)
         calibrate(together, net, [x.double()] * 2, sweeps=1)
         assert torch.equal(together[0].weight, alone[0].weight)
@@ -157,6 +157,29 @@ def test_what_cannot_be_moved_together_is_left_alone(make):
     assert alone.first.out_features < 12
     assert report.changed == ("last",)
     assert all(torch.equal(t, state[name]) for name, t in together.state_dict().items())
+
+
+class SharedNorm(Tied):
+    """One norm behind two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.other, self.norm = nn.Linear(4, 12), nn.BatchNorm1d(12)
+
+    def forward(self, x):
+        x = torch.tanh(self.norm(self.first(x))) + self.norm(self.other(x)).relu()
+        return self.last(x)
+
+
+def test_a_norm_that_runs_twice_is_not_moved():
+    x = torch.randn(40, 4, dtype=D)
+    net, alone = small_of(SharedNorm(), x)
+    together = copy.deepcopy(alone)
+    calibrate(alone, net, [x])
+    calibrate(together, net, [x], sweeps=5)
+    assert not torch.equal(together.first.weight, alone.first.weight)
+    assert torch.equal(together.norm.weight, alone.norm.weight)
+    assert torch.equal(together.norm.bias, alone.norm.bias)
 
 
 def test_half_precision_is_not_moved_together():

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
-from graphprune.batches import Batch, at_rest, batches, check_data, device_of
+from graphprune.batches import Batch, at_rest, batches, check_data, device_of, evaluated
 from graphprune.calibrate.repair import Refit, Repair
 from graphprune.calibrate.replay import Replay, check_batches
 from graphprune.calibrate.statistics import reestimate
 from graphprune.errors import InputError
 from graphprune.plan import Plan
+from graphprune.progress import bar, tracked
 from graphprune.rewrite.shrink import kept_indices
 from graphprune.table import render
 
@@ -62,6 +60,7 @@ def calibrate(
     method: str = "repair",
     ridge: float = 1e-3,
     rows: int = 1 << 17,
+    sweeps: int = 0,
     seed: int = 0,
     progress: bool = False,
 ) -> Calibration:
@@ -71,7 +70,9 @@ def calibrate(
     order in which they run, so that they take over what the removed channels contributed (He et
     al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017). A layer is
     fitted to the value of the original behind it: where its output is added to a shortcut, to the
-    sum, so that it also makes up for the errors of earlier layers that the shortcut carries.
+    sum, so that it also makes up for the errors of earlier layers that the shortcut carries. With
+    ``sweeps`` such a layer and those that make its inputs are then moved together, by Adam on
+    the error behind them (Li et al., "BRECQ", ICLR 2021), and stay so if that error falls.
     ``"bias"`` moves biases alone, so that the mean of every channel is the original's (Nagel et
     al., "Data-Free Quantization", ICCV 2019). ``"batchnorm"`` takes the running statistics of
     BatchNorm anew.
@@ -85,7 +86,9 @@ def calibrate(
         ridge: how strongly weights are held where they are, as a fraction of the mean second
             moment of what a layer reads.
         rows: how many places (pixels, tokens) of all batches a layer is fitted to, at most.
-        seed: for the choice of these places.
+        sweeps: for ``"repair"``: how many times the layers of a segment are moved together over
+            all batches, behind every layer that lost inputs; 0 for least squares alone.
+        seed: for the choice of these places, and the order of the batches in a sweep.
         progress: show a progress bar, if the error stream is a terminal.
 
     Returns:
@@ -104,16 +107,15 @@ def calibrate(
         >>> report.changed
         ('2',)
     """
-    _check(small, model, method, ridge, rows)
-    plan: Plan = small.graphprune_plan  # type: ignore[assignment]
+    plan = _check(small, model, method, ridge, rows)
+    _check_sweeps(sweeps, method)
     found = list(batches(check_data(data)))
     if method == "batchnorm":
-        with _bar(len(found), progress) as tick:
-            names = reestimate(small, found, tick)
+        names = reestimate(small, tracked(found, "calibration", len(found), progress))
         return Calibration(method, tuple(Refit(name) for name in names))
     parts = [Batch.of(batch).to(device_of(small)) for batch in found]
     check_batches(parts)
-    with at_rest(model), _evaluated(small), torch.no_grad():
+    with at_rest(model), evaluated(small), torch.no_grad():
         original, smaller = Replay.of(model, parts), Replay.of(small, parts)
         repair = Repair(
             original,
@@ -123,46 +125,34 @@ def calibrate(
             ridge=ridge,
             rows=rows,
             seed=seed,
+            sweeps=sweeps,
         )
-        with _bar(len(repair.nodes), progress) as tick:
+        with bar("calibration", len(repair.nodes), progress) as tick:
             refits = repair.run(tick)
     return Calibration(method, tuple(refits))
 
 
-def _check(small: nn.Module, model: nn.Module, method: str, ridge: float, rows: int) -> None:
+def _check_sweeps(sweeps: int, method: str) -> None:
+    if not isinstance(sweeps, int) or isinstance(sweeps, bool) or sweeps < 0:
+        raise InputError(f"sweeps must be an int of at least 0, such as 1; got {sweeps!r}")
+    if sweeps and method != "repair":
+        raise InputError(
+            f'sweeps={sweeps} goes with method="repair" alone; got method {method!r}: leave it out'
+        )
+
+
+def _check(small: nn.Module, model: nn.Module, method: str, ridge: float, rows: int) -> Plan:
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if not isinstance(ridge, int | float) or isinstance(ridge, bool) or not 0 <= ridge < 1e6:
         raise InputError(f"ridge must be a number of at least 0, such as 1e-3; got {ridge!r}")
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise InputError(f"rows must be a positive int, such as 100000; got {rows!r}")
-    if not isinstance(getattr(small, "graphprune_plan", None), Plan):
+    plan = getattr(small, "graphprune_plan", None)
+    if not isinstance(plan, Plan):
         raise InputError(
             f"small must be a model made by rebuild, which carries its plan; got "
             f"{type(small).__name__} without one (calibrate takes the small model first)"
         )
-    small.graphprune_plan.check(model)  # type: ignore[union-attr, operator]
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the modes as they were afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[], None]]:
-    """A progress bar, if it is wanted and someone can see it."""
-    console = Console(stderr=True)
-    if not (progress and console.is_terminal):
-        yield lambda: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("calibration", total=total)
-        yield lambda: bar.update(task, advance=1)
+    plan.check(model)
+    return plan

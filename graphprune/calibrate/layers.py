@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -73,19 +73,25 @@ def find_layers(nodes: Sequence[fx.Node], names: Mapping[str, Tensor]) -> list[L
     return _Finder(nodes, names).layers()
 
 
+def constants(nodes: Sequence[fx.Node]) -> dict[fx.Node, bool]:
+    """Which nodes are made of parameters alone."""
+    constant: dict[fx.Node, bool] = {}
+    for node in nodes:
+        sources = node.all_input_nodes
+        constant[node] = node.op == "get_attr" or (
+            node.op == "call_function"
+            and bool(sources)
+            and all(constant[source] for source in sources)
+        )
+    return constant
+
+
 class _Finder:
     def __init__(self, nodes: Sequence[fx.Node], names: Mapping[str, Tensor]) -> None:
         self.nodes = nodes
         self.names = names
         self.numbers = {node: number for number, node in enumerate(nodes)}
-        self.constant: dict[fx.Node, bool] = {}
-        for node in nodes:  # made of parameters alone
-            sources = node.all_input_nodes
-            self.constant[node] = node.op == "get_attr" or (
-                node.op == "call_function"
-                and bool(sources)
-                and all(self.constant[source] for source in sources)
-            )
+        self.constant = constants(nodes)
 
     def layers(self) -> list[Layer]:
         found = [layer for node in self.nodes for layer in self._product(node)]
@@ -172,10 +178,11 @@ class _Finder:
 
     def _affine(self, op: fx.Node, source: fx.Node, packet: Any, shape: Shape, dim: int) -> bool:
         """Whether an op keeps the channels apart and is affine in ``source``."""
+        target: Any = op.target
         args: Any = op.args
         if len(args) != 2 or op.kwargs or op.meta["shape"] != shape or args[0] is args[1]:
             return False
-        if op.target._schema.is_mutable and args[0] is not source:  # type: ignore[union-attr]
+        if target._schema.is_mutable and args[0] is not source:
             return False  # writes into the other one
         if packet in (aten.div, aten.div_) and args[0] is not source:
             return False
@@ -199,7 +206,7 @@ def _columns(shape: Shape, window: Window, flipped: bool) -> int:
 
 
 def _shortened(layer: Layer, chain: tuple[int, ...]) -> Layer:
-    return layer if chain == layer.chain else Layer(**{**vars(layer), "chain": chain})
+    return layer if chain == layer.chain else replace(layer, chain=chain)
 
 
 def slope_of(layer: Layer, nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, Any]) -> Tensor:
@@ -224,8 +231,10 @@ def slope_of(layer: Layer, nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, A
         values: dict[fx.Node, Any] = {first: start}
         for number in layer.chain:
             node = nodes[number]
-            if node.target is operator.getitem:
-                values[node] = values[node.args[0]][node.args[1]]  # type: ignore[index]
+            target: Any = node.target
+            args: Any = node.args
+            if target is operator.getitem:
+                values[node] = values[args[0]][args[1]]
                 continue
             if other_activation(node, values, tensors) is not None:
                 source = next(n for n in node.all_input_nodes if n in values)
@@ -233,9 +242,8 @@ def slope_of(layer: Layer, nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, A
                 values[node] = sign * values[source]
                 continue
             known = {**{n: _double(t) for n, t in tensors.items()}, **values}
-            args: Any
-            args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
-            values[node] = node.target(*_fresh(args), **kwargs)  # type: ignore[operator]
+            args, kwargs = fx.map_arg((args, node.kwargs), known.__getitem__)
+            values[node] = target(*_fresh(args), **kwargs)
         found.append(values[nodes[layer.end]].reshape(-1))
     return found[1] - found[0]
 

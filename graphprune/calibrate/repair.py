@@ -3,19 +3,21 @@
 Both models run side by side on the calibration batches. Where a layer ends, its weights are moved
 by the ridge regression of the difference between the two models on the inputs that the small layer
 is given. These inputs, and what else goes into the difference, come from layers that were refitted
-before: their errors are made up for.
+before: their errors are made up for. Then the layers of a segment may be moved together (joint).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
+from graphprune.calibrate.joint import Joint
 from graphprune.calibrate.layers import Layer, find_layers, slope_of
 from graphprune.calibrate.replay import Replay, aten, last_uses, same_ops
+from graphprune.calibrate.segments import segments
 
 WIDEST = 4096  # columns that are refitted at once
 _EXACT = 1e-12  # of the energy: nothing to repair
@@ -29,7 +31,7 @@ class Refit:
     Attributes:
         layer: the module, or the parameter where the root holds it.
         before, after: the squared error at the end of the layer as a fraction of the variance
-            there, on the sampled places.
+            there, on the sampled places; after a joint refit on all places.
         note: why it was left alone; empty when it was refitted.
     """
 
@@ -92,6 +94,7 @@ class Repair:
         ridge: float,
         rows: int,
         seed: int,
+        sweeps: int = 0,
     ) -> None:
         self.original, self.small, self.kept = original, small, kept
         self.weights, self.ridge = weights, ridge
@@ -100,6 +103,9 @@ class Repair:
         self.nodes = small.nodes[0]
         same_ops(original.nodes[0], self.nodes, "in the small model")
         self.layers = find_layers(self.nodes, small.tensors)
+        self.sweeps = sweeps
+        self.orders = torch.Generator().manual_seed(seed)
+        self.segments = dict(segments(original, small, self.layers)) if sweeps else {}
         self.versions: dict[int, list[int]] = {}
 
     def run(self, tick: Callable[[], None] = lambda: None) -> list[Refit]:
@@ -113,6 +119,9 @@ class Repair:
             for number in (layer.node, *layer.chain):
                 for node in (self.nodes[number], *self.nodes[number].all_input_nodes):
                     held[numbers[node]] = max(held.get(numbers[node], 0), layer.end)
+        for layer, segment in self.segments.items():
+            for number in segment.inputs:
+                held[number] = max(held.get(number, 0), layer.end)
         leaving: dict[int, list[int]] = {}
         for when, which in last_uses(self.nodes, held):
             leaving.setdefault(when, []).append(which)
@@ -122,7 +131,7 @@ class Repair:
             self.small.step(number)
             if number in starting:
                 self.versions[number] = self._versions(starting[number])
-            found += [self._fit(layer) for layer in ending.get(number, ())]
+            found += [self._together(layer, self._fit(layer)) for layer in ending.get(number, ())]
             for which in leaving.get(number, ()):
                 self.original.free(which)
                 self.small.free(which)
@@ -158,6 +167,15 @@ class Repair:
             self._move(layer, change, block)
             self._shift(layer, shift.reshape(-1) if centred else None, norm)
         return Refit(layer.name, before, max(after, 0.0))
+
+    def _together(self, layer: Layer, refit: Refit) -> Refit:
+        """Refit the layers before this one once more, together with it."""
+        keep = self._outputs(layer)
+        if refit.note or keep is None or layer not in self.segments:
+            return refit
+        joint = Joint(self.original, self.small, self.segments[layer], keep)
+        after = joint.refit(self.sweeps, self.orders)
+        return refit if after is None else replace(refit, after=after)
 
     def _obstacle(self, layer: Layer) -> str:
         """Why a layer cannot be refitted."""

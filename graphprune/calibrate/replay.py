@@ -51,7 +51,7 @@ class Replay:
         records, values = [], []
         for batch in batches:
             call = Call(batch.args, batch.kwargs)
-            key = str(call)
+            key = repr(call.map(lambda tensor: tensor.to("meta")))  # shapes, and what is no tensor
             if key not in known:
                 known[key] = _recorded(model, call)
             records.append(known[key])
@@ -74,6 +74,7 @@ class Replay:
         """The value of one op for one batch, given those it reads."""
         if node.target is leak:
             return None
+        target: Any = node.target
         args: Any
         kwargs: Any
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
@@ -85,7 +86,7 @@ class Replay:
             return grouped_mm(*args, **kwargs)
         if node.target is aten.view.default:  # strides may differ from the recorded ones
             return aten.reshape.default(*args)
-        return node.target(*args, **kwargs)  # type: ignore[operator]
+        return target(*args, **kwargs)
 
     def value(self, which: int, number: int) -> Any:
         """The value of a node for one batch."""

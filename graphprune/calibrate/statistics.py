@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from graphprune.batches import device_of, forward
+from graphprune.batches import device_of, evaluated, forward
 from graphprune.errors import InputError
 
 
-def reestimate(
-    model: nn.Module, data: Iterable[Any], tick: Callable[[], None] = lambda: None
-) -> list[str]:
+def reestimate(model: nn.Module, data: Iterable[Any]) -> list[str]:
     """Replace the running statistics of every BatchNorm by averages over batches.
 
     The model runs in eval mode but for its BatchNorms, so that dropout stays off.
@@ -23,7 +21,6 @@ def reestimate(
     Args:
         model: what is changed.
         data: batches.
-        tick: called after every batch.
 
     Returns:
         The names of the BatchNorms.
@@ -41,30 +38,26 @@ def reestimate(
             "the small model has no BatchNorm with running statistics: "
             'pass method="repair" or method="bias"'
         )
-    modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms.values()]
     known = [(b, b.detach().clone()) for norm in norms.values() for b in norm.buffers()]
     counts = [n.num_batches_tracked for n in norms.values() if n.num_batches_tracked is not None]
     before = [count.detach().clone() for count in counts]
     device = device_of(model)
-    model.eval()
-    for norm in norms.values():
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
-        norm.training = True
+    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluated(model):
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.training = True
             for batch in data:
                 forward(model, batch)
-                tick()
     except BaseException:
         with torch.no_grad():
             for buffer, value in known:
                 buffer.copy_(value)
         raise
     finally:
-        for module, training in modes:
-            module.training = training
         for norm, momentum in momenta:
             norm.momentum = momentum
         for count, value in zip(counts, before):
