@@ -39,6 +39,11 @@ class Slot:
         """The qualified name of the module that holds the tensor."""
         return self.tensor.rpartition(".")[0]
 
+    @property
+    def layer(self) -> str:
+        """The module, for people; the tensor itself, where the model holds it."""
+        return self.module or self.tensor
+
 
 @dataclass(frozen=True)
 class Member:
@@ -80,8 +85,11 @@ class Group:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the modules whose parameters the group ties, in order."""
-        return tuple(dict.fromkeys(member.slot.module for member in self.members))
+        """Names of the modules whose parameters the group ties, in order.
+
+        A parameter of the model itself stands there by its own name.
+        """
+        return tuple(dict.fromkeys(member.slot.layer for member in self.members))
 
     @property
     def slots(self) -> tuple[tuple[str, int], ...]:

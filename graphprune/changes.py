@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from graphprune.errors import PlanError
 from graphprune.sites import Site
 from graphprune.sizes import Attribute
 
@@ -66,6 +67,11 @@ class SlotPlan:
 
     def then(self, later: SlotPlan) -> SlotPlan:
         """This change followed by one of the small tensor."""
+        if later.size != self.width:
+            raise PlanError(
+                f"the later plan expects {later.size} channels in dimension {self.dim} of "
+                f"{self.tensor!r}, where {self.width} are left: make it for the small model"
+            )
         blocks = math.lcm(self.blocks, later.blocks)
         mine, others = (
             [block for block in slot.by_block for _ in range(blocks // slot.blocks)]

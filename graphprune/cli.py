@@ -17,6 +17,8 @@ from rich.markup import escape
 
 from graphprune.api import rebuild
 from graphprune.checkpoint import load, save
+from graphprune.criteria import criteria, find
+from graphprune.criteria.registry import WEIGHTS
 from graphprune.errors import GraphPruneError, InputError, PruningWarning, VerificationError
 from graphprune.graph import trace
 from graphprune.loading import load_model, load_weights, parse_inputs
@@ -85,10 +87,13 @@ def shrink(
         list[str],
         typer.Option(help="What it may cost: macs=0.5, params=2M, bytes, memory, latency=8ms."),
     ] = [],  # noqa: B006
-    criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "l2",
+    criterion: Annotated[
+        str, typer.Option(help="How channels are scored, from weights alone: l1, l2, lamp, ...")
+    ] = "l2",
     scope: Annotated[
-        str, typer.Option(help="local: of every group; global: over all; isomorphic: of a kind.")
-    ] = "local",
+        str | None,
+        typer.Option(help="local: of every group; global: over all; isomorphic: of a kind."),
+    ] = None,
     keep: Annotated[list[str], typer.Option(help="Layers that keep all channels (glob).")] = [],  # noqa: B006
     ratios: Annotated[list[str], typer.Option(help="Of some layers: 'layer3.*=0.6'.")] = [],  # noqa: B006
     min_kept: Annotated[float, typer.Option(help="Smallest fraction a group keeps.")] = 0.0,
@@ -108,9 +113,9 @@ def shrink(
     """Remove channels from a model and save what is left."""
     with _session(as_json) as session:
         _check_folders(out, plan)
+        _check_criterion(criterion)
         options: Options = {
             "criterion": criterion,
-            "scope": scope,
             "keep": keep,
             "seed": seed,
             "round_to": round_to,
@@ -118,6 +123,8 @@ def shrink(
             "threads": threads,
             "ratios": {name: _number("ratios", text) for name, text in _pairs("ratios", ratios)},
         }
+        if scope is not None:
+            options["scope"] = scope
         if target:
             options["target"] = dict(_pairs("target", target))
         if min_kept:
@@ -301,13 +308,29 @@ def _model(text: str, weights: Path | None, seed: int) -> Any:
     return model
 
 
+def _check_criterion(name: str) -> None:
+    """The command line has no data to give."""
+    needs = sorted(find(name).needs - WEIGHTS)
+    if needs:
+        raise InputError(
+            f"criterion {name!r} needs {' and '.join(needs)} of data, and the command line takes "
+            "none: call graphprune.rebuild(model, ..., data=batches) in Python, or choose one of "
+            f"{', '.join(known for known in criteria() if find(known).needs <= WEIGHTS)}"
+        )
+
+
+_EXAMPLES = {"target": "macs=0.5", "ratios": "'layer3.*=0.6'"}
+
+
 def _pairs(option: str, texts: list[str]) -> list[tuple[str, str]]:
     """``name=value`` texts, taken apart."""
     pairs = []
     for text in texts:
         name, equals, value = text.partition("=")
         if not equals or not name or not value:
-            raise InputError(f"--{option} is written name=value, such as macs=0.5; got {text!r}")
+            raise InputError(
+                f"--{option} is written name=value, such as {_EXAMPLES[option]}; got {text!r}"
+            )
         pairs.append((name, value))
     return pairs
 

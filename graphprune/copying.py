@@ -49,7 +49,8 @@ def copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     memo[id(module)] = clone
     state = vars(clone)
     for name, value in vars(module).items():
-        state[name] = _copy(value, memo)
+        if name != "_compiled_call_impl":  # bound to the original; torch's copies lose it as well
+            state[name] = _copy(value, memo)
     return clone
 
 

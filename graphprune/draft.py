@@ -200,7 +200,7 @@ def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
     named = [group for group in analysis.all_groups if fnmatch.fnmatchcase(group.name, pattern)]
     names = [name for name in analysis.names if _matches(pattern, name)]
     if not names and not named:
-        layers = sorted({name.rpartition(".")[0] for name in analysis.names})
+        layers = sorted({name.rpartition(".")[0] or name for name in analysis.names})
         raise InputError(f"{what} {pattern!r} matches no layer; layers: {shorten(layers, 12)}")
     tensors = {analysis.names[name] for name in names}
     return [
@@ -222,6 +222,6 @@ def why(analysis: Analysis, groups: Iterable[Group] | None = None, most: int = 6
     lines: dict[str, list[str]] = {}
     frozen = (group for group in analysis.all_groups if group.frozen)
     for group in frozen if groups is None else groups:
-        lines.setdefault(group.note, []).append(shorten(group.layers, 2))
+        lines.setdefault(group.note, []).extend(group.layers)
     shown = list(lines.items())[:most]
-    return "\n".join(f"  {reason}: {shorten(layers, 3)}" for reason, layers in shown)
+    return "\n".join(f"  {reason}: {shorten(dict.fromkeys(layers), 3)}" for reason, layers in shown)

@@ -110,7 +110,7 @@ def _block(layer: str) -> str:
 
 
 def _leaf(layer: str) -> str:
-    return layer.rpartition(".")[2] or "(root)"
+    return layer.rpartition(".")[2]
 
 
 def _longest(texts: Iterable[str]) -> int:
@@ -121,7 +121,7 @@ def _layers(analysis: Analysis, groups: Sequence[Group]) -> list[str]:
     """The modules whose parameters groups touch, in the order in which they run."""
     touched = {name for group in groups for name in group.layers}
     used = [
-        str(node.target).rpartition(".")[0]
+        str(node.target).rpartition(".")[0] or str(node.target)
         for record in analysis.records
         for node in record.graph.nodes
         if node.op == "get_attr"
@@ -139,7 +139,7 @@ def _bands(groups: Sequence[Group], rows: Mapping[str, int]) -> list[_Band]:
         ends: list[int] = []  # the last row taken in each lane
         for group in sorted(part, key=lambda g: min(rows[name] for name in g.layers)):
             touched = {
-                rows[name]: all(m.reads for m in group.members if m.slot.module == name)
+                rows[name]: all(m.reads for m in group.members if m.slot.layer == name)
                 for name in group.layers
             }
             start = min(touched)

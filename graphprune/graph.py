@@ -18,7 +18,7 @@ from graphprune.errors import InputError
 from graphprune.feasible import Settled, analyse
 from graphprune.inputs import Call, infer
 from graphprune.options import Options, Request
-from graphprune.plan import Plan, shorten
+from graphprune.plan import CELL, Plan, shorten
 from graphprune.planning import assemble, check_follows, check_kept, make_plan
 from graphprune.sensitivity import Sensitivity, sensitivity
 from graphprune.table import render
@@ -112,7 +112,7 @@ class ChannelGraph:
                 elif slot.module == name and not member.reads:
                     found.append((1, -position, group))
         if not found:
-            layers = shorten(sorted({slot.module for slot in self.analysis.slots}), 12)
+            layers = shorten(sorted({slot.layer for slot in self.analysis.slots}), 12)
             raise InputError(f"no channels of {name!r} in this graph; layers: {layers}")
         return max(found, key=lambda item: item[:2])[2]
 
@@ -230,7 +230,7 @@ class ChannelGraph:
     def __str__(self) -> str:
         """A table of all groups."""
         rows = [
-            (group.name, group.size, group.kind, shorten(group.layers), group.note)
+            (group.name, group.size, group.kind, shorten(group.layers, width=CELL), group.note)
             for group in self.analysis.all_groups
         ]
         title = (

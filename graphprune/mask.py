@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from graphprune.analysis import Analysis
 from graphprune.blocks import fine_labels
 from graphprune.copying import copy_module
-from graphprune.errors import PlanError
+from graphprune.errors import InputError, PlanError
 from graphprune.inputs import Call
 from graphprune.kernels import grouped_mm
 from graphprune.modes import leak
@@ -48,6 +48,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
 
     Raises:
         PlanError: the plan does not fit the model.
+        InputError: ``plan`` is no plan.
 
     Example:
         >>> import torch, graphprune
@@ -58,6 +59,11 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         >>> torch.allclose(graphprune.mask(net, plan)(x), small(x), atol=1e-6)
         True
     """
+    if not isinstance(plan, Plan):
+        raise InputError(
+            "plan must be a Plan, such as graphprune.trace(model).plan(0.5) makes; "
+            f"got {type(plan).__name__}"
+        )
     plan.check(model)
     if plan.scales and not plan.exact:
         raise PlanError(

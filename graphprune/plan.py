@@ -38,6 +38,7 @@ from graphprune.table import render
 FORMAT = "graphprune-plan"
 VERSION = 3
 SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower precision
+CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange", "Plan",
            "Rescale", "SizeChange", "SlotPlan", "fingerprint", "runs", "share", "shorten",
            "tensors_of", "unrun"]  # fmt: skip
@@ -234,7 +235,7 @@ class Plan:
         """This plan followed by one for the model it makes, as one plan for the original.
 
         Args:
-            later: a plan for a model made by this one.
+            later: a plan for a model made by this one; any other is a ``PlanError``.
         """
         first = {(slot.tensor, slot.dim): slot for slot in self.slots}
         slots = dict(first)
@@ -271,7 +272,7 @@ class Plan:
                 group.name,
                 f"{group.size} -> {len(group.kept)}",
                 "exact" if group.exact else "renormalising",
-                shorten(group.layers),
+                shorten(group.layers, width=CELL),
             )
             for group in self.groups
         ]
@@ -292,9 +293,11 @@ def share(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 
-def shorten(names: Iterable[str], most: int = 4) -> str:
-    """A list of names for a table cell."""
+def shorten(names: Iterable[str], most: int = 4, width: int = 0) -> str:
+    """A list of names for a table cell: some, and one at least, of about ``width`` in all."""
     names = list(names)
+    while width and most > 1 and len(", ".join(names[:most])) > width:
+        most -= 1
     rest = len(names) - most
     return ", ".join(names[:most]) + (f", ... ({rest} more)" if rest > 0 else "")
 
@@ -315,10 +318,10 @@ def _digest(text: str) -> str:
 
 
 def _text(source: str | Path) -> tuple[str, str]:
-    if isinstance(source, Path) or not source.lstrip().startswith(("{", "[")):
+    if not isinstance(source, str) or not source.lstrip().startswith(("{", "[")):
         try:
             return Path(source).read_text(), str(source)
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, TypeError, ValueError) as error:
             raise PlanError(f"cannot read a plan from {str(source)[:80]!r}: {error}") from None
     return source, "the text"
 

@@ -37,7 +37,7 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
     draft = Draft(model, call, settled, request)
     while True:
         if not draft.analysis.groups:
-            reasons = why(draft.analysis)
+            reasons = why(draft.analysis) or "  its forward read no parameter of its own"
             raise InputError(f"no channel of this model can be removed:\n{reasons}")
         told = {**request.said(), "criterion": name_of(request.criterion)}
         try:

@@ -23,6 +23,7 @@ from graphprune.sites import Site, find_site, forward_of
 from graphprune.sizes import Comparison, Extent, Scale, Size, extents, plain
 from graphprune.skeleton import named_modules, named_tensors
 
+_functorch: Any = torch._C._functorch
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _HERE = str(Path(__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("trace.py"))
@@ -39,8 +40,9 @@ class Record:
     """One recorded forward pass.
 
     Each node has ``meta``: ``shape``, ``dtype``, ``module`` (qualified name of the innermost
-    module running), ``line`` (``file:line`` of the user's code) and ``numbers`` (the ints given to
-    the torch function that called it, and the floats computed from sizes).
+    module running), ``line`` (``file:line`` of the user's code), ``numbers`` (the ints given to
+    the torch function that called it, and the floats computed from sizes) and ``transformed``
+    (whether it ran inside ``torch.vmap`` or its kind, where dimensions are hidden).
     """
 
     training: bool
@@ -106,6 +108,8 @@ class Recorder:
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; parameters and unknown tensors become ``get_attr`` nodes."""
+        while _functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap or grad
+            tensor = _functorch.get_unwrapped(tensor)
         node = self.nodes.get(id(tensor))
         if node is None and id(tensor) in self.parts:
             return self.part(tensor)
@@ -128,6 +132,7 @@ class Recorder:
             numbers=self.numbers,
             paths=self.paths,
             site=self.site(frame) if self.numbers or target in _SCALED else None,
+            transformed=_functorch.peek_interpreter_stack() is not None,
         )
         if isinstance(out, Tensor):
             self.register(node, out)

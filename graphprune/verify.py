@@ -69,7 +69,7 @@ def verify(
         model: the original.
         small_or_plan: what :func:`rebuild` returned, or a plan.
         example_inputs: as for :func:`trace`; inferred when absent.
-        dtype: the precision to compare in.
+        dtype: the precision to compare in: float64, float32, float16 or bfloat16 of torch.
         tolerance: the largest relative difference allowed; 1e-10 in float64, 1e-5 in float32.
         seed: for the random inputs.
 
@@ -78,7 +78,8 @@ def verify(
 
     Raises:
         VerificationError: names the first module that differs.
-        InputError: ``small_or_plan`` is neither a plan nor a model that carries one.
+        InputError: ``small_or_plan`` is neither a plan nor a model that carries one, or ``dtype``
+            or ``tolerance`` is wrong.
         PlanError: the plan does not belong to ``model``.
 
     Example:
@@ -99,7 +100,12 @@ def verify(
             "without a graphprune_plan"
         )
     plan.check(model)
-    tolerance = TOLERANCES.get(dtype, 1e-5) if tolerance is None else tolerance
+    if dtype not in TOLERANCES:
+        names = ", ".join(map(str, TOLERANCES))
+        raise InputError(f"dtype must be one of {names}; got {dtype!r}")
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise InputError(f"tolerance must be a number of at least 0; got {tolerance!r}")
     call = (
         infer(model, lambda c: record(model, c, False, devices=("meta",)))[0]
         if example_inputs is None

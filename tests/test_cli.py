@@ -243,11 +243,19 @@ def test_ratios_of_layers() -> None:
     assert document(result)["plan"]["plan"]["after"]["params"] == 3 * 7 + 3 * 4
 
 
+def test_a_scope_is_left_to_the_target_unless_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphprune.cli.rebuild", lambda *args, **options: 1 / ("scope" in options))
+    for options, error in (((), ZeroDivisionError), (("--scope", "global"), AttributeError)):
+        assert isinstance(call("shrink", "zoo_for_tests:net", *options).exception, error)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--target", "macs"), "--target is written name=value, such as macs=0.5; got 'macs'"),
         (("--target", "flops=2"), "unknown target 'flops'"),
+        (("--ratios", "0"), "--ratios is written name=value, such as 'layer3.*=0.6'; got '0'"),
+        (("--criterion", "wanda"), "and the command line takes none: call graphprune.rebuild("),
         (("--ratios", "0=half"), "--ratios needs a number after the sign =, got 'half'"),
         (("--ratio", "0.5", "--target", "macs=0.5"), "both a ratio (0.5) and a target (macs)"),
     ],

@@ -27,6 +27,12 @@ NEEDS = {"lightning_prune": ["lightning"], "trainer_prune": ["transformers", "ac
 MACHINE = re.compile(rf"(?<![\w./~-])/({'|'.join(('work', 'tmp', 'root', 'home', 'opt'))})/\w")
 
 
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    """What is shown may register criteria; other tests do not see them."""
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+
+
 @pytest.fixture
 def scripts(monkeypatch):
     """The scripts of the docs folder, importable."""
@@ -108,8 +114,7 @@ class Finder(doctest.DocTestFinder):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_docstrings(name, monkeypatch):
-    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
+def test_examples_of_docstrings(name):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
     report: list[str] = []
     module = importlib.import_module(name)

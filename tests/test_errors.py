@@ -257,3 +257,29 @@ def test_nothing_removed_is_a_warning_with_reasons():
 def test_every_error_is_one_of_ours():
     for name in ("InputError", "ModelError", "PlanError", "TraceError"):
         assert issubclass(getattr(graphprune.errors, name), GraphPruneError)
+
+
+def test_what_is_no_plan(model):
+    plan = graphprune.trace(model, X).plan(0.5)
+    with pytest.raises(InputError, match=r"plan must be a Plan, such as .*; got float"):
+        graphprune.mask(model, 0.5)
+    with pytest.raises(PlanError, match="cannot read a plan from 'None'"):
+        graphprune.Plan.from_json(None)
+    with pytest.raises(PlanError, match=r"expects 8 channels .* where 4 are left: make it for the"):
+        plan.then(plan)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float32"}, r"dtype must be one of torch.float64, .*; got 'float32'"),
+        ({"dtype": torch.int8}, r"dtype must be one of .*; got torch.int8"),
+        ({"tolerance": "small"}, "tolerance must be a number of at least 0.* got 'small'"),
+        ({"tolerance": -1.0}, "tolerance must be a number of at least 0.* got -1.0"),
+        ({"tolerance": float("nan")}, "tolerance must be a number of at least 0.* got nan"),
+    ],
+)
+def test_how_to_verify(model, options, message):
+    small = graphprune.rebuild(model, 0.5, X)
+    with pytest.raises(InputError, match=message):
+        graphprune.verify(model, small, X, **options)

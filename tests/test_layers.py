@@ -14,7 +14,7 @@ from zoo.branches import Block, CifarResNet
 from zoo.registry import conv, sandwich
 
 import graphprune
-from graphprune.errors import GraphPruneError, PlanError, PruningWarning
+from graphprune.errors import GraphPruneError, InputError, PlanError, PruningWarning
 
 X = torch.zeros(2, 3, 8, 8)
 LAYERS = {  # layer after 8 channels, the sizes it remembers at half of them
@@ -170,3 +170,34 @@ def test_a_plan_fits_every_instance_of_the_architecture():
     damaged = dataclasses.replace(plan, architecture="another")
     with untouched(second), pytest.raises(PlanError, match="another architecture"):
         graphprune.rebuild(second, damaged)
+
+
+def test_parameters_of_the_model_itself_go_by_their_names(tmp_path):
+    class Bare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Parameter(torch.randn(3, 8)), nn.Parameter(torch.randn(8, 3))
+
+        def forward(self, x):
+            return (x @ self.up).relu() @ self.down
+
+    graph = graphprune.trace(Bare(), torch.randn(2, 3))
+    assert [group.layers for group in graph.groups] == [("up", "down")]
+    assert "up, down" in str(graph.plan(0.5))
+    with pytest.raises(InputError, match="layers: down, up"):
+        graph.group_of("upp")
+    assert "<!-- down -->" in graph.draw(tmp_path / "bare.svg").read_text()
+
+
+def test_what_was_compiled_in_place_is_recorded_plain_and_comes_out_plain():
+    torch.manual_seed(0)
+    model = sandwich(nn.Sequential(conv(8, 8), nn.ReLU())).eval()
+    wanted = graphprune.rebuild(model, 0.5, X)
+    model.compile(backend="eager")
+    model.act.compile(backend="eager")
+    small = graphprune.rebuild(model, 0.5, X)
+    assert small.graphprune_plan == wanted.graphprune_plan
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(call(small, X + 1), call(wanted, X + 1)), "it runs its own weights"

@@ -38,6 +38,12 @@ def tokens(net, y):
     return net.more["norm"](y.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, (8, 8))
 
 
+def nothing(net, y):
+    """A layer that no sample of the example inputs reaches."""
+    rows = y[y.sum((1, 2, 3)) > 1e6]
+    return y + net.more["own"](rows.flip(2)).sum(0)
+
+
 CASES = {
     "slice of one channel": (lambda net, y: y * y[:, 5:6], {}),
     "channel by index": (lambda net, y: y + y[:, 5][:, None], {}),
@@ -59,6 +65,16 @@ CASES = {
         {},
     ),
     "batch norm over positions": (tokens, {"norm": lambda: nn.BatchNorm1d(64)}),
+    "pointwise inside vmap": (lambda net, y: y + torch.vmap(torch.sin, 1, 1)(y), {}),
+    "layer inside vmap": (
+        lambda net, y: torch.vmap(net.more["own"])(y.transpose(1, 3)).transpose(1, 3),
+        {"own": lambda: nn.Linear(16, 16)},
+    ),
+    "width that a layer remembers": (
+        lambda net, y: y / math.sqrt(net.first.out_channels) + 1 / net.second.in_channels,
+        {},
+    ),
+    "nothing selected": (nothing, {"own": lambda: nn.Conv2d(16, 16, 1)}),
     "smallest magnitude": (lambda net, y: y * y.norm(p=-math.inf, dim=1, keepdim=True), {}),
 }
 

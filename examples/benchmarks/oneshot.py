@@ -39,7 +39,7 @@ BEST = "reconstruction"
 STATES = ("as is", "BatchNorm", "repair")
 PEER = "Torch-Pruning"
 SELECTION, FEW, MANY = 1024, 512, 4096  # images to choose with, for all rows, for the targets
-SWEEPS = 2  # of the joint refit, for the targets
+SWEEPS = 1  # of the joint refit, for the targets
 
 
 @dataclass(frozen=True)
@@ -73,14 +73,14 @@ def mixed(x: Tensor, generator: torch.Generator) -> Tensor:
     return share * x + (1 - share) * x[torch.randperm(len(x), generator=generator)]
 
 
-def calibration(count: int, seed: int = 0) -> list[Tensor]:
+def calibration(count: int, size: int = 128, seed: int = 0) -> list[Tensor]:
     """Batches of training images, shifted, half of them mixed."""
     generator = torch.Generator().manual_seed(seed)
     x = images("train")[0]
     x = shifted(x[torch.randperm(len(x), generator=generator)[:count]], generator)
     half = len(x) // 2
     x = torch.cat([mixed(x[:half], generator), x[half:]])
-    return list(x[torch.randperm(len(x), generator=generator)].split(128))
+    return list(x[torch.randperm(len(x), generator=generator)].split(size))
 
 
 def labelled(count: int) -> list[tuple[Tensor, Tensor]]:
@@ -122,7 +122,7 @@ def shrink(
         if state != "as is":
             method = {"BatchNorm": "batchnorm", "repair": "repair"}[state]
             plain = [batch for batch, _ in labelled(count)]
-            data = calibration(count) if state == "repair" else plain
+            data = calibration(count, 64) if state == "repair" else plain
             joint = sweeps if state == "repair" else 0
             graphprune.calibrate(small, model, data, method=method, sweeps=joint)
         spent += time.perf_counter() - start

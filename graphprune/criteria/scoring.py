@@ -140,8 +140,7 @@ def _report(entry: Entry, unseen: Sequence[tuple[Group, str]], some: bool, most:
     """Say which groups a criterion cannot see."""
     reasons: dict[str, list[str]] = {}
     for group, reason in unseen:
-        layers = ", ".join(layer or "the model itself" for layer in group.layers[:2])
-        reasons.setdefault(reason, []).append(f"{group.name} ({layers})")
+        reasons.setdefault(reason, []).append(f"{group.name} ({', '.join(group.layers[:2])})")
     lines = [
         f"  {reason}: {', '.join(names[:most])}" + (", ..." if len(names) > most else "")
         for reason, names in reasons.items()

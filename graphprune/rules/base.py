@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ids import Alternatives, Layers, Shape, Ties, align, along, varying
-from graphprune.rules.registry import RULES, Reason, Value, op_name, unused, writes_out
+from graphprune.rules.registry import RULES, Reason, Value, op_name, unruly, unused
 
 aten = torch.ops.aten
 
@@ -121,7 +121,7 @@ class Walk:
         constant = bool(inputs) and all(value.constant for value in inputs)
         linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
         linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
-        rule = None if writes_out(node) else RULES.get(packet) or RULES.get(str(packet))
+        rule = None if unruly(node) else RULES.get(packet) or RULES.get(str(packet))
         if not any(value.layers for value in inputs) and not getattr(rule, "makes", False):
             result: Any = ()
         elif rule is not None:
@@ -220,7 +220,7 @@ class Walk:
         node = self.node
         assert node is not None
         for value in inputs:
-            self.freeze_value(value, self.reason(text or f"unknown op {op_name(node.target)}"))
+            self.freeze_value(value, self.reason(text or f"unknown op {op_name(node)}"))
         return ()
 
     def settle(self, value: Value, dims: Iterable[int], text: str) -> Layers:

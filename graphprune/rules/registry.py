@@ -82,10 +82,11 @@ def registered(target: Any) -> bool:
     return target in RULES
 
 
-def op_name(target: Any) -> str:
+def op_name(node: fx.Node) -> str:
     """The name of an op or of a custom autograd function, for reports."""
+    target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return str(target)
+        return f"{target} (inside vmap)" if node.meta.get("transformed") else str(target)
     if isinstance(getattr(target, "__self__", None), type):
         return f"{target.__self__.__name__} (autograd function)"
     return getattr(target, "__name__", str(target))
@@ -102,7 +103,12 @@ def unused(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-def writes_out(node: fx.Node) -> bool:
-    """Whether an op that is not pointwise writes into a tensor given as ``out``."""
+def unruly(node: fx.Node) -> bool:
+    """Whether an op is not what its rule is about.
+
+    It writes into a tensor given as ``out``, and is not pointwise; or ``torch.vmap`` hides
+    dimensions from it.
+    """
     name = getattr(node.target, "_overloadname", "")
-    return name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore
+    out = name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore
+    return out or bool(node.meta.get("transformed"))
