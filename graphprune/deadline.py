@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,48 @@ from graphprune.costs import Costs, Counts, Polynomials
 from graphprune.latency import Bench, Cache, Sample, fit
 from graphprune.select import Path
 
-_SAMPLES = 6  # shrunk models of random widths, from which times are fitted
+_SAMPLES = 8  # shrunk models of random widths, from which times are fitted
 _NARROWEST = 0.25
 _ROUNDS = 7  # of search, emission and measurement
 _NEAR = 0.97  # of the limit used, and of the prediction met: good enough
 _NARROW = 0.6  # 0: only MACs count, and some groups nearly vanish; 1: all groups get narrower
 _CHUNKS = 40  # in which a group loses its channels, while the order of the groups is found
+
+
+class Curve:
+    """Measured latency, as a fraction of the original's, over the latency that the fit foresees.
+
+    Lines join what was measured; below it the first line goes on.
+    """
+
+    def __init__(self, whole: float) -> None:
+        self.points = {whole: 1.0}
+
+    def add(self, units: float, share: float) -> None:
+        """One more model was measured."""
+        self.points[units] = share
+
+    def share(self, units: float) -> float:
+        """What is to be measured where the fit foresees so much."""
+        x, y = self._line()
+        below = min(units - x[0], 0) * self._slope(x, y)
+        return max(float(np.interp(units, x, y) + below), 0.1 * float(y[0]))
+
+    def units(self, share: float) -> float:
+        """What the fit foresees where a fraction is measured."""
+        x, y = self._line()
+        below = min(share - y[0], 0) / self._slope(x, y)
+        return max(float(np.interp(share, y, x) + below), 0.1 * float(x[0]))
+
+    def _line(self) -> tuple[np.ndarray, np.ndarray]:
+        x = np.array(sorted(self.points))
+        return x, np.maximum.accumulate([self.points[at] for at in x])
+
+    def _slope(self, x: np.ndarray, y: np.ndarray) -> float:
+        """Of the first line, and about that of a line from the origin."""
+        straight = y[0] / x[0]
+        rising = (y[1] - y[0]) / (x[1] - x[0]) if len(x) > 1 else straight
+        return float(np.clip(rising, straight / 3, straight))
 
 
 @dataclass
@@ -49,49 +85,44 @@ class Deadline:
         Raises:
             Unreachable: no model on the path is fast enough.
         """
-        samples = self._samples()
+        part = fit(self.budget.costs, self._samples())
+        whole = self._of(part, self.path.full)
+        path = self.path if along is None else along(self._order(part))
         target = self.budget.targets["latency"]
         best: tuple[tuple[bool, float], Counts, dict[str, Any]] | None = None
         nearest = math.inf
-        anchor: Sample | None = None
-        path, slack, share = self.path, 1.0, 0.0
+        curve = Curve(whole)
+        aim = curve.units(target.of(whole) / whole)
+        slack = 1.0
         for turn in range(_ROUNDS):
-            part = fit(self.budget.costs, samples, anchor)
-            whole = samples[0].total
-            share = share or target.of(whole) / whole
-            self.budget.time(part, whole, slack * share * whole)
-            if along is not None and turn == 0:
-                path = along(self._order(part))
+            self.budget.time(part, whole, aim)
             try:
                 counts = self.budget.search(path)
             except Unreachable:
                 if best is None:
                     raise
-                break  # by the fit as it is now; what was measured counts
-            small = self.emit(counts)
-            before, after = self._measured(small)
-            limit = target.of(before)
-            share = limit / before
+                break  # as foreseen now; what was measured counts
+            before, after = self._measured(self.emit(counts))
+            limit, share = target.of(before), after / before
             nearest = min(nearest, after)
-            predicted = self._of(part, counts) / whole * before
+            units = self._of(part, counts)
+            predicted = curve.share(units)
             found = {
                 "device": str(self.bench),
                 "before": before,
-                "predicted": predicted,
+                "predicted": predicted * before,
                 "measured": after,
             }
-            accurate = _NEAR <= after / predicted <= 1 / _NEAR
+            accurate = _NEAR <= share / predicted <= 1 / _NEAR
             merit = accurate and after >= 0.9 * limit, after / limit
             if after <= limit and (best is None or merit > best[0]):
                 best = merit, counts, found
             if after <= limit and accurate and after >= _NEAR * limit:
                 break
-            (anchor,) = self.bench.samples([small], [counts])
-            total = after / before * samples[0].total  # as it is beside the original
-            anchor = replace(anchor, total=total)
-            samples = [*samples, anchor]
+            curve.add(units, share)
             if after > limit and (accurate or turn > 1):
-                slack *= 0.99 * limit / after
+                slack *= 0.99
+            aim = curve.units(slack * limit / before)
         if best is None:
             raise Unreachable(
                 f"at most {amount_text('latency', limit)} latency was not met: the nearest "
@@ -104,9 +135,14 @@ class Deadline:
         return float(part.values(self.budget.costs.sizes(counts))[0])
 
     def _measured(self, small: nn.Module) -> tuple[float, float]:
-        """The shortest milliseconds of the original and of a small model, measured in turns."""
+        """Milliseconds of the original and of a small model, which ran in turns.
+
+        What slows the machine down for a while hits both: the median of the ratio is that of a
+        quiet one.
+        """
         before, after = self.bench.totals([self.model, small], self.bench.clock, seconds=2.0)
-        return min(before), min(after)
+        whole = float(np.median(before))
+        return whole, whole * float(np.median(np.array(after) / np.array(before)))
 
     def _samples(self) -> list[Sample]:
         """The whole model and some of random widths, from the cache where they are there."""

@@ -34,7 +34,7 @@ from graphprune.inputs import Call
 from graphprune.measure import cpu_threads, drawn, shared_copy
 from graphprune.modes import WHOLE
 
-_ROUNDS, _LEAST, _SECONDS = 3, 2, 0.1
+_ROUNDS, _LEAST, _SECONDS = 6, 1, 0.06
 _RUNS = 9
 _FEATURES = 4
 
@@ -271,13 +271,12 @@ class Cache:
 # --- fitting ----------------------------------------------------------------------------------
 
 
-def fit(costs: Costs, samples: Sequence[Sample], anchor: Sample | None = None) -> Polynomials:
+def fit(costs: Costs, samples: Sequence[Sample]) -> Polynomials:
     """Fit the times of all ops, as a polynomial of the costs.
 
     Args:
         costs: of the analysis; forms that are not known yet are added.
         samples: measured models.
-        anchor: one of the samples, at which the fit shall be right.
     """
     forms = costs.forms
     nodes = forms.analysis.records[0].ops
@@ -288,30 +287,19 @@ def fit(costs: Costs, samples: Sequence[Sample], anchor: Sample | None = None) -
         [polynomials.values(costs.sizes(np.array(s.counts, float))) for s in samples]
     ).reshape(len(samples), len(nodes), _FEATURES)
     times = np.array([_aligned(nodes, sample) for sample in samples])
-    near = np.array([4.0 if sample is anchor else 1.0 for sample in samples])
     total: Any = 0.0
     sums = np.zeros(len(samples))
     for number in range(len(nodes)):
         scale = np.maximum(known[:, number].max(0), 1.0)
-        weight = near / np.maximum(times[:, number], 1e-4)
+        weight = 1 / np.maximum(times[:, number], 1e-4)
         rows = known[:, number] / scale * weight[:, None]
         factors = nnls(rows, times[:, number] * weight)[0] / scale
-        fitted = known[:, number] @ factors
-        if anchor is not None:
-            place = samples.index(anchor)
-            shift = times[place, number] - fitted[place]
-            factors[0] += shift
-            fitted = fitted + shift
-        sums += fitted
+        sums += known[:, number] @ factors
         for feature, factor in zip(features[number * _FEATURES :][:_FEATURES], factors):
             if factor:
                 total = total + feature * float(factor)
     totals = np.array([sample.total for sample in samples])
-    if anchor is not None:
-        factor = anchor.total / sums[samples.index(anchor)]
-    else:
-        factor = float(np.median(totals / sums))
-    return Polynomials.of([total * factor])
+    return Polynomials.of([total * float(np.median(totals / sums))])
 
 
 def _features(node: fx.Node, forms: Forms) -> tuple[Any, Any, Any, Any]:

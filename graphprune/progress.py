@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def bar(description: str, total: int | None, wanted: bool) -> Iterator[Callable[[], None]]:
+def bar(description: str, total: int | None, wanted: bool) -> Iterator[Callable[..., None]]:
     """A progress bar while the block runs, if it is wanted and the error stream is a terminal.
 
     Args:
@@ -22,15 +22,17 @@ def bar(description: str, total: int | None, wanted: bool) -> Iterator[Callable[
         wanted: whether to show it.
 
     Yields:
-        What to call after every step.
+        What to call after every step, or with the number of steps that are done.
     """
     console = Console(stderr=True)
     if not (wanted and console.is_terminal):
-        yield lambda: None
+        yield lambda done=None: None
         return
     with Progress(console=console, transient=True) as shown:
         task = shown.add_task(description, total=total)
-        yield lambda: shown.update(task, advance=1)
+        yield lambda done=None: shown.update(
+            task, completed=done, advance=1 if done is None else None
+        )
 
 
 def tracked(items: Iterable[T], description: str, total: int | None, wanted: bool) -> Iterator[T]:

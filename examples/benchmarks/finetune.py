@@ -170,6 +170,7 @@ def one_seed(setup: Setup, seed: int) -> list[Result]:
     fit(model, train, setup, setup.epochs, setup.rate)
     base = accuracy(model, test)
     results = [Result(seed, "original", 1.0, 1.0, 1.0, base, base)]
+    print(results[0], flush=True)
     before = macs(model, x), sum(p.numel() for p in model.parameters())
 
     def report(way: str, budget: float, small: nn.Module, epochs: int, rate: float) -> None:
@@ -286,7 +287,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, help="of training, or adapting")
     parser.add_argument("--fine", type=int, help="of fine-tuning")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, help="processes; 2 on the CPU")
+    parser.add_argument("--workers", type=int, help="processes; one per seed on the CPU")
     parser.add_argument("--quick", action="store_true", help="few images: does it run?")
     parser.add_argument("--json", type=Path, help="all numbers; seeds in it are not run again")
     parser.add_argument("--write", type=Path, help="the Markdown file whose section to replace")
@@ -304,7 +305,7 @@ def main() -> int:
     usual: dict[str, Any] = (
         {"epochs": 3, "fine": 10, "rate": 0.01, "fine_rate": 0.05, "batch": 256}
         if gpu
-        else {"epochs": 8, "fine": 6, "rate": 0.1, "fine_rate": 0.03}
+        else {"epochs": 4, "fine": 4, "rate": 0.1, "fine_rate": 0.05}
     )
     if options.quick:
         usual |= {"epochs": 1, "fine": 1}
@@ -312,7 +313,7 @@ def main() -> int:
     usual |= {name: getattr(options, name) for name in ("epochs", "fine") if getattr(options, name)}
     setup = Setup(options.device, 768 if options.quick else None, **usual)
     begin = time.perf_counter()
-    workers = options.workers or (1 if gpu or options.quick else 2)
+    workers = options.workers or (1 if gpu else options.seeds)
     results = run(setup, range(options.seeds), workers, options.json)
     text = section(setup, results, time.perf_counter() - begin, options.seeds)
     print(text)

@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 
 from graphprune.api import rebuild
@@ -19,6 +17,7 @@ from graphprune.checks import check_model
 from graphprune.errors import InputError, RoundError
 from graphprune.options import Options
 from graphprune.plan import Plan, fingerprint, share
+from graphprune.progress import bar
 from graphprune.skeleton import mark, named_modules
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.round_plans import RoundPlans
@@ -160,7 +159,7 @@ def iterate(
     }
     run = _Rounds(model, plans, schedule, train, evaluate, floor, seed, Folder(folder, settings))
     run.start(retries)
-    with _bar(rounds, progress) as show, _noted(folder):
+    with bar("rounds", rounds, progress) as show, _noted(folder):
         while not run.state.reason and run.state.done < rounds:
             show(run.state.done)
             with own_numbers(model, run.seed_of_round):
@@ -320,15 +319,3 @@ def _noted(folder: str | Path | None) -> Iterator[None]:
         if folder is not None:
             error.add_note(f"the finished rounds are in {str(folder)!r}: call iterate again")
         raise
-
-
-@contextlib.contextmanager
-def _bar(total: int, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar, if it is wanted and someone can see it."""
-    console = Console(stderr=True)
-    if not (progress and console.is_terminal):
-        yield lambda _: None
-        return
-    with Progress(console=console, transient=True) as bar:
-        task = bar.add_task("rounds", total=total)
-        yield lambda done: bar.update(task, completed=done)
