@@ -218,6 +218,8 @@ class ChannelGraph:
             >>> drops = graph.sensitivity(net, lambda m: -(m(x) - y).square().mean().item())
             >>> plan = graph.plan(target={"macs": 0.5}, ratios=drops)
         """
+        if "target" in options:
+            raise InputError("sensitivity takes no target: pass what it returns to a plan with one")
         request = Request.of(0.0, options)
         return sensitivity(model, self.call, self.settled, evaluate, fractions, request)
 

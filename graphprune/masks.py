@@ -33,6 +33,11 @@ def from_masks(
     """See :meth:`graphprune.Plan.from_masks`."""
     if fold not in FOLDS:
         raise InputError(f"fold must be one of {', '.join(FOLDS)}, not {fold!r}")
+    if masks is not None and not isinstance(masks, Mapping):
+        raise InputError(
+            'masks must map layers to boolean vectors of their output channels, such as {"conv1": '
+            f"keep}}; got {type(masks).__name__}"
+        )
     graph = trace(model, example_inputs, attention=attention)
     zeroed = _zeroed(model, masks or {})
     masked = _apply(model, zeroed) if zeroed else model

@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
+from torch import nn
 
 from graphprune.errors import InputError
 
@@ -159,6 +160,7 @@ class Request:
             given["target"] = _targets(given["target"])
         request = cls(None if ratio is None else check_ratio(ratio), **given)
         request._check_values()
+        request._check_amount()
         return request
 
     def _check_values(self) -> None:
@@ -172,10 +174,19 @@ class Request:
             raise InputError(f"round_to must be a positive int such as 8, got {self.round_to}")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InputError(f"seed must be an int, not {self.seed!r}")
-        if self.loss is not None and not callable(self.loss):
-            raise InputError(f"loss must be a function (model, batch) -> scalar, not {self.loss!r}")
+        for name in ("uniform", "exact_only", "progress"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.loss is not None and not _takes_model(self.loss):
+            raise InputError(
+                "loss must be a function (model, batch) -> scalar, such as lambda model, batch: "
+                f"F.cross_entropy(model(batch[0]), batch[1]); not {self.loss!r}"
+            )
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
+
+    def _check_amount(self) -> None:
+        """Raise unless exactly one thing says how much to remove."""
         if self.ratio is not None and self.target:
             raise InputError(
                 f"both a ratio ({self.ratio}) and a target ({', '.join(self.target)}) were given: "
@@ -225,13 +236,18 @@ def check_ratio(ratio: Any, name: str = "ratio", other: str = " or a Plan") -> f
         InputError: not a number, or outside the range.
     """
     if isinstance(ratio, bool) or not isinstance(ratio, Real):
-        raise InputError(
-            f"{name} must be a number in [0, 1){other}, not {type(ratio).__name__} {ratio!r}"
-        )
+        found = repr(ratio) if isinstance(ratio, str | bool | None) else type(ratio).__name__
+        raise InputError(f"{name} must be a number in [0, 1){other}, not {found}")
     number = float(ratio)
     if not 0 <= number < 1:
         raise InputError(f"{name} must be in [0, 1), the fraction to remove: got {ratio}")
     return number
+
+
+def _takes_model(loss: Any) -> bool:
+    """Whether it may be called with a model and a batch, unlike torch's own losses."""
+    of_torch = (getattr(loss, "__module__", None) or "").startswith("torch.")
+    return callable(loss) and not isinstance(loss, nn.Module) and not of_torch
 
 
 def _check_names(options: Mapping[str, Any]) -> None:
@@ -291,7 +307,7 @@ def _target(name: str, value: Any) -> Target:
     """A limit from a number or a text."""
     problem = InputError(
         f"target {name!r} must be a fraction in (0, 1], an amount above 1, or a text such as "
-        f'"50%", {"0.8 ms" if name == "latency" else "1.2G"!r}; got {value!r}'
+        f'"50%" or "{"0.8 ms" if name == "latency" else "1.2G"}"; got {value!r}'
     )
     if isinstance(value, str):
         found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", value.lower())

@@ -155,17 +155,33 @@ def check_kept(settled: Settled, wanted: Mapping[str, Iterable[int]]) -> Kept:
     Raises:
         InputError: an unknown or emptied group, or channels it does not have.
     """
+    if not isinstance(wanted, Mapping):
+        raise InputError(
+            'kept must map groups to the channels that stay, such as {"g0": [0, 2]}; '
+            f"got {type(wanted).__name__}"
+        )
     by_name = {group.name: group for group in settled.analysis.groups}
     chosen: Kept = {}
     for name, channels in wanted.items():
         if name not in by_name:
             raise InputError(f"no removable group {name!r}; groups: {shorten(by_name, 12)}")
-        chosen[name] = tuple(sorted({int(channel) for channel in channels}))
+        chosen[name] = _numbers(name, channels)
         size = by_name[name].size
         if not chosen[name] or not 0 <= chosen[name][0] <= chosen[name][-1] < size:
             valid = f"0..{size - 1}"
             raise InputError(f"group {name} must keep at least one of its channels {valid}")
     return chosen
+
+
+def _numbers(name: str, channels: Any) -> tuple[int, ...]:
+    """Numbers of channels, sorted."""
+    found = np.asarray(channels.tolist() if hasattr(channels, "tolist") else list(channels))
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InputError(
+            f"group {name} must keep channels by number, such as [0, 2]; got {found.dtype} of "
+            f"shape {list(found.shape)} (of a boolean mask: mask.nonzero().flatten())"
+        )
+    return tuple(np.unique(found).tolist())
 
 
 def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept) -> None:

@@ -148,6 +148,10 @@ def sensitivity(
     request: Request,
 ) -> Sensitivity:
     """Measure every group by itself; see ``ChannelGraph.sensitivity``."""
+    if not callable(evaluate):
+        raise InputError(f"evaluate must be a function model -> number, not {evaluate!r}")
+    if not isinstance(fractions, Iterable):
+        raise InputError(f"fractions must be several numbers in (0, 1), not {fractions!r}")
     wanted = tuple(sorted(check_ratio(fraction, "each of fractions", "") for fraction in fractions))
     if not wanted or wanted[0] == 0 or len(set(wanted)) < len(wanted):
         raise InputError(f"fractions must be different numbers in (0, 1), got {list(fractions)}")

@@ -283,3 +283,65 @@ def test_how_to_verify(model, options, message):
     small = graphprune.rebuild(model, 0.5, X)
     with pytest.raises(InputError, match=message):
         graphprune.verify(model, small, X, **options)
+
+
+CLASSES = torch.tensor([1])
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, g: g.plan(X), r"must be a number in \[0, 1\) or a Plan, not Tensor$"),
+        (lambda m, g: g.plan(0.5, uniform="yes"), "uniform must be True or False, not 'yes'"),
+        (lambda m, g: g.plan(0.5, exact_only="no"), "exact_only must be True or False, not 'no'"),
+        (lambda m, g: g.plan(0.5, progress=1), "progress must be True or False, not 1"),
+        (
+            lambda m, g: g.plan(
+                0.5, criterion="taylor", loss=nn.CrossEntropyLoss(), data=[(X, CLASSES)]
+            ),
+            r"loss must be a function \(model, batch\) -> scalar.* not CrossEntropyLoss",
+        ),
+        (
+            lambda m, g: g.plan(
+                0.5, criterion="taylor", loss=nn.functional.cross_entropy, data=[(X, CLASSES)]
+            ),
+            r"loss must be a function \(model, batch\) -> scalar.* not <function",
+        ),
+        (lambda m, g: g.plan(target={"macs": "half"}), 'such as "50%" or "1.2G"; got \'half\''),
+        (lambda m, g: g.plan_of([0, 1]), "kept must map groups to the channels that stay.* list"),
+        (lambda m, g: g.plan_of({"g0": [True] * 8}), r"by number.*bool of shape \[8\]"),
+        (lambda m, g: g.plan_of({"g0": torch.ones(8) > 0}), "mask.nonzero"),
+        (lambda m, g: g.plan_of({"g0": [0.5]}), "by number, such as .* float64"),
+        (
+            lambda m, g: g.sensitivity(m, lambda m: 1.0, target={"macs": 0.5}),
+            "sensitivity takes no target",
+        ),
+        (lambda m, g: g.sensitivity(m, None), "evaluate must be a function model -> number"),
+        (lambda m, g: g.sensitivity(m, lambda m: 1.0, 0.5), "fractions must be several numbers"),
+        (
+            lambda m, g: graphprune.Plan.from_masks(m, X, masks=[True]),
+            "masks must map layers to boolean vectors .* got list",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind(model, call, says):
+    with pytest.raises(InputError, match=says):
+        call(model, graphprune.trace(model, X))
+
+
+def test_calibration_on_values_that_are_not_finite(model):
+    small = graphprune.rebuild(model, 0.5, X)
+    before = copy.deepcopy(small.state_dict())
+    bad = torch.full((2, 3, 8, 8), float("nan"))
+    with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
+        graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8), bad])
+    with pytest.raises(InputError, match="seed must be an int, not 'a'"):
+        graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8)], seed="a")
+    assert all(torch.equal(before[key], value) for key, value in small.state_dict().items())
+
+
+def test_kept_channels_by_number_of_any_kind(model):
+    graph = graphprune.trace(model, X)
+    wanted = graph.plan_of({"g0": [0, 2, 5]})
+    for same in ({5, 0, 2}, (5, 2, 0), torch.tensor([0, 2, 5]), iter([0, 5, 2])):
+        assert graph.plan_of({"g0": same}) == wanted

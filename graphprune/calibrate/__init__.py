@@ -11,7 +11,7 @@ from torch import nn
 
 from graphprune.batches import Batch, at_rest, batches, check_data, device_of, evaluated
 from graphprune.calibrate.repair import Refit, Repair
-from graphprune.calibrate.replay import Replay, check_batches
+from graphprune.calibrate.replay import Replay, check_batches, check_finite
 from graphprune.calibrate.statistics import reestimate
 from graphprune.errors import InputError
 from graphprune.plan import Plan
@@ -95,7 +95,8 @@ def calibrate(
         A report of the errors at every layer; ``print`` it.
 
     Raises:
-        InputError: an argument is wrong, ``small`` carries no plan, or a model does not run.
+        InputError: an argument is wrong, a batch holds NaN or infinite values, ``small`` carries
+            no plan, or a model does not run.
         PlanError: ``model`` is not the original of ``small``.
         ModelError: the two models do not run the same ops (``"repair"``, ``"bias"``).
 
@@ -109,12 +110,15 @@ def calibrate(
     """
     plan = _check(small, model, method, ridge, rows)
     _check_sweeps(sweeps, method)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise InputError(f"seed must be an int, not {seed!r}")
     found = list(batches(check_data(data)))
     if method == "batchnorm":
         names = reestimate(small, tracked(found, "calibration", len(found), progress))
         return Calibration(method, tuple(Refit(name) for name in names))
     parts = [Batch.of(batch).to(device_of(small)) for batch in found]
     check_batches(parts)
+    check_finite(parts)
     with at_rest(model), evaluated(small), torch.no_grad():
         original, smaller = Replay.of(model, parts), Replay.of(small, parts)
         repair = Repair(

@@ -8,6 +8,7 @@ before: their errors are made up for. Then the layers of a segment may be moved 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -160,6 +161,8 @@ class Repair:
             block = slice(start, start + WIDEST)
             sums = self._sums(layer, keep, slope, block)
             before = before or sums.error / sums.energy
+            if not math.isfinite(sums.error + sums.energy):
+                return Refit(layer.name, note="NaN or infinite values behind it")
             if sums.error <= _EXACT * sums.energy:
                 return Refit(layer.name, note="equal already")
             change, shift = sums.solve(self.ridge, centred, self.weights)
