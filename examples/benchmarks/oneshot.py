@@ -38,7 +38,7 @@ TARGETS = {(56, 0.5): 1.5, (56, 0.7): 0.3, (56, 0.35): 5.0, (20, 0.7): 2.0}
 BEST = "reconstruction"
 STATES = ("as is", "BatchNorm", "repair")
 PEER = "Torch-Pruning"
-SELECTION, FEW, MANY = 1024, 256, 3072  # images to choose with, for all rows, for the targets
+SELECTION, FEW, MANY = 1024, 256, 4096  # images to choose with, for all rows, for the targets
 SWEEPS = 1  # of the joint refit, for the targets
 ROWS = 1 << 15  # places that the least squares look at
 
