@@ -119,7 +119,9 @@ def entry(thing: Any, name: str) -> Iterator[str]:
 
 def fields(thing: type) -> Iterator[str]:
     """The fields of a dataclass whose docstring does not list them."""
-    if dataclasses.is_dataclass(thing) and "Attributes:" not in (thing.__doc__ or ""):
+    if not dataclasses.is_dataclass(thing) or "Attributes:" in (thing.__doc__ or ""):
+        return
+    if dataclasses.fields(thing):
         yield "Fields:\n"
         yield "".join(f"- `{field.name}: {field.type}`\n" for field in dataclasses.fields(thing))
 

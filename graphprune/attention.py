@@ -36,7 +36,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     scale: float
 
     @property
-    def _qkv_same_embed_dim(self) -> bool:  # type: ignore[override]  # an attribute in torch
+    def _qkv_same_embed_dim(self) -> bool:  # an attribute in torch
         """Tells torch's transformer layers to leave their fused path, which assumes equal sizes."""
         return False
 

@@ -14,8 +14,8 @@ from graphprune.counting import COUNTS
 from graphprune.errors import InputError
 from graphprune.measure import bytes_text, count_text
 from graphprune.options import Target
-from graphprune.plan import share, shorten
 from graphprune.select import Path
+from graphprune.table import share, shorten
 
 _TRIES = 8  # of a search whose foreseen costs were not the exact ones
 TITLES = {

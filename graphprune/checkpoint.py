@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError, PlanError
-from graphprune.plan import Plan, shorten
+from graphprune.plan import Plan, plan_of
 from graphprune.rewrite.shrink import shrink
 from graphprune.skeleton import aliases
+from graphprune.table import shorten
 from graphprune.weightless import weightless
 
 FORMAT = "graphprune"
@@ -56,8 +57,8 @@ def save(small: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(loaded[1].weight, small[1].weight)
         True
     """
-    plan = getattr(small, "graphprune_plan", None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(small)
+    if plan is None:
         raise InputError(
             f"expected a model made by rebuild, got {type(small).__name__} without a "
             "graphprune_plan"
@@ -266,7 +267,7 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
     Raises:
         CheckpointError: lists what is missing, unexpected or of another shape.
     """
-    if getattr(original, "graphprune_plan", None) == content.plan:
+    if plan_of(original) == content.plan:
         raise CheckpointError(
             f"{content.path} is loaded into the original architecture: pass the model before "
             "rebuild, not the small one"

@@ -24,7 +24,7 @@ from graphprune.graph import trace
 from graphprune.loading import load_model, load_weights, parse_inputs
 from graphprune.measure import measure
 from graphprune.options import Options
-from graphprune.plan import Plan
+from graphprune.plan import Plan, plan_of
 from graphprune.printing import checks, cost, costs, groups_of_graph, groups_of_plan, report_data
 from graphprune.verify import Report
 from graphprune.verify import verify as compare
@@ -86,7 +86,7 @@ def shrink(
     target: Annotated[
         list[str],
         typer.Option(help="What it may cost: macs=0.5, params=2M, bytes, memory, latency=8ms."),
-    ] = [],  # noqa: B006
+    ] = [],
     criterion: Annotated[
         str, typer.Option(help="How channels are scored, from weights alone: l1, l2, lamp, ...")
     ] = "l2",
@@ -94,8 +94,8 @@ def shrink(
         str | None,
         typer.Option(help="local: of every group; global: over all; isomorphic: of a kind."),
     ] = None,
-    keep: Annotated[list[str], typer.Option(help="Layers that keep all channels (glob).")] = [],  # noqa: B006
-    ratios: Annotated[list[str], typer.Option(help="Of some layers: 'layer3.*=0.6'.")] = [],  # noqa: B006
+    keep: Annotated[list[str], typer.Option(help="Layers that keep all channels (glob).")] = [],
+    ratios: Annotated[list[str], typer.Option(help="Of some layers: 'layer3.*=0.6'.")] = [],
     min_kept: Annotated[float, typer.Option(help="Smallest fraction a group keeps.")] = 0.0,
     max_kept: Annotated[float, typer.Option(help="Largest fraction a group keeps.")] = 1.0,
     round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 1,
@@ -104,7 +104,7 @@ def shrink(
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
-    inputs: Inputs = [],  # noqa: B006
+    inputs: Inputs = [],
     seed: Seed = 0,
     attention: Attention = "heads",
     as_json: Json = False,
@@ -135,7 +135,8 @@ def shrink(
         example = parse_inputs(inputs, original)
         with session.status("analysing"):
             small = rebuild(original, ratio, example, attention=attention, **options)
-        applied: Plan = small.graphprune_plan  # type: ignore[assignment]
+        applied = plan_of(small)
+        assert applied is not None  # rebuild leaves it there
         report = None
         if verify:
             with session.status("verifying"):
@@ -169,7 +170,7 @@ def shrink(
 @app.command()
 def inspect(
     model: Model,
-    inputs: Inputs = [],  # noqa: B006
+    inputs: Inputs = [],
     draw: Annotated[Path | None, typer.Option(help="Write a picture: .svg, .png, .pdf.")] = None,
     attention: Attention = "heads",
     as_json: Json = False,
@@ -210,7 +211,7 @@ def verify(
     model: Model,
     small: Annotated[Path, typer.Argument(help="What shrink --out wrote.", show_default=False)],
     weights: Weights = None,
-    inputs: Inputs = [],  # noqa: B006
+    inputs: Inputs = [],
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

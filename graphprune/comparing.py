@@ -188,12 +188,8 @@ class Session:
         for key, grad in grads[0].items():
             other = grads[1].get(key)
             other = other * factors[key] if other is not None and key in factors else other
-            if grad is None and other is None:
-                continue
             wanted = None if grad is None else cut(grad, kept.get(key, {}))
-            wanted = torch.zeros_like(other) if wanted is None else wanted  # type: ignore[arg-type]
-            other = torch.zeros_like(wanted) if other is None else other
-            gap = difference(wanted, other, floor=1e-3 * peak)
+            gap = _gradient_gap(wanted, other, floor=1e-3 * peak)
             if not gap <= worst:
                 worst, where = gap, key
         if not worst <= self.tolerance:
@@ -213,7 +209,7 @@ class Session:
             if t.is_floating_point() and t.requires_grad
         )
         if isinstance(loss, Tensor):
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
 
     def _buffers(self, name: str, call: Call, masked: nn.Module, small: nn.Module) -> Check:
         kept = kept_indices(self.plan)
@@ -330,6 +326,13 @@ class _NoDropout(TorchFunctionMode):
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
         return func(*args, **kwargs)
+
+
+def _gradient_gap(wanted: Tensor | None, found: Tensor | None, floor: float) -> float:
+    """The difference of two gradients; one that is absent is zero."""
+    if wanted is None:
+        return 0.0 if found is None else difference(torch.zeros_like(found), found, floor)
+    return difference(wanted, torch.zeros_like(wanted) if found is None else found, floor)
 
 
 def difference(wanted: Tensor, found: Tensor, floor: float = 0.0) -> float:

@@ -42,7 +42,7 @@ def copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     """
     known = memo.get(id(module))
     if known is not None:
-        return known  # type: ignore[no-any-return]
+        return known
     if _copies_itself(type(module)):
         return copy.deepcopy(module, memo)
     clone = type(module).__new__(type(module))

@@ -17,7 +17,8 @@ ShapeOf = Callable[[fx.Node], Shape]
 
 
 def _first(node: fx.Node, shape: ShapeOf, index: int) -> Shape:
-    return shape(node.args[index])  # type: ignore[arg-type]
+    argument: Any = node.args[index]
+    return shape(argument)
 
 
 def _convolution(node: fx.Node, shape: ShapeOf) -> int:
@@ -34,11 +35,12 @@ def _matrix(left: int) -> Callable[[fx.Node, ShapeOf], int]:
 
 
 def _einsum(node: fx.Node, shape: ShapeOf) -> int:
-    equation, tensors = node.args[0], node.args[1]
+    equation: Any = node.args[0]
+    tensors: Any = node.args[1]
     sizes: dict[str, int] = {}
     dotted: Shape = ()
-    terms = str(equation).replace(" ", "").partition("->")[0].split(",")
-    for term, tensor in zip(terms, tensors):  # type: ignore[arg-type]
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    for term, tensor in zip(terms, tensors):
         head, _, tail = term.partition("...")
         extents = shape(tensor)
         end = len(extents) - len(tail)
@@ -70,7 +72,7 @@ COUNTS: dict[Any, Callable[[fx.Node, ShapeOf], int]] = {
 
 def recorded_shape(node: fx.Node) -> Shape:
     """The shape a value had when it was recorded."""
-    return node.meta["shape"]  # type: ignore[no-any-return]
+    return node.meta["shape"]
 
 
 def macs(record: Record, shape: ShapeOf = recorded_shape) -> int:

@@ -29,7 +29,7 @@ from graphprune.measure import (
     latency_text,
     measure,
 )
-from graphprune.plan import share
+from graphprune.table import share
 from graphprune.verify import verify
 
 RATIO, BATCH, SEED = 0.5, 64, 0

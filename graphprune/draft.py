@@ -19,10 +19,11 @@ from graphprune.errors import InputError, warn
 from graphprune.feasible import Settled
 from graphprune.inputs import Call
 from graphprune.options import Request
-from graphprune.plan import Plan, shorten
+from graphprune.plan import Plan
 from graphprune.rescaling import Rescaling
 from graphprune.select import Kept, Lane, Path, allowed, kept, levels
 from graphprune.structure import multiple, signature
+from graphprune.table import shorten
 
 _NATURAL = ("model output", "reads a model input", "rows of an embedding table")
 

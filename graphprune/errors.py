@@ -26,6 +26,8 @@ class InputError(GraphPruneError, ValueError):
 class TraceError(GraphPruneError, RuntimeError):
     """The model did not run on the example inputs."""
 
+    record: object = None  # what was recorded until it failed, if recording had begun
+
 
 class PlanError(GraphPruneError, ValueError):
     """A plan is damaged, or belongs to another architecture, or was applied already."""

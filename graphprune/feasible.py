@@ -220,7 +220,9 @@ def first_mismatch(
         try:
             small = run(clone, batch, original.device)
         except TraceError as error:
-            partial: Record = error.record  # type: ignore[attr-defined]
+            partial = error.record
+            if not isinstance(partial, Record):
+                raise
             bad = _first_difference(analysis, original, partial, alive)
             stop = min(len(partial.ops), len(original.ops) - 1) if bad is None else bad
             if any(map(_depends_on_values, original.ops[:stop])):

@@ -18,10 +18,10 @@ from graphprune.errors import InputError
 from graphprune.feasible import Settled, analyse
 from graphprune.inputs import Call, infer
 from graphprune.options import Options, Request
-from graphprune.plan import CELL, Plan, shorten
+from graphprune.plan import CELL, Plan
 from graphprune.planning import assemble, check_follows, check_kept, make_plan
 from graphprune.sensitivity import Sensitivity, sensitivity
-from graphprune.table import render
+from graphprune.table import render, shorten
 from graphprune.trace import record
 
 ATTENTION = ("heads", "head_dim")

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError
-from graphprune.plan import shorten
 from graphprune.skeleton import aliases
+from graphprune.table import shorten
 
 _FORMS = "torchvision:NAME, package.module:factory or path/to/file.py:factory"
 _WRAPPED = ("state_dict", "model_state_dict", "model")

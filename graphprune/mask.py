@@ -74,7 +74,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     if plan.evaluated:
         held = (*masked.parameters(), *masked.buffers())
         template = copy_module(masked, {id(tensor): tensor for tensor in held})
-        masked.forward = MaskedForward(template, masked, plan)  # type: ignore[assignment]
+        masked.forward = MaskedForward(template, masked, plan)
         return masked
     tensors = dict(named_tensors(masked))
     with torch.no_grad():
@@ -222,7 +222,8 @@ def _step(
         return grouped_mm(*args, **kwargs)
     if node.target is aten.view.default:  # strides may differ from the recorded ones
         return aten.reshape.default(*args)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    op: Any = node.target
+    return op(*args, **kwargs)
 
 
 def _item(values: Mapping[fx.Node, Any], source: Any, index: Any) -> Any:

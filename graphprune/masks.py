@@ -15,10 +15,11 @@ from graphprune.errors import InputError, TraceError
 from graphprune.feasible import feasible
 from graphprune.graph import trace
 from graphprune.inputs import Call, resized
-from graphprune.plan import BiasChange, Cost, Plan, SlotPlan, shorten
+from graphprune.plan import BiasChange, Cost, Plan, SlotPlan
 from graphprune.planning import assemble
 from graphprune.rescaling import Rescaling
 from graphprune.skeleton import aliases, mark, named_modules, named_tensors
+from graphprune.table import shorten
 
 FOLDS = ("exact", "approximate", "none")
 

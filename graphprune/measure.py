@@ -18,10 +18,9 @@ from graphprune.activations import peak_activations
 from graphprune.counting import macs
 from graphprune.errors import InputError, ModelError, TraceError
 from graphprune.inputs import Call, infer
-from graphprune.plan import share
 from graphprune.recorder import Record
 from graphprune.skeleton import named_tensors
-from graphprune.table import render
+from graphprune.table import render, share
 from graphprune.trace import record
 
 _MIN_RUNS, _MAX_RUNS, _SECONDS = 5, 50, 2.0

@@ -11,7 +11,6 @@ from numbers import Real
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-from torch import nn
 
 from graphprune.errors import InputError
 
@@ -247,7 +246,7 @@ def check_ratio(ratio: Any, name: str = "ratio", other: str = " or a Plan") -> f
 def _takes_model(loss: Any) -> bool:
     """Whether it may be called with a model and a batch, unlike torch's own losses."""
     of_torch = (getattr(loss, "__module__", None) or "").startswith("torch.")
-    return callable(loss) and not isinstance(loss, nn.Module) and not of_torch
+    return callable(loss) and not of_torch
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

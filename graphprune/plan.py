@@ -33,14 +33,14 @@ from graphprune.changes import (
 from graphprune.errors import PlanError
 from graphprune.sites import Site
 from graphprune.skeleton import mark, named_tensors
-from graphprune.table import render
+from graphprune.table import render, share, shorten
 
 FORMAT = "graphprune-plan"
 VERSION = 3
 SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower precision
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange", "Plan",
-           "Rescale", "SizeChange", "SlotPlan", "fingerprint", "runs", "share", "shorten",
+           "Rescale", "SizeChange", "SlotPlan", "carry", "fingerprint", "plan_of", "runs",
            "tensors_of", "unrun"]  # fmt: skip
 
 
@@ -205,8 +205,7 @@ class Plan:
         if fingerprint(model) == self.architecture:
             self._check_weights(model)
             return
-        applied = getattr(model, "graphprune_plan", None)
-        if applied == self:
+        if plan_of(model) == self:
             raise PlanError("this plan was applied to this model already; trace it for a new one")
         shapes = {name: tuple(tensor.shape) for name, tensor in named_tensors(model)}
         for slot in self.slots:
@@ -288,18 +287,15 @@ class Plan:
         return "\n".join((table, *folded, *self.notes))
 
 
-def share(part: float, whole: float) -> str:
-    """A percentage, for tables."""
-    return f"{100 * part / whole:.1f} %" if whole else "-"
+def plan_of(model: object) -> Plan | None:
+    """The plan that a model made by ``rebuild`` carries, from the original to it."""
+    found = getattr(model, "graphprune_plan", None)
+    return found if isinstance(found, Plan) else None
 
 
-def shorten(names: Iterable[str], most: int = 4, width: int = 0) -> str:
-    """A list of names for a table cell: some, and one at least, of about ``width`` in all."""
-    names = list(names)
-    while width and most > 1 and len(", ".join(names[:most])) > width:
-        most -= 1
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f", ... ({rest} more)" if rest > 0 else "")
+def carry(model: nn.Module, plan: Plan) -> None:
+    """Let a small model carry the plan that it was made by, as ``graphprune_plan``."""
+    vars(model)["graphprune_plan"] = plan
 
 
 def fingerprint(model: nn.Module) -> str:

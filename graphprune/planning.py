@@ -21,10 +21,11 @@ from graphprune.freeing import freed
 from graphprune.inputs import Call
 from graphprune.latency import Bench, Cache
 from graphprune.options import Request
-from graphprune.plan import GroupPlan, Plan, fingerprint, shorten
+from graphprune.plan import GroupPlan, Plan, fingerprint
 from graphprune.rescaling import Rescaling
 from graphprune.rewrite.shrink import shrink
 from graphprune.select import Kept
+from graphprune.table import shorten
 
 
 class _Tied(Exception):

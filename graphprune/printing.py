@@ -10,7 +10,8 @@ from rich.table import Table
 
 from graphprune.graph import ChannelGraph
 from graphprune.measure import Measurement
-from graphprune.plan import Plan, shorten
+from graphprune.plan import Plan
+from graphprune.table import shorten
 from graphprune.verify import Report
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -259,13 +260,13 @@ class Recorder:
         for mode in self.modes:
             mode.__enter__()  # type: ignore[no-untyped-call]
         self.apply = torch.autograd.Function.__dict__["apply"]
-        torch.autograd.Function.apply = classmethod(_opaque_apply(self))  # type: ignore
+        torch.autograd.Function.apply = classmethod(_opaque_apply(self))
         math.sqrt = _root
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.recording = False
-        torch.autograd.Function.apply = self.apply  # type: ignore[method-assign]
+        torch.autograd.Function.apply = self.apply
         math.sqrt = _sqrt
         for mode in reversed(self.modes):
             mode.__exit__(*exc)  # type: ignore[no-untyped-call]
@@ -303,12 +304,12 @@ def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
 
 def user_frame() -> tuple[str | None, Any]:
     """``file:line`` of the innermost frame outside torch and graphprune, and the frame."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if name == _RUNS:
             return None, None
         if not name.startswith((_TORCH, _HERE, "<")):
             return f"{name}:{frame.f_lineno}", frame
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None, None

@@ -17,11 +17,11 @@ from graphprune.errors import InputError
 from graphprune.feasible import Settled, feasible
 from graphprune.inputs import Call
 from graphprune.options import Request, check_ratio
-from graphprune.plan import fingerprint, shorten
+from graphprune.plan import fingerprint
 from graphprune.planning import assemble
 from graphprune.progress import tracked
 from graphprune.rewrite.shrink import shrink
-from graphprune.table import render
+from graphprune.table import render, shorten
 
 Evaluate = Callable[[nn.Module], float]
 

@@ -267,7 +267,7 @@ def evaluate(
         left, right = evaluate(expr.left, known, extent), evaluate(expr.right, known, extent)
         if not right and expr.op in ("floordiv", "mod", "truediv"):
             return 0
-        return _OPS[expr.op](left, right)  # type: ignore[no-any-return]
+        return _OPS[expr.op](left, right)
     if isinstance(expr, Extent):
         return extent(expr)
     if isinstance(expr, Attribute):

@@ -1,4 +1,4 @@
-"""Plain-text tables for ``print``."""
+"""Plain-text tables for ``print``, and what their cells say."""
 
 from __future__ import annotations
 
@@ -12,3 +12,17 @@ def render(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) 
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in cells]
     rule = "  ".join("-" * w for w in widths)
     return "\n".join([*([title] if title else []), lines[0], rule, *lines[1:]])
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage, for tables."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def shorten(names: Iterable[str], most: int = 4, width: int = 0) -> str:
+    """A list of names for a table cell: some, and one at least, of about ``width`` in all."""
+    names = list(names)
+    while width and most > 1 and len(", ".join(names[:most])) > width:
+        most -= 1
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f", ... ({rest} more)" if rest > 0 else "")

@@ -96,7 +96,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
             f"  inside module {recorder.innermost or '(root)'!r}; "
             "pass example_inputs that model(*example_inputs) accepts"
         )
-        failed.record = recorder.record  # type: ignore[attr-defined]
+        failed.record = recorder.record
         raise failed from error
     result = recorder.record
     leaves, result.output_spec = pytree.tree_flatten(_fields(out))

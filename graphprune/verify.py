@@ -12,7 +12,7 @@ from graphprune.checks import check_model
 from graphprune.comparing import EXAMPLE, Check, Session
 from graphprune.errors import InputError, ModelError
 from graphprune.inputs import Call, infer
-from graphprune.plan import Plan
+from graphprune.plan import Plan, plan_of
 from graphprune.table import render
 from graphprune.trace import record
 
@@ -89,12 +89,8 @@ def verify(
         True
     """
     check_model(model)
-    plan = (
-        small_or_plan
-        if isinstance(small_or_plan, Plan)
-        else getattr(small_or_plan, "graphprune_plan", None)
-    )
-    if not isinstance(plan, Plan):
+    plan = small_or_plan if isinstance(small_or_plan, Plan) else plan_of(small_or_plan)
+    if plan is None:
         raise InputError(
             f"expected a Plan or a model made by rebuild, got {type(small_or_plan).__name__} "
             "without a graphprune_plan"

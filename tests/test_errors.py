@@ -333,8 +333,9 @@ def test_calibration_on_values_that_are_not_finite(model):
     small = graphprune.rebuild(model, 0.5, X)
     before = copy.deepcopy(small.state_dict())
     bad = torch.full((2, 3, 8, 8), float("nan"))
-    with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
-        graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8), bad])
+    for method in ("repair", "bias", "batchnorm"):
+        with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
+            graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8), bad], method=method)
     with pytest.raises(InputError, match="seed must be an int, not 'a'"):
         graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8)], seed="a")
     assert all(torch.equal(before[key], value) for key, value in small.state_dict().items())

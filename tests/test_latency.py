@@ -262,6 +262,39 @@ def test_the_curve_through_what_was_measured(whole, points, share):
     assert Curve(whole).share(0.4 * whole) == pytest.approx(0.4)
 
 
+def test_the_curve_goes_on_below_what_was_measured():
+    """A constant part of the time is seen in the first line; time never rises above the ops'."""
+    curve = Curve(10.0)
+    curve.add(6.0, 0.15 + 0.85 * 0.6)
+    assert curve.units(0.6) == pytest.approx(10 * (0.6 - 0.15) / 0.85)
+    assert curve.share(4.0) == pytest.approx(0.15 + 0.85 * 0.4)
+    curve = Curve(10.0)
+    curve.add(6.0, 0.3)  # a line through both would be at 0 where the ops still take 4 units
+    assert curve.share(4.0) == pytest.approx(0.2)
+    curve = Curve(10.0)
+    curve.add(6.0, 0.99)  # nor does it stand still below
+    assert curve.share(4.0) == pytest.approx(0.99 - 2 * 0.99 / 6 / 3)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.6, 0.8])
+def test_a_constant_part_of_the_time(net, graph, machine, share):
+    """The ops foretell 0.85 of the time; two models tell the rest, the third is right."""
+    whole, turns = machine(graph.call, CPU, 1).total(net), []
+    machine.totals = lambda self, models, *rest, **more: [
+        turns.append(models) or [0.15 * whole + 0.85 * self.total(model)] * 3 for model in models
+    ]
+    said = graph.plan(target={"latency": share}).request["latency"]
+    assert 0.97 * share <= said["measured"] / said["before"] <= share
+    assert len(turns) <= 2 * 3
+
+
+@pytest.mark.parametrize("target", [1, 1.0, "100%", 1e6, "20 s"])
+def test_a_latency_that_is_met_already(net, graph, machine, target):
+    plan = graph.plan(target={"latency": target})
+    assert not plan.removed
+    assert plan.request["latency"]["measured"] == plan.request["latency"]["before"]
+
+
 def test_a_model_that_is_a_little_too_slow_is_not_taken(net, graph, machine):
     """When it is measured by itself, every small model takes 2 % more than its ops foretell."""
     machine.totals = lambda self, models, *rest, **more: [

@@ -34,6 +34,7 @@ from torch.nn import functional as F
 import graphprune
 
 BUDGETS = (0.5, 1 / 2.57)
+CRITERION = "group_norm"  # the peer calls it GroupMagnitudeImportance(p=2)
 SCRATCH_RATE = 0.1
 OURS, PEER, SCRATCH = "graphprune", "Torch-Pruning 1.6.1", "small network from scratch"
 
@@ -183,7 +184,9 @@ def one_seed(setup: Setup, seed: int) -> list[Result]:
 
     graph = graphprune.trace(model, x)
     for budget in BUDGETS:
-        plan = graph.plan(target={"macs": budget}, scope="local", keep=setup.keep)
+        plan = graph.plan(
+            target={"macs": budget}, criterion=CRITERION, scope="local", keep=setup.keep
+        )
         report(OURS, budget, graphprune.rebuild(model, plan), setup.fine, setup.fine_rate)
         theirs = by_peer(model, x, budget, setup)
         if theirs is not None:
@@ -263,9 +266,10 @@ def section(setup: Setup, results: list[Result], seconds: float, seeds: int) -> 
     scratch = ", far fewer than the published weights had" if setup.cifar else ""
     return f"""## {title(setup)}
 
-{what}: {start} for {setup.epochs} epochs, shrunk in one shot (L2, local) to
-the given MACs, fine-tuned for {setup.fine} epochs. The peer gets the ratio that comes nearest
-to the budget from below. "From scratch" is our small network with new weights, trained for
+{what}: {start} for {setup.epochs} epochs, shrunk in one shot (norm of the
+coupled group, of order 2; local) to the given MACs, fine-tuned for {setup.fine} epochs. The peer
+gets the ratio that comes nearest to the budget from below. "From scratch" is our small network
+with new weights, trained for
 {setup.epochs} + {setup.fine} epochs{scratch}. Test accuracy in percent after the
 last epoch, never the best; means and standard deviations over {seeds} seeds; the drop is from the
 original of the same seed. One recipe for all: SGD with Nesterov momentum 0.9, weight decay 5e-4,

@@ -12,11 +12,13 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
+import itertools
 import json
+import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +35,7 @@ from graphprune.criteria import criteria
 from graphprune.errors import InputError
 
 STREAMS = ("conv1", "layer?.*.conv2")  # the layers that write the residual streams
-BUDGETS = (0.5, 0.7)
+BUDGETS = (0.35, 0.5, 0.7, 0.85)
 TARGETS = {(56, 0.5): 1.5, (56, 0.7): 0.3, (56, 0.35): 5.0, (20, 0.7): 2.0}
 BEST = "reconstruction"
 STATES = ("as is", "BatchNorm", "repair")
@@ -176,32 +178,82 @@ def peer(depth: int, budget: float, count: int) -> Row | None:
 # --- results ------------------------------------------------------------------------------------
 
 
-def all_rows(depths: list[int], budgets: list[float], names: list[str], few: int) -> Iterator[Row]:
+class Kept:
+    """The rows of a file, and those that are added to it."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.rows: dict[str, list[Row]] = {}
+        if path is not None and path.exists():
+            content = json.loads(path.read_text())
+            self.rows = {part: [Row(**row) for row in rows] for part, rows in content.items()}
+
+    def row(
+        self, part: str, depth: int, criterion: str, budget: float, make: Callable[..., Row | None]
+    ) -> Row | None:
+        """A row of a part of the results: as it is in the file, or made now."""
+        for row in self.rows.get(part, []):
+            if (row.depth, row.criterion, row.budget) == (depth, criterion, budget):
+                return row
+        made = make(depth, criterion, budget)
+        print(made, flush=True)
+        if made is not None:
+            self.rows.setdefault(part, []).append(made)
+        if self.path is not None:
+            content = {p: [dataclasses.asdict(r) for r in rows] for p, rows in self.rows.items()}
+            self.path.write_text(json.dumps(content, indent=1))
+        return made
+
+
+def all_rows(
+    kept: Kept, depths: list[int], budgets: list[float], names: list[str], few: int
+) -> Iterator[Row]:
     """Every criterion and the peer."""
-    for depth in depths:
-        for name in names:
-            for budget in budgets:
-                try:
-                    yield shrink(depth, name, budget, few, STATES)
-                except InputError as error:  # a criterion that cannot see enough
-                    print(f"{name} at {budget}: {str(error).splitlines()[0]}")
-        for budget in budgets:
-            row = peer(depth, budget, few)
-            if row is not None:
-                yield row
+
+    def make(depth: int, name: str, budget: float) -> Row | None:
+        if name == PEER:
+            return peer(depth, budget, few)
+        try:
+            return shrink(depth, name, budget, few, STATES)
+        except InputError as error:  # a criterion that cannot see enough
+            print(f"{name} at {budget}: {str(error).splitlines()[0]}")
+            return None
+
+    for depth, name, budget in itertools.product(depths, [*names, PEER], budgets):
+        row = kept.row("criteria", depth, name, budget, make)
+        if row is not None:
+            yield row
 
 
 def table(rows: list[Row], bases: dict[int, float]) -> str:
-    """The results as Markdown."""
-    lines = ["| network | criterion | MACs | " + " | ".join(STATES) + " |",
-             "|---|---|---:|---:|---:|---:|"]  # fmt: skip
-    for row in sorted(rows, key=lambda r: (-r.depth, -r.budget, -max(r.accuracies.values()))):
-        cells = [f"{row.accuracies[s]:.1f} %" if s in row.accuracies else "" for s in STATES]
-        lines.append(
-            f"| ResNet-{row.depth} ({bases[row.depth]:.1f} %) | {row.criterion} | "
-            f"{100 * row.macs:.1f} % | {' | '.join(cells)} |"
-        )
-    return "\n".join(lines)
+    """The results as Markdown: for each network a line for every criterion, by budget."""
+    budgets = sorted({row.budget for row in rows})
+    lines: list[str] = []
+    for depth in sorted({row.depth for row in rows}, reverse=True):
+        found: dict[str, dict[float, Row]] = {}
+        for row in rows:
+            if row.depth == depth:
+                found.setdefault(row.criterion, {})[row.budget] = row
+        titles = " | ".join(f"{100 * budget:.0f} % of the MACs" for budget in budgets)
+        lines += ["", f"| ResNet-{depth}, {bases[depth]:.1f} % | {titles} |"]
+        lines.append("|---|" + "---:|" * len(budgets))
+        for name in sorted(found, key=lambda name: _rank(found[name])):
+            cells = [_cell(found[name].get(budget)) for budget in budgets]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines[1:])
+
+
+def _rank(rows: dict[float, Row]) -> tuple[bool, float]:
+    """By the mean after the repair; the peer, which has none, comes last."""
+    repaired = [row.accuracies.get("repair") for row in rows.values()]
+    return None in repaired, -statistics.mean(value or 0 for value in repaired)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    text = " / ".join(f"{row.accuracies[s]:.1f}" for s in STATES if s in row.accuracies)
+    return text if row.budget - row.macs < 0.0025 else f"{text} (at {100 * row.macs:.1f} %)"
 
 
 def targets(rows: list[Row], bases: dict[int, float]) -> str:
@@ -224,28 +276,32 @@ def draw(rows: list[Row], bases: dict[int, float], path: Path) -> None:
     """Accuracy against MACs: one panel for each network and state."""
     mpl.use("Agg")
     mpl.rcParams["svg.hashsalt"] = "oneshot"
-    depths = sorted({row.depth for row in rows})
+    depths = sorted({row.depth for row in rows}, reverse=True)
+    names = sorted({r.criterion for r in rows}, key=lambda name: (name == PEER, name != BEST, name))
+    others = iter(c for c in pyplot.get_cmap("tab20").colors if c[0] < 0.8 or c[1] > 0.4)  # no red
+    colours = {n: {PEER: "black", BEST: "red"}.get(n) or next(others) for n in names}
     figure, axes = pyplot.subplots(
-        len(depths), len(STATES), figsize=(13, 4 * len(depths)), sharey=True, squeeze=False
+        len(depths), len(STATES), figsize=(14, 4.5 * len(depths)), squeeze=False
     )
     for line, depth in zip(axes, depths):
         for axis, state in zip(line, STATES):
-            axis.axhline(bases[depth], color="black", linewidth=0.8, linestyle=":")
+            axis.axhline(bases[depth], color="grey", linewidth=0.8, linestyle=":")
             axis.set_title(f"ResNet-{depth}, {state}")
             axis.set_xlabel("MACs kept (%)")
-            for name in dict.fromkeys(row.criterion for row in rows):
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            for name in names:
                 points = sorted(
                     (100 * row.macs, row.accuracies[state])
                     for row in rows
                     if (row.depth, row.criterion) == (depth, name) and state in row.accuracies
                 )
-                colour = {PEER: "black", BEST: "tab:red"}.get(name)
-                style = {"marker": ".", "label": name, "linewidth": 2.4 if colour else 1.0}
                 if points:
-                    axis.plot(*zip(*points), color=colour, **style)
+                    width = 2.4 if name in (PEER, BEST) else 1.0
+                    axis.plot(*zip(*points), marker=".", color=colours[name], linewidth=width)
         line[0].set_ylabel("accuracy (%)")
-    axes[0][0].legend(fontsize=6)
-    figure.tight_layout()
+    marks = [pyplot.Line2D([], [], color=colours[name], label=name) for name in names]
+    figure.tight_layout(rect=(0, 0, 0.86, 1))
+    figure.legend(handles=marks, loc="center right", fontsize=9, frameon=False)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
 
@@ -262,9 +318,9 @@ half of them mixed with another image; {threads} threads, choosing and repairing
 
 {targets(best, bases)}
 
-Every criterion, ranked over all layers, as it comes out, with BatchNorm re-estimated on {FEW}
-training images, and repaired on as many without sweeps; the peer is Torch-Pruning 1.6.1 with L2,
-global, its ratio found by bisection.
+Every criterion, ranked over all layers: accuracy in percent as it comes out / with BatchNorm
+re-estimated on {FEW} training images / repaired on as many without sweeps; best mean of the last
+first. The peer is Torch-Pruning 1.6.1 with L2, global, its ratio found by bisection.
 
 {table(rows, bases)}
 
@@ -276,7 +332,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", type=Path, help="the Markdown file whose section to replace")
     parser.add_argument("--draw", type=Path, help="where to draw the curves")
-    parser.add_argument("--json", type=Path, help="where to keep the rows")
+    parser.add_argument("--json", type=Path, help="all rows; those in it are not run again")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="few images, criteria and budgets")
     parser.add_argument("--targets", action="store_true", help="only the wanted figures")
@@ -293,17 +349,16 @@ def main() -> int:
         SELECTION, FEW, MANY = 128, 128, 256
         wanted, depths, budgets, names = [(20, 0.7)], [20], [0.7], [BEST, "l2"]
     bases = {depth: accuracy(trained(depth), *images("test")) for depth in depths}
-    best = []
-    for depth, budget in wanted:
-        best.append(shrink(depth, BEST, budget, MANY, ("repair",), SWEEPS))
-        print(best[-1], flush=True)
+    kept = Kept(options.json)
+
+    def repaired(depth: int, criterion: str, budget: float) -> Row:
+        return shrink(depth, criterion, budget, MANY, ("repair",), SWEEPS)
+
+    best = [kept.row("wanted", depth, BEST, budget, repaired) for depth, budget in wanted]
     rows: list[Row] = []
-    for row in () if options.targets else all_rows(depths, budgets, names, FEW):
-        rows.append(row)
-        print(row, flush=True)
+    if not options.targets:
+        rows = list(all_rows(kept, depths, budgets, names, FEW))
     print(f"{targets(best, bases)}\n\n{table(rows, bases)}\n{machine.describe()}")
-    if options.json:
-        options.json.write_text(json.dumps([dataclasses.asdict(row) for row in (*best, *rows)]))
     if options.draw and rows:
         draw(rows, bases, options.draw)
     if options.write and rows:

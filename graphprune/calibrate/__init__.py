@@ -14,7 +14,7 @@ from graphprune.calibrate.repair import Refit, Repair
 from graphprune.calibrate.replay import Replay, check_batches, check_finite
 from graphprune.calibrate.statistics import reestimate
 from graphprune.errors import InputError
-from graphprune.plan import Plan
+from graphprune.plan import Plan, plan_of
 from graphprune.progress import bar, tracked
 from graphprune.rewrite.shrink import kept_indices
 from graphprune.table import render
@@ -113,12 +113,12 @@ def calibrate(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InputError(f"seed must be an int, not {seed!r}")
     found = list(batches(check_data(data)))
+    check_finite([Batch.of(batch) for batch in found])
     if method == "batchnorm":
         names = reestimate(small, tracked(found, "calibration", len(found), progress))
         return Calibration(method, tuple(Refit(name) for name in names))
     parts = [Batch.of(batch).to(device_of(small)) for batch in found]
     check_batches(parts)
-    check_finite(parts)
     with at_rest(model), evaluated(small), torch.no_grad():
         original, smaller = Replay.of(model, parts), Replay.of(small, parts)
         repair = Repair(
@@ -152,8 +152,8 @@ def _check(small: nn.Module, model: nn.Module, method: str, ridge: float, rows: 
         raise InputError(f"ridge must be a number of at least 0, such as 1e-3; got {ridge!r}")
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise InputError(f"rows must be a positive int, such as 100000; got {rows!r}")
-    plan = getattr(small, "graphprune_plan", None)
-    if not isinstance(plan, Plan):
+    plan = plan_of(small)
+    if plan is None:
         raise InputError(
             f"small must be a model made by rebuild, which carries its plan; got "
             f"{type(small).__name__} without one (calibrate takes the small model first)"

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from graphprune.calibrate.replay import Replay
 from graphprune.calibrate.segments import Segment
+from graphprune.calibrate.sums import Errors
 
 RATE = 1e-3  # of the first step
 _SAME = 1e-4  # of the largest value: rounding
@@ -54,7 +55,7 @@ class Joint:
             moved = self._trained(sweeps, before / len(held), generator)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, NotImplementedError):  # no derivative
+        except RuntimeError:  # no derivative
             return None
         outputs = self._outputs(moved)
         if not self._error(outputs) < before:
@@ -97,17 +98,14 @@ class Joint:
 
     def _relative(self, outputs: Sequence[Tensor]) -> float:
         """The squared error at the end as a fraction of the variance there."""
-        error = squares = 0.0
-        total: Tensor | float = 0.0
-        count = 0
+        errors = Errors()
         for which, output in enumerate(outputs):
-            goal = self._goal(which).movedim(self.segment.layer.channel_dim, 0).flatten(1)
-            output = output.movedim(self.segment.layer.channel_dim, 0).flatten(1)
-            error += float((output - goal).square().sum())
-            squares += float(goal.square().sum())
-            total, count = total + goal.sum(1).double(), count + goal.shape[1]
-        energy = squares - float(torch.as_tensor(total).square().sum()) / max(count, 1)
-        return error / max(energy, torch.finfo(torch.float64).tiny)
+            wanted, found = (
+                value.movedim(self.segment.layer.channel_dim, -1).flatten(0, -2)
+                for value in (self._goal(which), output)
+            )
+            errors.add(wanted - found, wanted)
+        return errors.relative
 
     def _trained(self, sweeps: int, scale: float, generator: torch.Generator) -> dict[int, Tensor]:
         """Adam on one batch after another, in another order in every sweep, at a rate down to 0."""

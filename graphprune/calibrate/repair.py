@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +20,7 @@ from graphprune.calibrate.joint import Joint
 from graphprune.calibrate.layers import Layer, find_layers, slope_of
 from graphprune.calibrate.replay import Replay, aten, last_uses, same_ops
 from graphprune.calibrate.segments import segments
+from graphprune.calibrate.sums import Sums
 
 WIDEST = 4096  # columns that are refitted at once
 _EXACT = 1e-12  # of the energy: nothing to repair
@@ -40,46 +42,6 @@ class Refit:
     before: float = 0.0
     after: float = 0.0
     note: str = ""
-
-
-@dataclass
-class Sums:
-    """What the normal equations of one block of columns need, in float64.
-
-    With windows x and errors e: sums of x x', x e', x and e, of shapes [groups, n, n],
-    [groups, n, outputs], [groups, n] and [groups, outputs].
-    """
-
-    xx: Tensor | float = 0.0
-    xe: Tensor | float = 0.0
-    x: Tensor | float = 0.0
-    e: Tensor | float = 0.0
-    count: int = 0
-    error: float = 0.0  # squared, in units of the values at the end of the layer
-    goal: Tensor | float = 0.0  # the sum of these values, and of their squares
-    squares: float = 0.0
-
-    @property
-    def energy(self) -> float:
-        """The squared deviation of the values at the end from their means."""
-        total = torch.as_tensor(self.goal)
-        energy = self.squares - float(total.square().sum()) / max(self.count, 1)
-        return max(energy, torch.finfo(torch.float64).tiny)
-
-    def solve(self, ridge: float, centred: bool, weights: bool) -> tuple[Tensor, Tensor]:
-        """Changes of the weights, [groups, outputs, n], and of the bias, [groups, outputs]."""
-        xx, xe, x, e = (torch.as_tensor(t) / self.count for t in (self.xx, self.xe, self.x, self.e))
-        if centred:
-            xx = xx - x[:, :, None] * x[:, None, :]
-            xe = xe - x[:, :, None] * e[:, None, :]
-        if not weights:
-            return torch.zeros_like(xe.mT), e
-        size = xx.shape[-1]
-        level = ridge * xx.diagonal(dim1=-2, dim2=-1).mean(-1)
-        level = level.clamp_min(torch.finfo(torch.float64).tiny)
-        xx = xx + level[:, None, None] * torch.eye(size, dtype=xx.dtype, device=xx.device)
-        change = torch.linalg.solve(xx, xe).mT
-        return change, e - (change @ x[:, :, None])[:, :, 0]
 
 
 class Repair:
@@ -144,10 +106,12 @@ class Repair:
         return [self.small.value(b, layer.source)._version for b in range(len(self.small.values))]
 
     def _fit(self, layer: Layer) -> Refit:
-        note = self._obstacle(layer)
-        if note:
+        keep = self._kept(layer)
+        if keep is None:
+            return Refit(layer.name, note="its outputs are not those of the original")
+        if self._versions(layer) != self.versions[layer.node]:
+            note = "its input is written to before its output is complete"
             return Refit(layer.name, note=note)
-        keep = self._outputs(layer)
         values = self.small.values[0]
         reads = {n for number in layer.chain for n in self.nodes[number].all_input_nodes}
         constant = {n: values[n] for n in reads if n.op == "get_attr"}
@@ -160,7 +124,7 @@ class Repair:
         for start in range(0, layer.columns if self.weights else 1, WIDEST):
             block = slice(start, start + WIDEST)
             sums = self._sums(layer, keep, slope, block)
-            before = before or sums.error / sums.energy
+            before = before or sums.relative
             if not math.isfinite(sums.error + sums.energy):
                 return Refit(layer.name, note="NaN or infinite values behind it")
             if sums.error <= _EXACT * sums.energy:
@@ -173,22 +137,16 @@ class Repair:
 
     def _together(self, layer: Layer, refit: Refit) -> Refit:
         """Refit the layers before this one once more, together with it."""
-        keep = self._outputs(layer)
-        if refit.note or keep is None or layer not in self.segments:
+        segment = self.segments.get(layer)
+        if refit.note or segment is None:
             return refit
-        joint = Joint(self.original, self.small, self.segments[layer], keep)
+        keep = self._kept(layer)
+        assert keep is not None  # it was refitted
+        joint = Joint(self.original, self.small, segment, keep)
         after = joint.refit(self.sweeps, self.orders)
         return refit if after is None else replace(refit, after=after)
 
-    def _obstacle(self, layer: Layer) -> str:
-        """Why a layer cannot be refitted."""
-        if self._versions(layer) != self.versions[layer.node]:
-            return "its input is written to before its output is complete"
-        if self._outputs(layer) is None:
-            return "its outputs are not those of the original"
-        return ""
-
-    def _outputs(self, layer: Layer) -> Tensor | None:
+    def _kept(self, layer: Layer) -> Tensor | None:
         """Which outputs of the original's layer stay."""
         dims = self.kept.get(layer.weight, {})
         grouped = layer.window.kind == "transposed" and layer.window.groups > 1
@@ -205,9 +163,8 @@ class Repair:
         shape[layer.channel_dim] = len(keep)
         return keep.to(small.device) if shape == list(small.shape) else None
 
-    def _sums(self, layer: Layer, keep: Tensor | None, slope: Tensor, block: slice) -> Sums:
+    def _sums(self, layer: Layer, keep: Tensor, slope: Tensor, block: slice) -> Sums:
         """Sums over sampled places of all batches."""
-        assert keep is not None
         sums = Sums()
         scale = torch.where(slope.abs() > _FLAT * slope.abs().max(), 1 / slope, 0.0)
         window = layer.window
@@ -219,16 +176,13 @@ class Repair:
             pick = self._pick(window.places(small)).to(x.device)
             goal = _real(window.outputs(wanted, pick))
             gap = goal - _real(window.outputs(small, pick))
-            sums.error += float(gap.double().square().sum())
-            sums.goal = sums.goal + goal.double().sum(0)
-            sums.squares += float(goal.double().square().sum())
+            sums.add(gap, goal)
             e = (gap * scale.reshape(per_group).to(gap)).transpose(0, 1)
             rows = _real(window.rows(x, pick)[..., block]).transpose(0, 1)
             sums.xx = sums.xx + (rows.mT @ rows).double() if self.weights else rows.new_zeros(1)
             sums.xe = sums.xe + (rows.mT @ e).double()
             sums.x = sums.x + rows.sum(1).double()
             sums.e = sums.e + e.sum(1).double()
-            sums.count += e.shape[1]
         return sums
 
     def _pick(self, places: int) -> Tensor:
@@ -302,7 +256,7 @@ class Repair:
         outputs = [self.small.value(b, layer.node) for b in range(len(self.small.values))]
         variance, mean = _moments(outputs)
         weight, bias, old_mean, old_variance = (self.small.tensors[n].detach() for n in names)
-        eps = float(self.nodes[layer.chain[0]].args[7])  # type: ignore[arg-type]
+        eps: Any = self.nodes[layer.chain[0]].args[7]
         slope = weight.double() / (old_variance.double() + eps).sqrt()
         bias.copy_(bias.double() + slope * (shift - old_mean.double() + mean))
         weight.copy_(slope * (variance + eps).sqrt())

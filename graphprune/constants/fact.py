@@ -14,6 +14,10 @@ Rule = Callable[..., Any]
 FACTS: dict[Any, Rule] = {}
 
 
+class Unfollowed(RuntimeError):
+    """A form of an op that a rule does not follow: its results are unknown."""
+
+
 @dataclass(frozen=True)
 class Fact:
     """A tensor of a recorded graph.

@@ -128,7 +128,7 @@ def apply(node: fx.Node, args: Any, kwargs: Any) -> Any:
         if changes:
             return _in_place(node, op, args, kwargs)
         return _functional(node, op, args, kwargs)
-    except (RuntimeError, NotImplementedError):  # no kernel for double precision, say
+    except RuntimeError:  # unfollowed, or no kernel for double precision
         return _spoiled(node, op, args, kwargs) if changes else _any(node)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.constants.fact import Fact, found, register_fact, values
+from graphprune.constants.fact import Fact, Unfollowed, found, register_fact, values
 
 aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def view_as_real(op: Any, x: Fact) -> Fact:
 def view(op: Any, x: Fact, size: Any, *args: Any) -> Fact:
     """A reshape; strides may differ from the recorded ones."""
     if not isinstance(size, list | tuple):
-        raise NotImplementedError("a view as another dtype")
+        raise Unfollowed("a view as another dtype")
     return Fact(x.value.reshape(size), x.unknown.reshape(size))
 
 
@@ -84,7 +84,7 @@ def moved_as_numbers(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
 def picked(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     """Positions picked by an index that does not depend on the input."""
     if not all(fact.constant for fact in found((args, kwargs))):
-        raise NotImplementedError("an index that depends on the input")
+        raise Unfollowed("an index that depends on the input")
     args, kwargs = values((args, kwargs))
     return Fact(op(x.value, *args, **kwargs), op(x.unknown, *args, **kwargs))
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.constants.fact import Fact, found, register_fact, values
+from graphprune.constants.fact import Fact, Unfollowed, found, register_fact, values
 
 aten = torch.ops.aten
 
@@ -40,7 +40,7 @@ def mul(op: Any, a: Fact, b: Any, **kwargs: Any) -> Fact:
 def where(op: Any, condition: Fact, *sides: Any) -> Any:
     """The side that is taken must be known, or both must agree."""
     if len(sides) != 2:
-        raise NotImplementedError("positions where a condition holds")
+        raise Unfollowed("positions where a condition holds")
     a, b = (
         side if isinstance(side, Fact) else Fact.known(torch.as_tensor(side, dtype=torch.float64))
         for side in sides

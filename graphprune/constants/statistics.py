@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphprune.constants.fact import Fact, arguments, register_fact
+from graphprune.constants.fact import Fact, Unfollowed, arguments, register_fact
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ def reduced(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
     """Known where all that goes into it is known."""
     bound = arguments(op, (x, *args), kwargs)
     if any(isinstance(value, Fact) for value in (*args, *kwargs.values())):
-        raise NotImplementedError("the larger of two tensors")
+        raise Unfollowed("the larger of two tensors")
     dims = _dims(bound.get("dim"), x.value.dim())
     unknown = _any(x.unknown, dims)
     out = op(x.filled(), *args, **kwargs)

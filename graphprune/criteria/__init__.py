@@ -9,7 +9,7 @@ from graphprune.criteria.magnitude import (
     GroupNorm,
     Lamp,
     Magnitude,
-    random,
+    Random,
 )
 from graphprune.criteria.reconstruction import Reconstruction
 from graphprune.criteria.registry import (
@@ -36,6 +36,7 @@ __all__ = [
     "Lamp",
     "Magnitude",
     "MeanActivation",
+    "Random",
     "Reconstruction",
     "Taylor",
     "TaylorActivation",
@@ -46,7 +47,6 @@ __all__ = [
     "find",
     "gather",
     "name_of",
-    "random",
     "register_criterion",
     "register_statistic",
     "scores",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -61,7 +62,7 @@ class Evidence(Mapping[str, Tensor]):
         return len(self.tensors)
 
 
-class Collector:
+class Collector(ABC):
     """Collects one statistic in one pass; subclasses override what they listen to."""
 
     backward: ClassVar[bool] = False  # whether the loss is differentiated
@@ -77,9 +78,9 @@ class Collector:
     def gradient(self, name: str, parameter: Tensor) -> None:
         """``parameter.grad`` is complete; it is freed afterwards, so keep no reference to it."""
 
+    @abstractmethod
     def finish(self, batches: int) -> Any:
         """What criteria find in ``evidence.statistics`` under the name of the statistic."""
-        raise NotImplementedError
 
 
 _COLLECTORS: dict[str, Callable[[nn.Module, Slots], Collector]] = {}

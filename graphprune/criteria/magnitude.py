@@ -209,14 +209,17 @@ class Lamp:
 lamp = register_criterion("lamp")(Lamp())
 
 
-@register_criterion("random")
-def random(group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-    """Uniform random scores: the control of every comparison.
+@dataclass(frozen=True)
+class Random:
+    """Uniform random scores: the control of every comparison, ``random``."""
 
-    Returns:
-        Shape [channels].
-    """
-    return torch.rand(group.size, generator=generator, dtype=torch.float64)
+    comparable: ClassVar[bool] = True
+
+    def __call__(
+        self, group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Scores of shape [channels]."""
+        return torch.rand(group.size, generator=generator, dtype=torch.float64)
 
 
-random.comparable = True  # type: ignore[attr-defined]
+random = register_criterion("random")(Random())

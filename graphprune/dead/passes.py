@@ -139,10 +139,10 @@ class Pass:
             equation, sources, *_ = args
             product: Callable[..., Tensor] = partial(torch.einsum, equation)
         else:
-            try:
-                product, places = product_of(node, args, node.kwargs)
-            except NotImplementedError:
+            factored = product_of(node, args, node.kwargs)
+            if factored is None:
                 return None
+            product, places = factored
             sources = [args[place] for place in places]
         factors = [(self.analysis.values[n], known[n]) for n in sources]
         return ProductReader(node, product, factors, self.analysis.values[node])

@@ -182,8 +182,10 @@ def scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return row * value.sum(-2, keepdim=True)
 
 
-def product_of(node: fx.Node, args: Any, kwargs: Any) -> tuple[Callable[..., Tensor], list[int]]:
-    """A sum of products as a function of its factors, and which arguments these are."""
+def product_of(
+    node: fx.Node, args: Any, kwargs: Any
+) -> tuple[Callable[..., Tensor], list[int]] | None:
+    """A sum of products as a function of its factors, and which arguments they are; or ``None``."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet in (aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot):
         return torch.matmul, [0, 1]
@@ -199,4 +201,4 @@ def product_of(node: fx.Node, args: Any, kwargs: Any) -> tuple[Callable[..., Ten
         return (lambda x: op(x, *args[1:], **named)), [0]
     if packet is aten.scaled_dot_product_attention:
         return scores, [0, 1, 2]
-    raise NotImplementedError
+    return None

@@ -12,7 +12,8 @@ from graphprune.dead.changes import changes
 from graphprune.dead.merging import merges, representatives
 from graphprune.dead.passes import Pass
 from graphprune.dead.readers import Blame
-from graphprune.plan import BiasChange, MergeChange, shorten
+from graphprune.plan import BiasChange, MergeChange
+from graphprune.table import shorten
 
 WHOLE = "a layer keeps at least one channel"
 TIED = "tied to channels that stay"

@@ -132,7 +132,8 @@ def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Mo
             names[way[-1][1]] = compiled(function.__globals__[way[-1][1]], way, edits, module)
     free = ", ".join(function.__code__.co_freevars)
     body = ast.parse(f"def _factory({free}):\n    return {kind}")
-    body.body[0].body.insert(0, definition)  # type: ignore[attr-defined]
+    factory: Any = body.body[0]
+    factory.body.insert(0, definition)
     ast.fix_missing_locations(body)
     exec(compile(body, function.__code__.co_filename, "exec"), names)  # the model's own code
     cells = [cell.cell_contents for cell in function.__closure__ or ()]

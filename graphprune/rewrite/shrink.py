@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graphprune.attention import replace_attention
 from graphprune.copying import copy_module
 from graphprune.errors import PlanError
-from graphprune.plan import IndexChange, Plan, SizeChange
+from graphprune.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.rewrite.fold import fold, merged, recompute_masked
 from graphprune.rewrite.forward import rewrite_forward
 from graphprune.rewrite.modules import refresh
@@ -40,7 +40,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     """
     plan.check(model)
     _check_indices(model, plan)
-    earlier = getattr(model, "graphprune_plan", None)
+    earlier = plan_of(model)
     kept, full = kept_indices(plan), merged(model, plan)
     if inplace:
         for name, tensor in named_tensors(model):
@@ -68,7 +68,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     for _, module in named_modules(model):
         refresh(module)
     rewrite_forward(model, plan.literals)
-    model.graphprune_plan = plan if earlier is None else earlier.then(plan)  # type: ignore
+    carry(model, plan if earlier is None else earlier.then(plan))
     return model
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ids import Alternatives, Layers, Shape, Ties, align, along, varying
-from graphprune.rules.registry import RULES, Reason, Value, op_name, unruly, unused
+from graphprune.rules.registry import MAKERS, RULES, Reason, Value, op_name, unruly, unused
 
 aten = torch.ops.aten
 
@@ -122,7 +122,7 @@ class Walk:
         linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
         linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
         rule = None if unruly(node) else RULES.get(packet) or RULES.get(str(packet))
-        if not any(value.layers for value in inputs) and not getattr(rule, "makes", False):
+        if not any(value.layers for value in inputs) and rule not in MAKERS:
             result: Any = ()
         elif rule is not None:
             result = rule(self, node, *args, **kwargs)

@@ -42,8 +42,8 @@ from graphprune.rules.registry import Value, register_rule
 )
 def permuted(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
     """Dimensions change places: the op is run on the layers as they are."""
-    op: Any = node.target.overloadpacket  # type: ignore[union-attr]
-    view = _VIEWS.get(op, op)
+    op: Any = node.target
+    view = _VIEWS.get(op.overloadpacket, op.overloadpacket)
     return tuple(view(layer, *args) for layer in x.layers)
 
 
@@ -69,7 +69,7 @@ def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Lay
     )
 
 
-@register_rule(aten.expand)
+@register_rule(aten.expand, makes=True)
 def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
     """Copies of a single position can be cut anywhere: they get fresh ids."""
     shape = node.meta["shape"]
@@ -79,9 +79,6 @@ def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
         if count > 1 and (dim < new or x.shape[dim - new] == 1):
             layers.append(along(walk.copies(count), dim, len(shape)))
     return tuple(layers)
-
-
-expand.makes = True  # type: ignore[attr-defined]
 
 
 @register_rule(aten.channel_shuffle)
@@ -142,7 +139,7 @@ def as_strided(
     walk: Walk, node: fx.Node, x: Value, size: Any, stride: Any, offset: int | None = None
 ) -> Layers:
     """Only the form that leaves every element where it was is understood."""
-    source = node.args[0].meta["stride"]  # type: ignore[union-attr]
+    (source,) = (n.meta["stride"] for n in node.all_input_nodes)
     moves = [d for d, n in enumerate(x.shape) if n > 1 and source[d] != stride[d]]
     if tuple(size) != tuple(x.shape) or offset or moves:
         return walk.refuse([x], "as_strided that moves channels")

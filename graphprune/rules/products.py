@@ -91,7 +91,7 @@ def grouped_mm(
     rows of a multiple of 16 bytes: channels leave in blocks.
     """
     if (x.ndim, weight.ndim) != (2, 3) or bias is not None:
-        return walk.refuse([v for v in (x, weight, bias) if v is not None])  # type: ignore
+        return walk.refuse([v for v in (x, weight, bias) if v is not None])
     x = replace(x, layers=walk.settle(x, {0}, "rows of experts"))
     weight = replace(weight, layers=walk.settle(weight, {0}, "experts"))
     contract(walk, x, weight, 1, 1)

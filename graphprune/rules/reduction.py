@@ -164,7 +164,8 @@ def max_(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any) -> An
 @register_rule(aten.cumsum, aten.cumprod, aten.sort, aten.topk)
 def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Ops along one dimension whose result depends on all of its positions."""
-    position = {"sort": 0, "topk": 1}.get(str(node.target._opname), 0)  # type: ignore[union-attr]
+    op: Any = node.target
+    position = 1 if op.overloadpacket is aten.topk else 0
     numbers = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
     dim = kwargs.get("dim", numbers[position] if len(numbers) > position else -1)
     kept = walk.settle(x, {dim % x.ndim}, "order of channels")

@@ -14,6 +14,7 @@ from graphprune.ids import Layers, Shape
 
 Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
+MAKERS: set[Rule] = set()  # rules whose ops make channels that no input has
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,12 @@ class Value:
         return [layer for layer in self.layers if layer.shape[dim] > 1]
 
 
-def register_rule(*targets: Any) -> Callable[[Rule], Rule]:
+def register_rule(*targets: Any, makes: bool = False) -> Callable[[Rule], Rule]:
     """Register the rule of ops, given as ``torch.ops.namespace.op`` packets or functions.
+
+    Args:
+        *targets: the ops; a text names an op that may be absent from this version of torch.
+        makes: the ops make channels that can be cut even where no input has any.
 
     Raises:
         KeyError: an op has a rule already.
@@ -72,6 +77,8 @@ def register_rule(*targets: Any) -> Callable[[Rule], Rule]:
             if target in RULES:
                 raise KeyError(f"{target} has a rule already")
             RULES[target] = rule
+        if makes:
+            MAKERS.add(rule)
         return rule
 
     return decorate
@@ -109,6 +116,6 @@ def unruly(node: fx.Node) -> bool:
     It writes into a tensor given as ``out``, and is not pointwise; or ``torch.vmap`` hides
     dimensions from it.
     """
-    name = getattr(node.target, "_overloadname", "")
-    out = name.endswith("out") and torch.Tag.pointwise not in node.target.tags  # type: ignore
+    op: Any = node.target
+    out = getattr(op, "_overloadname", "").endswith("out") and torch.Tag.pointwise not in op.tags
     return out or bool(node.meta.get("transformed"))

@@ -20,22 +20,17 @@ from graphprune.rules.registry import Value, register_rule
     aten.new_full,
     aten.rand,
     aten.randn,
+    makes=True,
 )
 def uniform(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
     """All positions hold the same value (or the same distribution)."""
     return walk.extents(node.meta["shape"])
 
 
-uniform.makes = True  # type: ignore[attr-defined]
-
-
-@register_rule(aten.empty, aten.new_empty, aten.empty_strided, aten.new_empty_strided)
+@register_rule(aten.empty, aten.new_empty, aten.empty_strided, aten.new_empty_strided, makes=True)
 def empty(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
     """Uninitialised memory, to be filled by a later in-place op."""
     return walk.extents(node.meta["shape"])
-
-
-empty.makes = True  # type: ignore[attr-defined]
 
 
 @register_rule(aten.sym_size, aten.sym_numel, aten.is_same_size)

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 from graphprune.batches import Loss, describe, device_of, forward, loss_of
 from graphprune.checks import check_model
 from graphprune.errors import InputError
-from graphprune.plan import Plan, shorten
+from graphprune.plan import Plan, plan_of
 from graphprune.skeleton import aliases
+from graphprune.table import shorten
 from graphprune.training.ranks import unwrapped_model
 
 Compare = Callable[[Any, Any], Tensor]
@@ -161,11 +162,9 @@ class Distillation:
 
     def _read_plan(self, student: nn.Module) -> None:
         """Which channels of the teacher the layers of the student have."""
-        plan = getattr(student, "graphprune_plan", None)
+        plan = plan_of(student)
         if self._known == (id(student), plan) or not self.features:
             return
-        if plan is not None and not isinstance(plan, Plan):
-            raise InputError("graphprune_plan of the student is no plan")
         if plan is not None:
             plan.check(self.teacher)
         first = aliases(self.teacher)

@@ -18,7 +18,8 @@ from graphprune.criteria import find
 from graphprune.errors import InputError, PruningWarning, warn
 from graphprune.graph import ChannelGraph, trace
 from graphprune.options import Request
-from graphprune.plan import Plan, fingerprint, share
+from graphprune.plan import Plan, fingerprint
+from graphprune.table import share
 from graphprune.training.optimizers import check_optimizer, sliced_state
 from graphprune.training.ranks import Ranks, retire, unwrapped_model
 from graphprune.training.schedules import (

@@ -8,6 +8,7 @@ gradients; the second leaves the loss, and what is reported of it, alone.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +26,7 @@ from graphprune.skeleton import named_tensors
 Strength = float | Callable[[int], float]
 
 
-class Regulariser:
+class Regulariser(ABC):
     """A penalty on the weights of a model; ``strength`` is a number or a function of the step.
 
     Attributes:
@@ -39,9 +40,9 @@ class Regulariser:
         self._shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
         self.present_strength()
 
+    @abstractmethod
     def penalty(self, tensors: dict[str, Tensor]) -> Tensor:
         """The penalty at strength 1: a scalar; differentiable in the parameters by name."""
-        raise NotImplementedError
 
     def loss(self) -> Tensor:
         """The term to add to the loss of the task: a scalar.

@@ -16,7 +16,7 @@ from graphprune.api import rebuild
 from graphprune.checks import check_model
 from graphprune.copying import copy_module
 from graphprune.errors import CheckpointError, InputError, PlanError
-from graphprune.plan import Plan, fingerprint
+from graphprune.plan import fingerprint, plan_of
 from graphprune.skeleton import named_tensors
 from graphprune.training.optimizers import check_optimizer
 from graphprune.training.ranks import unwrapped_model
@@ -86,9 +86,9 @@ class RewindPoint:
             PlanError: the model was made from another architecture.
         """
         inner = unwrapped_model(small)
-        plan = getattr(inner, "graphprune_plan", None)
+        plan = plan_of(inner)
         source = self.model
-        if isinstance(plan, Plan) and plan != getattr(self.model, "graphprune_plan", None):
+        if plan is not None and plan != plan_of(self.model):
             source = rebuild(self.model, plan)
         tensors = {_plain(name): tensor for name, tensor in named_tensors(source)}
         pairs = []

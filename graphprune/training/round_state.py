@@ -13,7 +13,7 @@ from torch import nn
 
 from graphprune.checkpoint import load, save
 from graphprune.errors import CheckpointError, InputError
-from graphprune.plan import Plan
+from graphprune.plan import Plan, carry
 from graphprune.training.history import Entry
 
 FORMAT, VERSION = "graphprune-rounds", 1
@@ -137,7 +137,7 @@ class Folder:
             return original, None
         plan = Plan.from_json(state.plan)
         small = load(self.path / state.file, original)
-        small.graphprune_plan = plan  # type: ignore[assignment]
+        carry(small, plan)
         return small, plan
 
 

@@ -16,9 +16,10 @@ from graphprune.batches import at_rest
 from graphprune.checks import check_model
 from graphprune.errors import InputError, RoundError
 from graphprune.options import Options
-from graphprune.plan import Plan, fingerprint, share
+from graphprune.plan import Plan, carry, fingerprint, plan_of
 from graphprune.progress import bar
 from graphprune.skeleton import mark, named_modules
+from graphprune.table import share
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.round_state import Folder, State
@@ -54,7 +55,7 @@ class Outcome:
     @property
     def plan(self) -> Plan | None:
         """Which channels of the original stayed."""
-        return getattr(self.model, "graphprune_plan", None)
+        return plan_of(self.model)
 
     def __str__(self) -> str:
         """The rounds as a table."""
@@ -186,7 +187,7 @@ class _Rounds:
         self.train, self.evaluate, self.floor = train, evaluate, floor
         self.seed, self.folder = seed, folder
         self.modes = {name: module.training for name, module in named_modules(original)}
-        self.earlier: Plan | None = getattr(original, "graphprune_plan", None)
+        self.earlier = plan_of(original)
         self.model: nn.Module = original
         self.plan: Plan | None = None
         self.state = State()
@@ -227,7 +228,7 @@ class _Rounds:
             return
         small = rebuild(self.model, plan)
         whole = plan if self.plan is None else self.plan.then(plan)
-        small.graphprune_plan = whole  # type: ignore[assignment]  # from this original
+        carry(small, whole)  # from this original
         first = self._evaluated(small, number)
         self._train(small, number)
         last = self._evaluated(small, number)
@@ -253,7 +254,7 @@ class _Rounds:
         for name, module in named_modules(self.model):
             module.training = self.modes.get(name, module.training)
         if self.earlier is not None and self.plan is not None:
-            self.model.graphprune_plan = self.earlier.then(self.plan)  # type: ignore[assignment]
+            carry(self.model, self.earlier.then(self.plan))
         return Outcome(self.model, History(self.plans.call, self.state.entries), reason)
 
     def _plan(self, number: int, sparsity: float) -> Plan:

@@ -72,8 +72,8 @@ class Schedule:
         return self._between(done / (self.end - self.begin)) if done else float(self.initial)
 
     def _between(self, progress: float) -> float:
-        """The sparsity at a progress in (0, 1)."""
-        raise NotImplementedError
+        """The sparsity at a progress in (0, 1); it stands still where a schedule has no curve."""
+        return float(self.initial)
 
     @property
     def steps(self) -> tuple[int, ...]:

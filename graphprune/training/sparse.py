@@ -16,9 +16,8 @@ from graphprune.attention import MultiheadAttention
 from graphprune.checks import check_model
 from graphprune.errors import InputError, warn
 from graphprune.options import check_ratio
-from graphprune.plan import share, shorten
 from graphprune.skeleton import named_modules
-from graphprune.table import render
+from graphprune.table import render, share, shorten
 from graphprune.training.ranks import unwrapped_model
 
 SCOPES = ("global", "local")

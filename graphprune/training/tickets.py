@@ -16,6 +16,7 @@ from graphprune.copying import copy_module
 from graphprune.errors import InputError
 from graphprune.graph import trace
 from graphprune.options import check_ratio
+from graphprune.plan import plan_of
 from graphprune.skeleton import named_modules
 from graphprune.training.history import History
 from graphprune.training.rewind import RewindPoint
@@ -127,7 +128,7 @@ def lottery(
         raise InputError("sparsity must be above 0: nothing would be removed")
     if kind not in KINDS:
         raise InputError(f"kind must be one of {', '.join(KINDS)}, not {kind!r}")
-    if getattr(point.model, "graphprune_plan", None) is not None:
+    if plan_of(point.model) is not None:
         raise InputError("the rewind point is of a small model: take it from the original")
     schedule = iterative(sparsity, rounds)
     finder: _Finder = (
@@ -191,7 +192,8 @@ class _Filters:
         return rebuild(model, self.plans.plan(model, sparsity))
 
     def like(self, ticket: nn.Module, fresh: nn.Module | None, seed: int) -> nn.Module:
-        plan: Any = ticket.graphprune_plan
+        plan = plan_of(ticket)
+        assert plan is not None  # a ticket comes out of rounds
         if fresh is not None:
             return rebuild(fresh, plan)
         kept = {group.layers: len(group.kept) for group in plan.groups}
@@ -200,7 +202,7 @@ class _Filters:
         return rebuild(self.point.model, drawn)
 
     def left(self, model: nn.Module) -> float:
-        plan = getattr(model, "graphprune_plan", None)
+        plan = plan_of(model)
         total = sum(group.size for group in self.graph.groups)
         return 1.0 if plan is None else 1 - plan.removed / total
 
