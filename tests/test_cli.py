@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -350,38 +349,6 @@ def test_example_inputs() -> None:
     assert [tuple(t.shape) for t in inputs] == [(1, 4), (2,), (3,)]
     assert [t.dtype for t in inputs] == [torch.float16, torch.int64, torch.float32]
     assert parse_inputs([], model) is None
-
-
-# --- the demo ---------------------------------------------------------------------------------
-
-
-def test_demo(folder: Path) -> None:
-    result = call("demo", "--epochs", "1", "--out", "here/demo")
-    assert result.exit_code == OK, result.output
-    for text in ("original", "shrunk + fine-tuned", "accuracy", "MACs per image", "file size"):
-        assert text in result.stdout
-    assert re.search(r"largest relative difference \d\.\de-1\d", result.stdout)
-    assert (folder / "here/demo/widths.png").stat().st_size > 10_000
-    from graphprune.checkpoint import load
-    from graphprune.demo import DigitsResNet, widths
-
-    small = load(folder / "here/demo/small.safetensors", DigitsResNet)
-    assert list(widths(small).values())[-1] == 64
-
-
-def test_demo_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    result = call("demo")
-    assert result.exit_code == MISTAKE
-    assert 'pip install "graphprune[demo]"' in result.stderr
-    assert not Path("graphprune-demo").exists()
-
-
-def test_demo_cannot_write() -> None:
-    Path("file").write_text("")
-    result = call("demo", "--out", "file")
-    assert result.exit_code == MISTAKE
-    assert "cannot make the folder 'file'" in result.stderr
 
 
 def test_messages_are_of_the_tree() -> None:
