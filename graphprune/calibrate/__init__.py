@@ -133,6 +133,7 @@ def calibrate(
         )
         with bar("calibration", len(repair.nodes), progress) as tick:
             refits = repair.run(tick)
+        smaller.settle()
     return Calibration(method, tuple(refits))
 
 

@@ -33,6 +33,7 @@ class Joint:
     def __init__(self, original: Replay, small: Replay, segment: Segment, keep: Tensor) -> None:
         self.original, self.small, self.segment, self.keep = original, small, segment, keep
         self.start = {n: small.tensors[name].detach() for n, name in segment.moved.items()}
+        self.zeroes = {n: t == 0 for n, t in self.start.items() if t.dim() > 1}
 
     def refit(self, sweeps: int, generator: torch.Generator) -> float | None:
         """Move the parameters, if that lowers the error over all batches.
@@ -121,9 +122,17 @@ class Joint:
                     loss = gap.square().mean() / max(scale, torch.finfo(gap.dtype).tiny)
                     optimiser.zero_grad()
                     loss.backward()
+                    self._hold_zeroes(moved)
                     optimiser.step()
                     falling.step()
         return {n: t.detach() for n, t in moved.items()}
+
+    def _hold_zeroes(self, moved: Mapping[int, Tensor]) -> None:
+        """Take their gradients: a sparse layer stays sparse."""
+        for number, zero in self.zeroes.items():
+            grad = moved[number].grad
+            if grad is not None:
+                grad.masked_fill_(zero, 0)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -63,14 +63,20 @@ class Layer:
         return self.weight.rpartition(".")[0] or self.weight
 
 
-def find_layers(nodes: Sequence[fx.Node], names: Mapping[str, Tensor]) -> list[Layer]:
+def find_layers(
+    nodes: Sequence[fx.Node], names: Mapping[str, Tensor]
+) -> tuple[list[Layer], dict[int, tuple[str, str]]]:
     """The layers of a recorded graph that can be refitted, by where they are compared.
 
     Args:
         nodes: of the record.
         names: parameters and buffers.
+
+    Returns:
+        The layers; and by the number of the product names of others, with why they cannot be.
     """
-    return _Finder(nodes, names).layers()
+    finder = _Finder(nodes, names)
+    return finder.layers(), finder.others
 
 
 def constants(nodes: Sequence[fx.Node]) -> dict[fx.Node, bool]:
@@ -92,6 +98,7 @@ class _Finder:
         self.names = names
         self.numbers = {node: number for number, node in enumerate(nodes)}
         self.constant = constants(nodes)
+        self.others: dict[int, tuple[str, str]] = {}
 
     def layers(self) -> list[Layer]:
         found = [layer for node in self.nodes for layer in self._product(node)]
@@ -127,7 +134,13 @@ class _Finder:
             (bias, x, weight), flipped = args, True
         else:
             return []
-        if not (self._own(weight) and weight.meta["shape"][1:] and not self.constant[x]):
+        if self.constant[x] or not self.constant[weight]:
+            return []
+        if not self._own(weight):
+            shared = weight.op == "get_attr" and str(weight.target) in self.names
+            note = "its weight is used elsewhere, too" if shared else "its weight is computed"
+            name = str(weight.target).rpartition(".")[0] if shared else node.meta.get("module")
+            self.others[self.numbers[node]] = name or str(node), note
             return []
         shape: Shape = weight.meta["shape"]
         if not flipped and window.kind == "linear" and len(shape) != 2:

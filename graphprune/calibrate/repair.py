@@ -65,7 +65,7 @@ class Repair:
         self.generator = torch.Generator().manual_seed(seed)
         self.nodes = small.nodes[0]
         same_ops(original.nodes[0], self.nodes, "in the small model")
-        self.layers = find_layers(self.nodes, small.tensors)
+        self.layers, self.others = find_layers(self.nodes, small.tensors)
         self.sweeps = sweeps
         self.orders = torch.Generator().manual_seed(seed)
         self.segments = dict(segments(original, small, self.layers)) if sweeps else {}
@@ -95,6 +95,9 @@ class Repair:
             if number in starting:
                 self.versions[number] = self._versions(starting[number])
             found += [self._together(layer, self._fit(layer)) for layer in ending.get(number, ())]
+            if number in self.others:
+                name, note = self.others[number]
+                found.append(Refit(name, note=note))
             for which in leaving.get(number, ()):
                 self.original.free(which)
                 self.small.free(which)
@@ -108,7 +111,7 @@ class Repair:
     def _fit(self, layer: Layer) -> Refit:
         keep = self._kept(layer)
         if keep is None:
-            return Refit(layer.name, note="its outputs are not those of the original")
+            return Refit(layer.name, note="its outputs cannot be told from those of the original")
         if self._versions(layer) != self.versions[layer.node]:
             note = "its input is written to before its output is complete"
             return Refit(layer.name, note=note)
@@ -129,7 +132,8 @@ class Repair:
                 return Refit(layer.name, note="NaN or infinite values behind it")
             if sums.error <= _EXACT * sums.energy:
                 return Refit(layer.name, note="equal already")
-            change, shift = sums.solve(self.ridge, centred, self.weights)
+            free = self._free(layer, block)
+            change, shift = sums.solve(self.ridge, centred, self.weights, free)
             after = (sums.error - self._gain(sums, change, shift, centred, slope)) / sums.energy
             self._move(layer, change, block)
             self._shift(layer, shift.reshape(-1) if centred else None, norm)
@@ -148,15 +152,19 @@ class Repair:
 
     def _kept(self, layer: Layer) -> Tensor | None:
         """Which outputs of the original's layer stay."""
-        dims = self.kept.get(layer.weight, {})
-        grouped = layer.window.kind == "transposed" and layer.window.groups > 1
-        if grouped and dims:
-            return None
+        plain = layer.weight.removesuffix("_orig")  # it may be masked in one of the models alone
+        dims = self.kept.get(plain) or self.kept.get(f"{plain}_orig") or {}
         dim = 1 if layer.flipped or layer.window.kind == "transposed" else 0
         original = self.original.value(0, layer.end)
         small = self.small.value(0, layer.end)
         size = original.shape[layer.channel_dim]
         keep = dims[dim] if dim in dims else torch.arange(size)
+        if layer.window.kind == "transposed" and layer.window.groups > 1 and dims:
+            before: Any = self.original.nodes[0][layer.node].args[8]
+            if before != layer.window.groups:  # whole groups left
+                return None
+            starts = torch.arange(0, size, size // before)[:, None]
+            keep = (starts + dims.get(dim, torch.arange(size // before))).flatten()
         if len(keep) != small.shape[layer.channel_dim] or int(keep.max()) >= size:
             return None
         shape = list(original.shape)
@@ -204,6 +212,12 @@ class Repair:
         if self.weights:
             size = size + ((change @ torch.as_tensor(sums.xx)) * change).sum(-1)
         return float((weight * (2 * fit - size)).sum())
+
+    def _free(self, layer: Layer, block: slice) -> Tensor | None:
+        """Which weights may change: zeroes stay, so that a sparse layer stays sparse."""
+        weight = self.small.tensors[layer.weight].detach()
+        matrix = layer.window.matrix(weight.t() if layer.flipped else weight)[..., block]
+        return None if bool((matrix != 0).all()) else matrix != 0
 
     def _move(self, layer: Layer, change: Tensor, block: slice) -> None:
         """Add to the weights."""

@@ -16,6 +16,7 @@ from graphprune.inputs import Call
 from graphprune.kernels import grouped_mm
 from graphprune.modes import leak
 from graphprune.recorder import Record
+from graphprune.rewrite.fold import recompute_masked
 from graphprune.skeleton import named_tensors
 from graphprune.trace import record
 
@@ -34,11 +35,23 @@ class Replay:
     records: list[Record]  # of each batch; equal shapes share one
     nodes: list[list[fx.Node]]
     values: list[Values]
-    tensors: dict[str, Tensor] = field(init=False)
+    masks: dict[str, str]  # the mask of a parameter that is masked, by name
+    tensors: dict[str, Tensor] = field(init=False)  # parameters as they count, and buffers
 
     def __post_init__(self) -> None:
-        self.tensors = dict(named_tensors(self.model))
+        held = self.tensors = dict(named_tensors(self.model))
+        for name, mask in self.masks.items():
+            held[name] = nn.Parameter(held[name].detach() * held[mask].to(held[name]), False)
         self.device = device_of(self.model)
+
+    def settle(self) -> None:
+        """Give the model what became of its masked parameters; what is masked stays as it was."""
+        own = dict(named_tensors(self.model))
+        with torch.no_grad():
+            for name, mask in self.masks.items():
+                own[name].copy_(torch.where(own[mask] != 0, self.tensors[name], own[name]))
+        if self.masks:
+            recompute_masked(self.model)
 
     @classmethod
     def of(cls, model: nn.Module, batches: Sequence[Batch]) -> Replay:
@@ -48,18 +61,20 @@ class Replay:
             ModelError: the forward pass reads values of tensors, or differs from batch to batch.
         """
         known: dict[str, Record] = {}
+        masks: dict[str, str] = {}
         records, values = [], []
         for batch in batches:
             call = Call(batch.args, batch.kwargs)
             key = repr(call.map(lambda tensor: tensor.to("meta")))  # shapes, and what is no tensor
             if key not in known:
                 known[key] = _recorded(model, call)
+                masks |= _fold_masks(known[key].graph, dict(named_tensors(model)))
             records.append(known[key])
             values.append(_inputs(known[key], call, device_of(model)))
         nodes = [list(rec.graph.nodes) for rec in records]
         for other in nodes[1:]:
             same_ops(nodes[0], other, "for batches of different shapes")
-        return cls(model, records, nodes, values)
+        return cls(model, records, nodes, values, masks)
 
     def step(self, number: int) -> None:
         """Compute one node for all batches."""
@@ -113,6 +128,33 @@ def _recorded(model: nn.Module, call: Call) -> Record:
             'and cannot be repaired op by op: pass method="batchnorm"'
         )
     return rec
+
+
+def _fold_masks(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Take products of a parameter with a buffer of zeroes and ones out: it is masked.
+
+    Returns:
+        The mask of every such parameter, by name.
+    """
+    found = {}
+    for node in list(graph.nodes):
+        sources = node.all_input_nodes
+        if getattr(node.target, "overloadpacket", None) is not aten.mul or len(sources) != 2:
+            continue
+        names = [str(n.target) for n in sources if n.op == "get_attr" and str(n.target) in tensors]
+        mask = next((n for n in names if not isinstance(tensors[n], nn.Parameter)), None)
+        own = next((n for n in names if isinstance(tensors[n], nn.Parameter)), None)
+        if own is None or mask is None or tensors[own].shape != tensors[mask].shape:
+            continue
+        if bool(((tensors[mask] != 0) & (tensors[mask] != 1)).any()):
+            continue
+        found[own] = mask
+        source, other = sorted(sources, key=lambda n: str(n.target) != own)
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+        if not other.users:
+            graph.erase_node(other)
+    return found
 
 
 def _inputs(rec: Record, call: Call, device: torch.device) -> Values:

@@ -1,0 +1,135 @@
+"""Accuracy without training where weights are sparse, masked or computed from others."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import graphprune
+from graphprune.calibrate import calibrate
+from graphprune.training import make_permanent, sparsify, sparsity_of
+
+D = torch.float64
+X = torch.randn(200, 6, dtype=D, generator=torch.Generator().manual_seed(3))
+
+
+def mlp():
+    torch.manual_seed(0)
+    layers = nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 3)
+    return nn.Sequential(*layers).double().eval()
+
+
+def error(small, net, x=X):
+    with torch.no_grad():
+        return float((small(x) - net(x)).square().mean())
+
+
+@pytest.mark.parametrize("sweeps", [0, 2])
+@pytest.mark.parametrize("pattern", [None, "2:4"])
+def test_a_sparse_model_stays_sparse(pattern, sweeps):
+    net = mlp()
+    small = graphprune.rebuild(net, 0.25, X[:1])
+    sparsify(small, **({"pattern": pattern} if pattern else {"sparsity": 0.6}))
+    make_permanent(small)
+    zeroes = {name: tensor == 0 for name, tensor in small.named_parameters() if tensor.dim() > 1}
+    before, fraction = error(small, net), sparsity_of(small).fraction
+    calibrate(small, net, list(X.split(50)), sweeps=sweeps)
+    assert sparsity_of(small).fraction == fraction > 0.3
+    assert all(torch.equal(small.get_parameter(name) == 0, zero) for name, zero in zeroes.items())
+    assert error(small, net) < 0.5 * before
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_among_sparse_weights_it_is_the_best(bias):
+    """At the refitted last layer, the error has no slope along any weight that is not zero."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5, bias=bias)).double()
+    small = graphprune.rebuild(net, 0.25, X[:1])
+    sparsify(small, 0.5)
+    make_permanent(small)
+    free = small[2].weight != 0
+    assert 0.3 < float(free.double().mean()) < 0.7
+    calibrate(small, net, [X], ridge=0.0)
+    gap = (small(X) - net(X).detach()).square().sum()
+    gradients = torch.autograd.grad(gap, [small[2].weight, *([small[2].bias] if bias else [])])
+    assert float(gradients[0][free].abs().max()) < 1e-6 * float(gap.detach())
+    assert not bias or float(gradients[1].abs().max()) < 1e-6 * float(gap.detach())
+
+
+@pytest.mark.parametrize("masked", ["small", "both"])
+def test_masked_weights_are_refitted_under_their_masks(masked):
+    """The result is that of the same zeroes without masks; what is masked stays as it was."""
+    pairs = []
+    for permanent in (True, False):
+        net = mlp()
+        if masked == "both":
+            prune.custom_from_mask(net[2], "weight", torch.arange(256.0).reshape(16, 16) % 3 > 0)
+        if permanent and masked == "both":
+            make_permanent(net)
+        small = graphprune.rebuild(net, 0.25, X[:1])
+        if masked == "small":
+            sparsify(small, 0.5)
+        if permanent and masked == "small":
+            make_permanent(small)
+        pairs.append((small, net))
+    (plain, plain_net), (small, net) = pairs
+    wanted = calibrate(plain, plain_net, [X])
+    before, original = copy.deepcopy(small.state_dict()), copy.deepcopy(net.state_dict())
+    report = calibrate(small, net, [X])
+    assert prune.is_pruned(small)
+    assert report.changed == wanted.changed
+    assert "2" in report.changed
+    assert torch.allclose(small[2].weight, plain[2].weight, rtol=1e-9)
+    assert torch.allclose(small(X), plain(X), rtol=1e-9)
+    mask = small[2].weight_mask
+    assert torch.equal(small[2].weight_orig[mask == 0], before["2.weight_orig"][mask == 0])
+    assert not torch.equal(small[2].weight_orig[mask == 1], before["2.weight_orig"][mask == 1])
+    assert all(torch.equal(net.state_dict()[name], t) for name, t in original.items())
+
+
+def test_a_small_model_without_the_masks_of_its_original():
+    net = mlp()
+    prune.random_unstructured(net[2], "weight", 0.3)
+    small = graphprune.rebuild(net, 0.25, X[:1])
+    make_permanent(small)
+    before = error(small, net)
+    assert calibrate(small, net, [X]).changed == ("2", "4")
+    assert error(small, net) < before
+
+
+def test_computed_weights_are_in_the_report():
+    net = mlp()
+    parametrizations.weight_norm(net[2])
+    small = graphprune.rebuild(net, 0.25, X[:1])
+    report = calibrate(small, net, [X])
+    notes = {refit.layer: refit.note for refit in report.refits}
+    assert notes == {"0": "equal already", "2": "its weight is computed", "4": ""}
+    assert "its weight is computed" in str(report)
+
+
+@pytest.mark.parametrize("columns", ["aligned", "free"])
+def test_grouped_transposed_convolutions(columns):
+    torch.manual_seed(2)
+    layers = (
+        nn.Conv2d(3, 16, 3),
+        nn.ReLU(),
+        nn.ConvTranspose2d(16, 8, 3, groups=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+    )
+    net = nn.Sequential(*layers).double().eval()
+    x = torch.randn(8, 3, 8, 8, dtype=D)
+    small = graphprune.rebuild(net, 0.3, x[:1], columns=columns)
+    before = error(small, net, x)
+    report = calibrate(small, net, [x], ridge=0.0)
+    assert report.changed == ("2", "4")
+    assert error(small, net, x) < before
+    kept = next(s.kept for s in small.graphprune_plan.slots if (s.tensor, s.dim) == ("2.weight", 1))
+    each = torch.tensor(kept).reshape(-1, small[2].out_channels // 2) % 4
+    wanted = net[:3](x).detach().unflatten(1, (2, 4))
+    wanted = torch.cat([wanted[:, group, each[group % len(each)]] for group in (0, 1)], 1)
+    gap = (small[:3](x) - wanted).square().sum()
+    (slope,) = torch.autograd.grad(gap, [small[2].weight])
+    assert float(slope.abs().max()) < 1e-6 * float(gap.detach())
