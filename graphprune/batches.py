@@ -137,6 +137,20 @@ def _mismatch(logits: Any, targets: tuple[Any, ...]) -> str:
     return ""
 
 
+def check_loss(loss: Any) -> None:
+    """Raise unless it is ``None`` or may be called with a model and a batch.
+
+    Raises:
+        InputError: not callable, or one of torch's own losses, which take outputs and targets.
+    """
+    of_torch = (getattr(loss, "__module__", None) or "").startswith("torch.")
+    if loss is not None and (of_torch or not callable(loss)):
+        raise InputError(
+            "loss must be a function (model, batch) -> scalar, such as lambda model, batch: "
+            f"F.cross_entropy(model(batch[0]), batch[1]); not {loss!r}"
+        )
+
+
 def check_data(data: Any, *, passes: int = 1) -> Iterable[Any]:
     """Data as an iterable of batches.
 
@@ -160,7 +174,7 @@ def check_data(data: Any, *, passes: int = 1) -> Iterable[Any]:
         )
     if passes > 1 and isinstance(data, Iterator):
         raise InputError(
-            f"data is gone through {passes} times, but a {type(data).__name__} yields its batches "
+            f"data is gone through more than once, but a {type(data).__name__} yields its batches "
             "only once: pass list(data) or a DataLoader"
         )
     found: Iterable[Any] = data

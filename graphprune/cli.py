@@ -149,6 +149,8 @@ def shrink(
             save(small, out)
         session.print(groups_of_plan(applied))
         session.print(costs(before, after))
+        for note in applied.notes:
+            session.print(escape(note))
         _say_verified(session, report)
         for title, path in (("small model", out), ("plan", plan)):
             if path is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import networkx as nx
 
 from graphprune.analysis import Analysis, Group
-from graphprune.errors import InputError
+from graphprune.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,12 +61,8 @@ def draw(analysis: Analysis, title: str, path: Path) -> Path:
     _legend(axes, page, [kind for kind in _COLOURS if any(g.kind == kind for g in groups)])
     dpi = min(160.0, _LARGEST / max(page.width, page.height))
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-    try:
-        with mpl.rc_context({"svg.hashsalt": "graphprune"}):  # the same bytes for the same graph
-            figure.savefig(path, dpi=dpi, metadata=undated)
-    except (ValueError, OSError) as error:
-        raise InputError(f"cannot draw to {path}: {error}") from None
-    return path
+    with mpl.rc_context({"svg.hashsalt": "graphprune"}):  # the same bytes for the same graph
+        return save_figure(figure, path, dpi=dpi, metadata=undated)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from graphprune.batches import check_loss
 from graphprune.errors import InputError
 
 COLUMNS = ("aligned", "free")
@@ -176,11 +177,7 @@ class Request:
         for name in ("uniform", "exact_only", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.loss is not None and not _takes_model(self.loss):
-            raise InputError(
-                "loss must be a function (model, batch) -> scalar, such as lambda model, batch: "
-                f"F.cross_entropy(model(batch[0]), batch[1]); not {self.loss!r}"
-            )
+        check_loss(self.loss)
         if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
 
@@ -241,12 +238,6 @@ def check_ratio(ratio: Any, name: str = "ratio", other: str = " or a Plan") -> f
     if not 0 <= number < 1:
         raise InputError(f"{name} must be in [0, 1), the fraction to remove: got {ratio}")
     return number
-
-
-def _takes_model(loss: Any) -> bool:
-    """Whether it may be called with a model and a batch, unlike torch's own losses."""
-    of_torch = (getattr(loss, "__module__", None) or "").startswith("torch.")
-    return callable(loss) and not of_torch
 
 
 def _check_names(options: Mapping[str, Any]) -> None:

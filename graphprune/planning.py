@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from graphprune.plan import GroupPlan, Plan, fingerprint
 from graphprune.rescaling import Rescaling
 from graphprune.rewrite.shrink import shrink
 from graphprune.select import Kept
-from graphprune.table import shorten
+from graphprune.table import share, shorten
 
 
 class _Tied(Exception):
@@ -147,7 +147,21 @@ def assemble(
         after=cost(analysis, alive),
         inputs=str(call),
         request={"attention": analysis.walk.attention, **(request or {})},
+        notes=(*bare.notes, *_told((request or {}).get("latency"))),
     )
+
+
+def _told(latency: Mapping[str, Any] | None) -> Iterator[str]:
+    """What was predicted and measured, as a line for reports."""
+    if latency is not None:
+        before, predicted, measured = (
+            amount_text("latency", latency[name]) for name in ("before", "predicted", "measured")
+        )
+        part = share(latency["measured"], latency["before"])
+        yield (
+            f"latency on {latency['device']}: {before} -> {measured} ({part}) measured, "
+            f"{predicted} predicted"
+        )
 
 
 def check_kept(settled: Settled, wanted: Mapping[str, Iterable[int]]) -> Kept:

@@ -15,6 +15,7 @@ from graphprune.analysis import Group
 from graphprune.draft import Draft
 from graphprune.errors import InputError
 from graphprune.feasible import Settled, feasible
+from graphprune.figures import save_figure
 from graphprune.inputs import Call
 from graphprune.options import Request, check_ratio
 from graphprune.plan import fingerprint
@@ -120,12 +121,7 @@ class Sensitivity:
         axes.grid(alpha=0.3)
         if worst:
             axes.legend(title="most sensitive", fontsize="small")
-        path = Path(path)
-        try:
-            figure.savefig(path)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot draw {str(path)!r}: {error}") from error
-        return path
+        return save_figure(figure, path)
 
     def __str__(self) -> str:
         """A table of the drops, one line for each group."""

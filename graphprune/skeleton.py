@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -84,10 +84,11 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
     return clone
 
 
-def mark(model: nn.Module) -> float:
+def mark(model: nn.Module | Mapping[str, Tensor]) -> float:
     """A number that tells the weights of two models apart, the same in every precision."""
     total = squares = 0.0
-    for name, tensor in sorted(named_tensors(model), key=lambda item: item[0]):
+    named = named_tensors(model) if isinstance(model, nn.Module) else model.items()
+    for name, tensor in sorted(named, key=lambda item: item[0]):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         step = tensor.numel() // 4096 + 1

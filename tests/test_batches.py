@@ -135,7 +135,7 @@ def test_kinds_of_data():
     assert count_of(DataLoader(Stream())) is None
     assert check_data(iter([X]))
     with pytest.raises(
-        InputError, match="gone through 2 times, but a generator yields its batches"
+        InputError, match="gone through more than once, but a generator yields its batches"
     ):
         check_data((x for x in X), passes=2)
     with pytest.raises(InputError, match=r"found one batch float32\[4, 3\]: pass \[batch\]"):

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # of one package (criteria, rewrite, rules) share a room, in which they may see each other.
 FLOORS = (
     {"attention", "collecting", "errors", "ids", "kernels", "progress", "shapes", "sites", "table"},
-    {"batches", "sizes"},
+    {"batches", "figures", "sizes"},
     {"copying", "inputs", "modes", "options", "resolve", "rules", "select", "weightless"},
     {"changes", "skeleton"},
     {"checks", "observe", "plan", "recorder"},

@@ -1,150 +1,22 @@
 """Two processes on gloo that train one model: the same channels leave, or all of them say why."""
 
-import os
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
 from loops import X, Y, build
-from torch import distributed as dist
+from rank_workers import SIZE, worker
 from torch import multiprocessing as mp
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import graphprune
-from graphprune.errors import PruningWarning, RankError
-from graphprune.training import Pruner, cubic
+from graphprune.errors import PruningWarning
+from graphprune.training import (
+    Pruner,
+    cubic,
+)
 from graphprune.training.ranks import Averaged, Ranks
-
-SIZE = 2
-
-
-def worker(rank, folder):
-    """Everything that two processes are needed for, in one start of them."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=SIZE,
-        timeout=timedelta(seconds=60),
-    )
-    found = {}
-    for case in (together, own_data, disagreeing, other_models, unequal_steps, accelerated):
-        found[case.__name__] = case(rank)
-        dist.barrier()
-    torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-def together(rank):
-    """Masked under DDP, removed, wrapped anew, trained on; the other half of the data each."""
-    model = build()
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(wrapped.parameters(), 1e-2)
-    schedule = cubic(0.5, end=4, frequency=2)
-    pruner = Pruner(wrapped, X[:2], optimizer, schedule=schedule)
-    x, y = X[rank::SIZE], Y[rank::SIZE]
-    for step in range(8):
-        if step == 5:
-            pruner.finish()
-            try:
-                wrapped(x)
-            except RankError as error:
-                said = str(error)
-            wrapped = DistributedDataParallel(pruner.model)
-        optimizer.zero_grad()
-        F.cross_entropy(wrapped(x), y).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.05)
-        optimizer.step()
-        pruner.step()
-    return {"state": model.state_dict(), "plan": pruner.plan.to_json(), "said": said}
-
-
-def scaled_by_data(group, evidence, generator):
-    """Scores that depend on what a rank has seen: a rank of its own would keep its own half."""
-    ranks = torch.arange(group.size) % SIZE == dist.get_rank()
-    return ranks.double() * 4 + torch.arange(group.size) * (1 + dist.get_rank())
-
-
-def own_data(rank):
-    model = build()
-    found = {}
-    for name, criterion, options in (
-        ("taylor", "taylor", {"data": [(X[rank::SIZE], Y[rank::SIZE])]}),
-        ("own", scaled_by_data, {}),
-    ):
-        pruner = Pruner(model, X[:2], schedule=0.5, criterion=criterion, **options)
-        alone = pruner.graph.plan(0.5, criterion=criterion, **options)
-        pruner.step()
-        found[name] = (
-            [group.kept for group in pruner.soft.plan.groups],
-            [group.kept for group in alone.groups],
-        )
-        pruner.soft.lift()
-    return found
-
-
-def message(call):
-    try:
-        call()
-    except RankError as error:
-        return str(error)
-    return ""
-
-
-def disagreeing(rank):
-    found = [
-        message(lambda: Pruner(build(), X[:2], schedule=0.25 * (1 + rank))),
-        message(lambda: Pruner(build(), X[:2], schedule=0.5, keep=["stem", "inner"][rank])),
-        message(lambda: Pruner(build(), X[:2], schedule=0.5, criterion=["l1", "l2"][rank])),
-    ]
-    pruner = Pruner(build(), X[:2], schedule=lambda step: 0.25 * (1 + rank))
-    found.append(message(pruner.step))
-    other = Pruner(build(), X[:2], schedule=lambda step: 0.5 * rank)  # masks nothing on rank 0
-    found.append(message(other.step))
-    return found, pruner.soft.plan is None and other.soft.plan is None
-
-
-def other_models(rank):
-    model = build()
-    if rank == 1:
-        model.head = nn.Linear(8, 4).double()
-    return message(lambda: Pruner(model, X[:2], schedule=0.5))
-
-
-def unequal_steps(rank):
-    pruner = Pruner(build(), X[:2], schedule=lambda step: 0.5 if step >= 2 else 0.0)
-    pruner.steps += rank
-    if rank == 0:  # one call more
-        pruner.steps += 2
-    return message(pruner.step)
-
-
-def accelerated(rank):
-    """The same under Accelerate, where it is installed."""
-    try:
-        from accelerate import Accelerator
-    except ImportError:
-        return None
-    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "MASTER_PORT": 29500}
-    os.environ.update({name: str(n) for name, n in numbers.items()}, MASTER_ADDR="localhost")
-    accelerator = Accelerator(cpu=True)
-    model = build()
-    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
-    pruner = Pruner(prepared, X[:2], optimizer, schedule=0.5)
-    for step in range(4):
-        if step == 2:
-            prepared = accelerator.prepare_model(pruner.finish())
-        optimizer.zero_grad()
-        accelerator.backward(F.cross_entropy(prepared(X[rank::SIZE]), Y[rank::SIZE]))
-        optimizer.step()
-        pruner.step()
-    return accelerator.num_processes, type(prepared).__name__, model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -211,9 +83,58 @@ def test_ranks_that_disagree_are_told_so(ranks):
             "give every rank the same model, schedule and options"
         )
         assert "rank 0 has (1, 0.0), rank 1 has (1, 0.5)" in messages[4]
+        assert messages[5].startswith("InputError: finish_at on several processes needs the")
         assert unmasked
         assert found["other_models"].startswith("the ranks disagree on the model: rank 0 has ")
         assert "rank 0 has (3, 0.5), rank 1 has (2, 0.5)" in found["unequal_steps"]
+
+
+def test_one_rank_that_fails_is_heard_by_all(ranks):
+    first, second = (found["failing"] for found in ranks)
+    assert first["unseen"] == second["unseen"] == [16, 8], "what one rank cannot judge stays whole"
+    assert second["criterion"] == "ZeroDivisionError: a bug"
+    assert first["criterion"] == "RankError: rank 1 has failed: ZeroDivisionError: a bug"
+    assert second["data"].startswith("InputError: ")
+    assert first["data"] == f"RankError: rank 1 has failed: {second['data']}"
+
+
+def test_single_weights_are_masked_on_all_ranks(ranks):
+    for found in ranks:
+        fraction, schedules, steps, masks = found["single_weights"]
+        assert fraction == pytest.approx(0.5, abs=0.01)
+        assert schedules.startswith("RankError: the ranks disagree on options and schedule")
+        assert steps.startswith("RankError: the ranks disagree on step and sparsity")
+        assert masks.startswith("RankError: the ranks disagree on the weights to mask")
+
+
+def test_rounds_on_several_ranks(ranks):
+    first, second = (found["in_rounds"] for found in ranks)
+    assert first["kept"] == second["kept"]
+    assert all(
+        torch.equal(tensor, second["state"][name]) for name, tensor in first["state"].items()
+    )
+    assert first["accuracy"] == second["accuracy"]
+    assert 0.5 <= first["accuracy"][0] <= 1.5, "the mean of both"
+    assert first["files"] == ["model-2.safetensors", "state.json"]
+    assert first["resumed"]
+    assert second["resumed"]
+    for found in (first, second):
+        assert "the ranks disagree on the weights after training" in found["alone"]
+        assert "wrap the model in DistributedDataParallel inside train" in found["alone"]
+        assert found["loss"].startswith("RoundError: round 1: the loss is nan (number 1) on rank 1")
+        assert "the evaluation is nan on rank 1" in found["evaluation"]
+        assert "the ranks disagree on the rounds in the folder: rank 0 has 0" in found["folders"]
+    assert first["broken"] == "ZeroDivisionError: a bug"
+    assert second["broken"] == "RankError: rank 0 has failed: ZeroDivisionError: a bug"
+
+
+def test_tickets_on_several_ranks(ranks):
+    first, second = (found["with_tickets"] for found in ranks)
+    for kind in ("filters", "weights"):
+        (accuracy, tensors), (other, others) = first[kind], second[kind]
+        assert accuracy == other
+        assert all(torch.equal(tensor, others[name]) for name, tensor in tensors.items())
+    assert first["other"].startswith("RankError: the ranks disagree on what is left of the whole")
 
 
 def test_accelerate(ranks):
@@ -234,7 +155,7 @@ def test_one_process_needs_no_group():
 
 
 def test_an_averaged_criterion_is_still_that_criterion():
-    averaged = Averaged("taylor", lambda scores: scores)
+    averaged = Averaged("taylor", Ranks())
     assert averaged.__name__ == "taylor"
     assert "gradients" in " ".join(averaged.needs)
     model = build()

@@ -3,6 +3,7 @@
 The number in a test's name is the row.
 """
 
+import re
 import time
 import warnings
 
@@ -12,12 +13,14 @@ import torchvision
 from comparing import call, shapes, untouched
 from torch import nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 from zoo import ZOO, randomise
 from zoo.branches import Block, CifarResNet
 from zoo.registry import conv, sandwich
 
 import graphprune
 from graphprune.errors import GraphPruneError, InputError, ModelError, PruningWarning
+from graphprune.training import Pruner
 
 X = torch.zeros(2, 3, 8, 8)
 
@@ -57,6 +60,19 @@ def test_row_2_save_and_load_without_pickle(tmp_path):
     assert type(loaded) is CifarResNet
     assert list(loaded.state_dict()) == list(resnet().state_dict())
     assert torch.equal(call(loaded, X), call(small, X))
+
+
+def test_row_3_latency_is_a_budget_and_in_the_report(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
+    plan = graphprune.trace(resnet(), X).plan(target={"latency": "1 s"}, threads=1)
+    assert plan.request["latency"]["measured"] <= 1000
+    assert re.search(r"latency on .*: .* ms -> .* ms \(.* %\) measured, .* ms predicted", str(plan))
+
+
+def test_row_4_rounding_is_part_of_selection():
+    plan = graphprune.trace(resnet(), X).plan(round_to=4, target={"macs": 0.6})
+    assert all(len(group.kept) % 4 == 0 for group in plan.groups)
+    assert plan.after.macs <= 0.6 * plan.before.macs
 
 
 def test_row_5_remembered_sizes_are_patched():
@@ -138,6 +154,19 @@ def test_row_15_masked_and_pruned_accuracy_agree():
         verified(name)
 
 
+def test_row_16_accuracy_comes_back_without_training():
+    """Channels by the error that they leave, and the others refitted: far nearer than norms."""
+    model, x = resnet().double(), torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    wanted, errors = call(model, x), []
+    for options in ({}, {"criterion": "reconstruction", "data": [x]}):
+        small = graphprune.rebuild(model, 0.3, x[:1], **options)
+        errors.append(float((call(small, x) - wanted).square().mean()))
+        graphprune.calibrate(small, model, [x])
+        errors.append(float((call(small, x) - wanted).square().mean()))
+    assert errors[1] < 0.5 * errors[0]
+    assert errors[3] < min(errors[:3])
+
+
 def test_row_17_the_same_seed_gives_the_same_model():
     for criterion in ("l2", "random"):
         plans = [
@@ -159,6 +188,27 @@ def test_row_18_the_ratio_is_what_it_says():
     assert plan.after.params == parameters(small)
     assert plan.after.macs == graphprune.measure(small, X).macs
     assert f"{plan.after.params:,}" in str(plan)
+
+
+def test_row_19_optimizer_and_average_go_on_with_the_new_parameters():
+    model = resnet().train()
+    sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    average = AveragedModel(model)
+    rate = torch.optim.lr_scheduler.StepLR(sgd, 1)
+    pruner = Pruner(model, X, sgd, schedule=0.5, copies=average)
+    for _ in range(3):
+        sgd.zero_grad()
+        model(torch.randn(4, 3, 8, 8)).square().mean().backward()
+        sgd.step()
+        rate.step()
+        pruner.step()
+        average.update_parameters(model)
+        pruner.finish()
+    owned = {id(p) for p in model.parameters()}
+    assert {id(p) for group in sgd.param_groups for p in group["params"]} == owned
+    assert all(sgd.state[p]["momentum_buffer"].shape == p.shape for p in model.parameters())
+    widths = [[p.shape for p in m.parameters()] for m in (average.module, model, resnet())]
+    assert widths[0] == widths[1] != widths[2]
 
 
 def test_row_20_wrappers_are_named():

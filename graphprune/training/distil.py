@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphprune.batches import Loss, describe, device_of, forward, loss_of
+from graphprune.batches import Loss, check_loss, describe, device_of, forward, loss_of
 from graphprune.checks import check_model
 from graphprune.errors import InputError
 from graphprune.plan import Plan, plan_of
@@ -78,6 +78,7 @@ class Distillation:
         self.beta = _positive("beta", beta, least=0.0)
         if self.alpha > 1:
             raise InputError(f"alpha must be in [0, 1], the share of the soft part; got {alpha}")
+        check_loss(loss)
         self.loss = loss_of if loss is None else loss
         self.soft = soft
         self.compare = relative_error if compare is None else compare

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -13,6 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.errors import InputError
+from graphprune.figures import save_figure
 from graphprune.measure import count_text, measure
 from graphprune.skeleton import named_modules
 from graphprune.table import render
@@ -112,15 +114,17 @@ class History:
         """Write one line for each entry; the widths of layers are columns ``width/<layer>``."""
         layers = self._layers()
         header = ["step", "params", "macs", *self.names, *(f"width/{n}" for n in layers), "note"]
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(header)
-            for entry in self.entries:
-                values = [entry.values.get(name, "") for name in self.names]
-                widths = [entry.widths.get(name, "") for name in layers]
-                writer.writerow(
-                    [entry.step, entry.params, entry.macs, *values, *widths, entry.note]
-                )
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(header)
+        for entry in self.entries:
+            values = [entry.values.get(name, "") for name in self.names]
+            widths = [entry.widths.get(name, "") for name in layers]
+            writer.writerow([entry.step, entry.params, entry.macs, *values, *widths, entry.note])
+        try:
+            Path(path).write_text(text.getvalue(), encoding="utf-8", newline="")
+        except OSError as error:
+            raise InputError(f"cannot write {str(path)!r}: {error}") from None
         return Path(path)
 
     def to_json(self) -> str:
@@ -202,8 +206,7 @@ class History:
             axes.plot(*zip(*undone), linestyle="", marker="x", label="undone")
             axes.legend()
         axes.set(xlabel=against, ylabel=value)
-        figure.savefig(path)
-        return Path(path)
+        return save_figure(figure, path)
 
     def plot_widths(self, path: str | Path) -> Path:
         """Draw the width of every layer over the steps, as a fraction of its first width.
@@ -231,8 +234,7 @@ class History:
         axes.set(xlabel="step", ylabel="width in % of the first", ylim=(0, None))
         if len(layers) <= 12:
             axes.legend(fontsize=7)
-        figure.savefig(path)
-        return Path(path)
+        return save_figure(figure, path)
 
     def _layers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for entry in self.entries for name in entry.widths))

@@ -13,13 +13,15 @@ from torch import Tensor, nn
 
 from graphprune.analysis import Group
 from graphprune.api import rebuild
+from graphprune.batches import check_data
 from graphprune.checks import check_model
 from graphprune.criteria import find
 from graphprune.errors import InputError, PruningWarning, warn
 from graphprune.graph import ChannelGraph, trace
 from graphprune.options import Request
-from graphprune.plan import Plan, fingerprint
+from graphprune.plan import Plan
 from graphprune.table import share
+from graphprune.training.copies import copies_of
 from graphprune.training.optimizers import check_optimizer, sliced_state
 from graphprune.training.ranks import Ranks, retire, unwrapped_model
 from graphprune.training.schedules import (
@@ -79,7 +81,9 @@ class Pruner:
         attention: as for ``graphprune.trace``.
         process_group: of ``torch.distributed``; scores are averaged over its ranks, and all of
             them must choose the same channels.
-        options: as for ``graph.plan``, without ``ratio`` and ``target``.
+        options: as for ``graph.plan``, without ``ratio`` and ``target``. ``ratios`` and
+            ``max_kept`` are what shall be reached with the last sparsity of a schedule; before,
+            the removed fractions are smaller in proportion.
 
     Raises:
         InputError: an optimizer or copy that does not belong to the model, or another argument is
@@ -128,8 +132,13 @@ class Pruner:
         check_model(self.model)
         found = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
         self.optimizers = [check_optimizer(o, self.model) for o in found if o is not None]
-        self.copies = _copies(self.model, copies)
+        self.copies = copies_of(self.model, copies)
         self.ranks = Ranks(process_group)
+        if finish_at is not None and self.ranks.size > 1 and self.wrapper is self.model:
+            raise InputError(
+                "finish_at on several processes needs the wrapped model, which must be wrapped "
+                "anew afterwards: pass the DistributedDataParallel, or call finish() after training"
+            )
         self.graph: ChannelGraph = trace(self.model, example_inputs, attention=attention)
         self.soft = SoftMasks(self.model)
         self.steps = 0
@@ -156,9 +165,10 @@ class Pruner:
         sparsity = sparsity_at(self.schedule, self.steps)
         known = isinstance(self.schedule, Schedule)  # and the same on all ranks, as was checked
         if sparsity != self.sparsity or not known:
-            self._check_ranks("step and sparsity", (self.steps, sparsity))
-        if sparsity != self.sparsity:
-            self._update(sparsity)
+            with self.ranks.together():
+                self.ranks.check("step and sparsity", (self.steps, sparsity))
+                if sparsity != self.sparsity:
+                    self._update(sparsity)
         if self.finish_at is not None and self.steps >= self.finish_at:
             self.finish()
 
@@ -184,12 +194,13 @@ class Pruner:
                 f"finished at step {self.steps} with a sparsity of {self.sparsity:.3g}, where the "
                 f"schedule goes on to {self.schedule.final:.3g} at step {self.schedule.end}"
             )
-        masked = self.soft.plan
-        if masked is not None:
-            self._check_ranks("the channels to remove", masked)
-            self._remove(masked)
-        if self._whole and self.sparsity:
-            self._remove_whole()
+        with self.ranks.together():
+            masked = self.soft.plan
+            if masked is not None:
+                self.ranks.check("the channels to remove", masked.to_json())
+                self._remove(masked)
+            if self._whole and self.sparsity:
+                self._remove_whole()
         self.finished = True
         if self.wrapper is not self.model and self.plan is not None:
             retire(self.wrapper)
@@ -215,7 +226,7 @@ class Pruner:
             if sparsity:
                 last = isinstance(self.schedule, Schedule) and sparsity == self.schedule.final
                 plan = self._plan(self.graph, sparsity, self._whole, quiet=not last)
-                self._check_ranks("the channels to mask", plan)
+                self.ranks.check("the channels to mask", plan.to_json())
                 if plan.evaluated:
                     raise InputError("zeroes cannot mask some of the chosen channels; use keep=")
         except Exception:
@@ -239,7 +250,7 @@ class Pruner:
     ) -> Plan:
         if options is None:
             criterion = self.ranks.criterion(self.options.get("criterion", "l2"))
-            options = {**self.options, "criterion": criterion}
+            options = {**self.options, **self._limits(sparsity), "criterion": criterion}
         keep = options.get("keep", ())
         keep = [keep] if isinstance(keep, str) else list(keep)
         asked: Any = {
@@ -251,6 +262,20 @@ class Pruner:
                 warnings.simplefilter("ignore", PruningWarning)
             return graph.plan(sparsity, **asked)
 
+    def _limits(self, sparsity: float) -> dict[str, Any]:
+        """Ratios and limits of single layers as they are at a sparsity of the schedule."""
+        final = self.schedule.final if isinstance(self.schedule, Schedule) else 0.0
+        part = sparsity / final if final else 1.0
+        found: dict[str, Any] = {}
+        ratios, most = self.options.get("ratios"), self.options.get("max_kept")
+        if isinstance(ratios, Mapping):
+            found["ratios"] = {name: part * ratio for name, ratio in ratios.items()}
+        if isinstance(most, Mapping):
+            found["max_kept"] = {name: 1 - part * (1 - kept) for name, kept in most.items()}
+        elif most is not None:
+            found["max_kept"] = 1 - part * (1 - most)
+        return found
+
     def _remove_whole(self) -> None:
         """Remove channels from the groups that were whole until now."""
         graph = trace(self.model, self.graph.call, attention=self.graph.analysis.walk.attention)
@@ -261,7 +286,7 @@ class Pruner:
         except InputError as error:
             warn(f"{', '.join(self.whole)} stay whole: {error}")
             return
-        self._check_ranks("the channels to remove", plan)
+        self.ranks.check("the channels to remove", plan.to_json())
         if plan.removed:
             self._remove(plan)
 
@@ -277,14 +302,17 @@ class Pruner:
             Update(self.steps, self.sparsity, self.plan.removed, plan.after.params, plan.after.macs)
         )
 
-    def _check_ranks(self, what: str, value: Any) -> None:
-        if self.ranks.size > 1:
-            chosen = value.to_json() if isinstance(value, Plan) else value
-            self.ranks.check(what, chosen)
-
     def _check_options(self) -> None:
         """Find wrong options now, not at the first update; and ranks that were given others."""
         criterion = find(self.options.get("criterion", "l2")).name
+        limited = [name for name in ("ratios", "max_kept") if name in self.options]
+        if limited and not isinstance(self.schedule, Schedule):
+            raise InputError(
+                f"{' and '.join(limited)} go with a schedule whose last sparsity is known, such as "
+                "cubic(0.5, end=1000); not with any function"
+            )
+        if self.options.get("data") is not None:
+            check_data(self.options["data"], passes=2)
         told = {**Request.of(0.0, self.options).said(), "criterion": criterion}
         schedule = self.schedule if isinstance(self.schedule, Schedule) else ""
         self.ranks.check("the model", self.graph.analysis.architecture)
@@ -353,21 +381,6 @@ class Pruner:
             names = ", ".join(self.whole)
             lines.append(f"zeroes cannot mask, whole until the finish: {names}")
         return "\n".join(lines)
-
-
-def _copies(model: nn.Module, copies: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:
-    """The models inside moving averages."""
-    found = []
-    wanted = fingerprint(model)
-    for number, copy in enumerate([copies] if isinstance(copies, nn.Module) else copies):
-        inner = copy if fingerprint(copy) == wanted else getattr(copy, "module", copy)
-        if not isinstance(inner, nn.Module) or fingerprint(inner) != wanted or inner is model:
-            raise InputError(
-                f"copies[{number}] is no copy of the model: pass models of the same architecture, "
-                "such as torch.optim.swa_utils.AveragedModel(model)"
-            )
-        found.append(inner)
-    return found
 
 
 def _pattern(group: Group, groups: Iterable[Group]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from graphprune.analysis import Group
-from graphprune.criteria import Criterion, find, name_of
+from graphprune.criteria import Criterion, Unseen, find, name_of
 from graphprune.errors import RankError
+
+_SAME = (
+    "give every rank the same model, schedule and options, and call step() equally often on all "
+    "of them"
+)
 
 
 class Ranks:
@@ -25,24 +31,52 @@ class Ranks:
         self.group = group
         ready = dist.is_available() and dist.is_initialized()
         self.size = dist.get_world_size(group) if ready else 1
+        self.first = not ready or dist.get_rank(group) == 0
 
-    def check(self, what: str, value: object) -> None:
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """What is done inside fails on all ranks or on none; not to be nested.
+
+        A rank that raises tells the others where they meet next, in :meth:`share`, :meth:`check`,
+        :meth:`mean` or at the end. Otherwise they would wait for it until a timeout.
+
+        Raises:
+            RankError: another rank has failed; says which, and how.
+        """
+        try:
+            yield
+        except RankError:  # on all of them
+            raise
+        except Exception as error:
+            self._gather((f"{type(error).__name__}: {error}", None))
+            raise
+        self.share(None)
+
+    def share(self, value: Any) -> list[Any]:
+        """The values of all ranks, in order.
+
+        Raises:
+            RankError: a rank has failed.
+        """
+        found = self._gather(("", value))
+        for rank, (failure, _) in enumerate(found):
+            if failure:
+                raise RankError(f"rank {rank} has failed: {failure}")
+        return [other for _, other in found]
+
+    def check(self, what: str, value: object, advice: str = _SAME) -> None:
         """Raise on every rank unless all ranks have the same value.
 
         Raises:
             RankError: says which rank has what.
         """
-        if self.size == 1:
-            return
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
+        found = self.share(value)
         if all(other == found[0] for other in found):
             return
         odd = next(rank for rank, other in enumerate(found) if other != found[0])
         raise RankError(
             f"the ranks disagree on {what}: rank 0 has {_short(found[0])}, rank {odd} has "
-            f"{_short(found[odd])}; give every rank the same model, schedule and options, and call "
-            "step() equally often on all of them"
+            f"{_short(found[odd])}; {advice}"
         )
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -57,16 +91,22 @@ class Ranks:
 
     def criterion(self, criterion: str | Criterion) -> str | Criterion:
         """The same criterion, with its scores averaged over the ranks."""
-        return criterion if self.size == 1 else Averaged(criterion, self.mean)
+        return criterion if self.size == 1 else Averaged(criterion, self)
+
+    def _gather(self, value: tuple[str, Any]) -> list[tuple[str, Any]]:
+        found: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(found, value, group=self.group)
+        return found
 
 
 class Averaged:
     """A criterion whose scores are the mean over all ranks, each of which sees other data."""
 
-    def __init__(self, criterion: str | Criterion, mean: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, criterion: str | Criterion, ranks: Ranks) -> None:
         entry = find(criterion)
         self.function = entry.function
-        self.mean = mean
+        self.ranks = ranks
         self.__name__ = name_of(criterion)
         self.needs = entry.needs
         self.aggregate = entry.aggregate
@@ -75,8 +115,20 @@ class Averaged:
     def __call__(
         self, group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator
     ) -> Tensor:
-        """Scores of shape [channels] or [slots, channels]."""
-        return self.mean(self.function(group, tensors, generator))
+        """Scores of shape [channels] or [slots, channels].
+
+        Raises:
+            Unseen: one of the ranks cannot judge the group.
+        """
+        unseen = ""
+        scores = torch.zeros(group.size)
+        try:
+            scores = self.function(group, tensors, generator)
+        except Unseen as reason:
+            unseen = str(reason)
+        for other in filter(None, self.ranks.share(unseen)):
+            raise Unseen(other)
+        return self.ranks.mean(scores)
 
 
 def _short(value: object, most: int = 200) -> str:

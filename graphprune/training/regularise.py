@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.analysis import Group, Member
+from graphprune.checks import check_model
 from graphprune.criteria.slots import by_channel, members
 from graphprune.errors import InputError
 from graphprune.graph import ChannelGraph
@@ -34,6 +35,7 @@ class Regulariser(ABC):
     """
 
     def __init__(self, model: nn.Module, strength: Strength) -> None:
+        check_model(model)
         self.model = model
         self.strength = strength
         self.steps = 0
@@ -100,6 +102,15 @@ class Regulariser(ABC):
         return tensors
 
 
+def _model_of(graph: Any) -> nn.Module:
+    if not isinstance(graph, ChannelGraph):
+        raise InputError(
+            "graph must be what graphprune.trace(model, example_inputs) returns; got "
+            f"{type(graph).__name__}"
+        )
+    return graph.model
+
+
 class Slimming(Regulariser):
     """L1 on the scales of batch norms whose channels can leave.
 
@@ -126,7 +137,7 @@ class Slimming(Regulariser):
     """
 
     def __init__(self, graph: ChannelGraph, strength: Strength) -> None:
-        super().__init__(graph.model, strength)
+        super().__init__(_model_of(graph), strength)
         self.names = tuple(dict.fromkeys(m.slot.tensor for g in graph.groups for m in _scales(g)))
         if not self.names:
             raise InputError(
@@ -162,7 +173,7 @@ class GroupLasso(Regulariser):
     """
 
     def __init__(self, graph: ChannelGraph, strength: Strength) -> None:
-        super().__init__(graph.model, strength)
+        super().__init__(_model_of(graph), strength)
         self.groups = graph.groups
         if not self.groups:
             raise InputError("no channel of this model can be removed: print(graph) says why")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from graphprune.batches import check_data
 from graphprune.criteria import find
 from graphprune.draft import Draft, matching
 from graphprune.errors import InputError
@@ -49,6 +50,8 @@ class RoundPlans:
             if name in options:
                 raise InputError(f"{name} is what the sparsity says round by round: leave it out")
         self.request = Request.of(0.0, options)
+        if self.request.data is not None:
+            check_data(self.request.data, passes=2)
         told = {**self.request.said(), "criterion": find(self.request.criterion).name}
         self.told = {name: told[name] for name in sorted(told)}  # what another run is compared with
         self.quantity, self.attention = quantity, attention

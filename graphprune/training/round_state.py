@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +57,13 @@ class Folder:
     Args:
         path: made if it is not there.
         settings: of the run; a state of other settings is refused.
+        writes: otherwise another process writes the same.
     """
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | Path | None, settings: Mapping[str, Any], writes: bool = True
+    ) -> None:
+        self.writes = writes
         self.path = None if path is None else Path(path)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
 
@@ -112,12 +116,14 @@ class Folder:
         if self.path is None:
             return state
         before = state.file
+        if model is not None:
+            state = replace(state, file=f"model-{state.attempts}.safetensors")
+        if not self.writes:
+            return state
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if model is not None:
-                name = f"model-{state.attempts}.safetensors"
-                save(model, self.path / name)
-                state = State(**{**vars(state), "file": name})
+                save(model, self.path / state.file)
             content = {"settings": self.settings, "state": asdict(state)}
             text = json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=1)
             _replace(self.path / STATE, text)

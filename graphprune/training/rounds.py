@@ -15,12 +15,13 @@ from graphprune.api import rebuild
 from graphprune.batches import at_rest
 from graphprune.checks import check_model
 from graphprune.errors import InputError, RoundError
-from graphprune.options import Options
+from graphprune.options import Options, Request
 from graphprune.plan import Plan, carry, fingerprint, plan_of
 from graphprune.progress import bar
 from graphprune.skeleton import mark, named_modules
 from graphprune.table import share
 from graphprune.training.history import Entry, History, widths_of
+from graphprune.training.ranks import Ranks
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.round_state import Folder, State
 from graphprune.training.schedules import SparsityOf, check_count, iterative, sparsity_at
@@ -34,6 +35,7 @@ from graphprune.training.users import (
 )
 
 Train = Callable[[nn.Module], Any]
+_SHARED = "pass a folder that all of them see"
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ def iterate(
     floor: float | None = None,
     retries: int = 2,
     attention: str = "heads",
+    process_group: Any = None,
     **options: Unpack[Options],
 ) -> Outcome:
     """Remove some channels, train, evaluate, and go on from there.
@@ -109,6 +112,9 @@ def iterate(
         floor: the least evaluation allowed.
         retries: how often the floor may be broken before it is the end.
         attention: as for ``graphprune.trace``.
+        process_group: of ``torch.distributed``; ``train`` wraps the model for it. Scores and
+            evaluations are averaged over its ranks, which must choose the same channels and end
+            with the same weights; the first of them writes the folder.
         options: as for ``graph.plan``, without ``ratio``, ``ratios`` and ``target``. ``min_kept``
             and ``max_kept`` are fractions of the original's channels.
 
@@ -122,6 +128,7 @@ def iterate(
         RoundError: a loss, a weight or an evaluation was not finite, or no more can be removed; its
             ``outcome`` holds the last good model, which is in the folder, too.
         CheckpointError: the folder is damaged or cannot be written.
+        RankError: a rank has failed, or does not do as the others.
 
     Example:
         >>> import torch
@@ -146,6 +153,8 @@ def iterate(
     progress = bool(options.pop("progress", False))
     seed = options.get("seed", 0)
     check_model(model)
+    ranks = Ranks(process_group)
+    options["criterion"] = ranks.criterion(options.get("criterion", Request.criterion))
     plans = RoundPlans(model, example_inputs, quantity, attention, options)
     settings = {
         "architecture": fingerprint(model),
@@ -158,12 +167,14 @@ def iterate(
         "retries": retries,
         "attention": attention,
     }
-    run = _Rounds(model, plans, schedule, train, evaluate, floor, seed, Folder(folder, settings))
-    run.start(retries)
-    with bar("rounds", rounds, progress) as show, _noted(folder):
+    kept = Folder(folder, settings, ranks.first)
+    run = _Rounds(model, plans, schedule, train, evaluate, floor, seed, kept, ranks)
+    with ranks.together():
+        run.start(retries)
+    with bar("rounds", rounds, progress and ranks.first) as show, _noted(folder):
         while not run.state.reason and run.state.done < rounds:
             show(run.state.done)
-            with own_numbers(model, run.seed_of_round):
+            with own_numbers(model, run.seed_of_round), ranks.together():
                 run.round()
     done = f"all {rounds} rounds done" if run.state.attempts else "no round could remove a channel"
     return run.outcome(run.state.reason or done)
@@ -182,10 +193,11 @@ class _Rounds:
         floor: float | None,
         seed: int,
         folder: Folder,
+        ranks: Ranks,
     ) -> None:
         self.original, self.plans, self.schedule = original, plans, schedule
         self.train, self.evaluate, self.floor = train, evaluate, floor
-        self.seed, self.folder = seed, folder
+        self.seed, self.folder, self.ranks = seed, folder, ranks
         self.modes = {name: module.training for name, module in named_modules(original)}
         self.earlier = plan_of(original)
         self.model: nn.Module = original
@@ -198,10 +210,12 @@ class _Rounds:
         if found is not None:
             self.state = found
             self.model, self.plan = self.folder.model(found, self.original)
+        self.ranks.check("the rounds in the folder", self.state.attempts, _SHARED)
+        if found is not None:
             return
         try:
             with at_rest(self.original):
-                accuracy = run_evaluation(self.evaluate, self.original)
+                accuracy = run_evaluation(self.evaluate, self.original, self.ranks)
         except NotFinite as error:
             raise InputError(f"the original model: {error}") from None
         if self.floor is not None and accuracy < self.floor:
@@ -259,22 +273,24 @@ class _Rounds:
 
     def _plan(self, number: int, sparsity: float) -> Plan:
         try:
-            return self.plans.plan(self.model, sparsity)
+            plan = self.plans.plan(self.model, sparsity)
         except InputError as error:
             if self.plan is None:
                 raise
             raise self._error(f"round {number} can remove no more: {error}") from error
+        self.ranks.check("the channels to remove", plan.to_json())
+        return plan
 
     def _train(self, small: nn.Module, number: int) -> None:
         if self.train is not None:
             try:
-                run_training(self.train, small)
+                run_training(self.train, small, ranks=self.ranks)
             except NotFinite as error:
                 raise self._error(f"round {number}: {error}") from None
 
     def _evaluated(self, small: nn.Module, number: int) -> float:
         try:
-            return run_evaluation(self.evaluate, small)
+            return run_evaluation(self.evaluate, small, self.ranks)
         except NotFinite as error:
             raise self._error(f"round {number}: {error}") from None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from graphprune.errors import InputError
+from graphprune.figures import save_figure
 
 SparsityOf = Callable[[int], float]
 
@@ -348,8 +349,7 @@ def plot(schedule: SparsityOf, path: str | Path, steps: int, title: str = "") ->
     axes.step(range(steps + 1), values, where="post")
     axes.set(xlabel="step", ylabel="sparsity in %")
     axes.set_title(title, fontsize=9)
-    figure.savefig(path)
-    return Path(path)
+    return save_figure(figure, path)
 
 
 def _check_fraction(what: str, value: Any) -> float:

@@ -10,9 +10,9 @@ from torch.nn.utils import prune
 
 from graphprune.checks import check_model
 from graphprune.errors import InputError
-from graphprune.skeleton import named_modules
-from graphprune.training.ranks import unwrapped_model
-from graphprune.training.schedules import SparsityOf, as_schedule, sparsity_at
+from graphprune.skeleton import mark, named_modules
+from graphprune.training.ranks import Ranks, unwrapped_model
+from graphprune.training.schedules import Schedule, SparsityOf, as_schedule, sparsity_at
 from graphprune.training.sparse import (
     SCOPES,
     layers_to_mask,
@@ -36,6 +36,7 @@ class SparsePruner:
             :meth:`step` asks it for step n.
         scope: as for :func:`sparsify`.
         keep: as for :func:`sparsify`.
+        process_group: of ``torch.distributed``; all ranks must mask the same weights.
 
     Raises:
         InputError: an argument is wrong, or no layer can be masked.
@@ -62,6 +63,7 @@ class SparsePruner:
         schedule: float | SparsityOf,
         scope: str = "global",
         keep: str | Iterable[str] = (),
+        process_group: Any = None,
     ) -> None:
         self.schedule = as_schedule(schedule)
         self.model = unwrapped_model(model)
@@ -72,6 +74,9 @@ class SparsePruner:
         self.finished = False
         if scope not in SCOPES:
             raise InputError(f"scope must be one of {', '.join(SCOPES)}, not {scope!r}")
+        self.ranks = Ranks(process_group)
+        known = repr(self.schedule) if isinstance(self.schedule, Schedule) else ""
+        self.ranks.check("options and schedule", (known, scope, self.keep))
         check_model(self.model)
         layers_to_mask(self.model, self.keep)
 
@@ -80,11 +85,14 @@ class SparsePruner:
 
         Raises:
             InputError: the schedule says no sparsity in [0, 1), or a smaller one than before.
+            RankError: the ranks do not mask the same weights.
         """
         self.steps += 1
         if self.finished:
             return
         sparsity = sparsity_at(self.schedule, self.steps)
+        if not isinstance(self.schedule, Schedule):
+            self.ranks.check("step and sparsity", (self.steps, sparsity))
         if sparsity < self.sparsity:
             raise InputError(
                 f"the schedule falls from {self.sparsity:.3g} to {sparsity:.3g} at step "
@@ -93,6 +101,8 @@ class SparsePruner:
         if sparsity > self.sparsity:
             sparsify(self.model, sparsity, scope=self.scope, keep=self.keep)
             self.sparsity = sparsity
+            masks = {name: mask.double() for name, mask in self.masks.items()}
+            self.ranks.check("the weights to mask", (self.steps, sparsity, mark(masks)))
 
     def finish(self) -> nn.Module:
         """Write the zeros into the weights; a second call does nothing."""

@@ -15,10 +15,11 @@ from graphprune.checks import check_model
 from graphprune.copying import copy_module
 from graphprune.errors import InputError
 from graphprune.graph import trace
-from graphprune.options import check_ratio
+from graphprune.options import Request, check_ratio
 from graphprune.plan import plan_of
-from graphprune.skeleton import named_modules
+from graphprune.skeleton import mark, named_modules
 from graphprune.training.history import History
+from graphprune.training.ranks import Ranks
 from graphprune.training.rewind import RewindPoint
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.schedules import iterative
@@ -30,6 +31,7 @@ from graphprune.training.users import (
     own_numbers,
     run_evaluation,
     run_training,
+    takes,
 )
 
 KINDS = ("filters", "weights")
@@ -73,6 +75,7 @@ def lottery(
     factory: Callable[[], nn.Module] | None = None,
     example_inputs: Any = None,
     seed: int = 0,
+    process_group: Any = None,
     **options: Any,
 ) -> Lottery:
     """Find a lottery ticket: train, prune, rewind what is left to the point, and train again.
@@ -95,12 +98,14 @@ def lottery(
             ``reset_parameters``.
         example_inputs: as for ``graphprune.trace``.
         seed: of every training, and of the controls.
+        process_group: as for :func:`iterate`.
         options: as for ``graph.plan`` without ``ratio``, ``ratios`` and ``target`` (filters), or
             ``scope`` and ``keep`` of :func:`sparsify` (weights).
 
     Raises:
         InputError: an argument is wrong, ``train`` replaced the model or did nothing, or a loss or
             evaluation is not finite.
+        RankError: a rank has failed, or does not do as the others.
 
     Example:
         >>> import torch
@@ -122,8 +127,13 @@ def lottery(
         ['random mask', 'random reinit', 'ticket', 'whole']
     """
     check_callables(train, evaluate)
-    if not callable(train):
-        raise InputError("train must be a function of a model and a step")
+    if not callable(train) or not takes(train, 2):
+        raise InputError("train must be a function of a model and a step: train(model, step)")
+    if not isinstance(point, RewindPoint):
+        raise InputError(
+            f"point must be a RewindPoint, such as RewindPoint(model, step=0); got "
+            f"{type(point).__name__}"
+        )
     if not check_ratio(sparsity, "sparsity", ""):
         raise InputError("sparsity must be above 0: nothing would be removed")
     if kind not in KINDS:
@@ -131,18 +141,20 @@ def lottery(
     if plan_of(point.model) is not None:
         raise InputError("the rewind point is of a small model: take it from the original")
     schedule = iterative(sparsity, rounds)
+    ranks = Ranks(process_group)
     finder: _Finder = (
-        _Filters(point, example_inputs, seed, options)
+        _Filters(point, example_inputs, seed, options, ranks)
         if kind == "filters"
         else _Weights(point, options)
     )
     history = History(example_inputs)
 
     def trained(model: nn.Module, step: int, note: str) -> nn.Module:
-        with own_numbers(model, seed):
+        with own_numbers(model, seed), ranks.together():
+            ranks.check(f"what is left of the {note}", mark(model))
             try:
-                run_training(train, model, step)
-                accuracy = run_evaluation(evaluate, model)
+                run_training(train, model, step, ranks=ranks)
+                accuracy = run_evaluation(evaluate, model, ranks)
             except NotFinite as error:
                 raise InputError(f"{note}: {error}") from None
         zero = 1 - finder.left(model)
@@ -151,7 +163,8 @@ def lottery(
 
     model = trained(copy_module(point.model, {}), point.step, "whole")
     for number in range(rounds):
-        model = point.rewind_weights(finder.prune(model, schedule(number)))
+        with ranks.together():
+            model = point.rewind_weights(finder.prune(model, schedule(number)))
         text = "ticket" if number == rounds - 1 else f"ticket of round {number + 1}"
         model = trained(model, point.step, text)
     found = {}
@@ -181,11 +194,17 @@ class _Filters:
     """Channels, which are removed."""
 
     def __init__(
-        self, point: RewindPoint, example_inputs: Any, seed: int, options: Mapping[str, Any]
+        self,
+        point: RewindPoint,
+        example_inputs: Any,
+        seed: int,
+        options: Mapping[str, Any],
+        ranks: Ranks,
     ) -> None:
         self.point = point
         self.graph = trace(point.model, example_inputs)
-        options = {"seed": seed, **options}
+        criterion = ranks.criterion(options.get("criterion", Request.criterion))
+        options = {"seed": seed, **options, "criterion": criterion}
         self.plans = RoundPlans(point.model, self.graph.call, "channels", "heads", options)
 
     def prune(self, model: nn.Module, sparsity: float) -> nn.Module:

@@ -3,34 +3,46 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphprune.batches import device_of
 from graphprune.checks import check_model
 from graphprune.errors import InputError, ModelError
 from graphprune.plan import fingerprint
 from graphprune.skeleton import mark, named_tensors
+from graphprune.training.ranks import Ranks
 
 Evaluate = Callable[[nn.Module], Any]
+_WRAP = "wrap the model in DistributedDataParallel inside train, so that all ranks train the same"
 
 
 class NotFinite(Exception):
     """A loss, a weight or an evaluation is not finite; the text says which."""
 
 
-def run_training(train: Callable[..., Any], model: nn.Module, *more: Any) -> None:
+def run_training(train: Callable[..., Any], model: nn.Module, *more: Any, ranks: Ranks) -> None:
     """Call ``train(model, *more)``, which trains in place; a generator yields its losses.
+
+    Args:
+        train: the user's function.
+        model: what it is given.
+        *more: further arguments.
+        ranks: all of them train. One alone stops at a loss that is not finite; of several each
+            comes to the end of its training, as others may wait for it there.
 
     Raises:
         InputError: it replaced the model, or changed none of its weights.
-        NotFinite: a loss that it returned or yielded, or a weight, is not finite.
+        NotFinite: a loss that it returned or yielded on any rank, or a weight, is not finite.
+        RankError: the ranks have trained different models.
     """
-    architecture, weights = fingerprint(model), _versions(model)
+    architecture, weights, buffers = fingerprint(model), *_versions(model)
     model.train()
     result = train(model, *more)
     if isinstance(result, nn.Module) and result is not model:
@@ -38,17 +50,22 @@ def run_training(train: Callable[..., Any], model: nn.Module, *more: Any) -> Non
             f"train returned another model ({type(result).__name__}): it must train the model "
             "it is given, in place"
         )
+    bad = ""
     for count, loss in enumerate(result if isinstance(result, Iterator) else [result], 1):
-        single = isinstance(loss, Tensor) and loss.numel() == 1
-        found = float(loss.detach()) if single else loss
-        if isinstance(found, int | float) and not math.isfinite(found):
-            raise NotFinite(f"the loss is {found} (number {count})")
+        found = _not_finite(loss)
+        if found is not None and not bad:
+            bad = f"the loss is {found} (number {count})"
+        if bad and ranks.size == 1:
+            break
+    _raise_together(bad, ranks)
     if fingerprint(model) != architecture:
         raise InputError(
             "train changed the architecture of the model that it was given: it must train the "
             "layers that are there"
         )
-    if _versions(model) == weights:
+    unused = any(p.grad is not None for p in model.parameters())  # gradients that moved nothing
+    now = _versions(model)
+    if now[0] == weights and (now[1] == buffers or unused):
         raise InputError(
             "train changed no weight of the model that it was given: the smaller model has new "
             "parameters, so make the optimizer inside train, from model.parameters(); for "
@@ -57,15 +74,23 @@ def run_training(train: Callable[..., Any], model: nn.Module, *more: Any) -> Non
     try:
         check_model(model)
     except ModelError as error:
-        raise NotFinite(f"after training, {error}") from None
+        bad = f"after training, {error}"
+    _raise_together(bad, ranks)
+    parameters, _ = _versions(model)
+    ranks.check("the weights after training", f"{parameters[0]:.6g}", _WRAP)
 
 
-def run_evaluation(evaluate: Evaluate, model: nn.Module) -> float:
+def run_evaluation(evaluate: Evaluate, model: nn.Module, ranks: Ranks) -> float:
     """Call ``evaluate`` on a model in eval mode.
+
+    Args:
+        evaluate: the user's function.
+        model: what it is given.
+        ranks: the mean over all of them counts.
 
     Raises:
         InputError: it returned no number.
-        NotFinite: the number is not finite.
+        NotFinite: the number is not finite on any rank.
     """
     model.eval()
     value = evaluate(model)
@@ -73,9 +98,8 @@ def run_evaluation(evaluate: Evaluate, model: nn.Module) -> float:
         found = float(value.detach() if isinstance(value, Tensor) else value)
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"evaluate must return a number, not {type(value).__name__}") from None
-    if not math.isfinite(found):
-        raise NotFinite(f"the evaluation is {found}")
-    return found
+    _raise_together("" if math.isfinite(found) else f"the evaluation is {found}", ranks)
+    return float(ranks.mean(torch.tensor(found, dtype=torch.float64)))
 
 
 @contextlib.contextmanager
@@ -87,12 +111,46 @@ def own_numbers(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments, as far as one sees."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # built in, without a signature
+        return True
+    return True
+
+
 def check_callables(train: Any, evaluate: Any) -> None:
     """Raise unless both can be called; ``train`` may be ``None``."""
     if not (train is None or callable(train)) or not callable(evaluate):
         raise InputError("train and evaluate must be functions of a model")
 
 
-def _versions(model: nn.Module) -> tuple[float, tuple[int, ...]]:
-    """What tells whether any tensor was written to, or put in the place of another."""
-    return mark(model), tuple(tensor._version for _, tensor in named_tensors(model))
+def _raise_together(text: str, ranks: Ranks) -> None:
+    """Raise on all ranks what is wrong on any."""
+    for rank, other in enumerate(ranks.share(text)):
+        if other:
+            raise NotFinite(other if ranks.size == 1 else f"{other} on rank {rank}")
+
+
+def _not_finite(losses: Any) -> float | None:
+    """The first number that is not finite of a loss, or of several in containers."""
+    for leaf in pytree.tree_leaves(losses):
+        if isinstance(leaf, Tensor):
+            bad = leaf.detach()[~leaf.detach().isfinite()]
+            if bad.numel():
+                return float(bad[0].real)
+        elif isinstance(leaf, int | float) and not math.isfinite(leaf):
+            return leaf
+    return None
+
+
+def _versions(model: nn.Module) -> tuple[Any, Any]:
+    """What tells whether parameters, or buffers, were written to or put in others' places."""
+    parts: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for name, tensor in named_tensors(model):
+        parts[not isinstance(tensor, nn.Parameter)][name] = tensor
+    first, second = ((mark(p), tuple(t._version for t in p.values())) for p in parts)
+    return first, second

@@ -1,0 +1,183 @@
+"""Functions and data that users hand to rounds and pruners: which mistakes are noticed."""
+
+import pytest
+import torch
+from loops import X, Y, build
+from torch import nn
+from torch.nn import functional as F
+
+import graphprune
+from graphprune.errors import InputError, RoundError
+from graphprune.training import (
+    Distillation,
+    GroupLasso,
+    History,
+    Pruner,
+    RewindPoint,
+    Slimming,
+    cubic,
+    iterate,
+    lottery,
+)
+
+
+def train(model, optimizer=None, losses=lambda loss: loss):
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), 0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(X), Y)
+        loss.backward()
+        optimizer.step()
+        yield losses(loss)
+
+
+def evaluate(model):
+    return (model(X).argmax(1) == Y).double().mean()
+
+
+def rounds(function, count=1, **options):
+    return iterate(build(), count, function, evaluate, example_inputs=X[:2], **options)
+
+
+# --- train --------------------------------------------------------------------------------------
+
+
+def test_an_optimizer_of_another_model_is_noticed_behind_batch_norm():
+    """The statistics of the norm move in every forward pass; the weights do not."""
+    foreign = torch.optim.SGD(build().parameters(), 0.01)
+    with pytest.raises(InputError, match=r"changed no weight .* make the optimizer inside train"):
+        rounds(lambda model: train(model, foreign))
+
+
+def test_statistics_alone_may_be_trained():
+    def again(model):
+        with torch.no_grad():
+            model(X)
+
+    assert rounds(again).plan is not None
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        lambda loss: (loss * float("nan"), 0),
+        lambda loss: {"loss": float("inf"), "accuracy": 0.5},
+        lambda loss: torch.stack([loss, loss * float("inf")]),
+        lambda loss: [0.1, [float("nan")]],
+    ],
+)
+def test_a_loss_that_is_not_finite_among_others(losses):
+    with pytest.raises(RoundError, match=r"round 1: the loss is (nan|inf) \(number 1\)"):
+        rounds(lambda model: train(model, losses=losses))
+    with pytest.raises(RoundError, match=r"round 1: the loss is (nan|inf) \(number 1\)"):
+        rounds(lambda model: returned(model, losses))
+
+
+def returned(model, losses):
+    *_, last = train(model, losses=losses)
+    return last
+
+
+def test_finite_losses_of_any_kind():
+    def several(loss):
+        return {
+            "loss": loss,
+            "parts": torch.stack([loss, loss]),
+            "step": 3,
+            "name": "a",
+            "no": None,
+        }
+
+    assert rounds(lambda model: train(model, losses=several)).plan is not None
+
+
+# --- data that is gone through again and again ----------------------------------------------------
+
+
+def batches():
+    yield X, Y
+
+
+def test_a_generator_is_refused_before_anything_is_trained():
+    says = "data is gone through more than once, but a generator yields its batches only once"
+    with pytest.raises(InputError, match=says):
+        Pruner(build(), X[:2], schedule=cubic(0.5, end=4), criterion="taylor", data=batches())
+    with pytest.raises(InputError, match=says):
+        rounds(train, 2, criterion="taylor", data=batches())
+    assert rounds(train, 2, criterion="taylor", data=list(batches())).plan is not None
+
+
+# --- gradual limits of single layers --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"ratios": {"inner": 0.75}}, {"inner": [12, 10, 8, 6, 3]}),
+        ({"max_kept": 0.25}, {"inner": [12, 9, 7, 5, 3]}),
+        ({"max_kept": {"inner": 0.25}}, {"inner": [12, 9, 7, 5, 3]}),
+    ],
+)
+def test_limits_of_layers_grow_with_the_schedule(options, kept):
+    model = build()
+    schedule = graphprune.training.linear(0.5, end=4)
+    pruner = Pruner(model, X[:2], schedule=schedule, **options)
+    (group,) = (g.name for g in pruner.graph.groups if g.size == 12)
+    found = [12]
+    for _ in range(4):
+        pruner.step()
+        counts = {g.name: len(g.kept) for g in pruner.soft.plan.groups}
+        found.append(counts[group])
+    assert found == kept["inner"]
+    pruner.finish()
+    assert model.inner.out_channels == 3
+
+
+def test_limits_of_layers_need_a_last_sparsity():
+    with pytest.raises(InputError, match="ratios go with a schedule whose last sparsity is known"):
+        Pruner(build(), X[:2], schedule=lambda step: 0.5, ratios={"inner": 0.5})
+
+
+# --- arguments of the wrong kind -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda: Slimming(build(), 0.1), "graph must be what graphprune.trace.* got Residual"),
+        (lambda: GroupLasso(build(), 0.1), "graph must be what graphprune.trace.* got Residual"),
+        (
+            lambda: lottery(build(), lambda m, s: train(m), evaluate, sparsity=0.5),
+            "point must be a RewindPoint, such as .* got Residual",
+        ),
+        (
+            lambda: lottery(RewindPoint(build()), train_alone, evaluate, sparsity=0.5),
+            r"train must be a function of a model and a step: train\(model, step\)",
+        ),
+        (
+            lambda: Distillation(build(), loss=nn.CrossEntropyLoss()),
+            r"loss must be a function \(model, batch\) -> scalar",
+        ),
+    ],
+)
+def test_arguments_of_the_wrong_kind(call, says):
+    with pytest.raises(InputError, match=says):
+        call()
+
+
+def train_alone(model):
+    return None
+
+
+def test_files_that_cannot_be_written(tmp_path):
+    history = History(X[:2])
+    history.record(build(), 0, accuracy=0.5)
+    graph = graphprune.trace(build(), X[:2])
+    sensitivity = graph.sensitivity(build(), evaluate, (0.5, 0.75))
+    for write in (history.plot, history.plot_widths, cubic(0.5, end=4).plot, sensitivity.plot):
+        for path in (tmp_path / "a.xyz", tmp_path / "nowhere/a.svg"):
+            with pytest.raises(InputError, match="cannot draw to"):
+                write(path)
+        assert write(tmp_path / "a.svg").stat().st_size > 1000
+    with pytest.raises(InputError, match=r"cannot write .*nowhere/a\.csv"):
+        history.to_csv(tmp_path / "nowhere/a.csv")
