@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from graphprune.checks import check_model
 from graphprune.errors import CheckpointError, InputError, PlanError
 from graphprune.plan import Plan, plan_of
 from graphprune.rewrite.shrink import shrink
@@ -45,6 +46,7 @@ def save(small: nn.Module, path: str | Path) -> Path:
 
     Raises:
         InputError: ``small`` carries no plan.
+        ModelError: ``small`` is wrapped or compiled: pass the module inside.
         CheckpointError: its state cannot be stored without pickle, or the file not be written.
 
     Example:
@@ -63,6 +65,7 @@ def save(small: nn.Module, path: str | Path) -> Path:
             f"expected a model made by rebuild, got {type(small).__name__} without a "
             "graphprune_plan"
         )
+    check_model(small, values=False)
     tensors, tied = _distinct(small.state_dict(keep_vars=True))
     extra = {
         "aliases": tied,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,6 +196,9 @@ class Draft:
 def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
     """The groups whose channels are written by layers that a glob pattern names.
 
+    A parameter that several layers share is read by one of them in the dimension in which another
+    one writes: all its channels count.
+
     Raises:
         InputError: no layer and no group has such a name.
     """
@@ -204,10 +208,15 @@ def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
         layers = sorted({name.rpartition(".")[0] or name for name in analysis.names})
         raise InputError(f"{what} {pattern!r} matches no layer; layers: {shorten(layers, 12)}")
     tensors = {analysis.names[name] for name in names}
+    holders = Counter(analysis.names.values())
     return [
         group
         for group in analysis.all_groups
-        if group in named or any(m.slot.tensor in tensors and not m.reads for m in group.members)
+        if group in named
+        or any(
+            m.slot.tensor in tensors and (not m.reads or holders[m.slot.tensor] > 1)
+            for m in group.members
+        )
     ]
 
 

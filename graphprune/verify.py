@@ -95,6 +95,8 @@ def verify(
             f"expected a Plan or a model made by rebuild, got {type(small_or_plan).__name__} "
             "without a graphprune_plan"
         )
+    if isinstance(small_or_plan, nn.Module):
+        check_model(small_or_plan)
     plan.check(model)
     if dtype not in TOLERANCES:
         names = ", ".join(map(str, TOLERANCES))

@@ -42,6 +42,7 @@ STATES = ("as is", "BatchNorm", "repair")
 PEER = "Torch-Pruning"
 SELECTION, FEW, MANY = 1024, 256, 4096  # images to choose with, for all rows, for the targets
 SWEEPS = 1  # of the joint refit, for the targets
+BATCH = 32  # images of a step of the joint refit
 ROWS = 1 << 15  # places that the least squares look at
 
 
@@ -125,7 +126,7 @@ def shrink(
         if state != "as is":
             method = {"BatchNorm": "batchnorm", "repair": "repair"}[state]
             plain = [batch for batch, _ in labelled(count)]
-            data = calibration(count, 64) if state == "repair" else plain
+            data = calibration(count, BATCH) if state == "repair" else plain
             joint = sweeps if state == "repair" else 0
             graphprune.calibrate(small, model, data, method=method, rows=ROWS, sweeps=joint)
         spent += time.perf_counter() - start
@@ -313,8 +314,9 @@ def section(best: list[Row], rows: list[Row], bases: dict[int, float], threads: 
 
 One shot, no training, on the {count} lossless test images of the subset of CIFAR-10 (one image is
 {100 / count:.2f} points); channels inside the blocks only. `{BEST}`, chosen on {SELECTION} training
-images and repaired on {MANY} (`sweeps={SWEEPS}`, `rows={ROWS}`), which were shifted and mirrored,
-half of them mixed with another image; {threads} threads, choosing and repairing in these seconds:
+images and repaired on {MANY} in batches of {BATCH} (`sweeps={SWEEPS}`, `rows={ROWS}`), which
+were shifted and mirrored, half of them mixed with another image; {threads} threads, choosing and
+repairing in these seconds:
 
 {targets(best, bases)}
 

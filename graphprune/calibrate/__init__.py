@@ -13,6 +13,7 @@ from graphprune.batches import Batch, at_rest, batches, check_data, device_of, e
 from graphprune.calibrate.repair import Refit, Repair
 from graphprune.calibrate.replay import Replay, check_batches, check_finite
 from graphprune.calibrate.statistics import reestimate
+from graphprune.checks import check_model
 from graphprune.errors import InputError
 from graphprune.plan import Plan, plan_of
 from graphprune.progress import bar, tracked
@@ -98,7 +99,8 @@ def calibrate(
         InputError: an argument is wrong, a batch holds NaN or infinite values, ``small`` carries
             no plan, or a model does not run.
         PlanError: ``model`` is not the original of ``small``.
-        ModelError: the two models do not run the same ops (``"repair"``, ``"bias"``).
+        ModelError: a model is wrapped, compiled or not finite, or the two do not run the same ops
+            (``"repair"``, ``"bias"``).
 
     Example:
         >>> import torch, graphprune
@@ -159,5 +161,7 @@ def _check(small: nn.Module, model: nn.Module, method: str, ridge: float, rows: 
             f"small must be a model made by rebuild, which carries its plan; got "
             f"{type(small).__name__} without one (calibrate takes the small model first)"
         )
+    check_model(small)
+    check_model(model)
     plan.check(model)
     return plan

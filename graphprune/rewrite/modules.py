@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -73,28 +74,28 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
 
 def refresh(module: nn.Module) -> None:
     """Bring the remembered sizes of one of torch's own layers in line with its parameters."""
-    training = module.training
-    module.training = False
+    with _readable(module):
+        for kinds, sizes in TABLE:
+            if isinstance(module, kinds):
+                for name, value in sizes(module).items():
+                    if getattr(module, name) != value:
+                        setattr(module, name, value)
+                return
+
+
+@contextlib.contextmanager
+def _readable(module: nn.Module) -> Iterator[None]:
+    """Its weights can be read without changing it: in train mode that updates spectral norms."""
     parametrizations = getattr(module, "parametrizations", None)
     inner = list(parametrizations.modules()) if isinstance(parametrizations, nn.Module) else []
-    modes = [(part, part.training) for part in inner]
-    for part in inner:  # reading a weight in train mode may update spectral norms
+    modes = [(part, part.training) for part in (module, *inner)]
+    for part, _ in modes:
         part.training = False
     try:
-        _refresh(module)
+        yield
     finally:
-        module.training = training
         for part, mode in modes:
             part.training = mode
-
-
-def _refresh(module: nn.Module) -> None:
-    for kinds, sizes in TABLE:
-        if isinstance(module, kinds):
-            for name, value in sizes(module).items():
-                if getattr(module, name) != value:
-                    setattr(module, name, value)
-            return
 
 
 def remembered(
@@ -110,7 +111,9 @@ def remembered(
     for name, module in named_modules(model):
         kinds = (sizes for kinds, sizes in TABLE if isinstance(module, kinds))
         sizes = next(kinds, None) if name in owners else None
-        for key, value in sizes(_Marked(name, module, nodes)).items() if sizes else ():
+        with _readable(module):
+            known_sizes = sizes(_Marked(name, module, nodes)) if sizes else {}
+        for key, value in known_sizes.items():
             items = value if isinstance(value, tuple) else (value,)
             for place, item in enumerate(items):
                 path = (place,) if isinstance(value, tuple) else ()

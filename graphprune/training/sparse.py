@@ -259,11 +259,12 @@ def _mask_smallest(targets: Sequence[Target], sparsity: float, scope: str) -> No
         weights = [module.weight.detach() for module in modules]
         zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in weights)
         wanted = max(zeros, round(sparsity * sum(weight.numel() for weight in weights)))
-        prune.global_unstructured(
-            [(module, "weight") for module in modules],
-            pruning_method=prune.L1Unstructured,
-            amount=wanted,
-        )
+        sizes = torch.cat([weight.abs().reshape(-1).float() for weight in weights])
+        masks = torch.ones_like(sizes)
+        masks[sizes.topk(wanted, largest=False).indices] = 0
+        parts = masks.split([weight.numel() for weight in weights])
+        for module, weight, mask in zip(modules, weights, parts):
+            prune.custom_from_mask(module, "weight", mask.reshape(weight.shape))
 
 
 def _mask_pattern(targets: Sequence[Target], notes: dict[str, str], n: int, m: int) -> None:
