@@ -8,6 +8,7 @@ or a dict of keyword inputs. *Data* is an iterable of batches: a list, a ``DataL
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -135,6 +136,29 @@ def _mismatch(logits: Any, targets: tuple[Any, ...]) -> str:
         low, high = int(used.min()), int(used.max())
         return f"the target holds classes {low}..{high} where the model has {logits.shape[1]}"
     return ""
+
+
+def takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function can be called with so many positional arguments, as far as one sees."""
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:  # built in, without a signature
+        return True
+    return True
+
+
+def check_finite(batch: Any, number: int) -> None:
+    """Raise if the inputs of a batch are not finite: neither is what is computed from them.
+
+    Raises:
+        InputError: tells the number of the batch.
+    """
+    for tensor in pytree.tree_leaves(batch[:1] if isinstance(batch, tuple | list) else batch):
+        floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        if floating and not bool(tensor.isfinite().all()):
+            raise InputError(f"batch {number} of data holds NaN or infinite values")
 
 
 def check_loss(loss: Any) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from graphprune.checks import check_model
 from graphprune.errors import CheckpointError, InputError, PlanError
-from graphprune.plan import Plan, plan_of
+from graphprune.masked_names import masked_names, masks_of_state, renamed, set_masks
+from graphprune.plan import Plan, fingerprint, plan_of
+from graphprune.rewrite.fold import recompute_masked
 from graphprune.rewrite.shrink import shrink
 from graphprune.skeleton import aliases
 from graphprune.table import shorten
@@ -113,12 +115,15 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
     """
     content = _read(Path(path))
     original = weightless(model_or_factory)
+    _mask_as_planned(original.model, content)
     _check_fit(content, original.model)
     try:
         small = shrink(original.model, content.plan)
     except PlanError as error:
         raise CheckpointError(f"{content.path} does not fit the model: {error}") from error
+    set_masks(small, masks_of_state(content.tensors))
     _fill(small, content, original.devices)
+    recompute_masked(small)
     return small
 
 
@@ -264,6 +269,17 @@ def _check_format(name: str, metadata: Mapping[str, str]) -> None:
 # --- fitting and filling ----------------------------------------------------------------------
 
 
+def _mask_as_planned(original: nn.Module, content: _Content) -> None:
+    """Masks may have been put on, or made permanent, before or after the model was made smaller."""
+    now = masked_names(original)
+    planned = masks_of_state(slot.tensor for slot in content.plan.slots)
+    for wanted in (now, planned, planned | masks_of_state(content.tensors), set[str]()):
+        set_masks(original, wanted)
+        if fingerprint(original) == content.plan.architecture:
+            return
+    set_masks(original, now)
+
+
 def _check_fit(content: _Content, original: nn.Module) -> None:
     """Compare names and shapes before anything is built.
 
@@ -284,6 +300,7 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
         for name, value in original.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
+    expected = renamed(expected, masks_of_state(content.tensors))
     expected |= {  # biases for the constants of removed channels
         change.tensor: (sizes.get(change.like, len(change.values)),)
         for change in content.plan.biases

@@ -147,11 +147,19 @@ class Draft:
         found = levels(self.scores, pools)
         if self.request.allocation is None:
             return found
+        known = {
+            name: self.request.allocation.levels(groups[name].slots, groups[name].size)
+            for name in found
+        }
+        measured = [level[np.isfinite(level)] for level in known.values() if level is not None]
+        last = np.concatenate([np.zeros(1), *measured]).max() + 1
         costs = {}
-        for name, level in found.items():
-            known = self.request.allocation.levels(groups[name].slots, groups[name].size)
-            unknown = np.full_like(level, np.inf)  # the last to lose channels
-            costs[name] = torch.from_numpy(unknown if known is None else known)
+        for name, level in known.items():
+            if level is None:  # not measured: the last to lose channels
+                size = groups[name].size
+                level = last + np.arange(1, size + 1) / size
+                level[-1] = np.inf
+            costs[name] = torch.from_numpy(level)
         return levels(costs, dict.fromkeys(costs))
 
     def _by_pattern(self, values: Mapping[str, float], what: str) -> dict[str, float]:

@@ -20,6 +20,7 @@ SCOPES = ("local", "global", "isomorphic")
 QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
 _UNITS = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
           "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "us": 1e-3, "ms": 1.0, "s": 1e3}  # fmt: skip
+_AMOUNT = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)"
 _SECONDS = ("us", "ms", "s")
 
 
@@ -300,13 +301,13 @@ def _target(name: str, value: Any) -> Target:
         f'"50%" or "{"0.8 ms" if name == "latency" else "1.2G"}"; got {value!r}'
     )
     if isinstance(value, str):
-        found = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*([a-z%]*)\s*", value.lower())
+        found = re.fullmatch(_AMOUNT, value.lower().strip())
         unit = found[2] if found else "?"
         if found is None or unit not in _UNITS:
             raise problem
         if (unit in _SECONDS) != (name == "latency") and unit not in ("", "%"):
             raise problem
-        if name == "latency" and unit in _SECONDS:
+        if name == "latency" and unit in _SECONDS and float(found[1]) > 0:
             return Target(float(found[1]) * _UNITS[unit], False)
         amount = float(found[1]) * _UNITS[unit]
         if unit == "%" and not 0 < amount <= 1:

@@ -81,7 +81,8 @@ class Sensitivity:
         Raises:
             InputError: a negative limit.
         """
-        if not max_drop >= 0:
+        number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+        if not number or not max_drop >= 0:
             raise InputError(f"max_drop must be at least 0, got {max_drop!r}")
         found = {}
         for curve in self.curves:

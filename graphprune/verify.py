@@ -12,8 +12,9 @@ from graphprune.checks import check_model
 from graphprune.comparing import EXAMPLE, Check, Session
 from graphprune.errors import InputError, ModelError
 from graphprune.inputs import Call, infer
+from graphprune.masked_names import masked_names
 from graphprune.plan import Plan, plan_of
-from graphprune.table import render
+from graphprune.table import render, shorten
 from graphprune.trace import record
 
 TOLERANCES = {
@@ -97,6 +98,12 @@ def verify(
         )
     if isinstance(small_or_plan, nn.Module):
         check_model(small_or_plan)
+        others = sorted(masked_names(model) ^ masked_names(small_or_plan))
+        if others:
+            raise InputError(
+                f"{shorten(others)} has a mask of torch.nn.utils.prune in one of the models alone: "
+                "verify before masks are put on or removed"
+            )
     plan.check(model)
     if dtype not in TOLERANCES:
         names = ", ".join(map(str, TOLERANCES))

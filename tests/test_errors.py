@@ -79,6 +79,32 @@ def test_keep_pattern_that_matches_nothing(model):
         graphprune.rebuild(model, 0.5, X, keep=["layer9.*"])
 
 
+class Tied(nn.Module):
+    """The output layer reads the stream through the weight with which the embedding writes it."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.emb = nn.Embedding(40, 32)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.out = nn.Linear(32, 40, bias=False)
+        if tied:
+            self.out.weight = self.emb.weight
+
+    def forward(self, tokens):
+        x = self.emb(tokens)
+        return self.out(x + self.down(self.up(x).relu()))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "options", [{"keep": "emb"}, {"min_kept": {"emb": 1.0}}, {"ratios": {"emb": 0.0}}]
+)
+def test_patterns_of_layers_that_share_a_weight(tied, options):
+    tokens = torch.arange(6).reshape(2, 3)
+    small = graphprune.rebuild(Tied(tied), 0.5, tokens, **options)
+    assert (small.emb.embedding_dim, small.up.out_features) == (32, 32)
+
+
 def test_keep_patterns_keep(model):
     small = graphprune.rebuild(model, 0.5, X, keep="conv1")
     assert small.conv1.out_channels == 8

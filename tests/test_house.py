@@ -25,7 +25,7 @@ FLOORS = (
     {"batches", "figures", "sizes"},
     {"copying", "inputs", "modes", "options", "resolve", "rules", "select", "weightless"},
     {"changes", "skeleton"},
-    {"checks", "observe", "plan", "recorder"},
+    {"checks", "masked_names", "observe", "plan", "recorder"},
     {"activations", "constants", "counting", "loading", "reference", "rewrite", "trace", "windows"},
     {"analysis", "calibrate", "checkpoint", "measure"},
     {"blocks"},

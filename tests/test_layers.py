@@ -9,6 +9,7 @@ import torch
 from comparing import assert_same_state, call, untouched
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 from zoo import ZOO, randomise
 from zoo.branches import Block, CifarResNet
 from zoo.registry import conv, sandwich
@@ -32,6 +33,21 @@ LAYERS = {  # layer after 8 channels, the sizes it remembers at half of them
 
 def width(layer):
     return getattr(layer, "out_channels", 8)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_spectral_norm_is_not_moved_by_looking_at_it(training):
+    """In train mode every reading of its weight takes a step of the power iteration."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        conv(3, 12), nn.ReLU(), spectral_norm(conv(12, 12)), nn.Flatten(), nn.Linear(12 * 64, 4)
+    )
+    net = net.double().train(training)
+    with untouched(net):
+        graph = graphprune.trace(net, X.double())
+        plan = graph.plan(0.5)
+        small = graphprune.rebuild(net, plan)
+        assert graphprune.verify(net, small, X.double()).difference < 1e-10
 
 
 @pytest.mark.parametrize("kind", LAYERS)

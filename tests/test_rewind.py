@@ -253,9 +253,14 @@ def test_a_model_of_ones_own_for_the_reinit():
         with torch.no_grad():
             model.last.weight.mul_(1.1)
 
+    trained = []
+    options = {"sparsity": 0.5, "example_inputs": torch.ones(2, 4)}
     with pytest.raises(InputError, match="'Bare' has weights but no reset_parameters"):
-        lottery(RewindPoint(Bare()), nudge, lambda m: 0, sparsity=0.5,
-                example_inputs=torch.ones(2, 4))  # fmt: skip
+        lottery(RewindPoint(Bare()), nudge, trained.append, **options)
+    for factory in (lambda: None, lambda: nn.Linear(4, 8)):
+        with pytest.raises(InputError, match="factory must make a model of the same architecture"):
+            lottery(RewindPoint(Bare()), nudge, trained.append, factory=factory, **options)
+    assert not trained, "it is found out before anything is trained"
 
 
 def nothing(model, step):

@@ -89,6 +89,23 @@ def test_it_is_an_allocation(net, measured):
         found.allocation(-1)
 
 
+def test_groups_that_were_not_measured_come_last(measured):
+    graph, found = measured
+    some = type(found)(found.base, tuple(c for c in found.curves if c.key == "dull"))
+    sizes = {group.layers[0]: group.size for group in graph.groups}
+    left = {}
+    for target in (0.7, 0.2):
+        plan = graph.plan(target={"params": target}, ratios=some)
+        left[target] = {group.layers[0]: len(group.kept) for group in plan.groups}
+        assert 0.9 * target <= plan.after.params / plan.before.params <= target
+    assert left[0.7]["dull"] < sizes["dull"]
+    assert left[0.2]["dull"] == 1, "all of it leaves first"
+    assert left[0.2]["read"] < sizes["read"]
+    assert left[0.2]["keen"] < sizes["keen"]
+    plan = graph.plan(0.5, ratios=type(found)(found.base, ()))
+    assert plan.removed == sum(sizes.values()) // 2, "as an even ratio where nothing was measured"
+
+
 def test_a_budget_takes_first_what_costs_least(measured):
     graph, found = measured
     plan = graph.plan(target={"params": 0.7}, ratios=found)

@@ -52,6 +52,16 @@ def test_global_masks_are_those_of_torch():
     assert torch.equal(ours(INPUT), theirs(INPUT))
 
 
+@pytest.mark.parametrize("scope", ["global", "local"])
+def test_the_memory_format_does_not_matter(scope):
+    plain = build().double()
+    other = build().double().to(memory_format=torch.channels_last)
+    for model in (plain, other):
+        sparsify(model, 0.5, scope=scope)
+    assert torch.equal(plain.inner.weight_mask, other.inner.weight_mask)
+    assert torch.allclose(plain(X), other(X))
+
+
 def test_local_masks_are_those_of_torch():
     ours, theirs = net(), net()
     sparsify(ours, 0.5, scope="local")

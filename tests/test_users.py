@@ -15,6 +15,7 @@ from graphprune.training import (
     Pruner,
     RewindPoint,
     Slimming,
+    SparseLearning,
     cubic,
     iterate,
     lottery,
@@ -107,6 +108,26 @@ def test_a_generator_is_refused_before_anything_is_trained():
     assert rounds(train, 2, criterion="taylor", data=list(batches())).plan is not None
 
 
+def test_data_that_is_missing_is_said_at_once():
+    with pytest.raises(InputError, match="criterion 'taylor' needs gradients: pass data="):
+        Pruner(build(), X[:2], schedule=cubic(0.5, end=4), criterion="taylor")
+    with pytest.raises(InputError, match="criterion 'wanda' needs activations: pass data="):
+        rounds(train, criterion="wanda")
+
+
+@pytest.mark.parametrize("criterion", ["apoz", "wanda", "taylor", "mean_activation"])
+def test_data_that_is_not_finite(criterion):
+    data = [(X, Y), (X * float("nan"), Y)]
+    with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
+        graphprune.trace(build(), X[:2]).plan(0.5, criterion=criterion, data=data)
+
+
+def test_rounds_say_what_held_them():
+    outcome = rounds(train, 2, sparsity=0.75, min_kept=0.5)
+    assert outcome.reason.startswith("all 2 rounds done; min_kept holds ")
+    assert rounds(train, 2, sparsity=0.5, min_kept=0.4).reason == "all 2 rounds done"
+
+
 # --- gradual limits of single layers --------------------------------------------------------------
 
 
@@ -153,6 +174,17 @@ def test_limits_of_layers_need_a_last_sparsity():
         (
             lambda: lottery(RewindPoint(build()), train_alone, evaluate, sparsity=0.5),
             r"train must be a function of a model and a step: train\(model, step\)",
+        ),
+        (lambda: Pruner(build(), X, schedule=0.5, copies=[3]), r"copies\[0\] is no copy"),
+        (lambda: Pruner(build(), X, schedule=cubic), "schedule must be a sparsity, a schedule"),
+        (
+            lambda: Pruner(build(), X[:2], schedule=0.5).load_state_dict(None),
+            "this is no state of a Pruner",
+        ),
+        (lambda: Distillation(build(), features=3), "features must be names of modules"),
+        (
+            lambda: SparseLearning(graphprune.trace(build(), X[:2]), 0.1, alpha=-1),
+            "alpha must be a number of at least 0, such as 4; got -1",
         ),
         (
             lambda: Distillation(build(), loss=nn.CrossEntropyLoss()),

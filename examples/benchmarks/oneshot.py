@@ -42,7 +42,7 @@ STATES = ("as is", "BatchNorm", "repair")
 PEER = "Torch-Pruning"
 SELECTION, FEW, MANY = 1024, 256, 4096  # images to choose with, for all rows, for the targets
 SWEEPS = 1  # of the joint refit, for the targets
-BATCH = 32  # images of a step of the joint refit
+BATCH = 64  # images of a step of the joint refit
 ROWS = 1 << 15  # places that the least squares look at
 
 

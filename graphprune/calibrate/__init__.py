@@ -9,9 +9,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.batches import Batch, at_rest, batches, check_data, device_of, evaluated
+from graphprune.batches import (
+    Batch,
+    at_rest,
+    batches,
+    check_data,
+    check_finite,
+    device_of,
+    evaluated,
+)
 from graphprune.calibrate.repair import Refit, Repair
-from graphprune.calibrate.replay import Replay, check_batches, check_finite
+from graphprune.calibrate.replay import Replay, check_batches
 from graphprune.calibrate.statistics import reestimate
 from graphprune.checks import check_model
 from graphprune.errors import InputError
@@ -115,13 +123,14 @@ def calibrate(
     if not isinstance(seed, int) or isinstance(seed, bool):
         raise InputError(f"seed must be an int, not {seed!r}")
     found = list(batches(check_data(data)))
-    check_finite([Batch.of(batch) for batch in found])
+    for number, batch in enumerate(found):
+        check_finite(batch, number)
     if method == "batchnorm":
         names = reestimate(small, tracked(found, "calibration", len(found), progress))
         return Calibration(method, tuple(Refit(name) for name in names))
     parts = [Batch.of(batch).to(device_of(small)) for batch in found]
     check_batches(parts)
-    with at_rest(model), evaluated(small), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), at_rest(model), evaluated(small):
         original, smaller = Replay.of(model, parts), Replay.of(small, parts)
         repair = Repair(
             original,

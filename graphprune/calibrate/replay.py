@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.batches import Batch, describe, device_of
-from graphprune.errors import InputError, ModelError
+from graphprune.errors import ModelError
 from graphprune.inputs import Call
 from graphprune.kernels import grouped_mm
 from graphprune.modes import leak
@@ -190,14 +190,6 @@ def last_uses(nodes: Sequence[fx.Node], held: Mapping[int, int]) -> Iterator[tup
     for number, node in enumerate(nodes):
         last = max([number, *(numbers[user] for user in node.users)])
         yield max(last, held.get(number, 0)), number
-
-
-def check_finite(batches: Sequence[Batch]) -> None:
-    """Raise if a batch holds NaN or infinite values: every weight fitted to them would be NaN."""
-    for number, batch in enumerate(batches):
-        for tensor in Call(batch.args, batch.kwargs).tensors():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-                raise InputError(f"batch {number} of data holds NaN or infinite values")
 
 
 def check_batches(batches: Sequence[Batch]) -> None:

@@ -1,7 +1,14 @@
 """Importance of channels."""
 
 from graphprune.criteria.activations import Apoz, MeanActivation, TaylorActivation, Wanda
-from graphprune.criteria.evidence import Collector, Evidence, gather, register_statistic, statistics
+from graphprune.criteria.evidence import (
+    Collector,
+    Evidence,
+    check_needs,
+    gather,
+    register_statistic,
+    statistics,
+)
 from graphprune.criteria.gradients import Fisher, Taylor
 from graphprune.criteria.magnitude import (
     BatchNormScale,
@@ -42,6 +49,7 @@ __all__ = [
     "TaylorActivation",
     "Unseen",
     "Wanda",
+    "check_needs",
     "comparable",
     "criteria",
     "find",

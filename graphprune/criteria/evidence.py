@@ -20,7 +20,16 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
 from graphprune.analysis import Group
-from graphprune.batches import Loss, at_rest, batches, check_data, count_of, forward, loss_of
+from graphprune.batches import (
+    Loss,
+    at_rest,
+    batches,
+    check_data,
+    check_finite,
+    count_of,
+    forward,
+    loss_of,
+)
 from graphprune.criteria.registry import Criterion, Entry, find
 from graphprune.errors import InputError
 from graphprune.observe import Product, observing
@@ -156,14 +165,10 @@ def gather(
     """
     tensors = _used(model)
     entry = find(criterion)
+    check_needs(entry, data)
     needs = needed(entry)
     if not needs:
         return Evidence(tensors)
-    if data is None:
-        raise InputError(
-            f"criterion {entry.name!r} needs {' and '.join(needs)}: pass data=, an iterable of "
-            "batches such as a list or a DataLoader"
-        )
     slots: dict[Key, list[Tensor]] = {}
     for member in (member for group in groups for member in group.members):
         index = torch.from_numpy(np.ascontiguousarray(member.index))
@@ -193,6 +198,20 @@ def _used(model: nn.Module) -> dict[str, Tensor]:
                 if source is not None and source.shape == value.shape:
                     tensors[names[id(source)]] = value
     return tensors
+
+
+def check_needs(entry: Entry, data: Any) -> None:
+    """Raise if a criterion needs data and there is none.
+
+    Raises:
+        InputError: says what it needs.
+    """
+    needs = needed(entry)
+    if needs and data is None:
+        raise InputError(
+            f"criterion {entry.name!r} needs {' and '.join(needs)}: pass data=, an iterable of "
+            "batches such as a list or a DataLoader"
+        )
 
 
 def needed(entry: Entry) -> tuple[str, ...]:
@@ -238,6 +257,7 @@ class _Pass:
     def _batches(self, data: Iterable[Any], progress: bool, step: Callable[[Any], Any]) -> None:
         found = batches(data)
         for batch in tracked(found, "calibration batches", count_of(data), progress):
+            check_finite(batch, self.batches)
             step(batch)
             self.batches += 1
 

@@ -19,7 +19,8 @@ def copies_of(model: nn.Module, copies: nn.Module | Iterable[nn.Module]) -> list
     found = []
     wanted = fingerprint(model)
     for number, copy in enumerate([copies] if isinstance(copies, nn.Module) else copies):
-        inner = copy if fingerprint(copy) == wanted else getattr(copy, "module", copy)
+        is_model = isinstance(copy, nn.Module)
+        inner = copy if is_model and fingerprint(copy) == wanted else getattr(copy, "module", copy)
         if not isinstance(inner, nn.Module) or fingerprint(inner) != wanted or inner is model:
             raise InputError(
                 f"copies[{number}] is no copy of the model: pass models of the same architecture, "

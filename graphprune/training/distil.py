@@ -83,6 +83,8 @@ class Distillation:
         self.soft = soft
         self.compare = relative_error if compare is None else compare
         given = [features] if isinstance(features, str) else features
+        if not isinstance(given, Iterable):
+            raise InputError(f"features must be names of modules, or a mapping; got {features!r}")
         known = given if isinstance(given, Mapping) else {name: name for name in given}
         self.features: dict[str, str] = dict(known)
         modules = dict(self.teacher.named_modules())

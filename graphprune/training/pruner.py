@@ -15,7 +15,7 @@ from graphprune.analysis import Group
 from graphprune.api import rebuild
 from graphprune.batches import check_data
 from graphprune.checks import check_model
-from graphprune.criteria import find
+from graphprune.criteria import check_needs, find
 from graphprune.errors import InputError, PruningWarning, warn
 from graphprune.graph import ChannelGraph, trace
 from graphprune.options import Request
@@ -313,6 +313,7 @@ class Pruner:
             )
         if self.options.get("data") is not None:
             check_data(self.options["data"], passes=2)
+        check_needs(find(self.options.get("criterion", "l2")), self.options.get("data"))
         told = {**Request.of(0.0, self.options).said(), "criterion": criterion}
         schedule = self.schedule if isinstance(self.schedule, Schedule) else ""
         self.ranks.check("the model", self.graph.analysis.architecture)
@@ -345,7 +346,7 @@ class Pruner:
             InputError: not a state of a pruner, or this one has finished already.
             PlanError: the state belongs to a model of another architecture.
         """
-        missing = set(self.state_dict()) - set(state)
+        missing = set(self.state_dict()) - set(state if isinstance(state, Mapping) else ())
         if missing:
             raise InputError(f"this is no state of a Pruner: {', '.join(sorted(missing))} missing")
         if self.finished and not state["finished"]:

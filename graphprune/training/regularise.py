@@ -215,6 +215,9 @@ class SparseLearning(GroupLasso):
 
     def __init__(self, graph: ChannelGraph, strength: Strength, alpha: float = 4.0) -> None:
         super().__init__(graph, strength)
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not number or not 0 <= alpha < math.inf:
+            raise InputError(f"alpha must be a number of at least 0, such as 4; got {alpha!r}")
         self.alpha = alpha
 
     def penalty(self, tensors: dict[str, Tensor]) -> Tensor:

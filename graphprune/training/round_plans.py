@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.batches import check_data
-from graphprune.criteria import find
+from graphprune.criteria import check_needs, find
 from graphprune.draft import Draft, matching
 from graphprune.errors import InputError
 from graphprune.graph import ChannelGraph, trace
@@ -52,6 +52,7 @@ class RoundPlans:
         self.request = Request.of(0.0, options)
         if self.request.data is not None:
             check_data(self.request.data, passes=2)
+        check_needs(find(self.request.criterion), self.request.data)
         told = {**self.request.said(), "criterion": find(self.request.criterion).name}
         self.told = {name: told[name] for name in sorted(told)}  # what another run is compared with
         self.quantity, self.attention = quantity, attention

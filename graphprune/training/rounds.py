@@ -19,7 +19,7 @@ from graphprune.options import Options, Request
 from graphprune.plan import Plan, carry, fingerprint, plan_of
 from graphprune.progress import bar
 from graphprune.skeleton import mark, named_modules
-from graphprune.table import share
+from graphprune.table import share, shorten
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.ranks import Ranks
 from graphprune.training.round_plans import RoundPlans
@@ -177,6 +177,9 @@ def iterate(
             with own_numbers(model, run.seed_of_round), ranks.together():
                 run.round()
     done = f"all {rounds} rounds done" if run.state.attempts else "no round could remove a channel"
+    limited = run.limited()
+    if limited:
+        done += f"; min_kept holds {shorten(limited)}"
     return run.outcome(run.state.reason or done)
 
 
@@ -262,6 +265,17 @@ class _Rounds:
         self.state = self.folder.write(
             replace(state, pace=state.pace / 2, retries=left, reason=reason)
         )
+
+    def limited(self) -> list[str]:
+        """Layers that have lost less than the last sparsity says, as ``min_kept`` demands."""
+        if self.plan is None or not self.plans.request.min_kept:
+            return []
+        slack = self.plans.request.round_to
+        return [
+            group.layers[0]
+            for group in self.plan.groups
+            if 0 < group.size - len(group.kept) <= self.state.sparsity * group.size - slack
+        ]
 
     def outcome(self, reason: str) -> Outcome:
         """The last good model in the modes of the original, and the history."""

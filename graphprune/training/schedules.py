@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from graphprune.batches import takes
 from graphprune.errors import InputError
 from graphprune.figures import save_figure
 
@@ -315,7 +316,7 @@ def as_schedule(schedule: Any) -> SparsityOf:
         schedule = one_shot(float(schedule))
     if isinstance(schedule, Schedule) and schedule.final == 1:
         raise InputError(f"nothing would be left, the final sparsity must be below 1: {schedule}")
-    if callable(schedule) and not isinstance(schedule, type):
+    if callable(schedule) and not isinstance(schedule, type) and takes(schedule, 1):
         return schedule
     raise InputError(
         "schedule must be a sparsity, a schedule such as cubic(0.5, end=1000), or a function "

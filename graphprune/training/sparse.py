@@ -142,7 +142,8 @@ def sparsify(
     report = sparsity_of(model, notes)
     empty = [row.layer for row in report.layers if row.zeros == row.size and not row.note]
     if empty:
-        warn(f"no weight is left in {shorten(empty)}: use scope='local', or keep= them")
+        advice = "" if scope == "local" or pattern else "use scope='local', or "
+        warn(f"no weight is left in {shorten(empty)}: {advice}keep= them, or ask for less")
     return report
 
 

@@ -11,12 +11,13 @@ from torch import nn
 from torch.nn.utils import prune
 
 from graphprune.api import rebuild
+from graphprune.batches import takes
 from graphprune.checks import check_model
 from graphprune.copying import copy_module
 from graphprune.errors import InputError
 from graphprune.graph import trace
 from graphprune.options import Request, check_ratio
-from graphprune.plan import plan_of
+from graphprune.plan import fingerprint, plan_of
 from graphprune.skeleton import mark, named_modules
 from graphprune.training.history import History
 from graphprune.training.ranks import Ranks
@@ -31,7 +32,6 @@ from graphprune.training.users import (
     own_numbers,
     run_evaluation,
     run_training,
-    takes,
 )
 
 KINDS = ("filters", "weights")
@@ -147,6 +147,15 @@ def lottery(
         if kind == "filters"
         else _Weights(point, options)
     )
+    fresh: nn.Module | None = None
+    if controls:
+        with own_numbers(point.model, seed + 2):
+            fresh = _fresh(point.model) if factory is None else factory()
+        if not isinstance(fresh, nn.Module) or fingerprint(fresh) != fingerprint(point.model):
+            raise InputError(
+                "factory must make a model of the same architecture as that of the rewind point; "
+                f"got {type(fresh).__name__}"
+            )
     history = History(example_inputs)
 
     def trained(model: nn.Module, step: int, note: str) -> nn.Module:
@@ -168,11 +177,9 @@ def lottery(
         text = "ticket" if number == rounds - 1 else f"ticket of round {number + 1}"
         model = trained(model, point.step, text)
     found = {}
-    if controls:
+    if fresh is not None:
         drawn = finder.like(model, None, seed + 1)
         found[RANDOM_MASK] = trained(drawn, point.step, RANDOM_MASK)
-        with own_numbers(point.model, seed + 2):
-            fresh = _fresh(point.model) if factory is None else factory()
         found[RANDOM_REINIT] = trained(finder.like(model, fresh, seed), 0, RANDOM_REINIT)
     return Lottery(history, model, found)
 
