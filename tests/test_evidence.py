@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -283,3 +284,22 @@ def test_activations_are_freed_after_their_batch():
     finally:
         gc.enable()
     assert before[2] == before[1] <= before[0] + 20
+
+
+@pytest.mark.parametrize("width", [6, 1])
+@pytest.mark.parametrize(
+    "name", ["l1", "l2", "lp", "linf", "geometric_median", "lamp", "group_norm"]
+)
+def test_a_computed_weight_counts_once_as_the_layer_uses_it(name, width):
+    """Under weight normalisation as for the same function without it; its norms are in it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    normed = copy.deepcopy(net)
+    parametrizations.weight_norm(normed[0])
+    x = torch.randn(4, width, dtype=torch.float64)
+    found = []
+    for model in (net, normed):
+        graph = graphprune.trace(model, x[:1])
+        groups = list(graph.groups)
+        found.append(scores(name, groups, gather(model, name, groups), 0)[groups[0].name])
+    torch.testing.assert_close(*found)

@@ -194,9 +194,11 @@ def _used(model: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, ParametrizationList):
             with at_rest(module):
                 value = module()
-            for source in module._parameters.values():
-                if source is not None and source.shape == value.shape:
-                    tensors[names[id(source)]] = value
+            sources = [source for source in module._parameters.values() if source is not None]
+            main = [source for source in sources if source.shape == value.shape][-1:]
+            for source in sources if main else ():  # the others are in it: not counted again
+                counted = value if source is main[0] else torch.zeros_like(source)
+                tensors[names[id(source)]] = counted
     return tensors
 
 
