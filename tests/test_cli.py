@@ -194,7 +194,7 @@ MISTAKES = {
     "folder": (("shrink", "zoo_for_tests:net", "--out", "no/a"), "no folder 'no' to write 'a'"),
     "is folder": (("shrink", "zoo_for_tests:net", "--out", "."), "is a folder: name a file"),
     "weights": (("shrink", "zoo_for_tests:net", "--weights", "no.pt"), "cannot read 'no.pt'"),
-    "picture": (("inspect", "zoo_for_tests:net", "--draw", "a.xyz"), "cannot draw to a.xyz"),
+    "picture": (("inspect", "zoo_for_tests:net", "--draw", "a.xyz"), "cannot draw to 'a.xyz'"),
     "small": (("verify", "zoo_for_tests:net", "zoo_for_tests.py"), "no safetensors file"),
 }
 
