@@ -20,7 +20,7 @@ from graphprune.resolve import Units, resolve
 from graphprune.rewrite.modules import remembered
 from graphprune.rules import Reason, Value, Walk
 from graphprune.sizes import Comparison, attributes, expression
-from graphprune.skeleton import aliases, named_tensors
+from graphprune.skeleton import aliases, named_tensors, shared_by_modules
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class Analysis:
     values: dict[fx.Node, Value]
     slots: tuple[Slot, ...]
     names: dict[str, str]
+    shared: frozenset[str]  # tensors that several modules hold
     units: Units
     walk: Walk = field(repr=False)
     shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
@@ -154,6 +155,7 @@ class Analysis:
             walk.values,
             slots,
             aliases(model),
+            shared_by_modules(model),
             units,
             walk,
             {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from graphprune.errors import InputError
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _KINDS = "a tensor, a tuple (input, targets...) or a dict of keyword arguments"
+_TARGETS = re.compile("label|target")  # names of keyword arguments that are no inputs
 _IGNORED = -100  # the target that cross entropy leaves out
 
 
@@ -152,12 +154,19 @@ def takes(function: Callable[..., Any], count: int) -> bool:
 def check_finite(batch: Any, number: int) -> None:
     """Raise if the inputs of a batch are not finite: neither is what is computed from them.
 
+    Targets may be anything, and so may infinite masks behind the first input.
+
     Raises:
         InputError: tells the number of the batch.
     """
-    for tensor in pytree.tree_leaves(batch[:1] if isinstance(batch, tuple | list) else batch):
-        floating = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        if floating and not bool(tensor.isfinite().all()):
+    inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(inputs, Mapping):
+        inputs = [v for name, v in inputs.items() if not _TARGETS.search(str(name).lower())]
+    for place, tensor in enumerate(pytree.tree_leaves(inputs)):
+        dense = isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        if not dense or not tensor.is_floating_point():
+            continue
+        if bool((tensor.isnan() if place else ~tensor.isfinite()).any()):
             raise InputError(f"batch {number} of data holds NaN or infinite values")
 
 

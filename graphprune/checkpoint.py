@@ -121,7 +121,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
         small = shrink(original.model, content.plan)
     except PlanError as error:
         raise CheckpointError(f"{content.path} does not fit the model: {error}") from error
-    set_masks(small, masks_of_state(content.tensors))
+    set_masks(small, content.masked)
     _fill(small, content, original.devices)
     recompute_masked(small)
     return small
@@ -227,6 +227,11 @@ class _Content:
     layouts: Mapping[str, str]
     dtypes: Mapping[str, str]
 
+    @property
+    def masked(self) -> set[str]:
+        """What is masked in the file."""
+        return masks_of_state({*self.tensors, *self.aliases})
+
 
 def _read(path: Path) -> _Content:
     name = repr(str(path))
@@ -273,7 +278,7 @@ def _mask_as_planned(original: nn.Module, content: _Content) -> None:
     """Masks may have been put on, or made permanent, before or after the model was made smaller."""
     now = masked_names(original)
     planned = masks_of_state(slot.tensor for slot in content.plan.slots)
-    for wanted in (now, planned, planned | masks_of_state(content.tensors), set[str]()):
+    for wanted in (now, planned, planned | content.masked, set[str]()):
         set_masks(original, wanted)
         if fingerprint(original) == content.plan.architecture:
             return
@@ -300,12 +305,12 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
         for name, value in original.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor)
     }
-    expected = renamed(expected, masks_of_state(content.tensors))
     expected |= {  # biases for the constants of removed channels
         change.tensor: (sizes.get(change.like, len(change.values)),)
         for change in content.plan.biases
         if change.like is not None
     }
+    expected = renamed(expected, content.masked)
     shapes = [
         f"{name} is {list(found[name])} in the file, the plan makes it {list(shape)} in the model"
         for name, shape in expected.items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -216,13 +215,12 @@ def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
         layers = sorted({name.rpartition(".")[0] or name for name in analysis.names})
         raise InputError(f"{what} {pattern!r} matches no layer; layers: {shorten(layers, 12)}")
     tensors = {analysis.names[name] for name in names}
-    holders = Counter(analysis.names.values())
     return [
         group
         for group in analysis.all_groups
         if group in named
         or any(
-            m.slot.tensor in tensors and (not m.reads or holders[m.slot.tensor] > 1)
+            m.slot.tensor in tensors and (not m.reads or m.slot.tensor in analysis.shared)
             for m in group.members
         )
     ]

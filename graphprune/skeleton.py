@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -56,6 +57,19 @@ def aliases(model: nn.Module) -> dict[str, str]:
     ):
         names[name] = first.setdefault(id(tensor), name)
     return names
+
+
+def shared_by_modules(model: nn.Module) -> frozenset[str]:
+    """The tensors that several modules hold, by first name; not those of one module with two."""
+    members = ("_parameters", "_buffers")
+    holders = Counter(
+        id(tensor)
+        for _, module in named_modules(model)
+        for tensors in (vars(module)[name] for name in members)
+        for tensor in tensors.values()
+        if tensor is not None
+    )
+    return frozenset(name for name, tensor in named_tensors(model) if holders[id(tensor)] > 1)
 
 
 def skeleton(model: nn.Module, device: str) -> nn.Module:

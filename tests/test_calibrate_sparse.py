@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import graphprune
@@ -97,6 +98,50 @@ def test_a_small_model_without_the_masks_of_its_original():
     before = error(small, net)
     assert calibrate(small, net, [X]).changed == ("2", "4")
     assert error(small, net) < before
+
+
+class Twice(nn.Module):
+    """A weight with two masks, or one that is also read without its mask."""
+
+    def __init__(self, raw):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.weight = nn.Parameter(torch.randn(16, 16))
+        self.register_buffer("one", (torch.rand(16, 16) < 0.7).float())
+        self.register_buffer("two", (torch.rand(16, 16) < 0.7).float())
+        self.raw = raw
+
+    def forward(self, x):
+        x = self.first(x).relu()
+        weight = self.weight * self.one
+        if self.raw:
+            return self.last(F.linear(x, weight) + F.linear(x, self.weight))
+        return self.last(F.linear(x, weight * self.two).relu())
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_masks_of_other_kinds_are_left_alone(raw):
+    torch.manual_seed(0)
+    net = Twice(raw).double().eval()
+    small = graphprune.rebuild(net, 0.25, X[:1])
+    before, weight = error(small, net), small.weight.detach().clone()
+    report = calibrate(small, net, [X])
+    assert torch.equal(small.weight, weight)
+    assert report.changed == ("last",)
+    assert error(small, net) < before
+
+
+def test_masked_biases_are_left_alone():
+    net = mlp()
+    for layer in (net[2], net[4]):
+        prune.l1_unstructured(layer, "bias", 0.5)
+    small = graphprune.rebuild(net, 0.25, X[:1])
+    before, biases = error(small, net), [small[n].bias_orig.detach().clone() for n in (2, 4)]
+    report = calibrate(small, net, [X])
+    assert all(torch.equal(small[n].bias_orig, b) for n, b in zip((2, 4), biases))
+    assert error(small, net) < 0.5 * before
+    shown = report.refits[-1].after * float(net(X).var(0, correction=0).mean().detach())
+    assert error(small, net) == pytest.approx(shown, rel=1e-3), "the report tells what is there"
 
 
 def test_computed_weights_are_in_the_report():

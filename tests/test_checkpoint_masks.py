@@ -80,6 +80,53 @@ def test_any_of_the_architectures_loads_it(flow, source, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in given.state_dict().items())
 
 
+class Odd(nn.Module):
+    """Two layers share a weight, and a list holds a layer a second time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+        self.c.weight = self.b.weight
+        self.out = nn.Linear(16, 3)
+        self.stages = nn.ModuleList([self.a])
+
+    def forward(self, x):
+        return self.out(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
+def odd(names):
+    model = Odd()
+    for name in names:
+        prune.l1_unstructured(model.get_submodule(name), "weight", 0.3)
+    if {"b", "c"} <= set(names):
+        model.c.weight_orig = model.b.weight_orig
+        model.c.weight_mask = model.b.weight_mask
+    return model
+
+
+@pytest.mark.parametrize("names", ["a", "bc", "abc"])
+def test_masks_of_shared_weights_and_of_modules_with_two_names(names, tmp_path):
+    small = graphprune.rebuild(odd(names), 0.5, X)
+    path = graphprune.save(small, tmp_path / "small.safetensors")
+    loaded = graphprune.load(path, odd(names))
+    assert masked_names(loaded) == masked_names(small) != set()
+    assert torch.equal(loaded(X), small(X))
+
+
+def test_masks_of_a_bias_that_the_plan_has_made(tmp_path):
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 16, bias=False), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Linear(16, 3))
+    prune.ln_structured(model[0], "weight", 0.5, n=2, dim=0)
+    plain = exactly(make_permanent(model))
+    assert plain[2].bias is not None
+    prune.l1_unstructured(plain[2], "bias", 0.5)
+    loaded = graphprune.load(graphprune.save(plain, tmp_path / "a.safetensors"), model)
+    assert masked_names(loaded) == {"2.bias"}
+    assert torch.equal(loaded(X), plain(X))
+
+
 def test_another_architecture_is_still_refused(tmp_path):
     path = graphprune.save(FLOWS["masked, then smaller"](), tmp_path / "small.safetensors")
     other = nn.Sequential(nn.Linear(8, 31), nn.ReLU(), nn.Linear(31, 32), nn.ReLU(), net()[4])

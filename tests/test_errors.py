@@ -95,6 +95,29 @@ class Tied(nn.Module):
         return self.out(x + self.down(self.up(x).relu()))
 
 
+class Listed(nn.Module):
+    """Every layer has two names, and none shares its weight with another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.stages = nn.ModuleList([self.a, self.b])
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage(x).relu()
+        return self.c(x)
+
+
+def test_patterns_of_layers_with_two_names():
+    x = torch.randn(2, 4)
+    for name in ("b", "stages.1"):
+        small = graphprune.rebuild(Listed(), 0.5, x, keep=name)
+        assert (small.a.out_features, small.b.out_features) == (4, 8)
+        small = graphprune.rebuild(Listed(), None, x, ratios={name: 0.5})
+        assert (small.a.out_features, small.b.out_features) == (8, 4)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     "options", [{"keep": "emb"}, {"min_kept": {"emb": 1.0}}, {"ratios": {"emb": 0.0}}]

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
+from graphprune.batches import forward
 from graphprune.errors import InputError, RoundError
 from graphprune.training import (
     Distillation,
@@ -120,6 +121,61 @@ def test_data_that_is_not_finite(criterion):
     data = [(X, Y), (X * float("nan"), Y)]
     with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
         graphprune.trace(build(), X[:2]).plan(0.5, criterion=criterion, data=data)
+
+
+class Masked(nn.Module):
+    """Takes a mask beside its input, or targets among its keyword arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x, mask=None, labels=None):
+        x = self.first(x).relu()
+        mask = torch.zeros(()) if mask is None else mask
+        return self.last(torch.softmax(x @ x.mT + mask, -1) @ x)
+
+
+def test_numbers_that_may_be_infinite_or_missing():
+    """Masks of attention, targets, sparse inputs: none of them is refused."""
+    x = torch.randn(4, 5, 8)
+    mask = nn.Transformer.generate_square_subsequent_mask(5)
+    graph = graphprune.trace(Masked(), (x, mask))
+    loss = {"loss": lambda model, batch: forward(model, batch).square().mean()}
+    for batch in (
+        ((x, mask), torch.zeros(4)),
+        (x, torch.full((4,), float("nan"))),
+        {"x": x, "labels": torch.full((4,), float("nan"))},
+    ):
+        for criterion, options in (("wanda", {}), ("taylor", loss)):
+            assert graph.plan(0.5, criterion=criterion, data=[batch], **options).removed
+    adjacent = torch.eye(8).to_sparse()
+    sparse = graphprune.trace(build(), X[:2])
+    found = sparse.plan(
+        0.5, criterion="taylor", data=[adjacent], loss=lambda model, _: model(X).square().mean()
+    )
+    assert found.removed
+
+
+def test_data_for_one_pass_is_enough_for_one_choice():
+    pruner = Pruner(build(), X[:2], schedule=0.5, criterion="taylor", data=batches())
+    pruner.step()
+    assert pruner.soft.plan.removed
+    assert rounds(train, 1, criterion="taylor", data=batches()).plan is not None
+
+
+def test_limits_that_leave_no_choice_are_exact_in_the_end():
+    """1 - (1 - 0.1) is not 0.1 in floating point."""
+    pruner = Pruner(build(), X[:2], schedule=0.9, min_kept=0.1, max_kept=0.1)
+    pruner.step()
+    assert pruner.soft.plan.removed
+
+
+def test_of_a_mapping_only_losses_count():
+    def report(loss):
+        return {"train_loss": loss, "best_before": float("inf")}
+
+    assert rounds(lambda model: returned(model, report)).plan is not None
 
 
 def test_rounds_say_what_held_them():

@@ -146,6 +146,8 @@ def _fold_masks(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, str
         own = next((n for n in names if isinstance(tensors[n], nn.Parameter)), None)
         if own is None or mask is None or tensors[own].shape != tensors[mask].shape:
             continue
+        if own in found or tensors[own].dim() < 2 or any(len(n.users) > 1 for n in sources):
+            continue  # masked twice, a bias, or read without its mask as well
         if bool(((tensors[mask] != 0) & (tensors[mask] != 1)).any()):
             continue
         found[own] = mask

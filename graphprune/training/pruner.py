@@ -25,6 +25,7 @@ from graphprune.training.copies import copies_of
 from graphprune.training.optimizers import check_optimizer, sliced_state
 from graphprune.training.ranks import Ranks, retire, unwrapped_model
 from graphprune.training.schedules import (
+    OneShot,
     Schedule,
     SparsityOf,
     as_schedule,
@@ -129,26 +130,27 @@ class Pruner:
         if finish_at is not None:
             check_count("finish_at", finish_at, 1)
         self.finish_at = finish_at
-        check_model(self.model)
-        found = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-        self.optimizers = [check_optimizer(o, self.model) for o in found if o is not None]
-        self.copies = copies_of(self.model, copies)
         self.ranks = Ranks(process_group)
         if finish_at is not None and self.ranks.size > 1 and self.wrapper is self.model:
             raise InputError(
                 "finish_at on several processes needs the wrapped model, which must be wrapped "
                 "anew afterwards: pass the DistributedDataParallel, or call finish() after training"
             )
-        self.graph: ChannelGraph = trace(self.model, example_inputs, attention=attention)
-        self.soft = SoftMasks(self.model)
         self.steps = 0
         self.sparsity = 0.0
         self.history: list[Update] = []
         self.plan: Plan | None = None  # what was removed
         self.finished = False
-        self._params = sum(p.numel() for p in self.model.parameters())
-        self._check_options()
-        self._whole = unmaskable(self.graph, self._plain_plan)
+        with self.ranks.together():
+            check_model(self.model)
+            found = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+            self.optimizers = [check_optimizer(o, self.model) for o in found if o is not None]
+            self.copies = copies_of(self.model, copies)
+            self.graph: ChannelGraph = trace(self.model, example_inputs, attention=attention)
+            self.soft = SoftMasks(self.model)
+            self._params = sum(p.numel() for p in self.model.parameters())
+            self._check_options()
+            self._whole = unmaskable(self.graph, self._plain_plan)
 
     def step(self) -> None:
         """Call it after each ``optimizer.step()``: holds the masks, and updates them when due.
@@ -267,6 +269,8 @@ class Pruner:
         final = self.schedule.final if isinstance(self.schedule, Schedule) else 0.0
         part = sparsity / final if final else 1.0
         found: dict[str, Any] = {}
+        if part == 1:
+            return found
         ratios, most = self.options.get("ratios"), self.options.get("max_kept")
         if isinstance(ratios, Mapping):
             found["ratios"] = {name: part * ratio for name, ratio in ratios.items()}
@@ -312,7 +316,8 @@ class Pruner:
                 "cubic(0.5, end=1000); not with any function"
             )
         if self.options.get("data") is not None:
-            check_data(self.options["data"], passes=2)
+            once = isinstance(self.schedule, OneShot)
+            check_data(self.options["data"], passes=1 if once else 2)
         check_needs(find(self.options.get("criterion", "l2")), self.options.get("data"))
         told = {**Request.of(0.0, self.options).said(), "criterion": criterion}
         schedule = self.schedule if isinstance(self.schedule, Schedule) else ""

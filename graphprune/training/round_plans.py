@@ -31,6 +31,7 @@ class RoundPlans:
         quantity: of what a sparsity is a fraction.
         attention: as for ``graphprune.trace``.
         options: as for ``graph.plan``.
+        rounds: how many plans will be made.
 
     Raises:
         InputError: an option that has no place here.
@@ -43,6 +44,7 @@ class RoundPlans:
         quantity: str,
         attention: str,
         options: Mapping[str, Any],
+        rounds: int,
     ) -> None:
         if quantity not in QUANTITIES:
             raise InputError(f"quantity must be one of {', '.join(QUANTITIES)}, not {quantity!r}")
@@ -51,7 +53,7 @@ class RoundPlans:
                 raise InputError(f"{name} is what the sparsity says round by round: leave it out")
         self.request = Request.of(0.0, options)
         if self.request.data is not None:
-            check_data(self.request.data, passes=2)
+            check_data(self.request.data, passes=rounds)
         check_needs(find(self.request.criterion), self.request.data)
         told = {**self.request.said(), "criterion": find(self.request.criterion).name}
         self.told = {name: told[name] for name in sorted(told)}  # what another run is compared with

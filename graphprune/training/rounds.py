@@ -152,10 +152,11 @@ def iterate(
     schedule, sparsities = _check(rounds, train, evaluate, sparsity, floor, retries)
     progress = bool(options.pop("progress", False))
     seed = options.get("seed", 0)
-    check_model(model)
     ranks = Ranks(process_group)
-    options["criterion"] = ranks.criterion(options.get("criterion", Request.criterion))
-    plans = RoundPlans(model, example_inputs, quantity, attention, options)
+    with ranks.together():
+        check_model(model)
+        options["criterion"] = ranks.criterion(options.get("criterion", Request.criterion))
+        plans = RoundPlans(model, example_inputs, quantity, attention, options, rounds)
     settings = {
         "architecture": fingerprint(model),
         "weights": mark(model),

@@ -75,10 +75,11 @@ class SparsePruner:
         if scope not in SCOPES:
             raise InputError(f"scope must be one of {', '.join(SCOPES)}, not {scope!r}")
         self.ranks = Ranks(process_group)
-        known = repr(self.schedule) if isinstance(self.schedule, Schedule) else ""
-        self.ranks.check("options and schedule", (known, scope, self.keep))
-        check_model(self.model)
-        layers_to_mask(self.model, self.keep)
+        with self.ranks.together():
+            known = repr(self.schedule) if isinstance(self.schedule, Schedule) else ""
+            self.ranks.check("options and schedule", (known, scope, self.keep))
+            check_model(self.model)
+            layers_to_mask(self.model, self.keep)
 
     def step(self) -> None:
         """Call it after each ``optimizer.step()``: masks more weights when it is time.
@@ -99,10 +100,11 @@ class SparsePruner:
                 f"{self.steps}, but masked weights do not come back"
             )
         if sparsity > self.sparsity:
-            sparsify(self.model, sparsity, scope=self.scope, keep=self.keep)
-            self.sparsity = sparsity
-            masks = {name: mask.double() for name, mask in self.masks.items()}
-            self.ranks.check("the weights to mask", (self.steps, sparsity, mark(masks)))
+            with self.ranks.together():
+                sparsify(self.model, sparsity, scope=self.scope, keep=self.keep)
+                self.sparsity = sparsity
+                masks = {name: mask.double() for name, mask in self.masks.items()}
+                self.ranks.check("the weights to mask", (self.steps, sparsity, mark(masks)))
 
     def finish(self) -> nn.Module:
         """Write the zeros into the weights; a second call does nothing."""

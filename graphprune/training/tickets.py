@@ -143,7 +143,7 @@ def lottery(
     schedule = iterative(sparsity, rounds)
     ranks = Ranks(process_group)
     finder: _Finder = (
-        _Filters(point, example_inputs, seed, options, ranks)
+        _Filters(point, example_inputs, seed, options, ranks, rounds)
         if kind == "filters"
         else _Weights(point, options)
     )
@@ -207,12 +207,13 @@ class _Filters:
         seed: int,
         options: Mapping[str, Any],
         ranks: Ranks,
+        rounds: int,
     ) -> None:
         self.point = point
         self.graph = trace(point.model, example_inputs)
         criterion = ranks.criterion(options.get("criterion", Request.criterion))
         options = {"seed": seed, **options, "criterion": criterion}
-        self.plans = RoundPlans(point.model, self.graph.call, "channels", "heads", options)
+        self.plans = RoundPlans(point.model, self.graph.call, "channels", "heads", options, rounds)
 
     def prune(self, model: nn.Module, sparsity: float) -> nn.Module:
         return rebuild(model, self.plans.plan(model, sparsity))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -124,7 +124,13 @@ def _raise_together(text: str, ranks: Ranks) -> None:
 
 
 def _not_finite(losses: Any) -> float | None:
-    """The first number that is not finite of a loss, or of several in containers."""
+    """The first number that is not finite of a loss, or of several in containers.
+
+    Of a mapping with losses among other things only the losses count.
+    """
+    if isinstance(losses, Mapping):
+        named = {name: value for name, value in losses.items() if "loss" in str(name).lower()}
+        losses = named or losses
     for leaf in pytree.tree_leaves(losses):
         if isinstance(leaf, Tensor):
             bad = leaf.detach()[~leaf.detach().isfinite()]
