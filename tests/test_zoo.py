@@ -49,7 +49,8 @@ def check(entry, ratio, scope, training):
         report = graphprune.verify(model, small, inputs)
     assert report.difference <= 1e-10
     assert removable(graph) == free, f"planning froze more channels:\n{graph}"
-    assert plan.removed > 0 or entry.removable is None
+    small_groups = all(group.size * ratio < 1 for group in graph.groups)  # none loses a channel
+    assert plan.removed > 0 or entry.removable is None or small_groups
     assert shapes(call(small.eval(), inputs)) == shapes(call(model.eval(), inputs))
     for new, old in zip(small.modules(), model.modules(), strict=True):
         assert isinstance(new, type(old))
