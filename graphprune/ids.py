@@ -21,6 +21,8 @@ KEPT = 0  # the id of positions that belong to no parameter and always stay
 
 Shape = tuple[int, ...]
 Layers = tuple[Tensor, ...]
+Pairs = Sequence[tuple[Tensor, Tensor]]  # layers whose ids are tied
+Way = tuple[Pairs, tuple[Tensor, ...]]  # what is tied, and what is frozen
 
 
 def varying(layer: Tensor) -> frozenset[int]:
@@ -111,7 +113,7 @@ class Alternatives:
     """
 
     ids: Tensor
-    ways: tuple[tuple[tuple[tuple[Tensor, Tensor], ...], tuple[Tensor, ...]], ...]
+    ways: tuple[Way, ...]
     labels: tuple[str, ...]
     owner: object = None
     firm: bool = False

@@ -56,7 +56,7 @@ class _Ops(TorchDispatchMode):
     """Runs every ATen op under the stopwatch."""
 
     def __init__(self, watch: Stopwatch) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.watch = watch
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -20,7 +20,8 @@ from graphprune.kernels import GROUPED_MM
 from graphprune.sizes import Scale
 
 aten = torch.ops.aten
-_SHAPES = {torch.Tensor.shape.__get__, torch.Tensor.size}  # type: ignore[attr-defined]
+_TENSOR: Any = torch.Tensor  # with its attributes as descriptors
+_SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
 WHOLE = {  # recorded as one op, whichever kernels it is made of
     F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
     F.linear: torch.ops.aten.linear.default,
@@ -115,7 +116,7 @@ class Functions(TorchFunctionMode):
             out = func(*args, **kwargs)
         finally:
             recorder.numbers = recorder.paths = []
-        if func is torch.Tensor.data.__get__:  # type: ignore[attr-defined]
+        if func is _TENSOR.data.__get__:
             recorder.call(aten.detach.default, args, {}, out)
         elif func in _LEAKS:
             recorder.call(leak, args[:1], {}, None)
@@ -157,7 +158,7 @@ class Dispatch(TorchDispatchMode):
     """Sees the ATen ops."""
 
     def __init__(self, recorder: Any) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        TorchDispatchMode.__init__(self)
         self.recorder = recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -101,13 +101,14 @@ class _Known:
     computed: bool = False
 
 
+_TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 _SAME = {
     torch.Tensor.detach, torch.detach, torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float,
     torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.contiguous,
-    torch.Tensor.clone, torch.clone, torch.Tensor.data.__get__,  # type: ignore[attr-defined]
+    torch.Tensor.clone, torch.clone, _TENSOR.data.__get__,
 }  # fmt: skip
 _FLIPS = {
-    torch.Tensor.t, torch.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__,  # type: ignore
+    torch.Tensor.t, torch.t, _TENSOR.T.__get__, _TENSOR.mT.__get__,
     torch.Tensor.transpose, torch.transpose, torch.Tensor.swapaxes, torch.swapaxes,
 }  # fmt: skip
 _PARTS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 import os
@@ -257,8 +258,9 @@ class Recorder:
             nn_module.register_module_forward_pre_hook(self.enter),
             nn_module.register_module_forward_hook(self.leave, always_call=True),
         ]
+        self.entered = contextlib.ExitStack()
         for mode in self.modes:
-            mode.__enter__()  # type: ignore[no-untyped-call]
+            self.entered.enter_context(mode)
         self.apply = torch.autograd.Function.__dict__["apply"]
         torch.autograd.Function.apply = classmethod(_opaque_apply(self))
         math.sqrt = _root
@@ -268,8 +270,7 @@ class Recorder:
         self.recording = False
         torch.autograd.Function.apply = self.apply
         math.sqrt = _sqrt
-        for mode in reversed(self.modes):
-            mode.__exit__(*exc)  # type: ignore[no-untyped-call]
+        self.entered.__exit__(*exc)
         for handle in self.handles:
             handle.remove()
 

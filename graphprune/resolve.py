@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.ids import KEPT, Alternatives, Ties, connected, varying
+from graphprune.ids import KEPT, Alternatives, Pairs, Ties, Way, connected, varying
 
-Pairs = Sequence[tuple[Tensor, Tensor]]
 RECTANGLE = "a rectangular grid"
 _ALIGNING = frozenset({"equal columns", "rows", "others stay", RECTANGLE})  # columns
 
@@ -103,7 +102,7 @@ class Units:
         dims = sorted(varying(layer))
         if len(dims) < 2 and not set(dims) & forbidden:
             return
-        ways: list[tuple[Pairs, tuple[Tensor, ...]]] = []
+        ways: list[Way] = []
         for keep in dims:
             if keep in forbidden:
                 continue
@@ -115,7 +114,7 @@ class Units:
         if not ways:
             self.freeze(layer)
         else:
-            self.choose(Alternatives(layer, tuple(ways), (RECTANGLE,) * len(ways)))  # type: ignore[arg-type]
+            self.choose(Alternatives(layer, tuple(ways), (RECTANGLE,) * len(ways)))
 
 
 def resolve(

@@ -186,8 +186,8 @@ def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
     def method(self: Size | Scale, other: Any) -> Any:
         plain = getattr(int if isinstance(self, int) else float, dunder)
         value = plain(self, other)
-        if value is NotImplemented and isinstance(other, float):  # an int meets a float
-            value = getattr(float, dunder)(int.__float__(self), other)  # type: ignore[arg-type]
+        if value is NotImplemented and isinstance(self, int) and isinstance(other, float):
+            value = getattr(float, dunder)(int.__float__(self), other)
         if type(value) not in (int, float) or isinstance(other, bool):
             return value
         left, right = (other, self) if reflected else (self, other)
@@ -231,8 +231,8 @@ for _kind, _base, _names in (
 def _compared(name: str) -> Callable[[Size, Any], Any]:
     def method(self: Size | Scale, other: Any) -> Any:
         result = getattr(int if isinstance(self, int) else float, f"__{name}__")(self, other)
-        if result is NotImplemented and isinstance(other, float):
-            result = getattr(float, f"__{name}__")(int.__float__(self), other)  # type: ignore
+        if result is NotImplemented and isinstance(self, int) and isinstance(other, float):
+            result = getattr(float, f"__{name}__")(int.__float__(self), other)
         observer = self.observer or getattr(other, "observer", None)
         if observer is not None and result is not NotImplemented:
             observer(Comparison(name, expression(self), expression(other), result))

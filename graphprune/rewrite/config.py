@@ -57,7 +57,8 @@ def sizes_of(model: nn.Module) -> Sizes:
     for name, tensor in named_tensors(model):
         sizes.update({(name, dim): size for dim, size in enumerate(tensor.shape)})
     for name, module in named_modules(model):
-        used = _used(type(module))  # type: ignore[arg-type]
+        kind: Any = type(module)
+        used = _used(kind)
         sizes.update(
             {(name, k): n for k, n in vars(module).items() if type(n) in _NUMBERS and k in used}
         )

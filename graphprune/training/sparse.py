@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -277,7 +278,8 @@ def _mask_pattern(targets: Sequence[Target], notes: dict[str, str], n: int, m: i
             continue
         if prune_hook(module) is not None:
             prune.remove(module, "weight")
-        NMStructured.apply(module, "weight", n=n, m=m)  # type: ignore[no-untyped-call]
+        method: Any = NMStructured  # torch's own apply has no types
+        method.apply(module, "weight", n=n, m=m)
         fitting += 1
     if not fitting:
         raise InputError(f"no layer has a multiple of {m} input channels: {notes}")

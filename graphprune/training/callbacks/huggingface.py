@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,10 +14,13 @@ from graphprune.training.pruner import Pruner
 from graphprune.training.regularise import Regulariser
 from graphprune.training.schedules import SparsityOf
 
-try:
+if TYPE_CHECKING:
     from transformers import TrainerCallback
-except ImportError:  # an optional extra; the package can be imported without it
-    TrainerCallback = object  # type: ignore[assignment, misc]
+else:
+    try:
+        from transformers import TrainerCallback
+    except ImportError:  # an optional extra; the package can be imported without it
+        TrainerCallback = object
 
 FILE = "graphprune.pt"
 

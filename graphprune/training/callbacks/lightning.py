@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphprune.errors import InputError
 from graphprune.graph import ChannelGraph
@@ -11,10 +11,13 @@ from graphprune.training.pruner import Pruner
 from graphprune.training.regularise import Regulariser
 from graphprune.training.schedules import SparsityOf
 
-try:
+if TYPE_CHECKING:
     from lightning.pytorch import Callback
-except ImportError:  # an optional extra; the package can be imported without it
-    Callback = object  # type: ignore[assignment, misc]
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ImportError:  # an optional extra; the package can be imported without it
+        Callback = object
 
 
 class LightningPruning(Callback):
