@@ -10,13 +10,18 @@ from torch.nn.utils import prune
 from graphprune.skeleton import named_modules
 
 
+def mask_hooks(module: nn.Module) -> list[prune.BasePruningMethod]:
+    """What computes masked tensors of a module from ``..._orig`` and ``..._mask``."""
+    hooks = module._forward_pre_hooks.values()
+    return [hook for hook in hooks if isinstance(hook, prune.BasePruningMethod)]
+
+
 def masked_names(model: nn.Module) -> set[str]:
     """The tensors that are masked, by the names that they have without masks."""
     return {
         f"{name}.{hook._tensor_name}" if name else hook._tensor_name
         for name, module in named_modules(model)
-        for hook in module._forward_pre_hooks.values()
-        if isinstance(hook, prune.BasePruningMethod)
+        for hook in mask_hooks(module)
     }
 
 

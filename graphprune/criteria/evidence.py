@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 from torch.nn.utils.parametrize import ParametrizationList
 
 from graphprune.analysis import Group
@@ -32,6 +31,7 @@ from graphprune.batches import (
 )
 from graphprune.criteria.registry import Criterion, Entry, find
 from graphprune.errors import InputError
+from graphprune.masked_names import mask_hooks
 from graphprune.observe import Product, observing
 from graphprune.progress import tracked
 from graphprune.skeleton import named_modules, named_tensors
@@ -187,10 +187,9 @@ def _used(model: nn.Module) -> dict[str, Tensor]:
     tensors = dict(named_tensors(model))
     names = {id(tensor): name for name, tensor in tensors.items()}
     for _, module in named_modules(model):
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                source = module._parameters[f"{hook._tensor_name}_orig"]
-                tensors[names[id(source)]] = hook.apply_mask(module)
+        for hook in mask_hooks(module):
+            source = module._parameters[f"{hook._tensor_name}_orig"]
+            tensors[names[id(source)]] = hook.apply_mask(module)
         if isinstance(module, ParametrizationList):
             with at_rest(module):
                 value = module()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.prune import BasePruningMethod
 
 from graphprune.errors import PlanError
+from graphprune.masked_names import mask_hooks
 from graphprune.plan import BiasChange, Plan
 from graphprune.skeleton import named_modules, named_tensors
 
@@ -77,6 +77,5 @@ def _new_bias(model: nn.Module, change: BiasChange, weight: Tensor) -> None:
 def recompute_masked(model: nn.Module) -> None:
     """Weights that hooks of ``torch.nn.utils.prune`` compute from ``weight_orig`` and its mask."""
     for _, module in named_modules(model):
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, BasePruningMethod):
-                setattr(module, hook._tensor_name, hook.apply_mask(module))
+        for hook in mask_hooks(module):
+            setattr(module, hook._tensor_name, hook.apply_mask(module))

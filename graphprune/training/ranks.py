@@ -126,8 +126,9 @@ class Averaged:
             scores = self.function(group, tensors, generator)
         except Unseen as reason:
             unseen = str(reason)
-        for other in filter(None, self.ranks.share(unseen)):
-            raise Unseen(other)
+        first = next(filter(None, self.ranks.share(unseen)), "")
+        if first:
+            raise Unseen(first)
         return self.ranks.mean(scores)
 
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
 
 from graphprune.api import rebuild
 from graphprune.checks import check_model
 from graphprune.copying import copy_module
 from graphprune.errors import CheckpointError, InputError, PlanError
+from graphprune.masked_names import mask_hooks
 from graphprune.plan import fingerprint, plan_of
 from graphprune.skeleton import named_tensors
 from graphprune.training.optimizers import check_optimizer
@@ -199,7 +199,6 @@ def _plain(name: str) -> str:
 
 def _recompute(module: nn.Module) -> None:
     """Masked weights are computed before each call; between calls they are what was left there."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod):
-            value: Tensor = hook.apply_mask(module)
-            setattr(module, hook._tensor_name, value.detach())
+    for hook in mask_hooks(module):
+        value: Tensor = hook.apply_mask(module)
+        setattr(module, hook._tensor_name, value.detach())

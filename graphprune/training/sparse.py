@@ -16,6 +16,7 @@ from torch.nn.utils import prune
 from graphprune.attention import MultiheadAttention
 from graphprune.checks import check_model
 from graphprune.errors import InputError, warn
+from graphprune.masked_names import mask_hooks
 from graphprune.options import check_ratio
 from graphprune.skeleton import named_modules
 from graphprune.table import render, share, shorten
@@ -191,18 +192,14 @@ def make_permanent(model: nn.Module) -> nn.Module:
         ['0.bias', '0.weight', '1.bias', '1.weight']
     """
     for _, module in named_modules(unwrapped_model(model)):
-        for hook in list(module._forward_pre_hooks.values()):
-            if isinstance(hook, prune.BasePruningMethod):
-                prune.remove(module, hook._tensor_name)
+        for hook in mask_hooks(module):
+            prune.remove(module, hook._tensor_name)
     return model
 
 
 def prune_hook(module: nn.Module) -> prune.BasePruningMethod | None:
     """The hook that masks the weight of a module, if one does."""
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, prune.BasePruningMethod) and hook._tensor_name == "weight":
-            return hook
-    return None
+    return next((hook for hook in mask_hooks(module) if hook._tensor_name == "weight"), None)
 
 
 def layers_to_mask(
