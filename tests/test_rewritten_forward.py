@@ -283,3 +283,26 @@ def test_every_spelling_of_the_padding_shrinks(block):
     small = graphprune.rebuild(model, 0.5, X)
     assert small.stem.out_channels == 4
     graphprune.verify(model, small, X)
+
+
+class InAMethod(nn.Module):
+    """The number stands in a method that the forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(16, 4)
+        self.conv = nn.Conv2d(8, 16, 3, stride=2, padding=1)
+
+    def short(self, x):
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 4, 4))
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.head((self.conv(x) + self.short(x)).relu().mean((2, 3)))
+
+
+def test_a_number_in_a_method_changes_a_second_time():
+    """The frames of what was compiled anew are not the user's: wherever our own files lie."""
+    once = graphprune.rebuild(InAMethod().eval(), 0.5, X)
+    twice = graphprune.rebuild(once, 0.5, X)
+    assert (twice.stem.out_channels, twice.conv.out_channels) == (2, 4)

@@ -1,0 +1,1 @@
+"""Files that released versions wrote: the present one reads them all."""
