@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import graphprune
-from graphprune import analysis, criteria, errors, training
-from graphprune.attention import MultiheadAttention
-from graphprune.measure import Comparison
-from graphprune.rules import register_rule
-from graphprune.sensitivity import Sensitivity
+from graphprune import criteria, errors, training
+from graphprune.channels import analysis
+from graphprune.measurement import Comparison
+from graphprune.ops.rules import register_rule
+from graphprune.planning.sensitivity import Sensitivity
+from graphprune.record.attention import MultiheadAttention
 from graphprune.training import callbacks
-from graphprune.verify import Report
+from graphprune.verification.report import Report
 
 TARGET = Path(__file__).with_name("api.md")
 LISTS = ("Args", "Raises", "Warns", "Attributes")
@@ -72,8 +73,8 @@ def reference() -> str:
             "graphprune.training.callbacks",
             [getattr(callbacks, name) for name in callbacks.__all__],
         ),
-        *chapter("Layers", "graphprune.attention", [MultiheadAttention]),
-        *chapter("Rules of ops", "graphprune.rules", [register_rule]),
+        *chapter("Layers", "graphprune.record.attention", [MultiheadAttention]),
+        *chapter("Rules of ops", "graphprune.ops.rules", [register_rule]),
         *errors_chapter(tree),
     ]
     return "\n".join(parts).rstrip() + "\n"

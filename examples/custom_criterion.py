@@ -9,7 +9,7 @@ import torchvision
 from torch import Tensor
 
 import graphprune
-from graphprune.analysis import Group
+from graphprune.channels.analysis import Group
 
 
 def batchnorm_scale(group: Group, tensors: Mapping[str, Tensor], _: torch.Generator) -> Tensor:

@@ -1,16 +1,16 @@
 """graphprune: a smaller dense model whose output equals the masked original."""
 
-from graphprune.api import rebuild
-from graphprune.calibrate import calibrate
-from graphprune.checkpoint import load, save
-from graphprune.graph import ChannelGraph, trace
-from graphprune.mask import mask
-from graphprune.measure import Measurement, measure
-from graphprune.options import Options
-from graphprune.plan import Plan
-from graphprune.verify import verify
+from graphprune.api import ChannelGraph, rebuild, trace
+from graphprune.calibration import calibrate
+from graphprune.execute.checkpoint import load, save
+from graphprune.measurement import Measurement, measure
+from graphprune.plan.plan import Plan
+from graphprune.planning.options import Options
+from graphprune.verification.masked import mask
+from graphprune.verification.report import verify
+from graphprune.version import __version__ as __version__
 
-__all__ = [
+__all__ = [  # and __version__, which a star does not import
     "ChannelGraph",
     "Measurement",
     "Options",
@@ -24,3 +24,8 @@ __all__ = [
     "trace",
     "verify",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names; packages are found by importing them."""
+    return [*__all__, "__version__"]

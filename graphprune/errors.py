@@ -8,7 +8,8 @@ import os
 import sys
 import warnings
 
-_INSIDE = (os.path.dirname(__file__) + os.sep, functools.__file__, contextlib.__file__)
+PACKAGE = os.path.dirname(__file__) + os.sep  # frames in it are not the user's
+_INSIDE = (PACKAGE, functools.__file__, contextlib.__file__)
 
 
 class GraphPruneError(Exception):

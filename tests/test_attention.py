@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune.attention import MultiheadAttention, replace_attention
+from graphprune.record.attention import MultiheadAttention, replace_attention
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Support for mismatched",  # torch's own, of a bool mask with one that is added

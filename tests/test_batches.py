@@ -12,8 +12,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from graphprune.batches import Batch, at_rest, batches, check_data, count_of, forward, loss_of
 from graphprune.errors import InputError
+from graphprune.record.batches import (
+    Batch,
+    at_rest,
+    batches,
+    check_data,
+    count_of,
+    forward,
+    loss_of,
+)
 
 X, Y = torch.randn(4, 3), torch.tensor([0, 1, 1, 0])
 

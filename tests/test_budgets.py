@@ -14,9 +14,9 @@ from torch.nn.utils import prune
 from zoo import ZOO
 
 import graphprune
-from graphprune.costs import Costs, cost, peak
 from graphprune.errors import InputError, PruningWarning
-from graphprune.measure import measure
+from graphprune.measurement import measure
+from graphprune.planning.costs import Costs, cost, peak
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
 QUANTITIES = ("macs", "params", "bytes", "memory")

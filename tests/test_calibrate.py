@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.calibrate import calibrate, repair
+from graphprune.calibration import calibrate, repair
 from graphprune.errors import InputError, ModelError, PlanError, TraceError
 
 D = torch.float64

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import graphprune
-from graphprune.calibrate import calibrate
+from graphprune.calibration import calibrate
 from graphprune.training import make_permanent, sparsify, sparsity_of
 
 D = torch.float64

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import graphprune
-from graphprune.checkpoint import load, save
 from graphprune.errors import CheckpointError, InputError
+from graphprune.execute.checkpoint import load, save
 
 
 def mlp() -> nn.Module:
@@ -178,7 +178,7 @@ def test_saving_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("graphprune.checkpoint.save_file", fail)
+    monkeypatch.setattr("graphprune.execute.checkpoint.save_file", fail)
     with pytest.raises(CheckpointError, match="disk full"):
         save(small, path)
     assert [p.name for p in tmp_path.iterdir()] == ["s"]

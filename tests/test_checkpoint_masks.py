@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 
 import graphprune
 from graphprune.errors import CheckpointError, InputError
-from graphprune.masked_names import masked_names, set_masks
+from graphprune.record.masked_names import masked_names, set_masks
 from graphprune.training import make_permanent, sparsify
 
 X = torch.randn(5, 8)

@@ -15,9 +15,9 @@ from torch import nn
 from typer.testing import CliRunner, Result
 
 import graphprune
-from graphprune.cli import DIFFERS, MISTAKE, OK, app
+from graphprune.cli.loading import load_model, load_weights, parse_inputs
+from graphprune.cli.main import DIFFERS, MISTAKE, OK, app
 from graphprune.errors import CheckpointError, InputError
-from graphprune.loading import load_model, load_weights, parse_inputs
 
 SOURCE = """
 import torch
@@ -123,7 +123,7 @@ def test_nothing_is_written_when_the_comparison_fails(monkeypatch: pytest.Monkey
     def fail(*args: object, **kwargs: object) -> None:
         raise graphprune.errors.VerificationError("differs")
 
-    monkeypatch.setattr("graphprune.cli.compare", fail)
+    monkeypatch.setattr("graphprune.cli.main.compare", fail)
     assert shrink("--out", "small.safetensors", "--plan", "plan.json").exit_code == DIFFERS
     assert not Path("small.safetensors").exists()
     assert not Path("plan.json").exists()
@@ -214,7 +214,7 @@ def test_a_mistake_is_one_message(name: str) -> None:
 
 
 def test_a_real_process(folder: Path) -> None:
-    command = [sys.executable, "-c", "from graphprune.cli import main; main()"]
+    command = [sys.executable, "-m", "graphprune"]
     arguments = ["inspect", f"{folder}/zoo_for_tests.py:net", "--json"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["ok"]
@@ -249,7 +249,7 @@ def test_a_scope_is_left_to_the_target_unless_named(monkeypatch: pytest.MonkeyPa
         scopes.append(options.get("scope"))
         raise LookupError
 
-    monkeypatch.setattr("graphprune.cli.rebuild", stopped)
+    monkeypatch.setattr("graphprune.cli.main.rebuild", stopped)
     for options in ((), ("--scope", "global")):
         assert isinstance(call("shrink", "zoo_for_tests:net", *options).exception, LookupError)
     assert scopes == [None, "global"]

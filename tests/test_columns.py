@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune.blocks import blocks, fine_labels
-from graphprune.changes import SlotPlan
+from graphprune.channels.blocks import blocks, fine_labels
 from graphprune.criteria.registry import Unseen
 from graphprune.errors import InputError
-from graphprune.rewrite.shrink import cut
+from graphprune.execute.shrink import cut
+from graphprune.plan.changes import SlotPlan
 
 
 class Grouped(nn.Module):

@@ -9,10 +9,11 @@ from strategies import specs, zeroed
 from torch import fx, nn
 from torch.nn import functional as F
 
-from graphprune.constants import FACTS, Fact, Interpreter, real_tensors, register_fact
-from graphprune.constants.fact import double
-from graphprune.inputs import Call
-from graphprune.trace import record
+from graphprune.masks.interpret import Interpreter, real_tensors
+from graphprune.ops.constants import FACTS, Fact, register_fact
+from graphprune.ops.constants.fact import double
+from graphprune.record.inputs import Call
+from graphprune.record.recording import record
 
 aten = torch.ops.aten
 KNOWN = 0.75

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from graphprune.cli import MISTAKE, OK, app
+from graphprune.cli.main import MISTAKE, OK, app
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +30,8 @@ def test_demo(folder: Path) -> None:
         assert text in result.stdout
     assert re.search(r"largest relative difference \d\.\de-1\d", result.stdout)
     assert (folder / "here/demo/widths.png").stat().st_size > 10_000
-    from graphprune.checkpoint import load
-    from graphprune.demo import DigitsResNet, widths
+    from graphprune.cli.demo import DigitsResNet, widths
+    from graphprune.execute.checkpoint import load
 
     small = load(folder / "here/demo/small.safetensors", DigitsResNet)
     assert list(widths(small).values())[-1] == 64

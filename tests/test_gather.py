@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 
 import pytest
+import rich.console
 import torch
 from calibration import Residual, image_batches, residual, scored
 from comparing import untouched
@@ -12,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune import progress as progress_bars
 from graphprune.criteria import (
     Collector,
     criteria,
@@ -143,8 +143,8 @@ def test_weights_that_the_loss_does_not_reach():
 )
 def test_progress_bar(monkeypatch, progress, terminal, shown):
     stream = io.StringIO()
-    console = progress_bars.Console(file=stream, force_terminal=terminal)
-    monkeypatch.setattr(progress_bars, "Console", lambda **_: console)
+    console = rich.console.Console(file=stream, force_terminal=terminal)
+    monkeypatch.setattr(rich.console, "Console", lambda **_: console)
     net, data = residual(), image_batches(3)
     graph = graphprune.trace(net, data[0][0])
     for batches in (data, (batch for batch in data)):

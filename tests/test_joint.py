@@ -10,10 +10,10 @@ from test_calibrate import KEEP, D, Residual, conv, error, settled, small_of
 from torch import nn
 
 import graphprune
-from graphprune.calibrate import calibrate
+from graphprune.calibration import calibrate
 from graphprune.errors import InputError
 
-joint = importlib.import_module("graphprune.calibrate.joint")
+joint = importlib.import_module("graphprune.calibration.joint")
 
 
 def mlp_block():

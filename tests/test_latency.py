@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune import planning
-from graphprune.budget import Budget, Unreachable
-from graphprune.costs import Costs
-from graphprune.deadline import Curve
 from graphprune.errors import InputError, ModelError
-from graphprune.inputs import Call
-from graphprune.latency import Bench, Cache, Sample, Stopwatch, fit
+from graphprune.planning import make as planning
+from graphprune.planning.budget import Budget, Unreachable
+from graphprune.planning.costs import Costs
+from graphprune.planning.deadline import Curve
+from graphprune.planning.latency import Bench, Cache, Sample, Stopwatch, fit
+from graphprune.record.inputs import Call
 
 X = torch.zeros(2, 3, 8, 8)
 CPU = torch.device("cpu")

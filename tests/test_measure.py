@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import graphprune
 from graphprune.errors import InputError, ModelError, TraceError
-from graphprune.measure import Measurement, bytes_text, count_text, latency_text, measure
+from graphprune.measurement import Measurement, bytes_text, count_text, latency_text, measure
 
 
 def convnet() -> nn.Module:

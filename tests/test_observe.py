@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, prune
 
-from graphprune.observe import observing
-from graphprune.windows import Window
+from graphprune.record.observe import observing
+from graphprune.record.windows import Window
 
 D = torch.float64
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import InputError
-from graphprune.options import Request
+from graphprune.planning.options import Request
 
 
 @pytest.fixture(scope="module")

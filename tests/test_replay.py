@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from graphprune.batches import Batch
-from graphprune.calibrate.replay import Replay
+from graphprune.calibration.replay import Replay
+from graphprune.record.batches import Batch
 
 
 class Scaled(nn.Linear):

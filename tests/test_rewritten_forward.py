@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import graphprune
 from graphprune.errors import PlanError
-from graphprune.rewrite.forward import RewrittenForward
+from graphprune.execute.forward import RewrittenForward
 
 
 class Padded(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graphprune.select import Lane, Path, allowed, kept, levels
+from graphprune.planning.select import Lane, Path, allowed, kept, levels
 
 SCORES = {"a": torch.tensor([3.0, 1.0, 2.0, 1.0]), "b": torch.tensor([10.0, 0.5])}
 

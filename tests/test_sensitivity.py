@@ -8,7 +8,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import InputError
-from graphprune.sensitivity import Curve, Sensitivity
+from graphprune.planning.sensitivity import Curve, Sensitivity
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 

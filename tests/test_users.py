@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune.batches import forward
 from graphprune.errors import InputError, RoundError
+from graphprune.record.batches import forward
 from graphprune.training import (
     Distillation,
     GroupLasso,

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import graphprune
-from graphprune.comparing import Session, difference
-from graphprune.inputs import Call
-from graphprune.verify import TOLERANCES
+from graphprune.record.inputs import Call
+from graphprune.verification.comparing import Session, difference
+from graphprune.verification.report import TOLERANCES
 
 
 def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from machine import describe, replace_section
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.latency import Bench
-from graphprune.table import render
+from graphprune.planning.latency import Bench
+from graphprune.text import render
 
 TITLE = "Real speed"
 MODELS = ("resnet50", "mobilenet_v2", "densenet121", "vit_b_16")

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torchvision
 
-from graphprune.latency import processor
+from graphprune.planning.latency import processor
 
 TITLE = "# Benchmarks\n"
 

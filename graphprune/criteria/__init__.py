@@ -1,4 +1,9 @@
-"""Importance of channels."""
+"""Importance of channels: one score for each, by name or by any callable.
+
+A group, the weights and, where asked for, gradients or activations on batches enter; a score for
+every channel leaves. It knows neither ops nor layers nor plans. Imports ``channels`` and
+``record``.
+"""
 
 from graphprune.criteria.activations import Apoz, MeanActivation, TaylorActivation, Wanda
 from graphprune.criteria.evidence import (

@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphprune.analysis import Group, Member
+from graphprune.channels.analysis import Group, Member
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import by_channel, real
-from graphprune.observe import Product
+from graphprune.record.observe import Product
 
 
 @dataclass

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from graphprune.analysis import Group
-from graphprune.batches import (
+from graphprune.channels.analysis import Group
+from graphprune.criteria.registry import Criterion, Entry, find
+from graphprune.errors import InputError
+from graphprune.record.batches import (
     Loss,
     at_rest,
     batches,
@@ -29,12 +31,10 @@ from graphprune.batches import (
     forward,
     loss_of,
 )
-from graphprune.criteria.registry import Criterion, Entry, find
-from graphprune.errors import InputError
-from graphprune.masked_names import mask_hooks
-from graphprune.observe import Product, observing
-from graphprune.progress import tracked
-from graphprune.skeleton import named_modules, named_tensors
+from graphprune.record.masked_names import mask_hooks
+from graphprune.record.observe import Product, observing
+from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.text import tracked
 
 Key = tuple[str, int]  # a tensor and one of its dimensions
 Slots = Mapping[Key, Sequence[Tensor]]  # positions of channels, [channels, positions] by group

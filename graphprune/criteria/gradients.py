@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from graphprune.analysis import Group
+from graphprune.channels.analysis import Group
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import by_channel, check_side, members, real

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.analysis import Group, Member
+from graphprune.channels.analysis import Group, Member
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import by_channel, check_side, members, own_name, real, slice_norms
 from graphprune.errors import InputError

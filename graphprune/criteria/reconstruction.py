@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.analysis import Group
-from graphprune.batches import forward
+from graphprune.channels.analysis import Group
 from graphprune.criteria.activations import reading_dim
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
-from graphprune.observe import Product
-from graphprune.windows import Window
+from graphprune.record.batches import forward
+from graphprune.record.observe import Product
+from graphprune.record.windows import Window
 
 WIDEST = 2560  # columns (channels x kernel) up to which all second moments are kept
 ROWS = 8192  # windows that are looked at of each batch

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from graphprune.analysis import Group
+from graphprune.channels.analysis import Group
 from graphprune.errors import InputError
 
 Criterion = Callable[[Group, Mapping[str, Tensor], torch.Generator], Tensor]

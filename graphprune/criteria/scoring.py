@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from graphprune.analysis import Group
+from graphprune.channels.analysis import Group
 from graphprune.criteria.evidence import Evidence, needed
 from graphprune.criteria.registry import Criterion, Entry, Unseen, find
 from graphprune.errors import InputError, warn

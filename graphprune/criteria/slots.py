@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphprune.analysis import Group, Member
+from graphprune.channels.analysis import Group, Member
 from graphprune.criteria.registry import Unseen
 from graphprune.errors import InputError
 

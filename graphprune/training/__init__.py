@@ -1,4 +1,8 @@
-"""Prune and retrain: parts that fit the user's own training loop."""
+"""Prune and retrain: parts that fit the user's own training loop.
+
+The user's model, optimizer and loop enter; schedules, masks, rounds, distillation and reports help
+it along. All pruning is asked of ``api``. Nothing but the user imports it.
+"""
 
 from graphprune.training.distil import Distillation, divergence
 from graphprune.training.history import Entry, History

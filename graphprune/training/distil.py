@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphprune.batches import Loss, check_loss, describe, device_of, forward, loss_of
-from graphprune.checks import check_model
 from graphprune.errors import InputError
-from graphprune.plan import Plan, plan_of
-from graphprune.skeleton import aliases
-from graphprune.table import shorten
+from graphprune.plan.plan import Plan, plan_of
+from graphprune.record.batches import Loss, check_loss, describe, device_of, forward, loss_of
+from graphprune.record.checks import check_model
+from graphprune.record.skeleton import aliases
+from graphprune.text import shorten
 from graphprune.training.ranks import unwrapped_model
 
 Compare = Callable[[Any, Any], Tensor]

@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.errors import InputError
-from graphprune.figures import save_figure
-from graphprune.measure import count_text, measure
-from graphprune.skeleton import named_modules
-from graphprune.table import render
+from graphprune.measurement import count_text, measure
+from graphprune.record.skeleton import named_modules
+from graphprune.text import render, save_figure
 from graphprune.training.ranks import unwrapped_model
 
 FORMAT = "graphprune-history"

@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError
-from graphprune.plan import Plan
-from graphprune.rewrite.shrink import cut, kept_indices
-from graphprune.skeleton import named_tensors
+from graphprune.execute.shrink import cut, kept_indices
+from graphprune.plan.plan import Plan
+from graphprune.record.skeleton import named_tensors
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Sliced = tuple[dict[str, Any], str, Tensor]

@@ -11,16 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from graphprune.analysis import Group
-from graphprune.api import rebuild
-from graphprune.batches import check_data
-from graphprune.checks import check_model
+from graphprune.api import ChannelGraph, rebuild, trace
+from graphprune.channels.analysis import Group
 from graphprune.criteria import check_needs, find
 from graphprune.errors import InputError, PruningWarning, warn
-from graphprune.graph import ChannelGraph, trace
-from graphprune.options import Request
-from graphprune.plan import Plan
-from graphprune.table import share
+from graphprune.plan.plan import Plan
+from graphprune.planning.options import Request
+from graphprune.record.batches import check_data
+from graphprune.record.checks import check_model
+from graphprune.text import share
 from graphprune.training.copies import copies_of
 from graphprune.training.optimizers import check_optimizer, sliced_state
 from graphprune.training.ranks import Ranks, retire, unwrapped_model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from graphprune.analysis import Group
+from graphprune.channels.analysis import Group
 from graphprune.criteria import Criterion, Unseen, find, name_of
 from graphprune.errors import RankError
 

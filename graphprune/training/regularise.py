@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.analysis import Group, Member
-from graphprune.checks import check_model
+from graphprune.api import ChannelGraph
+from graphprune.channels.analysis import Group, Member
 from graphprune.criteria.slots import by_channel, members
 from graphprune.errors import InputError
-from graphprune.graph import ChannelGraph
-from graphprune.plan import Plan
-from graphprune.skeleton import named_tensors
+from graphprune.plan.plan import Plan
+from graphprune.record.checks import check_model
+from graphprune.record.skeleton import named_tensors
 
 Strength = float | Callable[[int], float]
 

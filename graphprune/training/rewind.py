@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import rebuild
-from graphprune.checks import check_model
-from graphprune.copying import copy_module
 from graphprune.errors import CheckpointError, InputError, PlanError
-from graphprune.masked_names import mask_hooks
-from graphprune.plan import fingerprint, plan_of
-from graphprune.skeleton import named_tensors
+from graphprune.plan.plan import fingerprint, plan_of
+from graphprune.record.checks import check_model
+from graphprune.record.copying import copy_module
+from graphprune.record.masked_names import mask_hooks
+from graphprune.record.skeleton import named_tensors
 from graphprune.training.optimizers import check_optimizer
 from graphprune.training.ranks import unwrapped_model
 

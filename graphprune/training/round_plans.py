@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.batches import check_data
+from graphprune.api import ChannelGraph, trace
 from graphprune.criteria import check_needs, find
-from graphprune.draft import Draft, matching
 from graphprune.errors import InputError
-from graphprune.graph import ChannelGraph, trace
-from graphprune.options import Request
-from graphprune.plan import Plan
+from graphprune.plan.plan import Plan
+from graphprune.planning.draft import Draft, matching
+from graphprune.planning.options import Request
+from graphprune.record.batches import check_data
 
 QUANTITIES = ("channels", "macs", "params", "bytes")
 _OWN = ("ratio", "ratios", "target")  # options of a plan that the sparsity takes the place of

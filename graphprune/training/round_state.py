@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.checkpoint import load, save
 from graphprune.errors import CheckpointError, InputError
-from graphprune.plan import Plan, carry
+from graphprune.execute.checkpoint import load, save
+from graphprune.plan.plan import Plan, carry
 from graphprune.training.history import Entry
 
 FORMAT, VERSION = "graphprune-rounds", 1

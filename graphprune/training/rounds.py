@@ -12,14 +12,13 @@ from typing import Any, Unpack
 from torch import nn
 
 from graphprune.api import rebuild
-from graphprune.batches import at_rest
-from graphprune.checks import check_model
 from graphprune.errors import InputError, RoundError
-from graphprune.options import Options, Request
-from graphprune.plan import Plan, carry, fingerprint, plan_of
-from graphprune.progress import bar
-from graphprune.skeleton import mark, named_modules
-from graphprune.table import share, shorten
+from graphprune.plan.plan import Plan, carry, fingerprint, plan_of
+from graphprune.planning.options import Options, Request
+from graphprune.record.batches import at_rest
+from graphprune.record.checks import check_model
+from graphprune.record.skeleton import mark, named_modules
+from graphprune.text import bar, share, shorten
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.ranks import Ranks
 from graphprune.training.round_plans import RoundPlans

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from graphprune.batches import takes
 from graphprune.errors import InputError
-from graphprune.figures import save_figure
+from graphprune.record.batches import takes
+from graphprune.text import save_figure
 
 SparsityOf = Callable[[int], float]
 

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import nn
 
-from graphprune.checks import check_model
 from graphprune.errors import InputError, ModelError
-from graphprune.skeleton import named_modules
+from graphprune.record.checks import check_model
+from graphprune.record.skeleton import named_modules
 from graphprune.training.ranks import unwrapped_model
 from graphprune.training.sparse import prune_hook, read_elsewhere
 

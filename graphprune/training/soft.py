@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graphprune.plan import Plan
-from graphprune.skeleton import named_tensors
+from graphprune.plan.plan import Plan
+from graphprune.record.skeleton import named_tensors
 
 
 class SoftMasks:

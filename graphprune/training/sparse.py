@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
-from graphprune.attention import MultiheadAttention
-from graphprune.checks import check_model
 from graphprune.errors import InputError, warn
-from graphprune.masked_names import mask_hooks
-from graphprune.options import check_ratio
-from graphprune.skeleton import named_modules
-from graphprune.table import render, share, shorten
+from graphprune.planning.options import check_ratio
+from graphprune.record.attention import MultiheadAttention
+from graphprune.record.checks import check_model
+from graphprune.record.masked_names import mask_hooks
+from graphprune.record.skeleton import named_modules
+from graphprune.text import render, share, shorten
 from graphprune.training.ranks import unwrapped_model
 
 SCOPES = ("global", "local")

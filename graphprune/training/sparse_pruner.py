@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from graphprune.checks import check_model
 from graphprune.errors import InputError
-from graphprune.skeleton import mark, named_modules
+from graphprune.record.checks import check_model
+from graphprune.record.skeleton import mark, named_modules
 from graphprune.training.ranks import Ranks, unwrapped_model
 from graphprune.training.schedules import Schedule, SparsityOf, as_schedule, sparsity_at
 from graphprune.training.sparse import (

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from graphprune.api import rebuild
-from graphprune.batches import takes
-from graphprune.checks import check_model
-from graphprune.copying import copy_module
+from graphprune.api import rebuild, trace
 from graphprune.errors import InputError
-from graphprune.graph import trace
-from graphprune.options import Request, check_ratio
-from graphprune.plan import fingerprint, plan_of
-from graphprune.skeleton import mark, named_modules
+from graphprune.plan.plan import fingerprint, plan_of
+from graphprune.planning.options import Request, check_ratio
+from graphprune.record.batches import takes
+from graphprune.record.checks import check_model
+from graphprune.record.copying import copy_module
+from graphprune.record.skeleton import mark, named_modules
 from graphprune.training.history import History
 from graphprune.training.ranks import Ranks
 from graphprune.training.rewind import RewindPoint

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.analysis import Group
-from graphprune.batches import at_rest, device_of
-from graphprune.copying import copy_module
-from graphprune.graph import ChannelGraph
-from graphprune.plan import Plan
+from graphprune.api import ChannelGraph
+from graphprune.channels.analysis import Group
+from graphprune.plan.plan import Plan
+from graphprune.record.batches import at_rest, device_of
+from graphprune.record.copying import copy_module
 from graphprune.training.soft import SoftMasks
 
 PlanWithout = Callable[[Sequence[Group]], Plan]  # a plan that leaves some groups whole

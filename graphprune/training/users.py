@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.batches import device_of
-from graphprune.checks import check_model
 from graphprune.errors import InputError, ModelError
-from graphprune.plan import fingerprint
-from graphprune.skeleton import mark, named_tensors
+from graphprune.plan.plan import fingerprint
+from graphprune.record.batches import device_of
+from graphprune.record.checks import check_model
+from graphprune.record.skeleton import mark, named_tensors
 from graphprune.training.ranks import Ranks
 
 Evaluate = Callable[[nn.Module], Any]

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphprune.api import ChannelGraph
 from graphprune.errors import InputError, warn
-from graphprune.graph import ChannelGraph
 from graphprune.training.pruner import Pruner
 from graphprune.training.regularise import Regulariser
 from graphprune.training.schedules import SparsityOf

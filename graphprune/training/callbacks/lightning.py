@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from graphprune.api import ChannelGraph
 from graphprune.errors import InputError
-from graphprune.graph import ChannelGraph
 from graphprune.training.pruner import Pruner
 from graphprune.training.regularise import Regulariser
 from graphprune.training.schedules import SparsityOf

@@ -1,0 +1,139 @@
+"""Move the layers of a segment together by gradient steps, after each was refitted on its own.
+
+A segment ends where a layer that lost inputs is compared with the original, and begins with the
+products that make these inputs. Their weights, biases and BatchNorms are moved together so that the
+error at the end falls (Li et al., "BRECQ: Pushing the Limit of Post-Training Quantization by Block
+Reconstruction", ICLR 2021), from the least-squares solution (He et al., "Channel Pruning for
+Accelerating Very Deep Neural Networks", ICCV 2017).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.calibration.replay import Replay
+from graphprune.calibration.segments import Segment
+from graphprune.calibration.sums import Errors
+
+RATE = 1e-3  # of the first step
+_SAME = 1e-4  # of the largest value: rounding
+
+
+class Joint:
+    """The joint refit of one segment.
+
+    Args:
+        keep: the channels of the original that the small model has at the end.
+    """
+
+    def __init__(self, original: Replay, small: Replay, segment: Segment, keep: Tensor) -> None:
+        self.original, self.small, self.segment, self.keep = original, small, segment, keep
+        self.start = {n: small.tensors[name].detach() for n, name in segment.moved.items()}
+        self.zeroes = {n: t == 0 for n, t in self.start.items() if t.dim() > 1}
+
+    def refit(self, sweeps: int, generator: torch.Generator) -> float | None:
+        """Move the parameters, if that lowers the error over all batches.
+
+        Returns:
+            The squared error at the end as a fraction of the variance there, on all places;
+            ``None`` if everything stays as it was: nothing was gained, a dtype other than float32
+            and float64, an op without a derivative, a value that is written to meanwhile.
+        """
+        end = self.segment.layer.end
+        held = [self.small.value(which, end) for which in range(len(self.small.values))]
+        if any(
+            t.dtype not in (torch.float32, torch.float64) for t in (*held, *self.start.values())
+        ):
+            return None
+        if not _equal(self._run(0, self.start), held[0]):  # the segment is not all there is
+            return None
+        before = self._error(held)
+        try:
+            moved = self._trained(sweeps, before / len(held), generator)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # no derivative
+            return None
+        outputs = self._outputs(moved)
+        if not self._error(outputs) < before:
+            return None
+        for number, tensor in moved.items():
+            self.start[number].copy_(tensor)
+        for which, output in enumerate(outputs):  # nothing else of the segment is read again
+            self.small.values[which][self.small.nodes[which][end]] = output
+        return self._relative(outputs)
+
+    def _run(self, which: int, moved: Mapping[int, Tensor]) -> Tensor:
+        """The value at the end for one batch."""
+        nodes, held = self.small.nodes[which], self.small.values[which]
+        values: dict[fx.Node, Any] = {nodes[n]: held[nodes[n]] for n in self.segment.inputs}
+        values.update({nodes[number]: tensor for number, tensor in moved.items()})
+        for number in self.segment.numbers:
+            values[nodes[number]] = self.small.run(which, nodes[number], values)
+        return values[nodes[self.segment.layer.end]]
+
+    def _outputs(self, moved: Mapping[int, Tensor]) -> list[Tensor]:
+        return [self._run(which, moved) for which in range(len(self.small.values))]
+
+    def _goal(self, which: int) -> Tensor:
+        layer = self.segment.layer
+        return self.original.value(which, layer.end).index_select(layer.channel_dim, self.keep)
+
+    def _behind(self, which: int, value: Tensor) -> Tensor:
+        """The value behind the activation."""
+        if self.segment.activation is None:
+            return value
+        node = self.small.nodes[which][self.segment.activation]
+        return self.small.run(which, node, {node.all_input_nodes[0]: value.clone()})
+
+    def _error(self, outputs: Sequence[Tensor]) -> float:
+        """The sum of the mean squared errors of all batches."""
+        return sum(float(self._gap(which, y).square().mean()) for which, y in enumerate(outputs))
+
+    def _gap(self, which: int, output: Tensor) -> Tensor:
+        return self._behind(which, output) - self._behind(which, self._goal(which))
+
+    def _relative(self, outputs: Sequence[Tensor]) -> float:
+        """The squared error at the end as a fraction of the variance there."""
+        errors = Errors()
+        for which, output in enumerate(outputs):
+            wanted, found = (
+                value.movedim(self.segment.layer.channel_dim, -1).flatten(0, -2)
+                for value in (self._goal(which), output)
+            )
+            errors.add(wanted - found, wanted)
+        return errors.relative
+
+    def _trained(self, sweeps: int, scale: float, generator: torch.Generator) -> dict[int, Tensor]:
+        """Adam on one batch after another, in another order in every sweep, at a rate down to 0."""
+        moved = {n: t.clone().requires_grad_() for n, t in self.start.items()}
+        batches = len(self.small.values)
+        optimiser = torch.optim.Adam(list(moved.values()), RATE)
+        falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, sweeps * batches)
+        with torch.enable_grad():
+            for _ in range(sweeps):
+                for which in torch.randperm(batches, generator=generator).tolist():
+                    gap = self._behind(which, self._run(which, moved))
+                    gap = gap - self._behind(which, self._goal(which))
+                    loss = gap.square().mean() / max(scale, torch.finfo(gap.dtype).tiny)
+                    optimiser.zero_grad()
+                    loss.backward()
+                    self._hold_zeroes(moved)
+                    optimiser.step()
+                    falling.step()
+        return {n: t.detach() for n, t in moved.items()}
+
+    def _hold_zeroes(self, moved: Mapping[int, Tensor]) -> None:
+        """Take their gradients: a sparse layer stays sparse."""
+        for number, zero in self.zeroes.items():
+            grad = moved[number].grad
+            if grad is not None:
+                grad.masked_fill_(zero, 0)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return float((a - b).abs().amax()) <= _SAME * float(b.abs().amax())

@@ -1,0 +1,65 @@
+"""Re-estimation of the running statistics of BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from graphprune.errors import InputError
+from graphprune.record.batches import device_of, evaluated, forward
+
+
+def reestimate(model: nn.Module, data: Iterable[Any]) -> list[str]:
+    """Replace the running statistics of every BatchNorm by averages over batches.
+
+    The model runs in eval mode but for its BatchNorms, so that dropout stays off.
+
+    Args:
+        model: what is changed.
+        data: batches.
+
+    Returns:
+        The names of the BatchNorms.
+
+    Raises:
+        InputError: there is none, or the model does not run; then nothing was changed.
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    if not norms:
+        raise InputError(
+            "the small model has no BatchNorm with running statistics: "
+            'pass method="repair" or method="bias"'
+        )
+    momenta = [(norm, norm.momentum) for norm in norms.values()]
+    known = [(b, b.detach().clone()) for norm in norms.values() for b in norm.buffers()]
+    counts = [n.num_batches_tracked for n in norms.values() if n.num_batches_tracked is not None]
+    before = [count.detach().clone() for count in counts]
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.no_grad(), evaluated(model):
+            for norm in norms.values():
+                norm.reset_running_stats()
+                norm.momentum = None  # a cumulative average
+                norm.training = True
+            for batch in data:
+                forward(model, batch)
+    except BaseException:
+        with torch.no_grad():
+            for buffer, value in known:
+                buffer.copy_(value)
+        raise
+    finally:
+        for norm, momentum in momenta:
+            norm.momentum = momentum
+        for count, value in zip(counts, before):
+            count.copy_(value)
+    return list(norms)

@@ -1,0 +1,334 @@
+"""Which channels of a model live and die together: units, groups, and shapes after pruning."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from graphprune.channels.resolve import Units, resolve
+from graphprune.ops.ids import Shape, Ties, along
+from graphprune.ops.rules import Reason, Value, Walk
+from graphprune.plan.plan import fingerprint
+from graphprune.record.layers import remembered
+from graphprune.record.recorder import Record
+from graphprune.record.sizes import Comparison, attributes, expression
+from graphprune.record.skeleton import aliases, named_tensors, shared_by_modules
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One dimension of one parameter or buffer, with the range of ids of its slices."""
+
+    tensor: str
+    dim: int
+    start: int
+    size: int
+    weight: bool  # a parameter of two or more dimensions
+    parameter: bool
+
+    @property
+    def module(self) -> str:
+        """The qualified name of the module that holds the tensor."""
+        return self.tensor.rpartition(".")[0]
+
+    @property
+    def layer(self) -> str:
+        """The module, for people; the tensor itself, where the model holds it."""
+        return self.module or self.tensor
+
+
+@dataclass(frozen=True)
+class Member:
+    """A slot as part of a group: ``index[i]`` are its positions that belong to channel i."""
+
+    slot: Slot
+    index: np.ndarray  # [channels, positions per channel]
+    reads: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels with the same slots: a row of the report, and what is scored.
+
+    ``exact`` is false when removing channels changes the statistics of a norm (then the
+    reference takes them over the kept channels).
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    units: np.ndarray  # labels of the units, in the order of the channels
+    reason: Reason | None = None  # why it is frozen
+    renormalising: Reason | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of channels."""
+        return len(self.units)
+
+    @property
+    def exact(self) -> bool:
+        """Whether channels leave without changing statistics."""
+        return self.renormalising is None
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the channels must stay."""
+        return self.reason is not None
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the modules whose parameters the group ties, in order.
+
+        A parameter of the model itself stands there by its own name.
+        """
+        return tuple(dict.fromkeys(member.slot.layer for member in self.members))
+
+    @property
+    def slots(self) -> tuple[tuple[str, int], ...]:
+        """Names of the tensors and the dimensions that the group ties, in order."""
+        return tuple((member.slot.tensor, member.slot.dim) for member in self.members)
+
+    @property
+    def kind(self) -> str:
+        """For tables: exact, renormalising or frozen."""
+        return "frozen" if self.frozen else "exact" if self.exact else "renormalising"
+
+    @property
+    def note(self) -> str:
+        """Why it is frozen or renormalising."""
+        return str(self.reason or self.renormalising or "")
+
+
+@dataclass
+class Analysis:
+    """The channel ids of recorded forward passes, resolved into groups."""
+
+    architecture: str
+    records: tuple[Record, ...]
+    values: dict[fx.Node, Value]
+    slots: tuple[Slot, ...]
+    names: dict[str, str]
+    shared: frozenset[str]  # tensors that several modules hold
+    units: Units
+    walk: Walk = field(repr=False)
+    shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
+    remembered: tuple[Comparison, ...] = ()  # sizes of torch's layers that code of the model reads
+    _stays: dict[tuple[int, int], np.ndarray] = field(repr=False, default_factory=dict)
+    _alive: np.ndarray | None = field(repr=False, default=None)  # what ``_stays`` is for
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, records: Sequence[Record], attention: str = "heads"
+    ) -> Analysis:
+        """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
+        ties = Ties()
+        slots, values = _slots(model, ties)
+        integers = {
+            name: tensor.detach().cpu()
+            for name, tensor in named_tensors(model)
+            if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
+        }
+        walk = Walk(
+            ties, values.get, attention, integers.get
+        )  # ids made from here on belong to no parameter
+        for record in records:
+            walk.run(record.graph)
+        units = resolve(ties, walk.choices, walk.grids, walk.aligned)
+        for choice, label in units.chosen:
+            if label == "equal columns" and isinstance(choice.owner, Reason):
+                walk.renormalising.append((choice.ids, choice.owner, None))
+            elif label == "others stay":
+                frozen = next(ids for _, ids in choice.ways if ids)
+                ties.freeze(frozen[0], choice.owner)
+        parameters = {name for name, _ in model.named_parameters()}
+        return cls(
+            fingerprint(model),
+            tuple(records),
+            walk.values,
+            slots,
+            aliases(model),
+            shared_by_modules(model),
+            units,
+            walk,
+            {
+                name: (tuple(t.shape), t.element_size(), name in parameters)
+                for name, t in named_tensors(model)
+            },
+            tuple(_remembered(model, records)),
+        )
+
+    def copy(self) -> Analysis:
+        """An analysis in which more can be frozen without changing this one."""
+        units = replace(self.units, frozen=self.units.frozen.copy())
+        known = self.walk.ties
+        ties = replace(known, left=[*known.left], right=[*known.right], frozen=[*known.frozen])
+        walk = copy.copy(self.walk)
+        walk.ties = ties
+        clone = replace(self, units=units, walk=walk, _stays={}, _alive=None)
+        clone.__dict__["all_groups"] = self.all_groups
+        return clone
+
+    def tie(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Tie more ids, for a reason found after the walk; whether that changed anything."""
+        before = self.units.labels
+        self.walk.ties.tie(a, b)
+        self.units.tie(((a, b),))
+        self.__dict__.pop("all_groups", None)
+        self.__dict__.pop("groups", None)
+        return self.units.labels is not before
+
+    def freeze(self, ids: torch.Tensor, reason: Reason) -> None:
+        """Freeze more ids, for a reason found after the walk."""
+        self.walk.ties.freeze(ids, reason)
+        self.units.freeze(ids)
+        self.__dict__.pop("all_groups", None)
+        self.__dict__.pop("groups", None)
+
+    @cached_property
+    def all_groups(self) -> tuple[Group, ...]:
+        """All groups, frozen ones included."""
+        return tuple(_groups(self))
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups whose channels can be removed."""
+        return tuple(group for group in self.all_groups if not group.frozen)
+
+    def alive(self, kept: Mapping[str, Sequence[int]]) -> np.ndarray:
+        """For every id whether it stays, given the kept channels by group name."""
+        stays = np.ones(len(self.units.frozen), bool)
+        for group in self.groups:
+            if group.name in kept:
+                stays[group.units] = False
+                stays[group.units[list(kept[group.name])]] = True
+        by_id: np.ndarray = stays[self.units.labels]
+        return by_id
+
+    def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
+        """For each position of a value along ``dim`` whether it stays."""
+        value = self.values[node]
+        keep: np.ndarray | None = None
+        for layer in value.layers:
+            if layer.shape[dim] > 1:
+                stays = self._staying(layer, dim, alive)
+                keep = stays if keep is None else keep & stays
+        return np.ones(value.shape[dim], bool) if keep is None else keep
+
+    def _staying(self, layer: torch.Tensor, dim: int, alive: np.ndarray) -> np.ndarray:
+        if self._alive is not alive:
+            self._alive, self._stays = alive, {}
+        key = id(layer), dim  # layers live as long as the values that hold them
+        if key not in self._stays:
+            rest = tuple(d for d in range(layer.dim()) if d != dim)
+            self._stays[key] = alive[layer.numpy()].any(axis=rest)
+        return self._stays[key]
+
+    def shape(self, node: fx.Node, alive: np.ndarray) -> Shape:
+        """The shape of a value after pruning."""
+        value = self.values[node]
+        sizes = list(value.shape)
+        for dim in {d for layer in value.layers for d, n in enumerate(layer.shape) if n > 1}:
+            sizes[dim] = int(self.positions(node, dim, alive).sum())
+        return tuple(sizes)
+
+
+def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Comparison]:
+    for record in records:
+        read = [side for c in record.comparisons for side in (c.left, c.right)]
+        for node in record.graph.nodes:
+            read += map(expression, node.meta.get("numbers", ()))
+        owners = {leaf.module for item in read for leaf in attributes(item)}
+        nodes = {str(node.target): node for node in record.graph.nodes if node.op == "get_attr"}
+        yield from remembered(model, owners, nodes) if owners else ()
+
+
+def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
+    slots, values = [], {}
+    parameters = {id(p) for p in model.parameters()}
+    for name, tensor in named_tensors(model):
+        layers = []
+        for dim, size in enumerate(tensor.shape):
+            if size > 1:
+                ids = ties.fresh(size)
+                weight = id(tensor) in parameters and tensor.dim() > 1
+                slots.append(Slot(name, dim, int(ids[0]), size, weight, id(tensor) in parameters))
+                layers.append(along(ids, dim, tensor.dim()))
+        values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True, linear=True)
+    return tuple(slots), values
+
+
+def _groups(graph: Analysis) -> Iterator[Group]:
+    """Units with the same multiset of slots form a group."""
+    units, slots = graph.units, graph.slots
+    used = {str(n.target) for r in graph.records for n in r.graph.nodes if n.op == "get_attr"}
+    numbers = [number for number, slot in enumerate(slots) if slot.tensor in used]
+    if not numbers:
+        return
+    owner = np.repeat(numbers, [slots[n].size for n in numbers])
+    position = np.concatenate([np.arange(slots[n].size) for n in numbers])
+    label = np.concatenate(
+        [units.labels[slots[n].start : slots[n].start + slots[n].size] for n in numbers]
+    )
+    keys = np.random.default_rng(0).integers(1, 2**63, len(slots), dtype=np.uint64)
+    signature = np.zeros(len(units.frozen), np.uint64)
+    np.add.at(signature, label, keys[owner])
+    reasons = _first_reason(units, graph.walk.ties.frozen)
+    changes = _first_reason(units, [mark[:2] for mark in graph.walk.renormalising])
+    reads = np.zeros(graph.walk.ties.size, bool)
+    for ids in graph.walk.reads:
+        reads[ids.reshape(-1).numpy()] = True
+    for layers in reversed(graph.walk.combined):
+        if any(reads[ids.numpy()].all() for ids in layers):
+            for ids in layers:
+                reads[ids.numpy()] = True
+    signature[units.frozen] ^= np.uint64(1)
+    order = np.lexsort((position, owner, label, signature[label]))
+    owner, position, label = owner[order], position[order], label[order]
+    found: list[tuple[int, Group]] = []
+    bounds = np.flatnonzero(np.diff(signature[label])) + 1
+    starts = np.concatenate([[0], bounds, [len(label)]])
+    for start, stop in itertools.pairwise(starts.tolist()):
+        part = slice(start, stop)
+        labels, counts = np.unique(label[part], return_counts=True)
+        per_unit = int(counts[0])
+        assert (counts == per_unit).all(), "two signatures with the same key"
+        owners = owner[part].reshape(len(labels), per_unit)
+        places = position[part].reshape(len(labels), per_unit)
+        members = tuple(
+            Member(slots[n], places[:, owners[0] == n], bool(reads[slots[n].start]))
+            for n in dict.fromkeys(owners[0].tolist())
+        )
+        by_place = np.argsort(members[0].index[:, 0], kind="stable")
+        members = tuple(Member(m.slot, m.index[by_place], m.reads) for m in members)
+        first = int(labels[by_place[0]])
+        reason = reasons.get(first, Reason("tied to channels that always stay"))
+        if units.frozen[first] and reason.text in ("kernel size", "depthwise kernel"):
+            continue
+        group = Group(
+            "",
+            members,
+            labels[by_place],
+            reason if units.frozen[first] else None,
+            changes.get(first),
+        )
+        found.append((members[0].slot.start + int(members[0].index[by_place[0], 0]), group))
+    found.sort(key=lambda item: item[0])
+    for number, (_, group) in enumerate(found):
+        name = f"g{number}"
+        yield Group(name, group.members, group.units, group.reason, group.renormalising)
+
+
+def _first_reason(units: Units, marked: Sequence[tuple[Any, Any]]) -> dict[int, Reason]:
+    reasons: dict[int, Reason] = {}
+    for ids, reason in reversed(marked):
+        for label in np.unique(units.labels[ids.reshape(-1).numpy()]).tolist():
+            reasons[label] = reason
+    return reasons

@@ -1,0 +1,201 @@
+"""The channel graph as a networkx graph and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import networkx as nx
+
+from graphprune.channels.analysis import Analysis, Group
+from graphprune.text import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"exact": "#1f6f9f", "renormalising": "#b9770e", "frozen": "#8a8f98"}
+_INK, _PALE, _STRIPE = "#20262e", "#7b838d", "#f5f7f9"
+_ROW, _LANE, _CHARACTER = 0.23, 0.92, 0.066  # inches; the last one is of the small mono font
+_LARGEST = 12_000  # pixels of the longer side of a raster image
+
+
+def to_networkx(analysis: Analysis) -> nx.Graph:
+    """Groups and slots as nodes; the ops that read the tensors as edges."""
+    readers: dict[str, list[str]] = {}
+    for record in analysis.records:
+        for node in record.graph.nodes:
+            if node.op == "get_attr":
+                ops = [str(user.target) for user in node.users]
+                readers.setdefault(str(node.target), []).extend(ops)
+    graph = nx.Graph()
+    for group in analysis.all_groups:
+        graph.add_node(group.name, kind="group", channels=group.size, state=group.kind)
+        for member in group.members:
+            slot = (member.slot.tensor, member.slot.dim)
+            graph.add_node(slot, kind="slot", size=member.slot.size)
+            ops = sorted(set(readers.get(member.slot.tensor, ())))
+            graph.add_edge(group.name, slot, ops=ops, reads=member.reads)
+    return graph
+
+
+def draw(analysis: Analysis, title: str, path: Path) -> Path:
+    """Layers in rows as they run; each group is a line with a dot on every layer it touches."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    groups = analysis.all_groups
+    layers = _layers(analysis, groups)
+    bands = _bands(groups, {name: number for number, name in enumerate(layers)})
+    page = _Page.of(title, layers, 1 + max((band.lane for band in bands), default=0))
+    figure = Figure(figsize=(page.width, page.height))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set_axis_off()
+    axes.set_xlim(0, page.width)
+    axes.set_ylim(page.height, 0)
+    _header(axes, page, title, analysis)
+    _names(axes, page, layers)
+    for band in bands:
+        _line(axes, page, band)
+    _legend(axes, page, [kind for kind in _COLOURS if any(g.kind == kind for g in groups)])
+    dpi = min(160.0, _LARGEST / max(page.width, page.height))
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
+    with mpl.rc_context({"svg.hashsalt": "graphprune"}):  # the same bytes for the same graph
+        return save_figure(figure, path, dpi=dpi, metadata=undated)
+
+
+@dataclass(frozen=True)
+class _Band:
+    """A group at its place: the rows it touches, and which of them only read."""
+
+    group: Group
+    lane: int
+    rows: Mapping[int, bool]  # row -> whether it only reads the channels
+
+
+@dataclass(frozen=True)
+class _Page:
+    """Where things are, in inches from the upper left corner."""
+
+    width: float
+    height: float
+    leaf: float  # where the names of layers start, behind those of their blocks
+    lanes: float
+    top: float
+
+    @classmethod
+    def of(cls, title: str, layers: Sequence[str], lanes: int) -> _Page:
+        """A page with room for these names and this many lanes."""
+        leaf = 0.25 + _CHARACTER * (_longest(_block(name) for name in layers) + 2)
+        first = leaf + _CHARACTER * _longest(_leaf(name) for name in layers) + 0.35
+        width = max(first + lanes * _LANE + 0.05, 4.4, 0.5 + 0.12 * len(title))
+        return cls(width, 0.95 + _ROW * len(layers) + 0.5, leaf, first, 0.95)
+
+    def x(self, lane: int) -> float:
+        """The middle of a lane."""
+        return self.lanes + lane * _LANE
+
+    def y(self, row: int) -> float:
+        """The middle of a row."""
+        return self.top + (row + 0.5) * _ROW
+
+
+def _block(layer: str) -> str:
+    return layer.rpartition(".")[0]
+
+
+def _leaf(layer: str) -> str:
+    return layer.rpartition(".")[2]
+
+
+def _longest(texts: Iterable[str]) -> int:
+    return max(map(len, texts), default=0)
+
+
+def _layers(analysis: Analysis, groups: Sequence[Group]) -> list[str]:
+    """The modules whose parameters groups touch, in the order in which they run."""
+    touched = {name for group in groups for name in group.layers}
+    used = [
+        str(node.target).rpartition(".")[0] or str(node.target)
+        for record in analysis.records
+        for node in record.graph.nodes
+        if node.op == "get_attr"
+    ]
+    return [name for name in dict.fromkeys(used) if name in touched]
+
+
+def _bands(groups: Sequence[Group], rows: Mapping[str, int]) -> list[_Band]:
+    """Groups that several layers write (streams) in the left lanes, all others to their right."""
+    streams = [group for group in groups if _writers(group) > 1 and not group.frozen]
+    others = [group for group in groups if group not in streams]
+    bands: list[_Band] = []
+    for part in (streams, others):
+        first = 1 + max((band.lane for band in bands), default=-1)
+        ends: list[int] = []  # the last row taken in each lane
+        for group in sorted(part, key=lambda g: min(rows[name] for name in g.layers)):
+            touched = {
+                rows[name]: all(m.reads for m in group.members if m.slot.layer == name)
+                for name in group.layers
+            }
+            start = min(touched)
+            lane = next((n for n, end in enumerate(ends) if end < start), len(ends))
+            ends[lane:] = [max(touched), *ends[lane + 1 :]]
+            bands.append(_Band(group, first + lane, touched))
+    return bands
+
+
+def _writers(group: Group) -> int:
+    return len({m.slot.module for m in group.members if m.slot.weight and not m.reads})
+
+
+def _header(axes: Axes, page: _Page, title: str, analysis: Analysis) -> None:
+    free = analysis.groups
+    text = f"{len(free)} groups of {sum(group.size for group in free):,} removable channels"
+    axes.text(0.25, 0.36, title, size=12, weight="bold", color=_INK)
+    axes.text(0.25, 0.62, text, size=8.5, color=_PALE)
+
+
+def _names(axes: Axes, page: _Page, layers: Sequence[str]) -> None:
+    """Names of layers behind the name of their block, every other block shaded."""
+    shaded, before = False, None
+    several = len({_block(name) for name in layers}) > 1
+    for row, layer in enumerate(layers):
+        block, y = _block(layer), page.y(row)
+        if block != before:
+            shaded, before = not shaded, block
+            axes.text(0.25, y, block, size=7.5, family="monospace", color=_PALE, va="center")
+        if shaded and several:
+            axes.axhspan(y - _ROW / 2, y + _ROW / 2, color=_STRIPE, linewidth=0, zorder=0)
+        name = _leaf(layer)
+        axes.text(page.leaf, y, name, size=7.5, family="monospace", color=_INK, va="center")
+
+
+def _line(axes: Axes, page: _Page, band: _Band) -> None:
+    colour, x = _COLOURS[band.group.kind], page.x(band.lane)
+    ends = [page.y(min(band.rows)), page.y(max(band.rows))]
+    axes.plot([x, x], ends, color=colour, linewidth=11, alpha=0.16, solid_capstyle="round")
+    axes.plot([x, x], ends, color=colour, linewidth=1.4, zorder=3)
+    for hollow in (False, True):
+        ys = [page.y(row) for row, reads in band.rows.items() if reads is hollow]
+        _dots(axes, x, ys, colour, hollow)
+    label = f"{band.group.name} · {band.group.size}"
+    axes.text(x + 0.14, ends[0], label, size=7.5, color=colour, va="center", weight="bold")
+
+
+def _dots(axes: Axes, x: float, ys: Sequence[float], colour: str, hollow: bool) -> None:
+    face = "white" if hollow else colour
+    axes.scatter([x] * len(ys), ys, s=26, color=face, edgecolors=colour, linewidths=1.4, zorder=4)
+
+
+def _legend(axes: Axes, page: _Page, kinds: Sequence[str]) -> None:
+    x, y = 0.3, page.height - 0.26
+    for text, hollow in (("writes", False), ("reads", True)):
+        _dots(axes, x, [y], _INK, hollow)
+        axes.text(x + 0.12, y, text, size=8, color=_INK, va="center")
+        x += 0.3 + _CHARACTER * len(text)
+    x += 0.2
+    for kind in kinds:
+        axes.plot([x, x + 0.16], [y, y], color=_COLOURS[kind], linewidth=5, solid_capstyle="round")
+        axes.text(x + 0.27, y, kind, size=8, color=_INK, va="center")
+        x += 0.5 + _CHARACTER * len(kind)

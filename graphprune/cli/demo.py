@@ -1,0 +1,341 @@
+"""The demo: train a small ResNet on handwritten digits, halve it, verify, fine-tune."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphprune.api import rebuild
+from graphprune.errors import InputError
+from graphprune.execute.checkpoint import save
+from graphprune.measurement import (
+    Measurement,
+    bytes_text,
+    count_text,
+    cpu_threads,
+    latency_text,
+    measure,
+)
+from graphprune.text import share
+from graphprune.verification.report import verify
+
+RATIO, BATCH, SEED = 0.5, 64, 0
+COLUMNS = ("original", "shrunk", "shrunk + fine-tuned")
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != width:
+            projection = nn.Conv2d(inputs, width, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map ``[batch, inputs, height, width]`` to ``width`` channels."""
+        y = F.relu(self.bn1(self.conv1(x)))
+        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
+
+
+class DigitsResNet(nn.Module):
+    """A residual network for 8x8 images of ten digits."""
+
+    def __init__(self, widths: tuple[int, ...] = (32, 64, 128), depth: int = 2) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, widths[0], 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(widths[0])
+        blocks = []
+        inputs = widths[0]
+        for stage, width in enumerate(widths):
+            for number in range(depth):
+                blocks.append(Block(inputs, width, 2 if stage and not number else 1))
+                inputs = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(inputs, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map images ``[batch, 1, 8, 8]`` to scores ``[batch, 10]``."""
+        x = self.blocks(F.relu(self.norm(self.stem(x))))
+        scores: Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+
+@dataclass(frozen=True)
+class Data:
+    """Images ``[n, 1, 8, 8]`` and their digits, for training and for testing."""
+
+    images: Tensor
+    digits: Tensor
+    test_images: Tensor
+    test_digits: Tensor
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One column of the table: accuracy in [0, 1], cost on one image, cost on a batch, bytes."""
+
+    name: str
+    accuracy: float
+    image: Measurement
+    batch: Measurement
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo found and wrote."""
+
+    stages: tuple[Stage, ...]
+    difference: float
+    seconds: float
+    model: str
+    picture: str
+
+
+def digits() -> Data:
+    """The handwritten digits of scikit-learn, three quarters for training.
+
+    Raises:
+        InputError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+    except ImportError:
+        raise InputError(
+            'the demo needs scikit-learn for its images: pip install "graphprune[demo]"'
+        ) from None
+    images, labels = load_digits(return_X_y=True)
+    split = train_test_split(images, labels, test_size=0.25, random_state=SEED, stratify=labels)
+    x, x_test = (torch.tensor(part / 8 - 1).float().view(-1, 1, 8, 8) for part in split[:2])
+    y, y_test = (torch.tensor(part).long() for part in split[2:])
+    return Data(x, y, x_test, y_test)
+
+
+def run(epochs: int, out: Path, console: Console) -> Demo:
+    """Run the whole demo.
+
+    Args:
+        epochs: epochs of training; fine-tuning takes half as many.
+        out: the folder for ``small.safetensors`` and ``widths.png``; made when missing.
+        console: where progress and tables go.
+
+    Raises:
+        InputError: scikit-learn is not installed, or ``out`` cannot be made.
+        VerificationError: the shrunk model differs from the masked original.
+    """
+    data = digits()
+    _make_folder(out)
+    # Layers this small only get slower when threads have to wait for one another.
+    with cpu_threads(1), torch.random.fork_rng([]):
+        torch.manual_seed(SEED)
+        return _run(data, epochs, out, console)
+
+
+def _run(data: Data, epochs: int, out: Path, console: Console) -> Demo:
+    start = time.perf_counter()
+    model = DigitsResNet()
+    console.print(
+        f"{len(data.images)} images of digits to train on, {len(data.test_images)} to test on; "
+        f"a ResNet of {len(widths(model))} convolutions"
+    )
+    train(model, data, epochs, 0.03, "training", console)
+
+    small = rebuild(model, RATIO, data.images[:1])
+    report = verify(model, small, data.images[:2])
+    console.print(
+        f"removed {RATIO:.0%} of the channels of every layer; [green]verified[/]: the small model "
+        f"equals the masked original, largest relative difference {report.difference:.1e}"
+    )
+    stages = [_stage(COLUMNS[0], model, data, out), _stage(COLUMNS[1], small, data, out)]
+    train(small, data, max(1, epochs // 2), 0.03, "fine-tuning", console)
+    # Fine-tuning changes no shape, hence no cost.
+    stages.append(replace(stages[1], name=COLUMNS[2], accuracy=accuracy(small, data)))
+
+    path = save(small, out / "small.safetensors")
+    picture = draw_widths(model, small, out / "widths.png")
+    console.print(_table(stages))
+    console.print(
+        f"small model: [bold]{escape(str(path))}[/]\n"
+        f"picture of the layer widths: [bold]{escape(str(picture))}[/]"
+    )
+    seconds = time.perf_counter() - start
+    console.print(f"[dim]{seconds:.0f} seconds in all[/]")
+    return Demo(tuple(stages), report.difference, seconds, str(path), str(picture))
+
+
+def train(
+    model: nn.Module, data: Data, epochs: int, rate: float, title: str, console: Console
+) -> None:
+    """Train with stochastic gradient descent, a one-cycle learning rate and a fixed order."""
+    steps = -(-len(data.images) // BATCH)
+    optimizer = torch.optim.SGD(
+        model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps)
+    generator = torch.Generator().manual_seed(SEED)
+    with _bar(console, title, epochs * steps) as advance:
+        for epoch in range(epochs):
+            model.train()
+            order = torch.randperm(len(data.images), generator=generator)
+            for index in torch.split(order, BATCH):
+                loss = F.cross_entropy(model(data.images[index]), data.digits[index])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+                advance(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}")
+        advance(f"test accuracy {accuracy(model, data):.1%}", 0)
+    model.eval()
+
+
+def accuracy(model: nn.Module, data: Data) -> float:
+    """The fraction of the test images that are recognised."""
+    model.eval()
+    with torch.no_grad():
+        found = model(data.test_images).argmax(1)
+    return float((found == data.test_digits).float().mean())
+
+
+def widths(model: nn.Module) -> dict[str, int]:
+    """The output channels of every convolution."""
+    return {
+        name: module.out_channels
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def draw_widths(model: nn.Module, small: nn.Module, path: Path) -> Path:
+    """Draw the layer widths before and after: one bar behind the other."""
+    from matplotlib.figure import Figure
+
+    before, after = widths(model), widths(small)
+    names = list(before)
+    places = range(len(names))
+    figure = Figure(figsize=(7.5, 1.3 + 0.32 * len(names)), layout="constrained")
+    axes = figure.add_subplot()
+    axes.barh(places, list(before.values()), 0.68, color="#cfdbe6", label="original")
+    axes.barh(places, list(after.values()), 0.68, color="#2a78a8", label="shrunk")
+    for place, name in enumerate(names):
+        axes.annotate(
+            f"{before[name]} \N{RIGHTWARDS ARROW} {after[name]}",
+            (before[name], place),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color="#3c4650",
+        )
+    axes.set_yticks(places, names, fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.14 * max(before.values()))
+    axes.set_xticks(range(0, max(before.values()) + 1, 32))
+    axes.margins(y=0.02)
+    axes.set_xlabel("output channels", fontsize=9)
+    axes.set_title("Layer widths before and after", loc="left", fontsize=12, weight="bold")
+    axes.legend(loc="upper right", frameon=False, fontsize=9)
+    axes.tick_params(length=0)
+    axes.grid(axis="x", color="#e6e8eb", linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    figure.savefig(path, dpi=150)
+    return path
+
+
+@contextmanager
+def _bar(console: Console, title: str, total: int) -> Iterator[Any]:
+    columns = (
+        TextColumn(f"{title:<12}"),
+        BarColumn(30),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, note="")
+
+        def advance(note: str, steps: int = 1) -> None:
+            progress.update(task, advance=steps, note=note)
+
+        yield advance
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {str(path)!r}: {error.strerror}") from error
+
+
+def _stage(name: str, model: nn.Module, data: Data, out: Path) -> Stage:
+    images = data.test_images
+    return Stage(
+        name,
+        accuracy(model, data),
+        measure(model, images[:1], latency=False),
+        measure(model, images[:BATCH], repeats=20),
+        _file_bytes(model, out),
+    )
+
+
+def _file_bytes(model: nn.Module, out: Path) -> int:
+    """The size of the weights as a safetensors file."""
+    path = out / ".weights.part"
+    try:
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, path)
+        return path.stat().st_size
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _table(stages: list[Stage]) -> Table:
+    first = stages[0]
+    table = Table(title="before and after", title_justify="left", title_style="bold")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage.name, justify="right")
+
+    def part(text: str, number: float, whole: float, stage: Stage) -> str:
+        return text if stage is first else f"{text} ({share(number, whole)})"
+
+    rows: dict[str, list[str]] = {
+        "accuracy": [f"{s.accuracy:.1%}" for s in stages],
+        "parameters": [
+            part(count_text(s.image.parameters), s.image.parameters, first.image.parameters, s)
+            for s in stages
+        ],
+        "MACs per image": [
+            part(count_text(s.image.macs), s.image.macs, first.image.macs, s) for s in stages
+        ],
+        f"latency of {BATCH} images": [
+            part(latency_text(s.batch.latency or 0, None), s.batch.latency or 0,
+                 first.batch.latency or 0, s)
+            for s in stages
+        ],
+        "file size": [
+            part(bytes_text(s.file_bytes), s.file_bytes, first.file_bytes, s) for s in stages
+        ],
+    }  # fmt: skip
+    for title, cells in rows.items():
+        table.add_row(title, *cells)
+    return table

@@ -1,0 +1,81 @@
+"""What a plan from masks does to numbers: constants into biases, masked slices to zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.errors import PlanError
+from graphprune.plan.plan import BiasChange, Plan
+from graphprune.record.masked_names import mask_hooks
+from graphprune.record.skeleton import named_modules, named_tensors
+
+Indices = dict[str, dict[int, Tensor]]
+
+
+def fold(model: nn.Module, plan: Plan, kept: Indices) -> None:
+    """Change the vectors of a model that was cut already.
+
+    Raises:
+        PlanError: a layer that needs a new bias has one, or is of another class.
+    """
+    tensors = dict(named_tensors(model))
+    for slot in plan.zeroed:
+        gone = torch.ones(slot.size, dtype=torch.bool)
+        gone[list(slot.kept)] = False
+        index = kept.get(slot.tensor, {}).get(slot.dim)
+        gone = gone if index is None else gone[index]
+        tensor = tensors[slot.tensor].detach()
+        tensor.index_fill_(slot.dim, gone.nonzero().flatten().to(tensor.device), 0)
+    for change in plan.biases:
+        if change.like is not None and change.tensor not in tensors:
+            _new_bias(model, change, tensors[change.like[0]])
+            tensors = dict(named_tensors(model))
+        values = _values(change, kept.get(change.tensor, {}).get(0))
+        vector = tensors[change.tensor].detach()
+        if not vector.is_meta:
+            vector.copy_(vector.to("cpu", torch.float64) + values)  # rounded once
+
+
+def merged(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """Weights that take up others' slices before these are cut off, and their masks."""
+    tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
+    found: dict[str, Tensor] = {}
+    for change in plan.merges:
+        weight = found.get(change.tensor, tensors[change.tensor]).clone()
+        if weight.is_meta:
+            continue
+        masked = weight
+        if change.mask is not None:
+            mask = found.get(change.mask, tensors[change.mask]).clone()
+            masked = weight * mask
+            mask.select(change.dim, change.into).fill_(1)
+            found[change.mask] = mask
+        index = torch.tensor((change.into, *change.sources), device=weight.device)
+        factors = torch.tensor((1.0, *change.factors), dtype=torch.float64, device=weight.device)
+        parts = masked.index_select(change.dim, index).double().movedim(change.dim, -1)
+        weight.select(change.dim, change.into).copy_(parts @ factors)
+        found[change.tensor] = weight
+    return found
+
+
+def _values(change: BiasChange, index: Tensor | None) -> Tensor:
+    values = torch.tensor(change.values, dtype=torch.float64)
+    return values if index is None else values[index]
+
+
+def _new_bias(model: nn.Module, change: BiasChange, weight: Tensor) -> None:
+    owner, _, name = change.tensor.rpartition(".")
+    layer = model.get_submodule(owner)
+    if name not in layer._parameters or layer._parameters[name] is not None:
+        raise PlanError(f"the plan gives {owner!r} a bias, which it has, or cannot have")
+    assert change.like is not None
+    zeros = weight.new_zeros(weight.shape[change.like[1]])
+    layer.register_parameter(name, nn.Parameter(zeros, requires_grad=weight.requires_grad))
+
+
+def recompute_masked(model: nn.Module) -> None:
+    """Weights that hooks of ``torch.nn.utils.prune`` compute from ``weight_orig`` and its mask."""
+    for _, module in named_modules(model):
+        for hook in mask_hooks(module):
+            setattr(module, hook._tensor_name, hook.apply_mask(module))

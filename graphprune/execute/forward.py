@@ -1,0 +1,206 @@
+"""Change numbers in the code of a module's ``forward`` and of the functions that it calls.
+
+The functions are compiled anew from their source with other numbers in a few expressions; all
+else stays: control flow, names, line numbers. The module keeps its class, children and names: only
+its ``forward`` (and a method that it calls) is overridden on the instance.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import pickle
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from graphprune.errors import PlanError, RewriteError
+from graphprune.plan.plan import LiteralChange
+from graphprune.record.sites import (
+    Site,
+    Step,
+    defined,
+    digest,
+    follow,
+    forward_of,
+    holders,
+    lacks,
+    span_of,
+)
+
+Edits = tuple[LiteralChange, ...]
+
+
+class Rewritten:
+    """A function of a module, compiled anew with other numbers.
+
+    It sits in the module's ``__dict__``, where it takes the place of the method of the class; it
+    can be copied and pickled with the module. ``function`` is the original.
+    """
+
+    free = False  # whether it is a function that the module holds, and is not given the module
+
+    def __init__(
+        self, module: nn.Module, function: Any, steps: tuple[Step, ...], edits: Edits
+    ) -> None:
+        self.module, self.function, self.steps, self.edits = module, function, steps, edits
+        self.digest = digest(function.__code__)
+        self.free = bool(steps) and steps[-1][0] == "attribute"
+        self.run = compiled(function, steps, edits, module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the rewritten function."""
+        return self.run(*args, **kwargs) if self.free else self.run(self.module, *args, **kwargs)
+
+    @property
+    def __code__(self) -> Any:
+        """That of the rewritten function: ``torch.export`` looks at it."""
+        return self.run.__code__
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+        """A copy for the copy of the module."""
+        module = copy.deepcopy(self.module, memo)
+        return type(self)(module, self.function, self.steps, self.edits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        names = ("module", "function", "steps", "edits", "digest", "free")
+        return {name: getattr(self, name) for name in names}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.run = compiled(self.function, self.steps, self.edits, self.module)
+        if digest(self.function.__code__) != self.digest:
+            raise RewriteError(
+                f"the source of {self.function.__qualname__} is not the one that was rewritten "
+                "when this model was made: rebuild it from the original"
+            )
+
+
+class RewrittenForward(Rewritten):
+    """A rewritten ``forward``."""
+
+
+def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
+    """Override the forward of every module that a plan changes numbers in."""
+    for owner in dict.fromkeys(change.module for change in changes):
+        module = model.get_submodule(owner)
+        before = vars(module).get("forward")
+        edits = before.edits if isinstance(before, Rewritten) else ()
+        mine = {(edit.site, edit.path): edit for edit in edits}
+        mine |= {(c.site, c.path): c for c in changes if c.module == owner}
+        edits = tuple(mine.values())
+        made: list[Rewritten] = [RewrittenForward(module, forward_of(module), (), edits)]
+        made += [Rewritten(module, _at(module, way), way, edits) for way in _own(edits)]
+        for item in made:
+            setattr(module, item.steps[-1][1] if item.steps else "forward", item)
+
+
+def _own(edits: Iterable[LiteralChange]) -> Iterable[tuple[Step, ...]]:
+    """The ways to all functions of the module itself that lead to an edit."""
+    ways = (edit.site.steps[:n] for edit in edits for n in range(1, len(edit.site.steps) + 1))
+    return dict.fromkeys(way for way in ways if way[-1][0] != "global")
+
+
+def _at(module: nn.Module, steps: tuple[Step, ...]) -> Any:
+    function = forward_of(module)
+    for step in steps:
+        function = follow(function, step, module)
+    return function
+
+
+def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
+    """A function, and those that it calls by global names, with the edits made."""
+    definition, kind = _definition(function)
+    names = dict(function.__globals__)
+    names["_put"] = put
+    for edit in edits:
+        if edit.site.steps == steps:
+            if edit.digest != digest(function.__code__):
+                raise PlanError(
+                    f"the source of {function.__qualname__} is not the one that the plan changes: "
+                    "make a new plan for this version"
+                )
+            first = function.__code__.co_firstlineno
+            change(definition, replace(edit.site, first=first), edit.path, edit.new)
+    calls = dict.fromkeys(e.site.steps[: len(steps) + 1] for e in edits if _leads(steps, e.site))
+    for way in calls:
+        if way[-1][0] == "global":
+            names[way[-1][1]] = compiled(function.__globals__[way[-1][1]], way, edits, module)
+    free = ", ".join(function.__code__.co_freevars)
+    body = ast.parse(f"def _factory({free}):\n    return {kind}")
+    factory: Any = body.body[0]
+    factory.body.insert(0, definition)
+    ast.fix_missing_locations(body)
+    exec(compile(body, function.__code__.co_filename, "exec"), names)  # the model's own code
+    cells = [cell.cell_contents for cell in function.__closure__ or ()]
+    made = names["_factory"](*cells)
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made
+
+
+def _leads(steps: tuple[Step, ...], site: Site) -> bool:
+    return len(site.steps) > len(steps) and site.steps[: len(steps)] == steps
+
+
+def _definition(function: Any) -> tuple[Any, str]:
+    """A copy of the syntax tree of a function, without decorators and defaults, and its name."""
+    pickled = _syntax(function.__code__)
+    if pickled is None:
+        raise RewriteError(f"the source of {function.__qualname__} is not to be had")
+    node = _bare(pickle.loads(pickled))
+    if isinstance(node, ast.Lambda):
+        return ast.Assign([ast.Name("function", ast.Store())], node), "function"
+    node.decorator_list, node.returns = [], None
+    return node, node.name
+
+
+@functools.lru_cache(256)
+def _syntax(code: types.CodeType) -> bytes | None:
+    """The syntax tree of a function, pickled: the fastest way to copies of it."""
+    found = defined(code)
+    return found and pickle.dumps(found)
+
+
+def _bare(node: Any) -> Any:
+    """Without annotations and defaults, which the function has already."""
+    for arg in ast.walk(node.args):
+        if isinstance(arg, ast.arg):
+            arg.annotation = None
+    node.args.defaults = [ast.Constant(None) for _ in node.args.defaults]
+    node.args.kw_defaults = [d and ast.Constant(None) for d in node.args.kw_defaults]
+    return node
+
+
+def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
+    """Put a number where an expression takes one from."""
+    for node in ast.walk(definition):
+        if span_of(node) != site.absolute:
+            continue
+        if isinstance(node, ast.Call) and lacks(node, site, path):
+            node.keywords.append(ast.keyword(str(path[0]), ast.Constant(new)))
+            return
+        for holder in holders(node, site, path):
+            old = holder.expression
+            value: ast.expr = ast.Constant(new)
+            if holder.rest:
+                name = ast.Name("_put", ast.Load())
+                rest = ast.parse(repr(holder.rest), mode="eval").body
+                value = ast.Call(name, [old, rest, value], [])
+            holder.put(ast.copy_location(value, old))
+            return
+    raise RewriteError(f"no expression at {site.span} takes a number")
+
+
+def put(sequence: Any, path: Sequence[Any], value: float) -> Any:
+    """A sequence (or a slice in one) with one number replaced: used by rewritten code."""
+    if isinstance(sequence, slice):
+        ends = {"start": sequence.start, "stop": sequence.stop, str(path[0]): value}
+        return slice(ends["start"], ends["stop"], sequence.step)
+    items = list(sequence)
+    first, *rest = path
+    items[first] = put(items[first], rest, value) if rest else value
+    return tuple(items)

@@ -1,0 +1,178 @@
+"""Slice every parameter dimension that a plan touches, then bring remembered sizes in line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.errors import PlanError
+from graphprune.execute.fold import fold, merged, recompute_masked
+from graphprune.execute.forward import rewrite_forward
+from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
+from graphprune.record.attention import replace_attention
+from graphprune.record.copying import copy_module
+from graphprune.record.layers import refresh
+from graphprune.record.skeleton import named_modules, named_tensors
+
+Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
+Selection = tuple[int, Tensor]
+CHUNK = 1 << 22  # elements
+
+
+@torch.inference_mode(False)
+def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
+    """Execute a plan.
+
+    Args:
+        model: a model of the architecture the plan was made for.
+        plan: which channels stay.
+        inplace: change ``model`` itself; its parameters stay the same objects.
+
+    Returns:
+        The small model, which carries the plan as ``graphprune_plan`` (composed with the plan
+        that made ``model``, if one did).
+
+    Raises:
+        PlanError: the plan does not fit the model; nothing was changed.
+    """
+    plan.check(model)
+    _check_indices(model, plan)
+    earlier = plan_of(model)
+    kept, full = kept_indices(plan), merged(model, plan)
+    if inplace:
+        for name, tensor in named_tensors(model):
+            if name in full:
+                tensor.detach().copy_(full[name])
+            if name in kept:
+                _cut_in_place(tensor, kept[name])
+    else:
+        memo: dict[int, Any] = {}
+        for name, tensor in named_tensors(model):
+            small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
+            if isinstance(tensor, nn.Parameter):
+                small = _as_parameter(small, tensor)
+            memo[id(tensor)] = small
+        model = copy_module(model, memo)
+    for index in plan.indices:
+        _renumber(model.get_buffer(index.tensor), index, kept.get(index.tensor, {}))
+    _rescale(model, plan)
+    fold(model, plan, kept)
+    recompute_masked(model)
+    for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
+        replace_attention(model.get_submodule(owner))
+    for change in plan.sizes:
+        _resize(model.get_submodule(change.module), change)
+    for _, module in named_modules(model):
+        refresh(module)
+    rewrite_forward(model, plan.literals)
+    carry(model, plan if earlier is None else earlier.then(plan))
+    return model
+
+
+def _check_indices(model: nn.Module, plan: Plan) -> None:
+    for change in plan.indices:
+        found = model.get_buffer(change.tensor)
+        if not found.is_meta and tuple(found.tolist()) != change.values:
+            raise PlanError(
+                f"buffer {change.tensor!r} permutes channels in another order than in the model "
+                "that the plan was made for: make a new plan"
+            )
+
+
+def _renumber(buffer: Tensor, change: IndexChange, kept: Kept) -> None:
+    """Make a buffer of channel numbers name the channels that stay."""
+    values = torch.tensor(change.values)
+    size = max(int(values.max()), *change.kept) + 1
+    places = torch.zeros(size, dtype=torch.int64)
+    places[list(change.kept)] = torch.arange(len(change.kept))
+    if not buffer.is_meta:
+        buffer.copy_(places[values[kept[0]] if 0 in kept else values])
+
+
+def kept_indices(plan: Plan) -> dict[str, dict[int, Tensor]]:
+    """The kept indices of a plan by tensor name and dimension."""
+    kept: dict[str, dict[int, Tensor]] = {}
+    for slot in plan.slots:
+        index = torch.tensor(slot.kept, dtype=torch.int64)
+        index = index if slot.blocks == 1 else index.reshape(slot.blocks, -1)
+        kept.setdefault(slot.tensor, {})[slot.dim] = index
+    for change in plan.biases:  # new ones are as long as the outputs of their weight
+        if change.like is not None and change.like[1] in kept.get(change.like[0], {}):
+            kept[change.tensor] = {0: kept[change.like[0]][change.like[1]]}
+    return kept
+
+
+def cut(tensor: Tensor, kept: Kept) -> Tensor:
+    """A copy of the kept slices, in the memory format of the original."""
+    if not kept:
+        return tensor.clone()
+    for dim, index in kept.items():
+        if index.dim() > 1:
+            blocks = tensor.unflatten(0, (len(index), -1)).unbind()
+            parts = [part.index_select(dim, i.to(part.device)) for part, i in zip(blocks, index)]
+            return cut(torch.cat(parts), {d: i for d, i in kept.items() if d != dim})
+    first, *rest = ((dim, index.to(tensor.device)) for dim, index in sorted(kept.items()))
+    small = _select(tensor, first, rest) if rest else tensor.index_select(*first)
+    for layout, ndim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        plain = tensor.dim() != ndim or tensor.is_contiguous()
+        if not plain and tensor.is_contiguous(memory_format=layout):
+            return small.contiguous(memory_format=layout)
+    return small
+
+
+def _select(tensor: Tensor, first: Selection, rest: list[Selection]) -> Tensor:
+    """Select along several dimensions, in chunks so that nothing large lies in between."""
+    dim, index = first
+    shape = list(tensor.shape)
+    for other, kept in (first, *rest):
+        shape[other] = len(kept)
+    small = tensor.new_empty(shape)
+    step = max(1, CHUNK * tensor.shape[dim] // max(tensor.numel(), 1))
+    for start in range(0, len(index), step):
+        part = tensor.index_select(dim, index[start : start + step])
+        for other, kept in rest:
+            part = part.index_select(other, kept)
+        small.narrow(dim, start, part.shape[dim]).copy_(part)
+    return small
+
+
+def _as_parameter(small: Tensor, original: nn.Parameter) -> nn.Parameter:
+    parameter = nn.Parameter(small, requires_grad=original.requires_grad)
+    for name, value in vars(original).items():
+        setattr(parameter, name, value)
+    return parameter
+
+
+def _cut_in_place(tensor: Tensor, kept: Kept) -> None:
+    grad = tensor.grad
+    tensor.grad = None
+    small = cut(tensor.detach(), kept)
+    if tensor.requires_grad:  # a loss that is still alive holds autograd's node, with the old shape
+        passing = torch.float32 if tensor.dtype == torch.float16 else torch.float16
+        tensor.data = torch.empty(0, dtype=passing, device=tensor.device)  # another dtype drops it
+    tensor.data = small
+    if grad is not None:
+        tensor.grad = cut(grad, kept)
+
+
+def _rescale(model: nn.Module, plan: Plan) -> None:
+    """Let weights and eps make up for statistics over fewer channels."""
+    tensors = dict(named_tensors(model)) if plan.scales else {}
+    for change in plan.scales:
+        with torch.no_grad():
+            tensors[change.tensor].mul_(change.factor)
+        if change.attribute:
+            setattr(model.get_submodule(change.module), change.attribute, change.new)
+
+
+def _resize(module: nn.Module, change: SizeChange) -> None:
+    value = getattr(module, change.name)
+    if change.path:
+        items = list(value)
+        items[change.path[0]] = change.new
+        setattr(module, change.name, type(value)(items))
+    else:
+        setattr(module, change.name, change.new)

@@ -1,0 +1,188 @@
+"""One recorded pass of a model with its weights: the readers of its channels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.channels.analysis import Analysis
+from graphprune.masks.dead.affine import Affine, parts_of
+from graphprune.masks.dead.readers import (
+    STATISTICS,
+    AffineReader,
+    OtherReader,
+    ProductReader,
+    Reader,
+    StatisticsReader,
+    product_of,
+)
+from graphprune.masks.dead.sinks import Matrix, Sink, matrix_of, needed, sink_of
+from graphprune.masks.interpret import Interpreter, real_tensors
+from graphprune.ops.constants import Fact
+from graphprune.ops.ids import varying
+from graphprune.ops.rules import Value
+from graphprune.record.inputs import Call
+from graphprune.record.recording import record
+
+aten = torch.ops.aten
+
+
+class Pass:
+    """The readers of one recorded pass in eval mode, and which outputs of layers are constant.
+
+    Args:
+        model: with the weights, masks applied by hooks; it is not touched.
+        call: inputs of any values.
+        attention: as for ``trace``.
+        fold: as for ``Plan.from_masks``.
+
+    Raises:
+        TraceError: the model does not run on these inputs.
+    """
+
+    def __init__(self, model: nn.Module, call: Call, attention: str, fold: str) -> None:
+        rec = record(model, call, training=False)
+        if any(tensor.is_meta for tensor in rec.constants.values()):  # their values are needed
+            rec = record(model, call, training=False, devices=("cpu",))
+        self.model, self.call, self.fold = model, call, fold
+        self.analysis = Analysis.build(model, [rec], attention)
+        tensors = real_tensors(model)
+        self.vectors = {name: t.clone() for name, t in tensors.items() if t.dim() == 1}
+        self.counts = {  # of numbers other than zero, by tensor and dimension
+            (name, dim): _count(tensor, dim)
+            for name, tensor in tensors.items()
+            for dim in range(tensor.dim() if tensor.dim() > 1 else 0)
+        }
+        self.inside = Interpreter(rec, tensors)
+        self.readers: list[Reader] = []
+        self.sinks: dict[AffineReader, Sink] = {}
+        self.matrices: dict[AffineReader, Matrix] = {}
+        self.dead: list[tuple[str, np.ndarray]] = []  # constant outputs of a layer: their ids
+        for node, known in self.inside.run():
+            self._note_dead(node, known)
+            if node in self.analysis.walk.readers:
+                self._read(node, known)
+        del self.inside
+        self.first = self.analysis.walk.first_fresh
+        self.labels = self.analysis.units.labels
+        self.own = self.labels[: self.first]  # the units of the slices of parameters
+        self.free = np.ones(len(self.analysis.units.frozen), bool)
+        self.free[self.own] = False
+        self.order = np.argsort(self.own, kind="stable")
+        self.starts = np.searchsorted(self.own[self.order], np.arange(len(self.free) + 1))
+
+    def alive(self, slots: np.ndarray) -> np.ndarray:
+        """For every id whether it stays, given that for the ids of parameters."""
+        alive = self.free.copy()  # what belongs to no parameter leaves with the last tied to it
+        alive[self.own[slots]] = True
+        by_id: np.ndarray = alive[self.labels]
+        return by_id
+
+    def slots_of(self, index: int) -> np.ndarray:
+        """The ids of parameters that an id stands for."""
+        unit = self.labels[index]
+        found: np.ndarray = self.order[self.starts[unit] : self.starts[unit + 1]]
+        return found
+
+    def _read(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
+        self.readers.append(
+            self._affine(node, known)
+            or self._product(node, known)
+            or self._statistics(node, known)
+            or OtherReader(node, self._factors(node, known))
+        )
+
+    def _factors(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> list[tuple[Value, Fact]]:
+        values = self.analysis.values
+        return [(values[n], known[n]) for n in node.all_input_nodes if isinstance(known[n], Fact)]
+
+    def _affine(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> AffineReader | None:
+        parts = parts_of(node)
+        if parts is None or node.kwargs or not isinstance(parts[0], fx.Node):
+            return None
+        x, weight, _, turned, how = parts
+        value, matrix = known[x], known[weight]
+        if (
+            not matrix.constant
+            or matrix.value.dim() < 2
+            or (how is None and matrix.value.dim() > 2)
+        ):
+            return None
+        if turned:
+            matrix = Fact(matrix.value.T, matrix.unknown.T)
+        ids = [
+            _along(self.analysis.values[source], dim, size)
+            for source, dim, size in (
+                (x, 1 if how else -1, value.value.shape[1 if how else -1]),
+                (node, 1 if how else -1, node.meta["shape"][1 if how else -1]),
+            )
+        ]
+        outputs = node.meta["shape"][1 if how else -1]
+        affine = Affine(node, value, matrix, how, needed(node, outputs, self.inside))
+        sink = sink_of(node, self.model, self.inside)
+        affine.settle(self.fold, sink is not None)
+        reader = AffineReader(node, affine, *ids)
+        if sink is not None:
+            self.sinks[reader] = sink
+        matrix_name = matrix_of(node)
+        if matrix_name is not None:
+            self.matrices[reader] = matrix_name
+        return reader
+
+    def _product(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> ProductReader | None:
+        args: Any = node.args
+        if getattr(node.target, "overloadpacket", None) is aten.einsum:
+            equation, sources, *_ = args
+            product: Callable[..., Tensor] = partial(torch.einsum, equation)
+        else:
+            factored = product_of(node, args, node.kwargs)
+            if factored is None:
+                return None
+            product, places = factored
+            sources = [args[place] for place in places]
+        factors = [(self.analysis.values[n], known[n]) for n in sources]
+        return ProductReader(node, product, factors, self.analysis.values[node])
+
+    def _statistics(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Reader | None:
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet is aten.native_group_norm:  # groups leave as a whole or change statistics
+            return ProductReader(node, lambda: torch.zeros(()), [], Value(()))
+        if packet not in STATISTICS:
+            return None
+        source = node.args[0]
+        summed = self.analysis.walk.masked.get(node, [])
+        ids = np.concatenate([np.zeros(0, np.int64), *(i.flatten().numpy() for i in summed)])
+        assert isinstance(source, fx.Node)
+        return StatisticsReader(node, self.analysis.values[source], known[source], ids)
+
+    def _note_dead(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
+        """Outputs of convolutions, linear layers and BatchNorms that are constant."""
+        packet = getattr(node.target, "overloadpacket", None)
+        norm = packet in (aten.native_batch_norm, aten.cudnn_batch_norm)
+        if not norm and parts_of(node) is None:
+            return
+        fact = known[node][0] if norm else known[node]
+        result = node.meta["items"][0] if norm else node
+        dim = 1 if norm or packet is aten.convolution else fact.unknown.dim() - 1
+        unknown = fact.unknown.movedim(dim, 0).reshape(fact.unknown.shape[dim], -1).any(1)
+        if bool(unknown.all()):
+            return
+        ids = _along(self.analysis.values[result], dim, len(unknown))
+        self.dead.append((str(node.meta.get("module", "")), ids[:, ~unknown.numpy()]))
+
+
+def _count(tensor: Tensor, dim: int) -> np.ndarray:
+    others = [d for d in range(tensor.dim()) if d != dim]
+    return (tensor != 0).sum(others).numpy()
+
+
+def _along(value: Value, dim: int, size: int) -> np.ndarray:
+    """The ids of a value along one dimension alone, [layers, positions]."""
+    dim %= max(value.ndim, 1)
+    rows = [layer.flatten().numpy() for layer in value.layers if varying(layer) == {dim}]
+    return np.stack(rows) if rows else np.zeros((1, size), np.int64)

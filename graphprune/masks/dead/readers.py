@@ -1,0 +1,204 @@
+"""What becomes of the ops that sum over channels when channels leave.
+
+A reader knows which of its removed inputs must stay, because what they contribute to a kept
+output is neither zero nor a constant that can be added to a bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from graphprune.masks.dead.affine import Affine
+from graphprune.ops.constants import Fact
+from graphprune.ops.rules import Value
+
+aten = torch.ops.aten
+NONE: np.ndarray = np.zeros(0, np.int64)
+STATISTICS = frozenset(
+    getattr(aten, name)
+    for name in ("mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm",
+                 "native_layer_norm", "_fused_rms_norm", "native_batch_norm", "_softmax",
+                 "_safe_softmax", "_log_softmax", "softmax", "log_softmax", "logsumexp", "amax",
+                 "amin", "max", "min")
+)  # fmt: skip
+
+
+@dataclass
+class Blame:
+    """Ids that must stay, each with the reason."""
+
+    ids: np.ndarray
+    why: list[str]
+
+
+def stays(value: Value, alive: np.ndarray) -> Tensor:
+    """Which positions of a value stay, broadcast to its shape."""
+    keep = torch.ones((1,) * value.ndim, dtype=torch.bool)
+    for layer in value.layers:
+        keep = keep & torch.from_numpy(alive[layer.numpy()])
+    return keep.expand(value.shape)
+
+
+def ids_at(value: Value, places: Tensor, alive: np.ndarray) -> np.ndarray:
+    """The removed ids of a value at some of its positions."""
+    found = [NONE]
+    for layer in value.layers:
+        dims = [dim for dim, size in enumerate(layer.shape) if size == 1]
+        here = places.any(dims[0], keepdim=True) if dims else places
+        for dim in dims[1:]:
+            here = here.any(dim, keepdim=True)
+        found.append(np.unique(layer[here].numpy()))
+    ids = np.unique(np.concatenate(found))
+    return ids[~alive[ids]]
+
+
+class AffineReader:
+    """A convolution or linear layer with known weights."""
+
+    def __init__(self, node: fx.Node, affine: Affine, inputs: np.ndarray, outputs: np.ndarray):
+        self.node, self.affine = node, affine
+        self.inputs, self.outputs = inputs, outputs  # ids [layers, channels]
+
+    def kept(self, alive: np.ndarray) -> Tensor:
+        """The outputs that stay and that someone reads."""
+        return torch.from_numpy(alive[self.outputs].all(0)) & self.affine.needed
+
+    def gone(self, alive: np.ndarray) -> Tensor:
+        """The inputs that leave."""
+        return torch.from_numpy(~alive[self.inputs].all(0))
+
+    def blamed(self, alive: np.ndarray) -> Blame:
+        """Inputs whose contribution cannot be made up for."""
+        gone = self.gone(alive)
+        if not bool(gone.any()):
+            return Blame(NONE, [])
+        hit = gone & self.affine.blocked(self.kept(alive))
+        return self.refuse(hit, alive)
+
+    def refuse(self, hit: Tensor, alive: np.ndarray, text: str = "") -> Blame:
+        """Blame for some inputs."""
+        places = hit.nonzero().flatten()
+        ids, why = [], []
+        for place in places.tolist():
+            own = self.inputs[:, place]
+            own = own[~alive[own]]
+            ids.append(own)
+            reason = text or self.affine.reason(place)
+            why.extend([f"{reason}{_where(self.node)}"] * len(own))
+        return Blame(np.concatenate(ids) if ids else NONE, why)
+
+
+class ProductReader:
+    """Any other sum of products: contributions must be zero."""
+
+    def __init__(
+        self,
+        node: fx.Node,
+        product: Callable[..., Tensor],
+        factors: Sequence[tuple[Value, Fact]],
+        out: Value,
+    ) -> None:
+        self.node, self.product, self.out = node, product, out
+        self.factors = [(value, fact.nonzero) for value, fact in factors]
+
+    def blamed(self, alive: np.ndarray) -> Blame:
+        """Positions whose products with anything that is not zero reach a kept output."""
+        gone = [mark & ~stays(value, alive) for value, mark in self.factors]
+        if not any(bool(part.any()) for part in gone):
+            return Blame(NONE, [])
+        marks = [mark.double() for _, mark in self.factors]
+        ids = [NONE]
+        for place, (value, _) in enumerate(self.factors):
+            if not bool(gone[place].any()):
+                continue
+            leaf = gone[place].double().requires_grad_()
+            with torch.enable_grad():
+                total = self.product(*marks[:place], leaf, *marks[place + 1 :])
+            wanted = stays(self.out, alive).to(total.dtype)
+            (grad,) = torch.autograd.grad(total, leaf, wanted)
+            ids.append(ids_at(value, gone[place] & (grad > 0), alive))
+        found = np.unique(np.concatenate(ids))
+        why = f"not zero{_where(self.node)} in a sum without a bias"
+        return Blame(found, [why] * len(found))
+
+
+class StatisticsReader:
+    """Statistics over channels: those that leave must be zero, as the masked model has them."""
+
+    def __init__(self, node: fx.Node, value: Value, fact: Fact, summed: np.ndarray) -> None:
+        self.node, self.value, self.mark, self.summed = node, value, fact.nonzero, summed
+
+    def blamed(self, alive: np.ndarray) -> Blame:
+        """Channels of the statistics that are not zero."""
+        hit = self.mark & ~stays(self.value, alive)
+        ids = ids_at(self.value, hit, alive) if bool(hit.any()) else NONE
+        ids = ids[np.isin(ids, self.summed)]
+        return Blame(ids, [f"not zero{_where(self.node)} for statistics"] * len(ids))
+
+
+class OtherReader:
+    """An op of which nothing is known but that zeroes may leave."""
+
+    def __init__(self, node: fx.Node, factors: Sequence[tuple[Value, Fact]]) -> None:
+        self.node = node
+        self.factors = [(value, fact.nonzero) for value, fact in factors]
+
+    def blamed(self, alive: np.ndarray) -> Blame:
+        """Whatever is not zero."""
+        ids = [NONE]
+        for value, mark in self.factors:
+            hit = mark & ~stays(value, alive)
+            if bool(hit.any()):
+                ids.append(ids_at(value, hit, alive))
+        found = np.unique(np.concatenate(ids))
+        why = f"not zero{_where(self.node)} for {_name(self.node)}"
+        return Blame(found, [why] * len(found))
+
+
+Reader = AffineReader | ProductReader | StatisticsReader | OtherReader
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "overloadpacket", node.target))
+
+
+def _where(node: fx.Node) -> str:
+    module = node.meta.get("module")
+    return f" where {module!r} reads them" if module else " where they are read"
+
+
+def scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """What reaches the result of attention: a changed score changes all weights of its row."""
+    if key.shape[-3:-2] != query.shape[-3:-2]:
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (side.repeat_interleave(times, -3) for side in (key, value))
+    row = (query @ key.mT).sum(-1, keepdim=True) + 1
+    return row * value.sum(-2, keepdim=True)
+
+
+def product_of(
+    node: fx.Node, args: Any, kwargs: Any
+) -> tuple[Callable[..., Tensor], list[int]] | None:
+    """A sum of products as a function of its factors, and which arguments they are; or ``None``."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet in (aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot):
+        return torch.matmul, [0, 1]
+    if packet in (aten.addmm, aten.baddbmm):
+        return torch.matmul, [1, 2]
+    if packet is aten.linear:
+        return torch.nn.functional.linear, [0, 1]
+    if packet is aten.convolution:
+        return (lambda x, weight: aten.convolution.default(x, weight, None, *args[3:])), [0, 1]
+    if packet is aten.sum:
+        named = {key: value for key, value in kwargs.items() if key != "dtype"}
+        op: Any = node.target
+        return (lambda x: op(x, *args[1:], **named)), [0]
+    if packet is aten.scaled_dot_product_attention:
+        return scores, [0, 1, 2]
+    return None

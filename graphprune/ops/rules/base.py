@@ -1,0 +1,399 @@
+"""The walk over a recorded graph, and the table of op rules.
+
+A rule is called as ``rule(walk, node, *args, **kwargs)`` with the arguments of the op, where
+every tensor is a :class:`Value`. It declares ties on ``walk`` and returns the layers of the
+result, or a list of them for an op with several results.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, align, along, varying
+from graphprune.ops.rules.registry import MAKERS, RULES, Reason, Value, op_name, unruly, unused
+
+aten = torch.ops.aten
+
+# Ops that move or scale values: zeroes stay zeroes.
+_LINEAR = frozenset(
+    getattr(aten, name)
+    for name in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "neg",
+                 "unsqueeze", "squeeze", "slice", "select", "clone", "_to_copy", "detach", "alias",
+                 "split", "split_with_sizes", "unbind", "cat", "stack", "flip", "repeat")
+)  # fmt: skip
+_PRODUCTS = {aten.mul: 2, aten.div: 1}  # how many of the operands may be the zero
+
+
+def _emptied(result: Any) -> bool:
+    """Whether no ids are left to say what varies along a layer."""
+    if isinstance(result, Tensor):
+        return not result.numel() and bool(varying(result))
+    return any(map(_emptied, result or ()))
+
+
+@dataclass
+class Walk:
+    """What the rules write to, while they are applied node by node."""
+
+    ties: Ties
+    slots: Callable[[str], Value | None]
+    attention: str = "heads"
+    numbers: Callable[[str], Tensor | None] = lambda name: None
+    values: dict[fx.Node, Value] = field(default_factory=dict)
+    grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
+    aligned: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # equal parts
+    choices: list[Alternatives] = field(default_factory=list)
+    reads: list[Tensor] = field(default_factory=list)
+    combined: list[list[Tensor]] = field(default_factory=list)  # of parameters: read together
+    renormalising: list[tuple[Tensor, Reason, fx.Node | None]] = field(default_factory=list)
+    unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    partly_read: list[Tensor] = field(default_factory=list)
+    copied: list[tuple[int, int]] = field(default_factory=list)
+    renumbered: dict[str, Tensor] = field(default_factory=dict)  # ids that an index buffer names
+    shared: list[tuple[Tensor, Reason]] = field(default_factory=list)
+    written: list[Tensor] = field(default_factory=list)
+    stacked: list[Tensor] = field(default_factory=list)
+    masked: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
+    readers: set[fx.Node] = field(default_factory=set)
+    unused: set[fx.Node] = field(default_factory=set)
+    node: fx.Node | None = None
+
+    def __post_init__(self) -> None:
+        self.first_fresh = self.ties.size
+
+    def is_fresh(self, layer: Tensor) -> bool:
+        """Whether the ids of a layer belong to no parameter."""
+        return bool((layer >= self.first_fresh).all())
+
+    def run(self, graph: fx.Graph) -> None:
+        """Walk a recorded graph."""
+        self.unused |= unused(graph)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                self.values[node] = Value(node.meta["shape"], given=True)
+            elif node.op == "get_attr":
+                value = self.slots(str(node.target))
+                self.values[node] = value or Value(node.meta["shape"], constant=True)
+            elif node.op == "output":
+                for value in self._values(node.args):
+                    self.freeze_value(value, Reason("model output"))
+            elif node.target is not operator.getitem:
+                self._apply(node)
+        self._keep_unread()
+        self._keep_routers()
+
+    def _keep_routers(self) -> None:
+        """A softmax runs over the kept channels; positions and the experts of a router stay."""
+        if not self.shared:
+            return
+        labels = torch.from_numpy(self.ties.components())
+        channels, experts = (
+            labels[torch.cat([torch.zeros(1, dtype=torch.int64), *(i.flatten() for i in found)])]
+            for found in (self.written, self.stacked)
+        )
+        for layer, reason in self.shared:
+            ids = layer.flatten()
+            free = torch.isin(labels[ids], channels) & ~torch.isin(labels[ids], experts)
+            self.ties.freeze(ids[~free], reason)
+
+    def _keep_unread(self) -> None:
+        parts = torch.cat([torch.zeros(0, dtype=torch.int64), *self.partly_read])
+        for ids, reason in self.unread:
+            left = ids[torch.isin(ids, parts, invert=True)]
+            if left.numel():
+                self.ties.freeze(left, reason)
+
+    def _apply(self, node: fx.Node) -> None:
+        self.node = node
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
+        inputs = list(self._values((node.args, node.kwargs)))
+        packet = getattr(node.target, "overloadpacket", node.target)
+        if len(inputs) > 1 and packet is not aten.convolution:
+            many = [v.layers for v in inputs if v.constant and len(v.layers) > 2]
+            self.stacked.extend(layer for layers in many for layer in layers)
+        constant = bool(inputs) and all(value.constant for value in inputs)
+        linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
+        linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
+        rule = None if unruly(node) else RULES.get(packet) or RULES.get(str(packet))
+        if not any(value.layers for value in inputs) and rule not in MAKERS:
+            result: Any = ()
+        elif rule is not None:
+            result = rule(self, node, *args, **kwargs)
+        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
+            result = RULES["pointwise"](self, node, *args, **kwargs)
+        else:
+            result = self.refuse(inputs)
+        if any(0 in value.shape for value in inputs) and _emptied(result):
+            result = self.refuse(inputs, "channels of a tensor without elements")
+        given = any(value.given for value in inputs)
+        if "shape" in node.meta:
+            self._store(node, result or (), constant, given, linear)
+        for index, item in node.meta.get("items", {}).items():
+            layers = result[index] if result and index < len(result) else ()
+            self._store(item, layers, constant, given, linear)
+
+    def _value(self, node: fx.Node) -> Any:
+        return self.values[node]
+
+    def _store(
+        self, node: fx.Node, layers: Iterable[Tensor], constant: bool, given: bool, linear: bool
+    ) -> None:
+        layers = self.vary(layers)
+        given = given and not layers
+        self.values[node] = Value(node.meta["shape"], layers, constant, given, linear)
+
+    def _values(self, tree: Any) -> Iterable[Value]:
+        found: list[Value] = []
+        fx.map_arg(tree, lambda n: found.append(self.values[n]))
+        return found
+
+    def vary(self, layers: Iterable[Tensor]) -> Layers:
+        """Drop layers that became constant; the one channel they name must stay."""
+        kept = []
+        for layer in layers:
+            dims = varying(layer)
+            if not dims:
+                self.freeze(layer, "a single channel is taken out by index")
+            elif len(dims) > 1 and self.is_copy(layer):
+                self.freeze(layer, "copies in several dimensions")
+            else:
+                kept.append(layer)
+                if len(dims) > 1:
+                    self.grids.append((layer, frozenset()))
+        return tuple(kept)
+
+    def copies(self, count: int) -> Tensor:
+        """New ids for positions that all hold the same value."""
+        first = self.ties.size
+        ids = self.ties.fresh(count)
+        if self.copied and self.copied[-1][1] == first:
+            first = self.copied.pop()[0]
+        self.copied.append((first, self.ties.size))
+        return ids
+
+    def is_copy(self, layer: Tensor) -> bool:
+        """Whether a layer consists of copies: of masks over places, hardly of channels."""
+        first, last = int(layer.min()), int(layer.max())
+        place = bisect.bisect_right(self.copied, (first, self.ties.size)) - 1
+        return place >= 0 and last < self.copied[place][1]
+
+    def reason(self, text: str) -> Reason:
+        """A reason at the current node."""
+        node = self.node
+        if node is None:
+            return Reason(text)
+        return Reason(text, node.meta.get("module", ""), node.meta.get("line"))
+
+    def tie(self, a: Tensor, b: Tensor) -> None:
+        """Tie two layers position by position."""
+        self.ties.tie(a, b)
+
+    def collapse(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
+        """Tie the ids of a layer along ``dims``."""
+        return self.ties.collapse(layer, dims)
+
+    def align(self, layer: Tensor, dims: Iterable[int]) -> None:
+        """Parts along ``dims`` that must stay equally large: they keep equal columns."""
+        first = layer
+        for dim in dims:
+            first = first.narrow(dim, 0, 1)
+        self.aligned.append((first, layer))
+
+    def freeze(self, layer: Tensor, text: str) -> None:
+        """Ids that must stay."""
+        self.ties.freeze(layer, self.reason(text))
+
+    def freeze_value(self, value: Value, reason: Reason) -> None:
+        """Freeze all ids of a value."""
+        for layer in value.layers:
+            self.ties.freeze(layer, reason)
+
+    def refuse(self, inputs: Iterable[Value], text: str | None = None) -> Any:
+        """Freeze everything an op reads: the fate of ops without a rule."""
+        node = self.node
+        assert node is not None
+        for value in inputs:
+            self.freeze_value(value, self.reason(text or f"unknown op {op_name(node)}"))
+        return ()
+
+    def settle(self, value: Value, dims: Iterable[int], text: str) -> Layers:
+        """The layers of a value that do not vary along ``dims``.
+
+        Layers that vary along ``dims`` and elsewhere are tied along ``dims``; layers that vary
+        only along ``dims`` are frozen for the reason ``text``.
+        """
+        dims = frozenset(dims)
+        kept = []
+        for layer in value.layers:
+            if varying(layer) <= dims:
+                self.freeze(layer, text)
+            else:
+                kept.append(self.collapse(layer, dims))
+        return tuple(kept)
+
+    def broadcast(self, values: Iterable[Value], ndim: int, text: str = "") -> Layers:
+        """Tie values position by position, as a pointwise op does, and return their layers."""
+        values = self._single(list(values), ndim)
+        items = [
+            (index, align(layer, ndim), (1,) * (ndim - value.ndim) + tuple(value.shape))
+            for index, value in enumerate(values)
+            for layer in (value.layers or (torch.zeros((1,) * value.ndim, dtype=torch.int64),))
+        ]
+        found = self._around_fixed(items, text or "combined with a tensor of fixed size")
+        first: dict[frozenset[int], int] = {}  # layers along one dimension are tied to the first
+        for index, layer, _, dims in found:
+            if not dims:
+                continue
+            leads = first.setdefault(dims, index) == index
+            for other, partner, _, others in found:
+                follows = dims == others and len(dims) == 1 and not leads
+                if other > index and dims & others and not follows:
+                    self._meet(layer, partner)
+        chosen: list[tuple[int, Tensor, frozenset[int]]] = []
+        for index, layer, _, dims in sorted(found, key=lambda item: -len(item[3])):
+            tied = any(other != index and dims <= taken for other, _, taken in chosen)
+            if dims and not tied:
+                chosen.append((index, layer, dims))
+        return tuple(layer for _, layer, _ in chosen)
+
+    def _single(self, values: list[Value], ndim: int) -> list[Value]:
+        """One layer each in the dimensions where other values vary as well."""
+        if not any(len(value.layers) > 1 for value in values):
+            return values
+        result = []
+        for index, value in enumerate(values):
+            for dim in range(value.ndim) if len(value.layers) > 1 else ():
+                place = dim - value.ndim
+                others = (v for i, v in enumerate(values) if i != index and v.ndim >= -place)
+                if any(v.on(place) for v in others):
+                    value = replace(value, layers=self.single(value, dim))
+            result.append(value)
+        return result
+
+    def single(self, value: Value, dim: int) -> Layers:
+        """The layers of a value, with one of those that vary along ``dim`` alone.
+
+        Two of them come from dimensions that were merged. Either they say the same (heads, and
+        heads x width), or channels can leave along one of them only, the outermost.
+        """
+        pure = [layer for layer in value.layers if varying(layer) == {dim % value.ndim}]
+        if len(pure) < 2:
+            return value.layers
+        changes = [int((i.flatten().diff() != 0).sum()) for i in pure]
+        best = min(range(len(pure)), key=lambda n: (self.is_fresh(pure[n]), changes[n]))
+        for layer in pure:
+            if layer is not pure[best]:
+                ways = ((((layer, pure[best]),), ()), ((), (layer,)))
+                both = torch.cat([layer.flatten(), pure[best].flatten()])
+                reason = self.reason("merged with other channels")
+                labels = ("the same", "others stay")
+                self.choose(Alternatives(both, ways, labels, reason, firm=True))
+        return tuple(i for i in value.layers if i is pure[best] or not any(i is p for p in pure))
+
+    def _meet(self, a: Tensor, b: Tensor) -> None:
+        """Tie two layers.
+
+        What varies along one side of a grid (heads x width) is cut with the grid along that side,
+        or stays while the grid is cut along the other.
+        """
+        for line, grid in ((a, b), (b, a)):
+            side = varying(line)
+            if len(side) == 1 and side < varying(grid):
+                (dim,) = side
+                across = (((line, grid),), ())
+                whole = (((grid.narrow(dim, 0, 1), grid),), (line,))
+                reason = self.reason("met a grid that is cut along its other side")
+                if self.is_fresh(line):
+                    self.choose(Alternatives(grid, (whole, across), ("rows", "columns")))
+                else:
+                    labels = ("columns", "others stay")
+                    self.choose(Alternatives(grid, (across, whole), labels, reason, firm=True))
+                return
+        self.tie(a, b)
+
+    def _around_fixed(
+        self, items: list[tuple[int, Tensor, Shape]], text: str
+    ) -> list[tuple[int, Tensor, Shape, frozenset[int]]]:
+        """Dimensions in which another operand has a fixed size keep theirs.
+
+        Layers that vary elsewhere too (heads x width) are tied along them, others are frozen.
+        """
+        sizes: dict[int, Shape] = {}
+        moving: dict[int, set[int]] = {}
+        for index, layer, shape in items:
+            sizes[index] = shape
+            moving.setdefault(index, set()).update(varying(layer))
+        found = []
+        for index, layer, shape in items:
+            dims = varying(layer)
+            fixed = {
+                dim
+                for dim in dims
+                for other, size in sizes.items()
+                if other != index and size[dim] > 1 and dim not in moving[other]
+            }
+            if fixed == dims and dims:
+                self.freeze(layer, text)
+            elif fixed:
+                layer = self.collapse(layer, fixed)
+            found.append((index, layer, shape, varying(layer)))
+        return found
+
+    def choose(self, choice: Alternatives) -> None:
+        """Leave a decision between several ways to tie until the walk is over."""
+        self.choices.append(choice)
+
+    def read(self, *layers: Tensor) -> None:
+        """Ids of a parameter that is contracted away: a reading slot."""
+        self.reads.extend(layers)
+
+    def read_part(self, parts: Tensor, others: Tensor) -> None:
+        """A slice of a table is read; what no slice reads may be read for other inputs."""
+        self.partly_read.append(parts.reshape(-1))
+        if others.numel():
+            self.unread.append((others.reshape(-1), self.reason("rows not read here")))
+
+    def reading(self) -> None:
+        """The current node sums over channels: the reference zeroes what it reads."""
+        assert self.node is not None
+        self.readers.add(self.node)
+
+    def write(self, value: Value, others: Iterable[Value], layers: Iterable[Tensor]) -> None:
+        """Channels of the result that a parameter makes in a product."""
+        if value.constant and value.linear and not any(other.constant for other in others):
+            self.written.extend(layers)
+
+    def share(self, layer: Tensor, text: str) -> None:
+        """A softmax over these ids: over the kept ones, if they are channels."""
+        self.renormalise(layer, text)
+        self.mask(layer)
+        self.shared.append((layer, self.reason(text)))
+
+    def renormalise(self, ids: Tensor, text: str) -> None:
+        """Removing these ids changes statistics (which matters when someone reads these)."""
+        if self.node not in self.unused:
+            self.renormalising.append((ids.reshape(-1), self.reason(text), self.node))
+
+    def mask(self, *layers: Tensor) -> None:
+        """Zeroed parameters do not zero these ids in what the current node reads."""
+        assert self.node is not None
+        self.readers.add(self.node)
+        self.masked.setdefault(self.node, []).extend(layers)
+
+    def spare(self, *layers: Tensor) -> None:
+        """Zeroed parameters would break the current node: what reads its result is zeroed."""
+        assert self.node is not None
+        self.masked.setdefault(self.node, []).extend(layers)
+
+    def extents(self, shape: Shape) -> Layers:
+        """One layer of fresh ids per dimension: a constant that can be cut anywhere."""
+        return tuple(
+            along(self.copies(size), dim, len(shape)) for dim, size in enumerate(shape) if size > 1
+        )

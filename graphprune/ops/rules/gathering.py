@@ -1,0 +1,211 @@
+"""Positions picked by an index: which ones is known only at run time.
+
+The indexed dimension cannot lose channels. Along all others, source, index and what is written
+are tied position by position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphprune.ops.ids import Layers, compact, varying
+from graphprune.ops.rules.base import Walk, aten
+from graphprune.ops.rules.registry import Value, register_rule
+
+PICKED = "channels picked by index"
+
+
+def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
+    """Tie values along all dimensions but ``dim``; where their sizes differ, nothing can leave."""
+    ndim = values[0].ndim
+    dim %= max(ndim, 1)
+    if any(value.ndim != ndim for value in values):
+        walk.refuse(values, PICKED)
+        return ()
+    stay = {d for d in range(ndim) if d == dim or len({v.shape[d] for v in values}) > 1}
+    sides = [
+        replace(
+            value,
+            shape=tuple(1 if d == dim else n for d, n in enumerate(value.shape)),
+            layers=walk.settle(value, stay, PICKED),
+        )
+        for value in values
+    ]
+    return walk.broadcast(sides, ndim)
+
+
+@register_rule(aten.gather)
+def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Layers:
+    """Each position of the index has its own place to read along ``dim``."""
+    return _beside(walk, [x, index], dim)
+
+
+@register_rule(
+    aten.scatter,
+    aten.scatter_,
+    aten.scatter_add,
+    aten.scatter_add_,
+    aten.scatter_reduce,
+    aten.scatter_reduce_,
+)
+def scatter(
+    walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Any, *args: Any, **_: Any
+) -> Layers:
+    """Each position of the index has its own place to write along ``dim``."""
+    return _beside(walk, [x, index, *([source] if isinstance(source, Value) else [])], dim)
+
+
+@register_rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
+def index_add(
+    walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Value, **_: Any
+) -> Layers:
+    """Slices are added or written at places of ``dim``."""
+    walk.freeze_value(index, walk.reason("positions to write"))
+    return _beside(walk, [x, source], dim)
+
+
+@register_rule(aten.index_fill, aten.index_fill_)
+def index_fill(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, value: Any) -> Layers:
+    """Slices at places of ``dim`` are filled with one number."""
+    walk.freeze_value(index, walk.reason("positions to write"))
+    return _beside(walk, [x], dim)
+
+
+@register_rule(aten.index_select)
+def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
+    """Positions picked by an index, which must then stay unless they are known."""
+    source: Any = node.args[2]
+    known = _known(walk, x, dim % x.ndim, index, source)
+    if known is not None:
+        return known
+    walk.freeze_value(index, walk.reason("positions to read"))
+    return walk.settle(x, {dim % x.ndim}, PICKED)
+
+
+_PICKS = {aten.index.Tensor, aten.index_select.default}
+
+
+def _known(walk: Walk, x: Value, dim: int, index: Value, source: fx.Node) -> Layers | None:
+    """The layers after channels were permuted by a buffer whose numbers are known.
+
+    The buffer loses the places of removed channels, and the others are renumbered.
+    """
+    values = walk.numbers(str(source.target)) if source.op == "get_attr" else None
+    lines = [layer for layer in x.on(dim) if varying(layer) == {dim}]
+    plain = values is not None and values.dim() == 1 and len(lines) == len(x.on(dim)) == 1
+    if not plain or not index.layers or any(user.target not in _PICKS for user in source.users):
+        return None
+    if any(user.args[0] is source for user in source.users):
+        return None
+    assert values is not None
+    if not len(values) or int(values.min()) < 0:
+        return None
+    line, name = lines[0], str(source.target)
+    known = walk.renumbered.setdefault(name, line.flatten())
+    walk.tie(known, line.flatten())
+    picked = line.index_select(dim, values)
+    walk.tie(index.layers[0].flatten(), picked.flatten())
+    return tuple(picked if layer is line else layer for layer in x.layers)
+
+
+def _is_mask(node: fx.Node) -> bool:
+    return node.meta["dtype"] in (torch.bool, torch.uint8)
+
+
+def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, list[Any]]:
+    """The layers that advanced indexing leaves, and an index of zeros that moves them alike.
+
+    A mask stands for as many dimensions as it has. An empty index (an expert without tokens) stands
+    for one of a single position: the ids there are those of any other.
+    """
+    picked: set[int] = set()
+    items: list[Any] = []
+    sources: Any = node.args[1]
+    for item, source in zip(indices, sources, strict=True):
+        width = item.ndim if item is not None and _is_mask(source) else 1
+        if item is None:
+            items.append(None)
+        else:
+            picked |= set(range(len(items), len(items) + width))
+            shape = (1,) if _is_mask(source) else tuple(max(n, 1) for n in item.shape)
+            items += [torch.zeros(shape, dtype=torch.int64)] * width
+            walk.freeze_value(item, walk.reason("positions to read"))
+    return walk.settle(x, picked, PICKED), items
+
+
+@register_rule(aten.index, aten._unsafe_index)
+def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
+    """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
+    sources: Any = node.args[1]
+    places = [dim for dim, item in enumerate(indices) if item is not None]
+    if len(places) == 1 and not _is_mask(sources[places[0]]):
+        known = _known(walk, x, places[0], indices[places[0]], sources[places[0]])
+        if known is not None:
+            return known
+    layers, items = _places(walk, node, x, indices)
+    return tuple(compact(aten.index(layer, items)) for layer in layers)
+
+
+@register_rule(aten.index_put, aten.index_put_, aten._unsafe_index_put)
+def index_put(
+    walk: Walk, node: fx.Node, x: Value, indices: Any, values: Value, *args: Any
+) -> Layers:
+    """Values are written where the index points; one number behind a mask is pointwise."""
+    sources: Any = node.args[1]
+    if len(indices) == 1 and _is_mask(sources[0]) and all(n == 1 for n in values.shape):
+        (mask,) = indices
+        wide = (1,) * (x.ndim - mask.ndim)
+        layers = tuple(layer.reshape(*layer.shape, *wide) for layer in mask.layers)
+        return walk.broadcast([x, Value((*mask.shape, *wide), layers)], x.ndim)
+    layers, items = _places(walk, node, x, indices)
+    part = aten.index(torch.zeros(1).expand(x.shape), items)
+    moved = Value(tuple(part.shape), tuple(compact(aten.index(i, items)) for i in layers))
+    walk.broadcast([moved, values], max(moved.ndim, values.ndim))
+    return layers
+
+
+@register_rule(aten.masked_scatter, aten.masked_scatter_)
+def masked_scatter(walk: Walk, node: fx.Node, x: Value, mask: Value, source: Value) -> Layers:
+    """Rows of the source, one after the other, replace those rows that the mask names whole."""
+    last = {x.ndim - 1}
+    rows = all(varying(layer) <= last for layer in x.layers)
+    if not (rows and _same_along_rows(node.args[1]) and source.shape[-1:] == x.shape[-1:]):
+        return walk.refuse([x, mask, source], "positions to write")
+    kept = walk.settle(mask, range(mask.ndim - 1), "positions to write")
+    below = walk.settle(source, range(source.ndim - 1), "positions to read")
+    sides = [(value.shape, layers) for value, layers in ((mask, kept), (source, below))]
+    ends = [
+        Value((1,) * (x.ndim - 1) + shape[-1:],
+              tuple(layer.reshape((1,) * (x.ndim - 1) + (-1,)) for layer in layers))
+        for shape, layers in sides
+    ]  # fmt: skip
+    return walk.broadcast([x, *ends], x.ndim)
+
+
+def _same_along_rows(mask: Any) -> bool:
+    """Whether a mask was expanded along its last dimension."""
+    while mask.target in (aten._to_copy.default, aten.clone.default, aten.detach.default):
+        mask = mask.args[0]
+    if mask.target is not aten.expand.default:
+        return False
+    return bool(mask.args[0].meta["shape"][-1:] == (1,))
+
+
+@register_rule(aten.embedding)
+def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
+    """Rows of a table: which rows are read is known only at run time."""
+    layers = walk.settle(weight, {0}, "rows of an embedding table")
+    walk.freeze_value(indices, walk.reason("positions to read"))
+    ndim = len(node.meta["shape"])
+    return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)
+
+
+@register_rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
+    """Sums or means of rows of a table."""
+    return [walk.settle(weight, {0}, "rows of an embedding table")]

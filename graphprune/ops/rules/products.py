@@ -1,0 +1,124 @@
+"""Products of several tensors, summed over some dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from graphprune.ops.ids import Layers, varying
+from graphprune.ops.rules.base import Walk, aten
+from graphprune.ops.rules.contraction import FIXED_INPUT, contract, free
+from graphprune.ops.rules.heads import inward
+from graphprune.ops.rules.registry import Value, register_rule
+
+
+def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Layers:
+    """The product of operands of equal rank, summed over ``dims``, which are dropped."""
+    walk.reading()
+    for value in operands:
+        rest = [layer for layer in value.layers if not varying(layer) & dims]
+        walk.write(value, [other for other in operands if other is not value], rest)
+        if value.constant:
+            walk.read(*(layer for dim in dims for layer in value.on(dim)))
+    text = FIXED_INPUT if any(v.given for v in operands) else "multiplied with a fixed tensor"
+    if not any(value.linear for value in operands):
+        walk.mask(*(layer for value in operands for dim in dims for layer in value.on(dim)))
+    kept = []
+    operands = [inward(walk, value, dims) for value in operands]
+    for layer in walk.broadcast(operands, operands[0].ndim, text):
+        if varying(layer) & dims:
+            if not varying(layer) - dims:
+                continue
+            layer = walk.collapse(layer, dims)
+        kept.append(layer.reshape([n for d, n in enumerate(layer.shape) if d not in dims]))
+    return tuple(kept)
+
+
+def spaced(value: Value, places: Sequence[int], ndim: int) -> Value:
+    """A value with its dimensions at ``places`` of ``ndim``, all others of size 1."""
+    order = sorted(range(value.ndim), key=lambda dim: places[dim])
+
+    def wide(sizes: Sequence[int]) -> list[int]:
+        shape = [1] * ndim
+        for place, size in zip(places, sizes):
+            shape[place] = size
+        return shape
+
+    layers = tuple(layer.permute(order).reshape(wide(layer.shape)) for layer in value.layers)
+    return replace(value, shape=tuple(wide(value.shape)), layers=layers)
+
+
+@register_rule(aten.einsum)
+def einsum(walk: Walk, node: fx.Node, equation: str, tensors: Sequence[Value]) -> Layers:
+    """Every letter is a dimension of the product; those that the result lacks are summed."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    dots = max(v.ndim - len(t.replace("...", "")) for v, t in zip(tensors, terms) if "..." in t) \
+        if "..." in left else 0  # fmt: skip
+
+    def letters(term: str, count: int) -> list[str]:
+        head, dotted, tail = term.partition("...")
+        middle = [f".{n}" for n in range(dots - count, dots)] if dotted else []
+        return [*head, *middle, *tail]
+
+    named = [letters(t, v.ndim - len(t.replace("...", ""))) for t, v in zip(terms, tensors)]
+    if not arrow:  # the letters that occur once, in alphabetical order
+        text = left.replace(",", "").replace(".", "")
+        right = ("..." if dots else "") + "".join(
+            sorted(c for c in set(text) if text.count(c) == 1)
+        )
+    result = letters(right, dots)
+    if any(len(set(names)) < len(names) for names in named):
+        return walk.refuse(tensors, "einsum over a diagonal")
+    every = [*result, *dict.fromkeys(n for names in named for n in names if n not in result)]
+    wide = [
+        spaced(v, [every.index(n) for n in names], len(every)) for v, names in zip(tensors, named)
+    ]
+    return summed_product(walk, wide, set(range(len(result), len(every))))
+
+
+@register_rule(aten._grouped_mm, "transformers.grouped_mm_fallback")
+def grouped_mm(
+    walk: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None,
+    bias: Value | None = None, *args: Any, **_: Any,
+) -> Layers:  # fmt: skip
+    """Rows sorted by expert times the matrix of their expert: ``[n, k]`` and ``[experts, k, m]``.
+
+    Which rows belong to an expert is known only at run time, so all experts stay. The kernel wants
+    rows of a multiple of 16 bytes: channels leave in blocks.
+    """
+    if (x.ndim, weight.ndim) != (2, 3) or bias is not None:
+        return walk.refuse([v for v in (x, weight, bias) if v is not None])
+    x = replace(x, layers=walk.settle(x, {0}, "rows of experts"))
+    weight = replace(weight, layers=walk.settle(weight, {0}, "experts"))
+    contract(walk, x, weight, 1, 1)
+    if node.target is aten._grouped_mm.default:
+        wide = 16 // node.meta["dtype"].itemsize
+        for layer in (*x.layers, *weight.layers):
+            _in_blocks(walk, layer.flatten(), wide)
+    return tuple(layer.squeeze(0) for layer in free(weight, 1))
+
+
+def _in_blocks(walk: Walk, ids: Tensor, width: int) -> None:
+    """Channels that leave ``width`` at a time."""
+    if len(ids) % width:
+        walk.freeze(ids, "rows of a number of bytes that the kernel wants")
+    else:
+        walk.collapse(ids.reshape(-1, width), {1})
+
+
+@register_rule(aten._trilinear)
+def trilinear(
+    walk: Walk, node: fx.Node, a: Value, b: Value, c: Value,
+    expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *args: Any,
+) -> Layers:  # fmt: skip
+    """The product of three tensors with dimensions inserted: ``nn.Bilinear``."""
+    ndim = a.ndim + len(expand_a)
+    wide = [
+        spaced(value, [dim for dim in range(ndim) if dim not in inserted], ndim)
+        for value, inserted in ((a, expand_a), (b, expand_b), (c, expand_c))
+    ]
+    return summed_product(walk, wide, set(summed))

@@ -1,0 +1,243 @@
+"""A request for an analysis: scores, limits, and the path of ever smaller models."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from graphprune.channels.analysis import Analysis, Group
+from graphprune.channels.structure import multiple, signature
+from graphprune.criteria import comparable, gather, scores
+from graphprune.errors import InputError, warn
+from graphprune.plan.plan import Plan
+from graphprune.planning.costs import Costs
+from graphprune.planning.feasible import Settled
+from graphprune.planning.options import Request
+from graphprune.planning.rescaling import Rescaling
+from graphprune.planning.select import Kept, Lane, Path, allowed, kept, levels
+from graphprune.record.inputs import Call
+from graphprune.text import shorten
+
+_NATURAL = ("model output", "reads a model input", "rows of an embedding table")
+
+
+@dataclass
+class Draft:
+    """A request for an analysis in which more may become frozen."""
+
+    model: nn.Module
+    call: Call
+    settled: Settled
+    request: Request
+    evidence: Mapping[str, Tensor] | None = None
+
+    @property
+    def analysis(self) -> Analysis:
+        """The channel ids behind the groups."""
+        return self.settled.analysis
+
+    @cached_property
+    def spared(self) -> set[str]:
+        """Names of the groups that ``keep`` names."""
+        return {
+            group.name
+            for pattern in self.request.keep
+            for group in matching(self.analysis, pattern, "keep pattern")
+        }
+
+    @cached_property
+    def rescaling(self) -> Rescaling | None:
+        """How statistics stay those of the masked model, when that is asked for."""
+        return Rescaling.of(self.analysis, self.model) if self.request.exact_only else None
+
+    def may_leave(self, group: Group) -> bool:
+        """Whether the request allows that statistics change as they do for a group."""
+        return group.exact or self.rescaling is None or self.rescaling.covers(group)
+
+    @cached_property
+    def scores(self) -> dict[str, Tensor]:
+        """The scores of all groups that may lose channels."""
+        request = self.request
+        groups = [g for g in self.analysis.groups if g.name not in self.spared]
+        groups = [group for group in groups if self.may_leave(group)]
+        if self.evidence is None:
+            self.evidence = gather(
+                self.model, request.criterion, groups, request.data, request.loss, request.progress
+            )
+        apart = request.scope in (None, "local") or comparable(request.criterion)
+        normalise = request.normalise or ("none" if apart else "mean")
+        saved = None
+        if normalise == "macs":
+            costs = Costs(self.analysis, ("macs",))
+            slopes = costs.gradient("macs", costs.full)
+            saved = {group.name: float(s) for group, s in zip(self.analysis.groups, slopes)}
+        return scores(
+            request.criterion,
+            groups,
+            self.evidence,
+            request.seed,
+            request.aggregate,
+            normalise,
+            saved,
+        )
+
+    def alive(self, counts: np.ndarray) -> np.ndarray:
+        """For every id whether it stays, given how many channels each group keeps."""
+        return self.analysis.alive(self.kept(counts))
+
+    def kept(self, counts: np.ndarray) -> Kept:
+        """The channels that stay, given how many."""
+        numbers = {group.name: int(n) for group, n in zip(self.analysis.groups, counts)}
+        return kept(self.scores, numbers)
+
+    def path(self, order: Mapping[str, np.ndarray] | None = None) -> Path:
+        """The lanes in which groups lose channels, in the order of the scope or another one."""
+        fixed = self._by_pattern(self.request.ratios, "ratios pattern")
+        groups = {group.name: group for group in self.analysis.groups}
+        turns = self._levels() if order is None else order
+        numbers = {name: number for number, name in enumerate(groups)}
+        together: dict[Any, list[Group]] = {}
+        for name in self.scores:
+            group = groups[name]
+            key: Any = name
+            if self.request.uniform:
+                key = signature(self.analysis, group), group.size, fixed.get(name)
+            together.setdefault(key, []).append(group)
+        lanes = []
+        for members in together.values():
+            counts = self._allowed(members)
+            first = members[0]
+            if first.name in fixed:
+                removed = int(fixed[first.name] * first.size + 1e-9)
+                wanted = min(counts, key=lambda n: abs(n - (first.size - removed)))
+                counts = (wanted,)
+            level = np.mean([turns[group.name] for group in members], axis=0)
+            lanes.append(Lane(tuple(numbers[g.name] for g in members), counts, level))
+        full = np.array([group.size for group in groups.values()], float)
+        return Path(tuple(lanes), full)
+
+    def _allowed(self, members: Sequence[Group]) -> tuple[int, ...]:
+        request = self.request
+        least = self._by_pattern(request.min_kept, "min_kept pattern")
+        most = self._by_pattern(request.max_kept, "max_kept pattern")
+        low = max(least.get(group.name, 0.0) for group in members)
+        high = min(most.get(group.name, 1.0) for group in members)
+        if low > high:
+            name = members[0].layers[0]
+            raise InputError(f"min_kept {low} is above max_kept {high} for the group of {name!r}")
+        step = int(np.lcm.reduce([multiple(group, request.round_to) for group in members]))
+        return allowed(members[0].size, low, high, step)
+
+    def _levels(self) -> dict[str, np.ndarray]:
+        """The order of the scope, or of an allocation for the groups it knows."""
+        pools: dict[str, Any] | None = None
+        groups = {group.name: group for group in self.analysis.groups}
+        if self.request.scope == "global":
+            pools = dict.fromkeys(self.scores)
+        elif self.request.scope == "isomorphic":
+            pools = {name: signature(self.analysis, groups[name]) for name in self.scores}
+        found = levels(self.scores, pools)
+        if self.request.allocation is None:
+            return found
+        known = {
+            name: self.request.allocation.levels(groups[name].slots, groups[name].size)
+            for name in found
+        }
+        measured = [level[np.isfinite(level)] for level in known.values() if level is not None]
+        last = np.concatenate([np.zeros(1), *measured]).max() + 1
+        costs = {}
+        for name, level in known.items():
+            if level is None:  # not measured: the last to lose channels
+                size = groups[name].size
+                level = last + np.arange(1, size + 1) / size
+                level[-1] = np.inf
+            costs[name] = torch.from_numpy(level)
+        return levels(costs, dict.fromkeys(costs))
+
+    def _by_pattern(self, values: Mapping[str, float], what: str) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for pattern, value in values.items():
+            for group in matching(self.analysis, pattern, what):
+                found[group.name] = value
+        return found
+
+    def warn(self, plan: Plan) -> None:
+        """Warn when less is removed than the ratios say, or much less than the ratio."""
+        for pattern, fraction in self.request.ratios.items():
+            groups = matching(self.analysis, pattern, "ratios pattern")
+            if fraction and not any(group.name in self.scores for group in groups):
+                reasons = why(self.analysis, (group for group in groups if group.frozen))
+                warn(f"ratios pattern {pattern!r} names no channels that may leave\n{reasons}")
+        ratio = self.request.ratio
+        if not ratio:
+            return
+        frozen = [group for group in self.analysis.all_groups if group.frozen]
+        unusual = [g for g in frozen if not str(g.reason).startswith(_NATURAL)]
+        free = [group for group in self.analysis.groups if group.name not in self.spared]
+        total = sum(g.size for g in free) + sum(
+            g.size for g in unusual if any(m.slot.weight and not m.reads for m in g.members)
+        )
+        if ratio * total < 1 or plan.removed >= 0.5 * ratio * total:
+            return
+        small = [group for group in free if group.size * ratio < 1]
+        whole = [group for group in free if not self.may_leave(group)]
+        text = f"{plan.removed} of {total} channels were removed where {ratio:.0%} was asked for"
+        if unusual:
+            text += f"; frozen:\n{why(self.analysis, unusual)}"
+        if whole:
+            names = shorten([group.layers[0] for group in whole], 6)
+            text += f"\n  left whole by exact_only: {names}"
+        if small:
+            names = shorten([group.layers[0] for group in small], 6)
+            text += f"\n  too small to lose a channel at this ratio: {names}"
+        warn(text)
+
+
+def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
+    """The groups whose channels are written by layers that a glob pattern names.
+
+    A parameter that several layers share is read by one of them in the dimension in which another
+    one writes: all its channels count.
+
+    Raises:
+        InputError: no layer and no group has such a name.
+    """
+    named = [group for group in analysis.all_groups if fnmatch.fnmatchcase(group.name, pattern)]
+    names = [name for name in analysis.names if _matches(pattern, name)]
+    if not names and not named:
+        layers = sorted({name.rpartition(".")[0] or name for name in analysis.names})
+        raise InputError(f"{what} {pattern!r} matches no layer; layers: {shorten(layers, 12)}")
+    tensors = {analysis.names[name] for name in names}
+    return [
+        group
+        for group in analysis.all_groups
+        if group in named
+        or any(
+            m.slot.tensor in tensors and (not m.reads or m.slot.tensor in analysis.shared)
+            for m in group.members
+        )
+    ]
+
+
+def _matches(pattern: str, tensor: str) -> bool:
+    parts = tensor.split(".")
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:stop]), pattern) for stop in range(1, len(parts) + 1)
+    )
+
+
+def why(analysis: Analysis, groups: Iterable[Group] | None = None, most: int = 6) -> str:
+    """Why groups are frozen, one reason a line."""
+    lines: dict[str, list[str]] = {}
+    frozen = (group for group in analysis.all_groups if group.frozen)
+    for group in frozen if groups is None else groups:
+        lines.setdefault(group.note, []).extend(group.layers)
+    shown = list(lines.items())[:most]
+    return "\n".join(f"  {reason}: {shorten(dict.fromkeys(layers), 3)}" for reason, layers in shown)

@@ -1,0 +1,213 @@
+"""From a request to a plan: the search for a budget, and what the code can follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from graphprune.criteria import name_of
+from graphprune.errors import InputError
+from graphprune.execute.shrink import shrink
+from graphprune.plan.plan import GroupPlan, Plan, fingerprint
+from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
+from graphprune.planning.costs import cost
+from graphprune.planning.deadline import Deadline
+from graphprune.planning.draft import Draft, why
+from graphprune.planning.feasible import Settled, bare_plan, feasible, follows
+from graphprune.planning.freeing import freed
+from graphprune.planning.latency import Bench, Cache
+from graphprune.planning.options import Request
+from graphprune.planning.rescaling import Rescaling
+from graphprune.planning.select import Kept
+from graphprune.record.inputs import Call
+from graphprune.text import share, shorten
+
+
+class _Tied(Exception):
+    """The code cannot follow some kept channels; more channels are tied or frozen now."""
+
+
+def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) -> Plan:
+    """The plan for a request; see ``ChannelGraph.plan``."""
+    settled = settled.copy()
+    draft = Draft(model, call, settled, request)
+    while True:
+        if not draft.analysis.groups:
+            reasons = why(draft.analysis) or "  its forward read no parameter of its own"
+            raise InputError(f"no channel of this model can be removed:\n{reasons}")
+        told = {**request.said(), "criterion": name_of(request.criterion)}
+        try:
+            chosen = draft.kept(_counts(draft, told))
+        except _Tied:
+            chosen = None
+        if chosen is not None and feasible(model, call, settled, chosen):
+            plan = assemble(call, settled, chosen, told, draft.rescaling)
+            draft.warn(plan)
+            return freed(draft, plan, chosen) if request.columns == "free" else plan
+        draft = Draft(model, call, settled, request, draft.evidence)
+
+
+def _counts(draft: Draft, told: dict[str, Any]) -> np.ndarray:
+    """How many channels each group keeps; a latency that was measured is told."""
+    path, request = draft.path(), draft.request
+    if not request.target:
+        return path.level(request.ratio or 0.0)
+    budget = Budget(draft.analysis, request.target, draft.alive)
+    try:
+        if "latency" not in request.target:
+            return budget.search(path)
+        deadline = _deadline(draft, budget)
+        told["latency"] = deadline.report
+        return deadline.search(None if request.scope or request.allocation else draft.path)
+    except Unreachable as error:
+        raise InputError(f"{error}{_obstacles(draft, budget)}") from None
+
+
+def _deadline(draft: Draft, budget: Budget) -> Deadline:
+    """The search for a latency on the device of the model."""
+    model, request = draft.model, draft.request
+
+    def emit(counts: np.ndarray) -> nn.Module:
+        chosen = draft.kept(counts)
+        if not feasible(model, draft.call, draft.settled, chosen):
+            raise _Tied
+        plan = assemble(draft.call, draft.settled, chosen, rescaling=draft.rescaling)
+        return shrink(model, plan)
+
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    bench = Bench(draft.call, device, request.threads)
+    sizes = [group.size for group in draft.analysis.groups]
+    tensors = [(t.dtype, t.stride()) for t in (*model.parameters(), *model.buffers())]
+    inputs = repr(draft.call.map(lambda tensor: tensor.to("meta")))
+    key = fingerprint(model), tensors, inputs, bench, sizes, request.round_to
+    return Deadline(budget, draft.path(), bench, Cache(*key), model, emit)
+
+
+def _obstacles(draft: Draft, budget: Budget) -> str:
+    """What stands in the way of a target: frozen channels, and options that forbid more."""
+    lines = [f"\n  frozen:\n{why(draft.analysis)}"]
+    floor = budget.floor(draft.path())
+    for name in ("keep", "exact_only", "min_kept", "round_to", "ratios", "uniform"):
+        if getattr(draft.request, name) == getattr(Request(), name):
+            continue
+        freer = replace(draft.request, **{name: getattr(Request(), name), "criterion": "random"})
+        other = Draft(draft.model, draft.call, draft.settled, freer)
+        gains = [
+            f"{amount_text(quantity, amount)} {TITLES[quantity]}"
+            for quantity, amount in budget.floor(other.path()).items()
+            if amount < floor[quantity] > budget.limits[quantity]
+        ]
+        if gains:
+            lines.append(f"\n  without {name}, {' and '.join(gains)} could be reached")
+    return "".join(lines)
+
+
+def assemble(
+    call: Call,
+    settled: Settled,
+    chosen: Kept,
+    request: Mapping[str, Any] | None = None,
+    rescaling: Rescaling | None = None,
+) -> Plan:
+    """A plan from kept channels by group name, which the code of the model can follow.
+
+    With ``rescaling``, the statistics of norms that allow it become those of the masked model.
+
+    Raises:
+        InputError: a size in the code of the model cannot follow.
+    """
+    analysis = settled.analysis
+    alive = analysis.alive(chosen)
+    found = settled.changes(alive)
+    if found.problems:
+        raise InputError(f"these channels cannot leave: {found.problems[0].reason}")
+    bare = bare_plan(analysis, alive, found)
+    masked = analysis.walk.masked.values()
+    groups = tuple(
+        GroupPlan(
+            group.name,
+            group.size,
+            chosen.get(group.name, tuple(range(group.size))),
+            group.layers,
+            group.exact or (rescaling is not None and rescaling.covers(group)),
+        )
+        for group in analysis.groups
+    )
+    return replace(
+        bare,
+        groups=groups,
+        scales=() if rescaling is None else rescaling.changes(alive),
+        evaluated=any(not alive[ids.numpy()].all() for layers in masked for ids in layers),
+        before=cost(analysis),
+        after=cost(analysis, alive),
+        inputs=str(call),
+        request={"attention": analysis.walk.attention, **(request or {})},
+        notes=(*bare.notes, *_told((request or {}).get("latency"))),
+    )
+
+
+def _told(latency: Mapping[str, Any] | None) -> Iterator[str]:
+    """What was predicted and measured, as a line for reports."""
+    if latency is not None:
+        before, predicted, measured = (
+            amount_text("latency", latency[name]) for name in ("before", "predicted", "measured")
+        )
+        part = share(latency["measured"], latency["before"])
+        yield (
+            f"latency on {latency['device']}: {before} -> {measured} ({part}) measured, "
+            f"{predicted} predicted"
+        )
+
+
+def check_kept(settled: Settled, wanted: Mapping[str, Iterable[int]]) -> Kept:
+    """Kept channels of a user's own choice, sorted.
+
+    Raises:
+        InputError: an unknown or emptied group, or channels it does not have.
+    """
+    if not isinstance(wanted, Mapping):
+        raise InputError(
+            'kept must map groups to the channels that stay, such as {"g0": [0, 2]}; '
+            f"got {type(wanted).__name__}"
+        )
+    by_name = {group.name: group for group in settled.analysis.groups}
+    chosen: Kept = {}
+    for name, channels in wanted.items():
+        if name not in by_name:
+            raise InputError(f"no removable group {name!r}; groups: {shorten(by_name, 12)}")
+        chosen[name] = _numbers(name, channels)
+        size = by_name[name].size
+        if not chosen[name] or not 0 <= chosen[name][0] <= chosen[name][-1] < size:
+            valid = f"0..{size - 1}"
+            raise InputError(f"group {name} must keep at least one of its channels {valid}")
+    return chosen
+
+
+def _numbers(name: str, channels: Any) -> tuple[int, ...]:
+    """Numbers of channels, sorted."""
+    found = np.asarray(channels.tolist() if hasattr(channels, "tolist") else list(channels))
+    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+        raise InputError(
+            f"group {name} must keep channels by number, such as [0, 2]; got {found.dtype} of "
+            f"shape {list(found.shape)} (of a boolean mask: mask.nonzero().flatten())"
+        )
+    return tuple(np.unique(found).tolist())
+
+
+def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept) -> None:
+    """Run a shrunk copy without weights where the code of the model demands it.
+
+    Raises:
+        InputError: the code does not follow.
+    """
+    alive = settled.analysis.alive(chosen)
+    if settled.changes(alive).unsure:
+        settled = settled.copy()
+        if not follows(model, call, settled, alive):
+            reason = settled.analysis.walk.ties.frozen[-1][1]
+            raise InputError(f"these channels cannot leave: {reason}")

@@ -1,0 +1,241 @@
+"""Root mean squares over channels whose weight and eps can make up for channels that leave.
+
+With k of n channels left, the mean over the kept ones is n/k times the mean of the masked values.
+Behind ``x * rsqrt(mean(x ** 2) + eps) * weight`` this is undone by ``weight * sqrt(n/k)`` and
+``eps * n/k``, however the norm is spelled (RMSNorm: Zhang and Sennrich, NeurIPS 2019). The factor
+is followed through the recorded graph until a weight absorbs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx, nn
+
+from graphprune.channels.analysis import Analysis, Group
+from graphprune.plan.plan import Rescale
+
+aten = torch.ops.aten
+
+_PASSING = frozenset(
+    {aten._to_copy, aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.unsqueeze,
+     aten.squeeze, aten.transpose, aten.permute, aten.detach, aten.alias, aten.clone}
+)  # fmt: skip
+_PRODUCTS = {aten.mul: 1, aten.mul_: 1, aten.div: -1, aten.div_: -1}
+_POWERS: dict[Any, float] = {aten.rsqrt: -0.5, aten.sqrt: 0.5, aten.reciprocal: -1.0}
+
+
+@dataclass(frozen=True)
+class RootMeanSquare:
+    """A norm over channels that can be rescaled.
+
+    With s the fraction of channels that stay, its weight is multiplied by ``s ** power`` and its
+    eps, an attribute of ``module``, by ``1 / s``.
+    """
+
+    source: fx.Node  # what the mean is taken of
+    dims: tuple[int, ...]
+    weight: str
+    power: float
+    module: str = ""
+    attribute: str = ""
+    eps: float = 0.0
+
+    def key(self, graph: Analysis) -> Any:
+        """Equal for norms that change alike."""
+        layers = graph.values[self.source].layers
+        channels = tuple(graph.units.labels[layer.numpy()].tobytes() for layer in layers)
+        return channels, self.power, self.module, self.attribute, self.eps
+
+    def fraction(self, graph: Analysis, alive: np.ndarray) -> float:
+        """How much of what the mean is taken of stays."""
+        shape, small = self.source.meta["shape"], graph.shape(self.source, alive)
+        return math.prod(small[d] for d in self.dims) / math.prod(shape[d] for d in self.dims)
+
+    def change(self, graph: Analysis, alive: np.ndarray) -> Rescale:
+        """What a plan changes."""
+        s = self.fraction(graph, alive)
+        attribute = self.module, self.attribute, self.eps, self.eps / s
+        return Rescale(self.weight, s**self.power, *attribute)
+
+
+@dataclass(frozen=True)
+class Rescaling:
+    """The norms of a model that can be rescaled, by the op that takes their statistics."""
+
+    graph: Analysis
+    norms: dict[fx.Node | None, RootMeanSquare]
+
+    @classmethod
+    def of(cls, graph: Analysis, model: nn.Module) -> Rescaling:
+        """Find them."""
+        return cls(graph, _norms(graph, model))
+
+    def covers(self, group: Group) -> bool:
+        """Whether all statistics that change with the channels of a group can be made up for."""
+        mine = np.zeros(len(self.graph.units.frozen), bool)
+        mine[group.units] = True
+        labels = self.graph.units.labels
+        return all(
+            node in self.norms or not mine[labels[ids.numpy()]].any()
+            for ids, _, node in self.graph.walk.renormalising
+        )
+
+    def changes(self, alive: np.ndarray) -> tuple[Rescale, ...]:
+        """The weights and eps that make statistics those of the masked model."""
+        found = {norm.change(self.graph, alive) for norm in self.norms.values()}
+        return tuple(sorted((c for c in found if c.factor != 1), key=lambda c: c.tensor))
+
+
+def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSquare]:
+    """The norms by their mean; a weight that anything else reads, too, absorbs nothing."""
+    found: dict[fx.Node | None, RootMeanSquare] = {}
+    nodes = dict.fromkeys(node for _, _, node in graph.walk.renormalising if node is not None)
+    for node in nodes:
+        norm = _fused(node, model) if _packet(node) is aten._fused_rms_norm else None
+        norm = _Following(model).norm(node) if _packet(node) is aten.mean else norm
+        if norm is not None:
+            found[node] = norm
+    by_weight: dict[str, list[Any]] = {}
+    for norm in found.values():
+        by_weight.setdefault(norm.weight, []).append(norm.key(graph))
+    uses = _uses(graph)
+    whole = {n for n, keys in by_weight.items() if len(keys) == uses[n] and len(set(keys)) == 1}
+    return {node: norm for node, norm in found.items() if norm.weight in whole}
+
+
+def _uses(graph: Analysis) -> dict[str, int]:
+    """How often every parameter is read."""
+    uses: dict[str, int] = {}
+    for record in graph.records:
+        for node in record.graph.nodes:
+            if node.op == "get_attr":
+                uses[str(node.target)] = uses.get(str(node.target), 0) + len(node.users)
+    return uses
+
+
+def _fused(node: fx.Node, model: nn.Module) -> RootMeanSquare | None:
+    args: Any = node.args
+    source, shape, weight, eps = (*args, None, None)[:4]
+    module = str(node.meta["module"])
+    attribute = "" if eps is None else _attribute(model, module, eps)
+    if not isinstance(weight, fx.Node) or weight.op != "get_attr" or attribute is None:
+        return None
+    ndim = len(source.meta["shape"])
+    dims = tuple(range(ndim - len(shape), ndim))
+    return RootMeanSquare(source, dims, str(weight.target), -0.5, module, attribute, eps or 0.0)
+
+
+def _attribute(model: nn.Module, module: str, value: float) -> str | None:
+    """The only attribute of a module that holds a float."""
+    state = vars(model.get_submodule(module))
+    names = [name for name, held in state.items() if type(held) is float and _same(held, value)]
+    return names[0] if len(names) == 1 else None
+
+
+def _same(held: float, given: float) -> bool:
+    """Whether an op was given a number, which it may have rounded."""
+    return math.isclose(held, given, rel_tol=1e-6)
+
+
+def _least(eps: float) -> bool:
+    """Whether eps is the rounding error of a type: nothing that needs to change."""
+    types = torch.float16, torch.bfloat16, torch.float32, torch.float64
+    return eps in {torch.finfo(dtype).eps for dtype in types}
+
+
+class _Following:
+    """Follows a factor from a mean to the weight that absorbs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.powers: dict[fx.Node, float] = {}  # of the factor by which a value is off
+        self.weights: set[tuple[str, float]] = set()
+        self.eps: set[tuple[str, str, float]] = set()
+
+    def norm(self, mean: fx.Node) -> RootMeanSquare | None:
+        """The norm that a mean belongs to."""
+        args: Any = mean.args
+        if len(args) < 2:
+            return None
+        source, ndim = args[0], len(args[0].meta["shape"])
+        self.powers[mean] = 1.0
+        nodes: Iterator[fx.Node] = iter(mean.graph.nodes)
+        if not all(self._step(node) for node in nodes if self.powers.keys() & _inputs(node)):
+            return None
+        if len(self.weights) != 1 or len(self.eps) > 1:
+            return None
+        ((weight, power),) = self.weights
+        dims = tuple(d % ndim for d in args[1])
+        return RootMeanSquare(source, dims, weight, power, *next(iter(self.eps), ("", "", 0.0)))
+
+    def _step(self, node: fx.Node) -> bool:
+        packet = _packet(node)
+        args: list[Any] = list(node.args)
+        rule: Callable[[fx.Node, list[Any]], bool] | None = {
+            aten.add: self._add,
+            aten.add_: self._add,
+            **dict.fromkeys(_PRODUCTS, self._product),
+        }.get(packet)
+        if rule is not None:
+            return rule(node, args)
+        if packet in _PASSING:
+            self.powers[node] = self.powers[args[0]]
+        elif packet in _POWERS:
+            self.powers[node] = self.powers[args[0]] * _POWERS[packet]
+        elif packet is aten.pow and isinstance(args[1], int | float):
+            self.powers[node] = self.powers[args[0]] * args[1]
+        else:
+            return False
+        return True
+
+    def _add(self, node: fx.Node, args: list[Any]) -> bool:
+        """Only eps, an attribute of the module, may be added, and only to the mean itself."""
+        module = str(node.meta["module"])
+        if isinstance(args[1], fx.Node) or self.powers.get(args[0]) != 1:
+            return False
+        attribute = _attribute(self.model, module, args[1])
+        if attribute is None and not _least(args[1]):
+            return False
+        if attribute is not None:
+            value = getattr(self.model.get_submodule(module), attribute)
+            self.eps.add((module, attribute, value))
+        self.powers[node] = 1.0
+        return True
+
+    def _product(self, node: fx.Node, args: list[Any]) -> bool:
+        """Factors multiply, and a weight absorbs them."""
+        sign = _PRODUCTS[_packet(node)]
+        left, right = (self.powers.get(arg, 0.0) if _is_node(arg) else 0.0 for arg in args[:2])
+        power = left + sign * right
+        weights = [_parameter(arg) for arg in args[:2] if _is_node(arg)]
+        weight = next((name for name in weights if name), None)
+        if weight is not None and sign == 1:
+            self.weights.add((weight, power))
+        elif power:
+            self.powers[node] = power
+        return True
+
+
+def _packet(node: fx.Node) -> Any:
+    return getattr(node.target, "overloadpacket", None)
+
+
+def _inputs(node: fx.Node) -> set[fx.Node]:
+    return set(node.all_input_nodes)
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
+
+
+def _parameter(node: fx.Node) -> str | None:
+    """The name of the parameter that a value is, cast or not."""
+    while _packet(node) is aten._to_copy:
+        node = node.all_input_nodes[0]
+    return str(node.target) if node.op == "get_attr" else None

@@ -1,0 +1,206 @@
+"""How much a model suffers when one group alone loses channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from graphprune.channels.analysis import Group
+from graphprune.errors import InputError
+from graphprune.execute.shrink import shrink
+from graphprune.plan.plan import fingerprint
+from graphprune.planning.draft import Draft
+from graphprune.planning.feasible import Settled, feasible
+from graphprune.planning.make import assemble
+from graphprune.planning.options import Request, check_ratio
+from graphprune.record.inputs import Call
+from graphprune.text import render, save_figure, shorten, tracked
+
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What evaluation loses when one group loses channels.
+
+    Attributes:
+        key: a name for ``ratios``: the layer that writes the channels, or the group.
+        layers: all layers of the group.
+        size: its channels.
+        ratios: fractions removed, increasing.
+        drops: the evaluation of the whole model minus that of the model without them.
+        slots: the dimensions of tensors that the group ties, which tell it from other groups.
+    """
+
+    key: str
+    layers: tuple[str, ...]
+    size: int
+    ratios: tuple[float, ...]
+    drops: tuple[float, ...]
+    slots: tuple[tuple[str, int], ...] = ()
+
+    def at(self, ratios: np.ndarray) -> np.ndarray:
+        """The drop at fractions in between, never falling; beyond the last one it rises on."""
+        known = np.concatenate([[0.0], self.ratios])
+        drops = np.maximum.accumulate(np.concatenate([[0.0], self.drops]))
+        found = np.interp(ratios, known, drops)
+        slope = (drops[-1] - drops[-2]) / (known[-1] - known[-2])
+        slope = max(slope, drops[-1] / known[-1])
+        return found + slope * np.maximum(ratios - known[-1], 0)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The drops of all groups; ``print`` it, :meth:`plot` it, or plan with it.
+
+    Attributes:
+        base: the evaluation of the whole model.
+        curves: one for each group that can lose channels.
+    """
+
+    base: float
+    curves: tuple[Curve, ...]
+
+    def allocation(self, max_drop: float) -> dict[str, float]:
+        """For each group the largest fraction whose drop is not above a limit.
+
+        Args:
+            max_drop: in the unit of the evaluation, for each group alone.
+
+        Returns:
+            Fractions by layer, to be passed as ``ratios``.
+
+        Raises:
+            InputError: a negative limit.
+        """
+        number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+        if not number or not max_drop >= 0:
+            raise InputError(f"max_drop must be at least 0, got {max_drop!r}")
+        found = {}
+        for curve in self.curves:
+            removed = np.arange(curve.size) / curve.size
+            removed = removed[removed <= curve.ratios[-1] + 1e-9]  # beyond nothing was measured
+            found[curve.key] = float(removed[curve.at(removed) <= max_drop + 1e-12].max())
+        return found
+
+    def levels(self, slots: Iterable[tuple[str, int]], size: int) -> np.ndarray | None:
+        """The drop at which a group loses its channels, one by one; ``None`` if not measured."""
+        slots = tuple(slots)
+        for curve in self.curves:
+            if curve.slots == slots and curve.size == size:
+                removed = np.arange(1, size + 1) / size
+                level = curve.at(removed) + 1e-9 * removed  # equal drops: the same fraction of all
+                level[-1] = math.inf
+                return level
+        return None
+
+    def plot(self, path: str | Path) -> Path:
+        """Draw the drops of all groups against the fractions removed.
+
+        Args:
+            path: where to write; the suffix chooses the format (``.svg``, ``.png``, ``.pdf``).
+        """
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        axes = figure.subplots()
+        worst = sorted(self.curves, key=lambda curve: -curve.drops[-1])
+        for rank, curve in enumerate(worst):
+            label = curve.key if rank < 8 else None
+            colour = f"C{rank}" if rank < 8 else "#c4cad1"
+            points = (0.0, *curve.ratios), (0.0, *curve.drops)
+            axes.plot(*points, marker=".", color=colour, label=label, zorder=8 - min(rank, 8))
+        axes.set(xlabel="fraction of channels removed", ylabel=f"drop from {self.base:.4g}")
+        axes.grid(alpha=0.3)
+        if worst:
+            axes.legend(title="most sensitive", fontsize="small")
+        return save_figure(figure, path)
+
+    def __str__(self) -> str:
+        """A table of the drops, one line for each group."""
+        ratios = sorted({ratio for curve in self.curves for ratio in curve.ratios})
+        rows = []
+        for curve in self.curves:
+            drops = dict(zip(curve.ratios, curve.drops))
+            cells = [f"{drops[r]:.4g}" if r in drops else "-" for r in ratios]
+            rows.append((curve.key, curve.size, *cells, shorten(curve.layers)))
+        header = ("group of", "channels", *(f"-{ratio:.0%}" for ratio in ratios), "layers")
+        return render(f"drop of the evaluation from {self.base:.6g}", header, rows)
+
+
+def sensitivity(
+    model: nn.Module,
+    call: Call,
+    settled: Settled,
+    evaluate: Evaluate,
+    fractions: Sequence[float],
+    request: Request,
+) -> Sensitivity:
+    """Measure every group by itself; see ``ChannelGraph.sensitivity``."""
+    if not callable(evaluate):
+        raise InputError(f"evaluate must be a function model -> number, not {evaluate!r}")
+    if not isinstance(fractions, Iterable):
+        raise InputError(f"fractions must be several numbers in (0, 1), not {fractions!r}")
+    wanted = tuple(sorted(check_ratio(fraction, "each of fractions", "") for fraction in fractions))
+    if not wanted or wanted[0] == 0 or len(set(wanted)) < len(wanted):
+        raise InputError(f"fractions must be different numbers in (0, 1), got {list(fractions)}")
+    if fingerprint(model) != settled.analysis.architecture:
+        raise InputError("the model is not of the architecture that was traced: trace it first")
+    base = _number(evaluate(model))
+    draft = Draft(model, call, settled, request)
+    groups = [group for group in settled.analysis.groups if group.name in draft.scores]
+    curves = []
+    for group in tracked(groups, "groups", len(groups), request.progress):
+        found: dict[float, float] = {}
+        for ratio in wanted:
+            removed = min(int(ratio * group.size + 1e-9), group.size - 1)
+            exact = removed / group.size
+            if not removed or exact in found:
+                continue
+            counts = np.array([other.size for other in settled.analysis.groups], float)
+            counts[settled.analysis.groups.index(group)] -= removed
+            chosen = {group.name: draft.kept(counts)[group.name]}
+            if not feasible(model, call, settled.copy(), chosen):
+                continue  # the code of the model ties it to what stays
+            small = shrink(model, assemble(call, settled, chosen, rescaling=draft.rescaling))
+            found[exact] = base - _number(evaluate(small))
+        if found:
+            curves.append(
+                Curve(
+                    _key(group, groups),
+                    group.layers,
+                    group.size,
+                    tuple(found),
+                    tuple(found.values()),
+                    group.slots,
+                )
+            )
+    return Sensitivity(base, tuple(curves))
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise InputError(
+        f"evaluate(model) must return a finite number, larger for better models; got {value!r}"
+    )
+
+
+def _key(group: Group, groups: Sequence[Group]) -> str:
+    """The first layer that writes the channels, if it writes no others; else the group."""
+    written = [m.slot.module for m in group.members if m.slot.weight and not m.reads]
+    for layer in written:
+        others = (m for other in groups if other is not group for m in other.members)
+        if layer and not any(m.slot.module == layer and not m.reads for m in others):
+            return layer
+    return group.name

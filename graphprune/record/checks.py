@@ -1,0 +1,65 @@
+"""Refuse, before anything is done, models that cannot be analysed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from graphprune.errors import ModelError
+from graphprune.record.skeleton import named_modules, named_tensors
+
+_STATISTICS = ("running_mean", "running_var")  # other buffers may hold -inf, as masks do
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
+
+
+def check_model(model: object, *, values: bool = True) -> None:
+    """Raise unless the model is an initialised, floating point, plain ``nn.Module``.
+
+    Args:
+        model: what the user passed.
+        values: also look for NaN and infinite values.
+
+    Raises:
+        ModelError: says what was found and what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    name = type(model).__name__
+    if name in _WRAPPERS:
+        raise ModelError(f"the model is wrapped in {name}: pass model.module, and wrap the result")
+    if name == "OptimizedModule":
+        raise ModelError("the model is compiled: pass the original module, and compile the result")
+    for path, module in named_modules(model):
+        where = f"module {path!r}" if path else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(f"{where} is scripted or traced: pass the Python module instead")
+        if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise ModelError(f"{where} is quantized: prune the float model first, then quantize")
+    for path, tensor in named_tensors(model):
+        _check_tensor(path, tensor)
+        weights = isinstance(tensor, nn.Parameter) or path.endswith(_STATISTICS)
+        if values and weights and tensor.is_floating_point() and not _finite(tensor):
+            raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
+    if not any(True for _ in model.parameters()):
+        raise ModelError(f"{name} has no parameters: nothing can be pruned")
+
+
+def _check_tensor(path: str, tensor: torch.Tensor) -> None:
+    if is_lazy(tensor):
+        raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
+    if type(tensor).__name__ == "DTensor":
+        raise ModelError(f"{path!r} is sharded over devices: prune the plain model, then shard it")
+    if tensor.is_meta:
+        raise ModelError(f"{path!r} is on the meta device: load the weights first")
+    if tensor.is_quantized:
+        raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
+
+
+def _finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are finite, without a temporary of the same size."""
+    if not tensor.numel():
+        return True
+    return all(math.isfinite(bound) for bound in map(float, torch.aminmax(tensor.detach())))

@@ -1,0 +1,237 @@
+"""The modes that see what runs: torch functions with the ints given to them, and ATen ops."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from graphprune.ops import shapes
+from graphprune.ops.kernels import GROUPED_MM
+from graphprune.record.sizes import Scale
+
+aten = torch.ops.aten
+_TENSOR: Any = torch.Tensor  # with its attributes as descriptors
+_SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
+WHOLE = {  # recorded as one op, whichever kernels it is made of
+    F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
+    F.linear: torch.ops.aten.linear.default,
+    torch.matmul: torch.ops.aten.matmul.default,
+    torch.Tensor.matmul: torch.ops.aten.matmul.default,
+    torch.Tensor.__matmul__: torch.ops.aten.matmul.default,
+    **dict.fromkeys(GROUPED_MM, torch.ops.aten._grouped_mm.default),
+}
+_CHUNKS = {torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split}
+_SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
+_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
+_LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
+
+
+# Code of torch whose train mode acts position by position or on statistics of one channel.
+_NEUTRAL = ("torch.", "torchvision.ops.", "graphprune.record.attention")
+
+
+class EvalFlag(int):
+    """``module.training`` of a model in eval mode, which notices other code that looks at it."""
+
+    observer: Callable[[], None]
+
+    def __new__(cls, observer: Callable[[], None]) -> EvalFlag:
+        """A flag that is false."""
+        self = super().__new__(cls, 0)
+        self.observer = observer
+        return self
+
+    def _look(self) -> None:
+        if not str(sys._getframe(2).f_globals.get("__name__", "")).startswith(_NEUTRAL):
+            self.observer()
+
+    def __bool__(self) -> bool:
+        """Tested."""
+        self._look()
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        """Compared."""
+        self._look()
+        return other == 0
+
+    def __hash__(self) -> int:
+        """Looked up."""
+        self._look()
+        return 0
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A pickled flag is a plain one."""
+        return bool, ()
+
+
+def _without_flags(value: Any) -> Any:
+    return False if type(value) is EvalFlag else value
+
+
+def leak(tensor: Tensor) -> None:
+    """Stands in the graph for a tensor whose values leave torch."""
+
+
+class Functions(TorchFunctionMode):
+    """Sees torch functions with the ints that the user's code gave them."""
+
+    def __init__(self, recorder: Any) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder, kwargs = self.recorder, kwargs or {}
+        if EvalFlag in map(type, args) or EvalFlag in map(type, kwargs.values()):
+            args = tuple(map(_without_flags, args))
+            kwargs = {key: _without_flags(value) for key, value in kwargs.items()}
+        if recorder.opaque:
+            return func(*args, **kwargs)
+        if func in _SIZES:
+            return self._size(func, args, kwargs)
+        if func is torch.Tensor.__len__:
+            hash(recorder.extents(args[0])[0])  # a plain int that must not change
+        self._note(func, args, kwargs)
+        try:
+            if func in _VALUES:
+                return self._values(func, args, kwargs)
+            if func is torch.einsum and isinstance(args[0], str):
+                tensors = args[1] if isinstance(args[1], list | tuple) else args[1:]
+                return recorder.whole(aten.einsum.default, (args[0], [*tensors]), kwargs)
+            if func in WHOLE:
+                return recorder.whole(WHOLE[func], args, kwargs)
+            if func in _INDEXING:
+                args = (args[0], _with_tensors(args[1]), *args[2:])
+            out = func(*args, **kwargs)
+        finally:
+            recorder.numbers = recorder.paths = []
+        if func is _TENSOR.data.__get__:
+            recorder.call(aten.detach.default, args, {}, out)
+        elif func in _LEAKS:
+            recorder.call(leak, args[:1], {}, None)
+        return out
+
+    def _note(self, func: Any, args: Any, kwargs: Any) -> None:
+        """The numbers that the user's code gives to a function, and where they stand."""
+        recorder = self.recorder
+        found = [] if func in _CHUNKS else [*_numbers(args, ()), *_numbers(kwargs, ())]
+        recorder.numbers = [number for number, _ in found]
+        recorder.paths = [path for _, path in found]
+        name = getattr(func, "__name__", "")
+        recorder.method = getattr(torch.Tensor, name, None) is func
+        reflected = name.startswith("__r") and hasattr(torch.Tensor, f"__{name[3:]}")
+        recorder.count = -1 if reflected else len(args)
+        recorder.names_of_args = _names(func)
+
+    def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A shape, a size or a number of elements that knows where it comes from."""
+        shape = self.recorder.extents(args[0])
+        if func not in _SHAPES:
+            product: int = 1
+            for size in shape:
+                product = product * size
+            return product
+        dim = args[1] if len(args) > 1 else kwargs.get("dim")
+        return shape if dim is None else shape[dim]
+
+    def _values(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A tensor made of numbers: sizes among them must not change."""
+        for number in self.recorder.numbers:
+            hash(number)
+        if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            return self.recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
+        return func(*args, **kwargs)
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees the ATen ops."""
+
+    def __init__(self, recorder: Any) -> None:
+        TorchDispatchMode.__init__(self)
+        self.recorder = recorder
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        recorder, kwargs = self.recorder, kwargs or {}
+        if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
+            args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
+        on_meta = recorder.device == "meta"
+        out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        if not recorder.opaque:
+            recorder.call(func, args, kwargs, out)
+        return out
+
+
+@functools.cache
+def _names(func: Any) -> tuple[str, ...]:
+    """The names of the arguments of a function of torch that is written in Python."""
+    code = getattr(func, "__code__", None)
+    return code.co_varnames[: code.co_argcount] if code is not None else ()
+
+
+def _to_meta(recorder: Any) -> Callable[[Tensor], Tensor]:
+    """Moves constants that live on another device to meta, keeping their node."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return tensor
+        moved = torch.empty_like(tensor, device="meta")
+        node = recorder.node_of(tensor)
+        recorder.nodes[id(moved)] = node
+        recorder.alive.append(moved)
+        return moved
+
+    return move
+
+
+def _mixed(tree: Any) -> bool:
+    """Whether any tensor of the arguments is not on meta."""
+    if isinstance(tree, Tensor):
+        return not tree.is_meta
+    if isinstance(tree, tuple | list):
+        return any(map(_mixed, tree))
+    return isinstance(tree, dict) and any(map(_mixed, tree.values()))
+
+
+def _meta(tree: Any) -> bool:
+    """Whether any tensor of the arguments is on meta."""
+    return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
+
+
+def _with_tensors(index: Any) -> Any:
+    """Lists of positions in an index as tensors, whose values are remembered."""
+    if isinstance(index, list) and index and all(type(i) is int for i in index):
+        with _plain():
+            return torch.tensor(index)
+    return tuple(map(_with_tensors, index)) if type(index) is tuple else index
+
+
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Outside all modes."""
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+def _numbers(tree: Any, path: tuple[int | str, ...]) -> Iterator[tuple[float, Any]]:
+    if isinstance(tree, Scale) or (isinstance(tree, int) and not isinstance(tree, bool)):
+        yield tree, path
+    elif isinstance(tree, tuple | list):
+        for index, item in enumerate(tree):
+            yield from _numbers(item, (*path, index))
+    elif isinstance(tree, dict):
+        for key, item in tree.items():
+            yield from _numbers(item, (*path, key))
+    elif isinstance(tree, slice):
+        for key in ("start", "stop", "step"):
+            yield from _numbers(getattr(tree, key), (*path, key))

@@ -1,0 +1,127 @@
+"""Run a model once and record the ATen ops it calls.
+
+The model is copied without its weights to the ``meta`` device and run once; nothing is computed
+and nothing of the user's model is touched. A model that reads values of tensors (``.item()``,
+non-maximum suppression) is run on the CPU with its real weights instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import TraceError
+from graphprune.record.inputs import Call
+from graphprune.record.recorder import Record, Recorder
+from graphprune.record.skeleton import skeleton
+
+
+@torch.inference_mode(False)  # in it, ops are not taken apart
+def record(
+    model: nn.Module,
+    call: Call,
+    training: bool,
+    devices: Sequence[str] = ("meta", "cpu"),
+) -> Record:
+    """Run a copy of the model on the inputs and record it.
+
+    Args:
+        model: the user's model; it is not touched.
+        call: the inputs.
+        training: record in train mode instead of eval mode.
+        devices: where to run it, in this order, until it works.
+
+    Raises:
+        TraceError: the model does not run on these inputs.
+    """
+    failure: TraceError | None = None
+    for device in devices:
+        try:
+            return _record(model, call, training, device)
+        except TraceError as error:
+            error.__cause__ = error.__cause__ or failure
+            failure = error
+    assert failure is not None
+    raise failure
+
+
+def _record(
+    model: nn.Module,
+    call: Call,
+    training: bool,
+    device: str,
+) -> Record:
+    def clone() -> nn.Module:
+        copied = skeleton(model, device).train(training)
+        return copied if device == "meta" else copied.to(device)
+
+    try:
+        return run(clone(), call, device, watch_mode=not training)
+    except TraceError as error:
+        if training or not isinstance(error.__cause__, TypeError | ValueError):
+            raise
+        return run(clone(), call, device)  # it may want ``training`` to be a plain bool
+
+
+@torch.inference_mode(False)
+def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> Record:
+    """Record a model that may be marked and changed by running.
+
+    Args:
+        clone: the copy to run.
+        call: the inputs.
+        device: where the copy and the inputs are.
+        watch_mode: notice whether the code looks at ``training``, in eval mode.
+    """
+    args, kwargs = call.on(device)
+    recorder = Recorder(clone, device, clone.training)
+    if watch_mode:
+        recorder.watch_mode(clone)
+    for tensor in pytree.tree_leaves((args, kwargs)):
+        if isinstance(tensor, Tensor):
+            recorder.placeholder(tensor)
+    grad = torch.no_grad()
+    try:
+        with grad, _safe_attention(), recorder:
+            out = clone(*args, **kwargs)
+    except Exception as error:
+        failed = TraceError(
+            f"the model does not run on the example inputs ({call}): "
+            f"{type(error).__name__}: {error}\n"
+            f"  inside module {recorder.innermost or '(root)'!r}; "
+            "pass example_inputs that model(*example_inputs) accepts"
+        )
+        failed.record = recorder.record
+        raise failed from error
+    result = recorder.record
+    leaves, result.output_spec = pytree.tree_flatten(_fields(out))
+    for leaf in leaves:
+        result.output_leaves.append(Tensor if isinstance(leaf, Tensor) else leaf)
+        if isinstance(leaf, Tensor):
+            result.outputs.append(recorder.node_of(leaf))
+    result.graph.output(tuple(result.outputs))
+    result.graph.lint()
+    return result
+
+
+def _fields(out: Any) -> Any:
+    """Outputs that pytree does not know (dataclasses, plain objects) as dictionaries."""
+    if isinstance(out, Tensor | tuple | list | dict):
+        return out
+    return vars(out) if hasattr(out, "__dict__") else out
+
+
+@contextlib.contextmanager
+def _safe_attention() -> Iterator[None]:
+    """Switch off the fused transformer path, which hides its ops."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,114 @@
+"""The tensors of a model by name, and copies of models without their weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.record.attention import replace_attention
+from graphprune.record.copying import copy_module
+from graphprune.record.sizes import Attribute, Size
+
+_SEQUENCES = frozenset({tuple, list, torch.Size})
+
+
+def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What ``model.named_modules()`` yields, without its nested generators."""
+    found: list[tuple[str, nn.Module]] = []
+    seen: set[int] = set()
+
+    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        found.append((name, module))
+        if module._modules:
+            prefix = f"{name}." if name else ""
+            waiting += [(prefix + key, child) for key, child in module._modules.items()][::-1]
+    return found
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers, tied ones once, by their first name."""
+    seen: set[int] = set()
+    modules = named_modules(model)
+    for members in ("_parameters", "_buffers"):
+        for prefix, module in modules:
+            for name, tensor in vars(module)[members].items():
+                if tensor is not None and id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Every name of a parameter or buffer -> its first name (tied parameters share it)."""
+    first: dict[int, str] = {}
+    names = {}
+    for name, tensor in (
+        *model.named_parameters(remove_duplicate=False),
+        *model.named_buffers(remove_duplicate=False),
+    ):
+        names[name] = first.setdefault(id(tensor), name)
+    return names
+
+
+def shared_by_modules(model: nn.Module) -> frozenset[str]:
+    """The tensors that several modules hold, by first name; not those of one module with two."""
+    members = ("_parameters", "_buffers")
+    holders = Counter(
+        id(tensor)
+        for _, module in named_modules(model)
+        for tensors in (vars(module)[name] for name in members)
+        for tensor in tensors.values()
+        if tensor is not None
+    )
+    return frozenset(name for name, tensor in named_tensors(model) if holders[id(tensor)] > 1)
+
+
+def skeleton(model: nn.Module, device: str) -> nn.Module:
+    """A copy without weights on ``meta`` (with weights for any other device), ready to record."""
+    memo: dict[int, Any] = {}
+    for _, module in named_modules(model):
+        members = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in members:
+            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+                continue
+            copied = tensor.detach()
+            copied = torch.empty_like(copied, device="meta") if device == "meta" else copied.clone()
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = copied
+    clone = copy_module(model, memo)
+    for name, module in named_modules(clone):
+        replace_attention(module)
+        state = vars(module)
+        for key, value in state.items():
+            if type(value) is int:
+                state[key] = Size(value, Attribute(name, key, (), value))
+            elif type(value) in _SEQUENCES and value and all(type(i) is int for i in value):
+                marks = [Size(n, Attribute(name, key, (i,), n)) for i, n in enumerate(value)]
+                state[key] = type(value)(marks)
+    return clone
+
+
+def mark(model: nn.Module | Mapping[str, Tensor]) -> float:
+    """A number that tells the weights of two models apart, the same in every precision."""
+    total = squares = 0.0
+    named = named_tensors(model) if isinstance(model, nn.Module) else model.items()
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        step = tensor.numel() // 4096 + 1
+        part = tensor.detach().reshape(-1)[::step].to("cpu", torch.float64)
+        part = part[part.isfinite()]
+        start = int(hashlib.sha256(name.encode()).hexdigest()[:4], 16)
+        total += float((part * (start + torch.arange(len(part))).sin()).sum())
+        squares += float(part.square().sum())
+    return float(total / (squares**0.5 or 1.0))

@@ -1,1 +1,0 @@
-"""A plan executed by slicing."""

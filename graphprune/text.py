@@ -1,0 +1,85 @@
+"""What people look at: plain-text tables, figures as files, progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from graphprune.errors import InputError
+
+T = TypeVar("T")
+
+
+def render(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A title over left-aligned columns."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in cells]
+    rule = "  ".join("-" * w for w in widths)
+    return "\n".join([*([title] if title else []), lines[0], rule, *lines[1:]])
+
+
+def share(part: float, whole: float) -> str:
+    """A percentage, for tables."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def shorten(names: Iterable[str], most: int = 4, width: int = 0) -> str:
+    """A list of names for a table cell: some, and one at least, of about ``width`` in all."""
+    names = list(names)
+    while width and most > 1 and len(", ".join(names[:most])) > width:
+        most -= 1
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f", ... ({rest} more)" if rest > 0 else "")
+
+
+def save_figure(figure: Any, path: str | Path, **options: Any) -> Path:
+    """Write a figure of matplotlib; the suffix chooses the format.
+
+    Raises:
+        InputError: an unknown suffix, or the file cannot be written.
+    """
+    try:
+        figure.savefig(path, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot draw to {str(path)!r}: {error}") from None
+    return Path(path)
+
+
+@contextlib.contextmanager
+def bar(description: str, total: int | None, wanted: bool) -> Iterator[Callable[..., None]]:
+    """A progress bar while the block runs, if it is wanted and the error stream is a terminal.
+
+    Args:
+        description: what stands beside it.
+        total: how many steps there are, when that is known.
+        wanted: whether to show it.
+
+    Yields:
+        What to call after every step, or with the number of steps that are done.
+    """
+    if not wanted:
+        yield lambda done=None: None
+        return
+    from rich.console import Console  # here, since most programs show no bar
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda done=None: None
+        return
+    with Progress(console=console, transient=True) as shown:
+        task = shown.add_task(description, total=total)
+        yield lambda done=None: shown.update(
+            task, completed=done, advance=1 if done is None else None
+        )
+
+
+def tracked(items: Iterable[T], description: str, total: int | None, wanted: bool) -> Iterator[T]:
+    """The items, each of them a step of a :func:`bar`."""
+    with bar(description, total, wanted) as step:
+        for item in items:
+            yield item
+            step()

@@ -1,0 +1,139 @@
+"""Compare a small model with the masked original: outputs, gradients, running statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.errors import InputError, ModelError
+from graphprune.plan.plan import Plan, plan_of
+from graphprune.record.checks import check_model
+from graphprune.record.inputs import Call, infer
+from graphprune.record.masked_names import masked_names
+from graphprune.record.recording import record
+from graphprune.text import render, shorten
+from graphprune.verification.comparing import EXAMPLE, Check, Session
+
+TOLERANCES = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All comparisons of one verification; every difference is within the tolerance."""
+
+    checks: tuple[Check, ...]
+    tolerance: float
+    exact: bool
+
+    @property
+    def difference(self) -> float:
+        """The largest relative difference found."""
+        return max(check.difference for check in self.checks)
+
+    def __str__(self) -> str:
+        """A table of the comparisons."""
+        rows = [(c.name, c.inputs, f"{c.difference:.1e}") for c in self.checks]
+        kind = "exact" if self.exact else "statistics over the kept channels"
+        title = f"small model equals the masked original ({kind}), tolerance {self.tolerance:.0e}"
+        return render(title, ("what", "inputs", "largest relative difference"), rows)
+
+
+def verify(
+    model: nn.Module,
+    small_or_plan: nn.Module | Plan,
+    example_inputs: Any = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Report:
+    """Prove on random inputs that a small model equals the masked original.
+
+    Compared are the outputs in eval mode at another batch size and, where the model allows one,
+    at another resolution; in float64 also, in eval and in train mode (dropout off), the gradient
+    of every kept weight, and the buffers after a step in train mode. (In lower precision
+    gradients through ReLU and batch statistics differ by more than rounding even between two
+    runs of the same model.)
+
+    A plan :meth:`Plan.from_masks` is compared with the masked model that holds the same constants
+    in its biases and, in eval mode, with the model as it is given.
+
+    Args:
+        model: the original.
+        small_or_plan: what :func:`rebuild` returned, or a plan.
+        example_inputs: as for :func:`trace`; inferred when absent.
+        dtype: the precision to compare in: float64, float32, float16 or bfloat16 of torch.
+        tolerance: the largest relative difference allowed; 1e-10 in float64, 1e-5 in float32.
+        seed: for the random inputs.
+
+    Returns:
+        A report; ``print`` it.
+
+    Raises:
+        VerificationError: names the first module that differs.
+        InputError: ``small_or_plan`` is neither a plan nor a model that carries one, or ``dtype``
+            or ``tolerance`` is wrong.
+        PlanError: the plan does not belong to ``model``.
+
+    Example:
+        >>> import torch, graphprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> graphprune.verify(net, graphprune.rebuild(net, 0.5)).difference < 1e-10
+        True
+    """
+    check_model(model)
+    plan = small_or_plan if isinstance(small_or_plan, Plan) else plan_of(small_or_plan)
+    if plan is None:
+        raise InputError(
+            f"expected a Plan or a model made by rebuild, got {type(small_or_plan).__name__} "
+            "without a graphprune_plan"
+        )
+    if isinstance(small_or_plan, nn.Module):
+        check_model(small_or_plan)
+        others = sorted(masked_names(model) ^ masked_names(small_or_plan))
+        if others:
+            raise InputError(
+                f"{shorten(others)} has a mask of torch.nn.utils.prune in one of the models alone: "
+                "verify before masks are put on or removed"
+            )
+    plan.check(model)
+    if dtype not in TOLERANCES:
+        names = ", ".join(map(str, TOLERANCES))
+        raise InputError(f"dtype must be one of {names}; got {dtype!r}")
+    tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
+    if not isinstance(tolerance, int | float) or not tolerance >= 0:
+        raise InputError(f"tolerance must be a number of at least 0; got {tolerance!r}")
+    call = (
+        infer(model, lambda c: record(model, c, False, devices=("meta",)))[0]
+        if example_inputs is None
+        else Call.of(example_inputs)
+    )
+    session = Session(model, small_or_plan, plan, dtype, tolerance, seed)
+    checks = []
+    variants = []
+    for name, inputs in session.variants(call):
+        try:
+            checks.append(session.outputs(f"output, {name}", inputs, training=False))
+            variants.append((name, inputs))
+        except ModelError:  # values that the original does not take
+            if name == EXAMPLE:
+                raise
+    if not variants:
+        variants = [session.unchanged(call)]
+        checks.append(session.outputs(f"output, {EXAMPLE}", variants[0][1], training=False))
+    request = plan.request
+    if request.get("masks") and request["fold"] != "approximate" and "after" not in request:
+        checks += [
+            session.given(f"the model as given, {name}", inputs) for name, inputs in variants
+        ]
+    if dtype == torch.float64:
+        checks += session.steps(variants)
+    return Report(tuple(checks), tolerance, plan.exact)
