@@ -7,9 +7,8 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
-import networkx as nx
 from torch import nn
 
 from graphprune.channels import drawing
@@ -27,6 +26,9 @@ from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, infer
 from graphprune.record.recording import record
 from graphprune.text import render, shorten
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 ATTENTION = ("heads", "head_dim")
 P = ParamSpec("P")

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import networkx as nx
-
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.text import save_figure
 
 if TYPE_CHECKING:
+    import networkx as nx
     from matplotlib.axes import Axes
 
 _COLOURS = {"exact": "#1f6f9f", "renormalising": "#b9770e", "frozen": "#8a8f98"}
@@ -29,6 +28,8 @@ def to_networkx(analysis: Analysis) -> nx.Graph:
             if node.op == "get_attr":
                 ops = [str(user.target) for user in node.users]
                 readers.setdefault(str(node.target), []).extend(ops)
+    import networkx as nx  # here: importing graphprune stays quick
+
     graph = nx.Graph()
     for group in analysis.all_groups:
         graph.add_node(group.name, kind="group", channels=group.size, state=group.kind)

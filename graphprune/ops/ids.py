@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 KEPT = 0  # the id of positions that belong to no parameter and always stay
@@ -179,6 +177,9 @@ class Ties:
 
 def connected(left: np.ndarray, right: np.ndarray, count: int) -> np.ndarray:
     """The component label of each of ``count`` nodes joined by edges."""
+    from scipy.sparse import csr_array  # here: importing graphprune stays quick
+    from scipy.sparse.csgraph import connected_components
+
     order = np.argsort(left, kind="stable")
     starts = np.concatenate([[0], np.cumsum(np.bincount(left, minlength=count))])
     edges = csr_array((np.ones(len(left), np.int8), right[order], starts), shape=(count, count))

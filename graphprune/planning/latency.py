@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import nnls
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -278,6 +277,8 @@ def fit(costs: Costs, samples: Sequence[Sample]) -> Polynomials:
         costs: of the analysis; forms that are not known yet are added.
         samples: measured models.
     """
+    from scipy.optimize import nnls  # here: importing graphprune stays quick
+
     forms = costs.forms
     nodes = forms.analysis.records[0].ops
     features = [feature for node in nodes for feature in _features(node, forms)]
