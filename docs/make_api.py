@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import graphprune
-from graphprune import criteria, errors, training
+from graphprune import criteria, errors, testing, training
 from graphprune.channels import analysis
 from graphprune.measurement import Comparison
 from graphprune.ops.rules import register_rule
@@ -72,6 +72,9 @@ def reference() -> str:
             "Callbacks",
             "graphprune.training.callbacks",
             [getattr(callbacks, name) for name in callbacks.__all__],
+        ),
+        *chapter(
+            "Testing", "graphprune.testing", [testing.check, testing.plans, testing.CheckReport]
         ),
         *chapter("Layers", "graphprune.record.attention", [MultiheadAttention]),
         *chapter("Rules of ops", "graphprune.ops.rules", [register_rule]),

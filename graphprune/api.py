@@ -93,7 +93,7 @@ def trace(
     else:
         call = Call.of(example_inputs)
         first = record(model, call, training=False)
-    return ChannelGraph(model, call, analyse(model, call, first, attention))
+    return ChannelGraph(model, call, analyse(model, call, first, attention), attention)
 
 
 @dataclass
@@ -103,6 +103,7 @@ class ChannelGraph:
     model: nn.Module = field(repr=False)
     call: Call
     settled: Settled = field(repr=False)
+    attention: str = "heads"
 
     @property
     def analysis(self) -> Analysis:

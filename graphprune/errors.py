@@ -42,6 +42,14 @@ class VerificationError(GraphPruneError, AssertionError):
     """A shrunk model and its masked reference differ."""
 
 
+class CheckFailed(GraphPruneError, AssertionError):
+    """A step of ``graphprune.testing.check`` does not hold for ``plan``, the smallest found."""
+
+    def __init__(self, text: str, plan: object = None, step: str = "") -> None:
+        super().__init__(text)
+        self.plan, self.step = plan, step
+
+
 class CheckpointError(GraphPruneError, ValueError):
     """A saved file is damaged or does not fit the model."""
 

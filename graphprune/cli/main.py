@@ -1,4 +1,4 @@
-"""The command line: ``graphprune demo | shrink | inspect | verify``."""
+"""The command line: ``graphprune demo | shrink | inspect | verify | check``."""
 
 from __future__ import annotations
 
@@ -28,11 +28,18 @@ from graphprune.cli.printing import (
 )
 from graphprune.criteria import criteria, find
 from graphprune.criteria.registry import WEIGHTS
-from graphprune.errors import GraphPruneError, InputError, PruningWarning, VerificationError
+from graphprune.errors import (
+    CheckFailed,
+    GraphPruneError,
+    InputError,
+    PruningWarning,
+    VerificationError,
+)
 from graphprune.execute.checkpoint import load, save
 from graphprune.measurement import measure
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.planning.options import Options
+from graphprune.testing import check as try_plans
 from graphprune.verification.report import Report
 from graphprune.verification.report import verify as compare
 from graphprune.version import __version__
@@ -237,6 +244,26 @@ def verify(
         session.finish({"model": model, "small": str(small), "verified": report_data(report)})
 
 
+@app.command()
+def check(
+    model: Model,
+    plans: Annotated[int, typer.Option(help="How many random plans to try.")] = 50,
+    weights: Weights = None,
+    inputs: Inputs = [],
+    seed: Seed = 0,
+    attention: Attention = "heads",
+    as_json: Json = False,
+) -> None:
+    """Try random plans on a model: rebuild, run, verify, save and load, original untouched."""
+    with _session(as_json) as session:
+        original = _model(model, weights, seed)
+        example = parse_inputs(inputs, original)
+        with session.status(f"trying {plans} plans"):
+            report = try_plans(original, example, plans, seed, attention=attention)
+        session.print(escape(str(report)))
+        session.finish({**vars(report), "model": model})
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"graphprune {__version__} (torch {torch.__version__})")
@@ -313,7 +340,7 @@ class _Session:
         """Tell a person or a script what went wrong; the exit code."""
         self.errors.print(f"error: {error}", markup=False, style="red")
         self.finish({"error": {"type": type(error).__name__, "message": str(error)}})
-        return DIFFERS if isinstance(error, VerificationError) else MISTAKE
+        return DIFFERS if isinstance(error, VerificationError | CheckFailed) else MISTAKE
 
 
 @contextlib.contextmanager

@@ -371,3 +371,19 @@ def test_attention_is_pruned_as_asked(folder: Path, kind: str, sizes: list[int])
     groups = document(call("inspect", "attention_for_tests:layer", *options))["groups"]
     inside = [g for g in groups if g["kind"] != "frozen" and "self_attn" in g["layers"]]
     assert sorted(group["channels"] for group in inside) == sizes
+
+
+def test_random_plans_are_tried(folder: Path) -> None:
+    found = document(call("check", "zoo_for_tests:net", "--plans", "3", "--json"))
+    assert found["tried"]["verify"] == 3
+    assert found["ok"]
+    result = call("check", "zoo_for_tests:net", "--plans", "0")
+    assert result.exit_code == MISTAKE
+    assert "plans must be a positive int, not 0" in result.stderr
+
+
+def test_a_plan_that_fails_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("graphprune.testing.rebuild", lambda *_: torch.nn.Linear(6, 1))
+    result = call("check", "zoo_for_tests:net", "--plans", "2")
+    assert result.exit_code == DIFFERS
+    assert "fails at 'run'" in result.stderr

@@ -32,7 +32,8 @@ FLOORS = (
     {"planning"},
     {"masks"},
     {"api"},
-    {"cli", "training"},
+    {"testing", "training"},
+    {"cli"},
     {"__init__", "__main__"},
 )
 FLOOR = {room: number for number, floor in enumerate(FLOORS) for room in floor}
