@@ -61,7 +61,7 @@ net = nn.Sequential(
 )
 list(fit(net, lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]), 5, 5e-3))
 distil = Distillation(net, temperature=4, alpha=0.7, features=["5"])  # the second norm
-floor = accuracy(net.eval()) - 0.03
+floor = accuracy(net.eval()) - 0.1
 with tempfile.TemporaryDirectory() as folder:  # a folder that stays resumes after a crash
     outcome = iterate(
         net,

@@ -102,8 +102,8 @@ class Pruner:
         ...     loss.backward()
         ...     sgd.step()
         ...     pruner.step()
-        >>> pruner.finish()[0]
-        Linear(in_features=4, out_features=4, bias=True)
+        >>> pruner.finish()[0].out_features
+        4
     """
 
     def __init__(

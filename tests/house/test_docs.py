@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import graphprune
 from graphprune.criteria import registry
@@ -34,6 +35,12 @@ def own_registry(monkeypatch):
 
 
 @pytest.fixture
+def own_words(monkeypatch):
+    """What torch says of a layer differs between its versions: none of it may be shown."""
+    monkeypatch.setattr(torch.nn.Module, "__repr__", lambda self: "(torch's words)")
+
+
+@pytest.fixture
 def scripts(monkeypatch):
     """The scripts of the docs folder, importable."""
     monkeypatch.syspath_prepend(str(ROOT / "docs"))
@@ -46,10 +53,32 @@ def test_the_api_page_is_what_the_docstrings_say(scripts):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_of_a_page_run_and_print_what_is_shown(page, scripts):
+def test_blocks_of_a_page_run_and_print_what_is_shown(page, scripts, own_words):
     for block in scripts("blocks").run(page):
         where = f"{page.name}:{block.line}"
         assert block.true, f"{where} prints\n{block.printed}\nrun: python docs/blocks.py"
+
+
+def quoted_errors(code):
+    """The lines of a block that catch an error which is not ours and do something with its text."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ExceptHandler) and node.name:
+            kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+            names = {ast.unparse(kind).rpartition(".")[2] for kind in kinds}
+            if not all(hasattr(graphprune.errors, name) for name in names):
+                yield node.lineno
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_page_quotes_no_error_of_another_library(page, scripts):
+    blocks = scripts("blocks").FENCE.findall(page.read_text(encoding="utf-8"))
+    assert not [line for code, _ in blocks for line in quoted_errors(code)]
+
+
+def test_a_quoted_error_is_noticed():
+    code = "try:\n    pass\nexcept {} as error:\n    print(error)\n"
+    assert [*quoted_errors(code.format("(graphprune.errors.InputError, PlanError)"))] == []
+    assert [*quoted_errors(code.format("(InputError, RuntimeError)"))] == [3]
 
 
 def test_every_python_fence_is_found(scripts):
@@ -114,7 +143,7 @@ class Finder(doctest.DocTestFinder):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_docstrings(name):
+def test_examples_of_docstrings(name, own_words):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
     report: list[str] = []
     module = importlib.import_module(name)

@@ -119,7 +119,7 @@ def test_another_output_shape(pair):
 def test_a_model_that_does_not_run(pair):
     model, small = pair
     small.head = nn.Linear(5, 4)
-    with pytest.raises(VerificationError, match="shapes cannot be multiplied"):
+    with pytest.raises(VerificationError, match="RuntimeError: "):
         graphprune.verify(model, small, X)
 
 
