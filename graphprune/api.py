@@ -14,7 +14,7 @@ from torch import nn
 from graphprune.channels import drawing
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.errors import InputError
-from graphprune.execute.config import follow_config, has_config, sizes_of
+from graphprune.execute.config import Before, follow_config
 from graphprune.execute.shrink import shrink
 from graphprune.masks.plans import check_request, dead_channels
 from graphprune.plan.plan import CELL, MAKERS, Plan
@@ -321,17 +321,18 @@ def rebuild(
                 "them to graph.plan"
             )
         check_model(model, values=False)
-        return _shrunk(model, ratio_or_plan, inplace)
+        call = None if example_inputs is None else Call.of(example_inputs)
+        return _shrunk(model, ratio_or_plan, call, inplace)
     Request.of(ratio_or_plan, options)  # a wrong option is told before anything long is done
-    plan = trace(model, example_inputs, attention=attention).plan(ratio_or_plan, **options)
-    return _shrunk(model, plan, inplace)
+    graph = trace(model, example_inputs, attention=attention)
+    return _shrunk(model, graph.plan(ratio_or_plan, **options), graph.call, inplace)
 
 
-def _shrunk(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
-    before = sizes_of(model) if has_config(model) else {}
+def _shrunk(model: nn.Module, plan: Plan, call: Call | None, inplace: bool) -> nn.Module:
+    before = Before.of(model)
     small = shrink(model, plan, inplace=inplace)
-    if before:
-        follow_config(small, before)
+    if before is not None:
+        follow_config(small, before, call)
     return small
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.errors import ModelError
+from graphprune.errors import ModelError, PruningWarning
 
 
 class Config:
@@ -40,10 +40,28 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-class Model(nn.Module):
+class Saved(nn.Module):
+    """A model with a method that writes its config, which the case keeps in memory."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
+
+    def save_pretrained(self, folder):
+        torch.save(self.state_dict(), folder / "weights.pt")
+
+
+def loaded(small, folder):
+    """What the config of a small model and the file of its weights give."""
+    small.save_pretrained(folder)
+    model = type(small)(small.config).eval()
+    model.load_state_dict(torch.load(folder / "weights.pt"))
+    return model
+
+
+class Model(Saved):
+    def __init__(self, config):
+        super().__init__(config)
         self.words = nn.Embedding(11, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, 3)
@@ -53,9 +71,6 @@ class Model(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
-
-    def save_pretrained(self, folder):
-        torch.save(self.state_dict(), folder / "weights.pt")
 
 
 X = torch.arange(10).view(2, 5)
@@ -72,32 +87,32 @@ def test_a_uniform_plan_is_written_into_the_config(model, tmp_path):
     small = graphprune.rebuild(model, 0.5, X)
     assert vars(model.config) == vars(before)
     assert vars(small.config) == {"width": 8, "heads": 2, "hidden": 12, "layers": 2}
-    small.save_pretrained(tmp_path)
-    loaded = Model(small.config).eval()
-    loaded.load_state_dict(torch.load(tmp_path / "weights.pt"))
-    assert torch.equal(loaded(X), small(X))
+    assert torch.equal(loaded(small, tmp_path)(X), small(X))
 
 
 def test_a_plan_that_no_config_expresses_says_so(model, tmp_path):
     graph = graphprune.trace(model, X)
     hidden = graph.group_of("blocks.0.up")
-    small = graphprune.rebuild(model, graph.plan_of({hidden.name: range(5)}))
+    with pytest.warns(PruningWarning, match=r"different numbers .*, which hidden sizes together"):
+        small = graphprune.rebuild(model, graph.plan_of({hidden.name: range(5)}))
     assert vars(small.config) == vars(model.config)
     with pytest.raises(ModelError, match=r"config of Model cannot express .* graphprune.save"):
         small.save_pretrained(tmp_path)
     graphprune.save(small, tmp_path / "small.safetensors")
-    loaded = graphprune.load(tmp_path / "small.safetensors", model)
-    assert torch.equal(loaded(X), small(X))
+    again = graphprune.load(tmp_path / "small.safetensors", model)
+    assert torch.equal(again(X), small(X))
 
 
-def test_in_place(model):
+def test_in_place_the_model_gets_another_config(model):
+    config = model.config
     small = graphprune.rebuild(model, 0.5, X, inplace=True)
     assert small is model
-    assert model.config.hidden == 12
+    assert (model.config.hidden, config.hidden) == (12, 24)
 
 
 def test_heads_that_do_not_divide_the_stream_are_in_no_config(model):
-    small = graphprune.rebuild(model, 0.4, X)
+    with pytest.warns(PruningWarning, match="config of Model cannot express"):
+        small = graphprune.rebuild(model, 0.4, X)
     assert (small.words.embedding_dim, small.blocks[0].heads) == (10, 3)
     assert vars(small.config) == vars(model.config)
 
@@ -113,5 +128,211 @@ def test_transformers_round_trip(tmp_path):
     small = graphprune.rebuild(model, 0.5, {"input_ids": X})
     assert (small.config.hidden_size, small.config.num_attention_heads) == (16, 2)
     small.save_pretrained(tmp_path)
-    loaded = type(model).from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(X).logits, small(X).logits)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(again(X).logits, small(X).logits)
+
+
+# --- a config changes only when what it builds is the small model --------------------------------
+
+
+class Stream(Saved):
+    """A stream of ``width`` and a hidden layer; the subclasses use the width as a value."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(11, config.width)
+        self.up = nn.Linear(config.width, config.hidden)
+        self.down = nn.Linear(config.hidden, config.width)
+        self.head = nn.Linear(config.width, 3)
+
+    def factor(self):
+        return 1.0
+
+    def forward(self, tokens):
+        x = self.words(tokens) * self.factor()
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+class ByConfig(Stream):
+    def factor(self):
+        return self.config.width**0.5
+
+
+class ByBuffer(Stream):
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("scale", torch.tensor(config.width**0.5), persistent=False)
+
+    def factor(self):
+        return self.scale
+
+
+class ByNumber(Stream):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = config.width**0.5
+
+    def factor(self):
+        return self.scale
+
+
+class ByTensor(Stream):
+    def __init__(self, config):
+        super().__init__(config)
+        self.scale = torch.tensor(config.width**0.5)
+
+    def factor(self):
+        return self.scale
+
+
+class Unnoticed(Stream):
+    """Remembers a width that no forward reads."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.num_features = config.width
+
+
+class InTraining(Stream):
+    """Reads the width in train mode only."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.width = config.width
+
+    def factor(self):
+        return 1.0 / self.width if self.training else 1.0
+
+
+class Wrapped(nn.Module):
+    """A model that knows nothing of the config of its part."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.body = Stream(config)
+
+    def forward(self, tokens):
+        return self.body(tokens).mean(1)
+
+
+class Loose(Saved):
+    """Is saved, and has no config that says sizes."""
+
+    def __init__(self, config):
+        super().__init__("no sizes")
+        self.net = nn.Sequential(nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+
+    def forward(self, tokens):
+        return self.net(tokens)
+
+
+def seeded(kind, config=None):
+    torch.manual_seed(0)
+    return kind(config or Config()).eval()
+
+
+@pytest.mark.parametrize("kind", [ByConfig, ByBuffer, ByNumber, ByTensor, InTraining])
+def test_a_width_that_is_a_value_keeps_the_config(kind, tmp_path):
+    model = seeded(kind)
+    with pytest.warns(PruningWarning, match=f"config of {kind.__name__} cannot express"):
+        small = graphprune.rebuild(model, 0.5, X)
+    assert small.config.width == model.config.width == 16
+    assert graphprune.verify(model, small, X).difference < 1e-10
+    with pytest.raises(ModelError, match=r"scale|width|something else"):
+        small.save_pretrained(tmp_path)
+
+
+def test_without_inputs_code_that_reads_the_config_keeps_it():
+    model = seeded(ByConfig)
+    plan = graphprune.trace(model, X).plan(0.5)
+    with pytest.warns(PruningWarning, match=r"ByConfig.factor reads width of it: pass example_inp"):
+        small = graphprune.rebuild(model, plan)
+    assert small.config.width == 16
+    plain = seeded(Stream)
+    assert graphprune.rebuild(plain, graphprune.trace(plain, X).plan(0.5)).config.width == 8
+
+
+def test_an_attribute_that_no_forward_reads_follows_the_config(tmp_path):
+    model = seeded(Unnoticed)
+    small = graphprune.rebuild(model, 0.5, X)
+    assert (small.num_features, small.config.width, model.num_features) == (8, 8, 16)
+    assert torch.equal(loaded(small, tmp_path)(X), small(X))
+
+
+def test_a_part_with_a_config_follows_too(tmp_path):
+    model = seeded(Wrapped)
+    small = graphprune.rebuild(model, 0.5, X)
+    assert (small.body.config.width, model.body.config.width) == (8, 16)
+    assert torch.equal(loaded(small.body, tmp_path)(X), small.body(X))
+
+
+def test_what_is_saved_without_a_config_says_so(tmp_path):
+    model = seeded(Loose)
+    with pytest.warns(PruningWarning, match="config of Loose cannot express .* no config"):
+        small = graphprune.rebuild(model, 0.5, X)
+    with pytest.raises(ModelError, match=r"graphprune\.save"):
+        small.save_pretrained(tmp_path)
+
+
+class Lists(Saved):
+    """Widths in a list, and in a config inside the config."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        widths = [3, *config.widths, config.inner.width]
+        self.layers = nn.ModuleList(map(nn.Linear, widths, widths[1:]))
+        self.head = nn.Linear(widths[-1], 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x).relu()
+        return self.head(x)
+
+
+class Nested(Config):
+    def __init__(self):
+        super().__init__()
+        self.widths, self.inner = [8, 12], Config(width=20)
+
+
+def test_lists_of_widths_and_configs_in_configs_can_say_sizes(tmp_path):
+    model, x = seeded(Lists, Nested()), torch.randn(2, 3)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert (small.config.widths, small.config.inner.width) == ([4, 6], 10)
+    assert (model.config.widths, model.config.inner.width) == ([8, 12], 20)
+    assert torch.equal(loaded(small, tmp_path)(x), small(x))
+
+
+class Strict(Config):
+    """Refuses what its checks do not allow, when it is read."""
+
+    def save_pretrained(self, folder):
+        if self.width % 3:
+            raise ValueError("the width must be a multiple of three")
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        raise AssertionError("never written")
+
+
+def test_a_config_that_refuses_the_sizes_is_quoted():
+    with pytest.warns(PruningWarning, match=r"refuses these sizes .* multiple of three"):
+        graphprune.rebuild(seeded(Stream, Strict()), 0.5, X)
+
+
+def test_random_numbers_of_the_user_are_not_drawn():
+    model = seeded(Stream)
+    state = torch.get_rng_state()
+    graphprune.rebuild(model, 0.5, X)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_second_round_may_bring_a_config_back(model):
+    graph = graphprune.trace(model, X)
+    up = [graph.group_of(f"blocks.{n}.up").name for n in range(2)]
+    with pytest.warns(PruningWarning, match="cannot express"):
+        first = graphprune.rebuild(model, graph.plan_of({up[0]: range(12)}), X)
+    second = graphprune.trace(first, X).plan_of({up[1]: range(12)})
+    small = graphprune.rebuild(first, second, X)
+    assert small.config.hidden == 12
+    assert "save_pretrained" not in vars(small)

@@ -1,0 +1,169 @@
+"""Models built anew from their config, cheaply and without a trace of it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import random
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from graphprune.record.skeleton import named_modules
+
+Field = tuple[str | int, ...]  # names and places that lead from a config to a number
+_SMALL = 4096  # elements of an empty tensor that is made for real
+_DRAWS = frozenset(
+    {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.clamp_}
+)
+_DEEP = 4
+
+
+@dataclass
+class Recipe:
+    """How a model is made: its class, its config, and the parts that it did without.
+
+    A config is an object with ``to_dict``, which the class takes, or a mapping, which its
+    ``from_config`` takes. No more is known of any library.
+    """
+
+    kind: Any
+    config: Any
+    without: tuple[str, ...] = ()  # parts of what the class builds that the model does not have
+    real: bool = field(default=False)  # whether building needs all its tensors
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Recipe | None:
+        """The recipe of a model, if it carries a config that it can be built from."""
+        config = getattr(model, "config", None)
+        if callable(getattr(config, "to_dict", None)):
+            return cls(type(model), config)
+        if isinstance(config, Mapping) and callable(getattr(type(model), "from_config", None)):
+            return cls(type(model), config)
+        return None
+
+    @property
+    def numbers(self) -> dict[Field, float]:
+        """The numbers in the config that may be sizes, or be computed with."""
+        found = numbers_of(self.config)
+        return {path: value for path, value in found if type(value) is float or value > 1}
+
+    def changed(self, changes: Mapping[Field, float]) -> Any:
+        """A copy of the config with other numbers."""
+        config = dict(self.config) if isinstance(self.config, Mapping) else self.config
+        config = copy.deepcopy(config)
+        for path, value in changes.items():
+            config = put(config, path, value)
+        return config
+
+    def build(self, config: Any, *, real: bool = False) -> nn.Module:
+        """A model of a config; large tensors that nobody fills are on meta unless ``real``."""
+        make = self.kind.from_config if isinstance(config, Mapping) else self.kind
+        config = copy.deepcopy(config)  # constructors may write into it
+        with untouched(), contextlib.nullcontext() if real or self.real else _Empty():
+            model: nn.Module = make(config)
+        for name in self.without:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._modules[leaf] = None
+        return model
+
+
+def reread(config: Any) -> Any:
+    """A config as its own file gives it back, where it can be written; it may refuse."""
+    kind = type(config)
+    if not all(
+        callable(getattr(kind, name, None)) for name in ("save_pretrained", "from_pretrained")
+    ):
+        return config
+    with tempfile.TemporaryDirectory() as folder, untouched():
+        config.save_pretrained(folder)
+        return kind.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def untouched() -> Iterator[None]:
+    """No random number is drawn from the user's generators, and no warning is given."""
+    states = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+
+
+class _Empty(TorchFunctionMode):
+    """Weights are made empty before they are drawn: when shapes are asked they need no memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None and "size" not in kwargs:
+            shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
+            if math.prod(shape) >= _SMALL:
+                kwargs["device"] = "meta"
+        elif func in _DRAWS or getattr(func, "__module__", "") == "torch.nn.init":
+            drawn = next(iter((*args, *kwargs.values())), None)
+            if isinstance(drawn, Tensor) and drawn.is_meta:
+                return drawn
+        return func(*args, **kwargs)
+
+
+def numbers_of(value: Any, path: Field = ()) -> Iterator[tuple[Field, float]]:
+    """The numbers in a config, in its lists, and in the configs inside it."""
+    if len(path) > _DEEP:
+        return
+    if type(value) in (int, float):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            if isinstance(key, str) and not key.startswith("_"):
+                yield from numbers_of(item, (*path, key))
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from numbers_of(item, (*path, place))
+    elif callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__"):
+        for key, item in vars(value).items():
+            if not key.startswith("_"):
+                yield from numbers_of(item, (*path, key))
+
+
+def put(holder: Any, path: Field, value: float) -> Any:
+    """A config, or what lies in one, with another number; objects are changed, all else copied."""
+    if not path:
+        return value
+    first, rest = path[0], path[1:]
+    if isinstance(holder, Mapping):
+        items = {**holder, first: put(holder[first], rest, value)}
+        return items if type(holder) is dict else type(holder)(items)  # type: ignore[call-arg]
+    if isinstance(holder, list | tuple) and isinstance(first, int):
+        inside = list(holder)
+        inside[first] = put(inside[first], rest, value)
+        return type(holder)(inside)
+    setattr(holder, str(first), put(getattr(holder, str(first)), rest, value))
+    return holder
+
+
+def is_config(value: Any, config: Any) -> bool:
+    """Whether a module's attribute is a config of the kind of ``config``."""
+    if isinstance(config, Mapping):
+        return type(value) is type(config) and type(value) is not dict
+    return callable(getattr(value, "to_dict", None)) and not isinstance(value, nn.Module | type)
+
+
+def configs_of(model: nn.Module, config: Any) -> Iterator[tuple[str, str, Any]]:
+    """All configs that the modules of a model hold: module, attribute, config."""
+    for name, module in named_modules(model):
+        for key, value in vars(module).items():
+            if is_config(value, config):
+                yield name, key, value
