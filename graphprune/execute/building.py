@@ -22,7 +22,22 @@ from graphprune.record.skeleton import named_modules
 Field = tuple[str | int, ...]  # names and places that lead from a config to a number
 _SMALL = 4096  # elements of an empty tensor that is made for real
 _DRAWS = frozenset(
-    {Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_, Tensor.erfinv_, Tensor.clamp_}
+    [
+        "normal_",
+        "uniform_",
+        "trunc_normal_",
+        "kaiming_normal_",
+        "kaiming_uniform_",
+        "xavier_normal_",
+        "xavier_uniform_",
+        "orthogonal_",
+        "constant_",
+        "ones_",
+        "zeros_",
+        "fill_",
+        "zero_",
+        "erfinv_",
+    ]
 )
 _DEEP = 4
 
@@ -112,7 +127,7 @@ class _Empty(TorchFunctionMode):
             shape = args[0] if len(args) == 1 and not isinstance(args[0], int) else args
             if math.prod(shape) >= _SMALL:
                 kwargs["device"] = "meta"
-        elif func in _DRAWS or getattr(func, "__module__", "") == "torch.nn.init":
+        elif getattr(func, "__name__", "") in _DRAWS:  # libraries wrap them
             drawn = next(iter((*args, *kwargs.values())), None)
             if isinstance(drawn, Tensor) and drawn.is_meta:
                 return drawn
