@@ -18,10 +18,10 @@ from graphprune.execute.config import Before, follow_config
 from graphprune.execute.shrink import shrink
 from graphprune.masks.plans import check_request, dead_channels
 from graphprune.plan.plan import CELL, MAKERS, Plan
-from graphprune.planning.feasible import Settled, analyse
 from graphprune.planning.make import assemble, check_follows, check_kept, make_plan
 from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, sensitivity
+from graphprune.planning.settle import Settled, analyse
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, infer
 from graphprune.record.recording import record
@@ -210,7 +210,7 @@ class ChannelGraph:
         chosen = check_kept(self.settled, kept)
         plan = assemble(self.call, self.settled, chosen, request)
         if check:
-            check_follows(self.model, self.call, self.settled, chosen)
+            check_follows(self.model, self.call, self.settled, chosen, plan)
         return plan
 
     def sensitivity(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphprune.channels.resolve import Units, resolve
-from graphprune.ops.ids import Shape, Ties, along
+from graphprune.ops.ids import Pairs, Shape, Ties, along
 from graphprune.ops.rules import Reason, Value, Walk
 from graphprune.plan.plan import fingerprint
 from graphprune.record.layers import remembered
@@ -107,22 +106,33 @@ class Group:
         return str(self.reason or self.renormalising or "")
 
 
-@dataclass
+@dataclass(frozen=True)
+class Later:
+    """What was tied and frozen for reasons found after the walk."""
+
+    ties: Pairs = ()
+    frozen: tuple[tuple[Tensor, Reason], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Analysis:
-    """The channel ids of recorded forward passes, resolved into groups."""
+    """The channel ids of recorded forward passes, resolved into groups.
+
+    It never changes: what is found out later makes another one, see :meth:`derived`.
+    """
 
     architecture: str
     records: tuple[Record, ...]
-    values: dict[fx.Node, Value]
+    values: Mapping[fx.Node, Value]
     slots: tuple[Slot, ...]
-    names: dict[str, str]
+    names: Mapping[str, str]
     shared: frozenset[str]  # tensors that several modules hold
     units: Units
     walk: Walk = field(repr=False)
-    shapes: dict[str, tuple[Shape, int, bool]] = field(repr=False, default_factory=dict)
+    shapes: Mapping[str, tuple[Shape, int, bool]] = field(repr=False)
     remembered: tuple[Comparison, ...] = ()  # sizes of torch's layers that code of the model reads
-    _stays: dict[tuple[int, int], np.ndarray] = field(repr=False, default_factory=dict)
-    _alive: np.ndarray | None = field(repr=False, default=None)  # what ``_stays`` is for
+    later: Later = Later()
+    _last: list[Pruned] = field(default_factory=list, repr=False)  # what was asked for last
 
     @classmethod
     def build(
@@ -165,32 +175,18 @@ class Analysis:
             tuple(_remembered(model, records)),
         )
 
-    def copy(self) -> Analysis:
-        """An analysis in which more can be frozen without changing this one."""
-        units = replace(self.units, frozen=self.units.frozen.copy())
-        known = self.walk.ties
-        ties = replace(known, left=[*known.left], right=[*known.right], frozen=[*known.frozen])
-        walk = copy.copy(self.walk)
-        walk.ties = ties
-        clone = replace(self, units=units, walk=walk, _stays={}, _alive=None)
-        clone.__dict__["all_groups"] = self.all_groups
-        return clone
+    def derived(self, ties: Pairs = (), frozen: Sequence[tuple[Tensor, Reason]] = ()) -> Analysis:
+        """An analysis in which more is tied and frozen, for reasons found after the walk."""
+        units = self.units.copy()
+        units.tie(ties)
+        for ids, _ in frozen:
+            units.freeze(ids)
+        later = Later((*self.later.ties, *ties), (*self.later.frozen, *frozen))
+        return replace(self, units=units, later=later)
 
-    def tie(self, a: torch.Tensor, b: torch.Tensor) -> bool:
-        """Tie more ids, for a reason found after the walk; whether that changed anything."""
-        before = self.units.labels
-        self.walk.ties.tie(a, b)
-        self.units.tie(((a, b),))
-        self.__dict__.pop("all_groups", None)
-        self.__dict__.pop("groups", None)
-        return self.units.labels is not before
-
-    def freeze(self, ids: torch.Tensor, reason: Reason) -> None:
-        """Freeze more ids, for a reason found after the walk."""
-        self.walk.ties.freeze(ids, reason)
-        self.units.freeze(ids)
-        self.__dict__.pop("all_groups", None)
-        self.__dict__.pop("groups", None)
+    def stays(self, ids: Tensor) -> bool:
+        """Whether all of some ids are frozen."""
+        return bool(self.units.frozen[self.units.labels[ids.numpy()]].all())
 
     @cached_property
     def all_groups(self) -> tuple[Group, ...]:
@@ -212,32 +208,61 @@ class Analysis:
         by_id: np.ndarray = stays[self.units.labels]
         return by_id
 
+    def pruned(self, alive: np.ndarray) -> Pruned:
+        """What is left of every recorded value when these ids stay."""
+        if not self._last or self._last[0].alive is not alive:
+            self._last[:] = [Pruned(self.values, alive)]
+        return self._last[0]
+
     def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
+        """For each position of a value along ``dim`` whether it stays."""
+        return self.pruned(alive).positions(node, dim)
+
+    def shape(self, node: fx.Node, alive: np.ndarray) -> Shape:
+        """The shape of a value after pruning."""
+        return self.pruned(alive).shape(node)
+
+
+class Pruned:
+    """What is left of recorded values: positions and shapes, for one choice of ids.
+
+    Args:
+        values: the layers of every recorded value.
+        alive: for every id whether it stays; it must not change any more.
+    """
+
+    def __init__(self, values: Mapping[fx.Node, Value], alive: np.ndarray) -> None:
+        self.values, self.alive = values, alive
+        self._lines: dict[tuple[int, int], np.ndarray] = {}  # by layer, which ``values`` keeps
+        self._shapes: dict[fx.Node, Shape] = {}
+
+    def positions(self, node: fx.Node, dim: int) -> np.ndarray:
         """For each position of a value along ``dim`` whether it stays."""
         value = self.values[node]
         keep: np.ndarray | None = None
         for layer in value.layers:
             if layer.shape[dim] > 1:
-                stays = self._staying(layer, dim, alive)
-                keep = stays if keep is None else keep & stays
+                line = self._line(layer, dim)
+                keep = line if keep is None else keep & line
         return np.ones(value.shape[dim], bool) if keep is None else keep
 
-    def _staying(self, layer: torch.Tensor, dim: int, alive: np.ndarray) -> np.ndarray:
-        if self._alive is not alive:
-            self._alive, self._stays = alive, {}
-        key = id(layer), dim  # layers live as long as the values that hold them
-        if key not in self._stays:
-            rest = tuple(d for d in range(layer.dim()) if d != dim)
-            self._stays[key] = alive[layer.numpy()].any(axis=rest)
-        return self._stays[key]
+    def shape(self, node: fx.Node) -> Shape:
+        """The shape of a value."""
+        known = self._shapes.get(node)
+        if known is None:
+            value = self.values[node]
+            sizes = list(value.shape)
+            for dim in {d for layer in value.layers for d, n in enumerate(layer.shape) if n > 1}:
+                sizes[dim] = int(self.positions(node, dim).sum())
+            known = self._shapes[node] = tuple(sizes)
+        return known
 
-    def shape(self, node: fx.Node, alive: np.ndarray) -> Shape:
-        """The shape of a value after pruning."""
-        value = self.values[node]
-        sizes = list(value.shape)
-        for dim in {d for layer in value.layers for d, n in enumerate(layer.shape) if n > 1}:
-            sizes[dim] = int(self.positions(node, dim, alive).sum())
-        return tuple(sizes)
+    def _line(self, layer: Tensor, dim: int) -> np.ndarray:
+        key = id(layer), dim
+        if key not in self._lines:
+            rest = tuple(d for d in range(layer.dim()) if d != dim)
+            self._lines[key] = self.alive[layer.numpy()].any(axis=rest)
+        return self._lines[key]
 
 
 def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Comparison]:
@@ -280,7 +305,7 @@ def _groups(graph: Analysis) -> Iterator[Group]:
     keys = np.random.default_rng(0).integers(1, 2**63, len(slots), dtype=np.uint64)
     signature = np.zeros(len(units.frozen), np.uint64)
     np.add.at(signature, label, keys[owner])
-    reasons = _first_reason(units, graph.walk.ties.frozen)
+    reasons = _first_reason(units, [*graph.walk.ties.frozen, *graph.later.frozen])
     changes = _first_reason(units, [mark[:2] for mark in graph.walk.renormalising])
     reads = np.zeros(graph.walk.ties.size, bool)
     for ids in graph.walk.reads:

@@ -27,7 +27,7 @@ aten = torch.ops.aten
 def fine_labels(graph: Analysis) -> np.ndarray:
     """The component label of every id when blocks need not keep equal columns."""
     units = Units.of(graph.walk.ties)
-    for pairs in graph.units.firm:
+    for pairs in (*graph.units.firm, graph.later.ties):
         units.tie(pairs)
     return units.labels
 

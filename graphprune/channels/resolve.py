@@ -35,6 +35,10 @@ class Units:
             units.freeze(ids)
         return units
 
+    def copy(self) -> Units:
+        """The same components, to tie and freeze more of them."""
+        return Units(self.labels, self.frozen.copy(), self.chosen, self.firm)
+
     def freeze(self, ids: Tensor) -> None:
         """Ids that must stay."""
         self.frozen[self.labels[ids.reshape(-1).numpy()]] = True

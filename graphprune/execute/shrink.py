@@ -15,7 +15,7 @@ from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.layers import refresh
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.skeleton import named_modules, named_tensors, without_weights
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Selection = tuple[int, Tensor]
@@ -61,6 +61,28 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     _rescale(model, plan)
     fold(model, plan, kept)
     recompute_masked(model)
+    _follow(model, plan)
+    carry(model, plan if earlier is None else earlier.then(plan))
+    return model
+
+
+def hollow(model: nn.Module, plan: Plan) -> nn.Module:
+    """What :func:`shrink` makes, on ``meta``: quickly made, to see whether it would run."""
+    left: dict[str, dict[int, int]] = {}
+    for slot in plan.slots:
+        left.setdefault(slot.tensor, {})[slot.dim] = slot.width
+    shapes = {
+        name: tuple(left[name].get(dim, size) for dim, size in enumerate(tensor.shape))
+        for name, tensor in named_tensors(model)
+        if name in left
+    }
+    clone = without_weights(model, shapes)
+    _follow(clone, plan)
+    return clone
+
+
+def _follow(model: nn.Module, plan: Plan) -> None:
+    """Bring sizes in attributes and in the code in line with the tensors that were cut."""
     for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
         replace_attention(model.get_submodule(owner))
     for change in plan.sizes:
@@ -68,8 +90,6 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     for _, module in named_modules(model):
         refresh(module)
     rewrite_forward(model, plan.literals)
-    carry(model, plan if earlier is None else earlier.then(plan))
-    return model
 
 
 def _check_indices(model: nn.Module, plan: Plan) -> None:

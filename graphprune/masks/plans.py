@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from graphprune.errors import InputError, TraceError
 from graphprune.masks.dead import Pass, Search, agree
 from graphprune.plan.plan import BiasChange, Cost, Plan, SlotPlan
-from graphprune.planning.feasible import Settled, feasible
 from graphprune.planning.make import assemble
 from graphprune.planning.rescaling import Rescaling
+from graphprune.planning.settle import Settled, follow
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call, resized
 from graphprune.record.skeleton import aliases, mark, named_modules, named_tensors
@@ -43,7 +43,6 @@ def dead_channels(
     attention: str,
 ) -> Plan:
     """A plan that removes what is dead; see :meth:`graphprune.Plan.from_masks`."""
-    settled = settled.copy()
     zeroed = _zeroed(model, masks)
     masked = _apply(model, zeroed) if zeroed else model
     passes = _passes(masked, call, attention, fold)
@@ -56,7 +55,9 @@ def dead_channels(
         search = Search(settled.analysis, passes, used, rescaling.covers)
         biases, merges = search.run()
         kept = search.kept()
-        if feasible(model, call, settled, kept):
+        finding = follow(model, call, settled, kept)
+        settled = finding.settled
+        if finding.possible:
             break
     request = {"masks": True, "fold": fold}
     plan = assemble(call, settled, kept, request, rescaling)

@@ -27,7 +27,7 @@ from graphprune.ops.wanted import (
     packet_of,
     paths_of,
 )
-from graphprune.planning.problems import Place, Problem, ids_around
+from graphprune.planning.problems import Place, Problem, around
 from graphprune.record.sites import changeable, given, is_literal
 from graphprune.record.sizes import (
     COMPARISONS,
@@ -101,11 +101,11 @@ def changes(
         alive: for every id whether it stays.
         trusted: (record, node) positions of plain ints known to follow the shapes by themselves.
     """
-    found = Changes()
+    found, pruned = Changes(), graph.pruned(alive)
 
     @functools.cache
     def extent(leaf: Extent) -> int:
-        return graph.shape(leaf.node, alive)[leaf.dim]
+        return pruned.shape(leaf.node)[leaf.dim]
 
     for known in graph.remembered:
         _holds(graph, found, known, extent)
@@ -356,6 +356,4 @@ def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) ->
     else:
         doubtful = [n for n in ints[place] if isinstance(expression(n), int) and abs(n) > 1]
         doubtful = doubtful if leaks else []
-    return bool(doubtful) and any(
-        not graph.walk.is_fresh(layer) for layer in ids_around(graph, node)
-    )
+    return bool(doubtful) and any(not graph.walk.is_fresh(layer) for layer in around(graph, node))

@@ -125,12 +125,13 @@ def amount_text(name: str, amount: float) -> str:
 def remains(analysis: Analysis, name: str, alive: np.ndarray) -> list[str]:
     """The layers that cost most in what a plan leaves, with their shares."""
     amounts: dict[str, float] = {}
+    pruned = analysis.pruned(alive)
     if name == "macs":
         for node in analysis.records[0].ops:
             count = COUNTS.get(getattr(node.target, "overloadpacket", None))
             if count is not None:
                 module = node.meta["module"] or "(root)"
-                cost = count(node, lambda other: analysis.shape(other, alive))
+                cost = count(node, pruned.shape)
                 amounts[module] = amounts.get(module, 0) + cost
     elif name in ("params", "bytes"):
         left: dict[str, list[int]] = {}

@@ -296,13 +296,14 @@ def cost(analysis: Analysis, alive: np.ndarray | None = None) -> Cost:
     first = analysis.records[0]
     if alive is None:
         return Cost(params, macs(first), size)
-    return Cost(params, macs(first, lambda node: analysis.shape(node, alive)), size)
+    return Cost(params, macs(first, analysis.pruned(alive).shape), size)
 
 
 def peak(analysis: Analysis, alive: np.ndarray) -> int:
     """The peak of activation memory that a plan leaves, in bytes."""
+    pruned = analysis.pruned(alive)
 
     def size(node: fx.Node) -> int:
-        return math.prod(analysis.shape(node, alive)) * node.meta["dtype"].itemsize
+        return math.prod(pruned.shape(node)) * node.meta["dtype"].itemsize
 
     return peak_activations(analysis.records[0], size)

@@ -18,10 +18,10 @@ from graphprune.criteria import comparable, gather, scores
 from graphprune.errors import InputError, warn
 from graphprune.plan.plan import Plan
 from graphprune.planning.costs import Costs
-from graphprune.planning.feasible import Settled
 from graphprune.planning.options import Request
 from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept, Lane, Path, allowed, kept, levels
+from graphprune.planning.settle import Settled
 from graphprune.record.inputs import Call
 from graphprune.text import shorten
 

@@ -18,23 +18,26 @@ from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
 from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
 from graphprune.planning.draft import Draft, why
-from graphprune.planning.feasible import Settled, bare_plan, feasible, follows
 from graphprune.planning.freeing import freed
 from graphprune.planning.latency import Bench, Cache
 from graphprune.planning.options import Request
 from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept
+from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
 from graphprune.record.inputs import Call
 from graphprune.text import share, shorten
 
 
-class _Tied(Exception):
-    """The code cannot follow some kept channels; more channels are tied or frozen now."""
+class _Stuck(Exception):
+    """The code cannot follow some kept channels; ``settled`` is without what stood in the way."""
+
+    def __init__(self, settled: Settled) -> None:
+        super().__init__()
+        self.settled = settled
 
 
 def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) -> Plan:
     """The plan for a request; see ``ChannelGraph.plan``."""
-    settled = settled.copy()
     draft = Draft(model, call, settled, request)
     while True:
         if not draft.analysis.groups:
@@ -43,13 +46,35 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
         told = {**request.said(), "criterion": name_of(request.criterion)}
         try:
             chosen = draft.kept(_counts(draft, told))
-        except _Tied:
-            chosen = None
-        if chosen is not None and feasible(model, call, settled, chosen):
-            plan = assemble(call, settled, chosen, told, draft.rescaling)
-            draft.warn(plan)
-            return freed(draft, plan, chosen) if request.columns == "free" else plan
-        draft = Draft(model, call, settled, request, draft.evidence)
+            plan = emit(model, call, draft.settled, chosen, told, draft.rescaling)
+        except _Stuck as stuck:
+            draft = Draft(model, call, stuck.settled, request, draft.evidence)
+            continue
+        draft.warn(plan)
+        return freed(draft, plan, chosen) if request.columns == "free" else plan
+
+
+def emit(
+    model: nn.Module,
+    call: Call,
+    settled: Settled,
+    chosen: Kept,
+    told: Mapping[str, Any] | None = None,
+    rescaling: Rescaling | None = None,
+) -> Plan:
+    """A plan that the code of the model was seen to follow.
+
+    Raises:
+        _Stuck: it does not; says what is left without the channels in the way.
+    """
+    finding = follow(model, call, settled, chosen)
+    if finding.possible:
+        plan = assemble(call, finding.settled, chosen, told, rescaling)
+        alive = finding.settled.analysis.alive(chosen)
+        finding = rehearse(model, call, finding.settled, plan, alive)
+        if finding.possible:
+            return plan
+    raise _Stuck(finding.settled)
 
 
 def _counts(draft: Draft, told: dict[str, Any]) -> np.ndarray:
@@ -72,11 +97,9 @@ def _deadline(draft: Draft, budget: Budget) -> Deadline:
     """The search for a latency on the device of the model."""
     model, request = draft.model, draft.request
 
-    def emit(counts: np.ndarray) -> nn.Module:
+    def small(counts: np.ndarray) -> nn.Module:
         chosen = draft.kept(counts)
-        if not feasible(model, draft.call, draft.settled, chosen):
-            raise _Tied
-        plan = assemble(draft.call, draft.settled, chosen, rescaling=draft.rescaling)
+        plan = emit(model, draft.call, draft.settled, chosen, rescaling=draft.rescaling)
         return shrink(model, plan)
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -85,7 +108,7 @@ def _deadline(draft: Draft, budget: Budget) -> Deadline:
     tensors = [(t.dtype, t.stride()) for t in (*model.parameters(), *model.buffers())]
     inputs = repr(draft.call.map(lambda tensor: tensor.to("meta")))
     key = fingerprint(model), tensors, inputs, bench, sizes, request.round_to
-    return Deadline(budget, draft.path(), bench, Cache(*key), model, emit)
+    return Deadline(budget, draft.path(), bench, Cache(*key), model, small)
 
 
 def _obstacles(draft: Draft, budget: Budget) -> str:
@@ -199,15 +222,16 @@ def _numbers(name: str, channels: Any) -> tuple[int, ...]:
     return tuple(np.unique(found).tolist())
 
 
-def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept) -> None:
-    """Run a shrunk copy without weights where the code of the model demands it.
+def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept, plan: Plan) -> None:
+    """Run a shrunk copy without weights.
 
     Raises:
         InputError: the code does not follow.
     """
     alive = settled.analysis.alive(chosen)
-    if settled.changes(alive).unsure:
-        settled = settled.copy()
-        if not follows(model, call, settled, alive):
-            reason = settled.analysis.walk.ties.frozen[-1][1]
-            raise InputError(f"these channels cannot leave: {reason}")
+    finding = rehearse(model, call, settled, plan, alive)
+    if finding.possible and settled.changes(alive).unsure:
+        finding = follow(model, call, settled, chosen)
+    if not finding.possible:
+        reason = finding.settled.analysis.later.frozen[-1][1]
+        raise InputError(f"these channels cannot leave: {reason}")

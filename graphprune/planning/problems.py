@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from graphprune.channels.analysis import Analysis
+from graphprune.errors import RewriteError
 from graphprune.ops.rules import Reason
 from graphprune.record.sizes import Expression, extents
 
@@ -46,8 +48,33 @@ class Problem:
         return Reason(f"size {old} cannot be changed", self.owner, self.node.meta.get("line"))
 
 
-def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:
-    """All layers an op reads or makes, for freezing."""
+@dataclass(frozen=True)
+class Obstacles:
+    """What has to be tied, or to stay, so that the code of a model can follow."""
+
+    ties: tuple[tuple[Tensor, Tensor], ...] = ()
+    frozen: tuple[tuple[Tensor, Reason], ...] = ()
+
+
+def obstacles(graph: Analysis, problems: Sequence[Problem]) -> Obstacles:
+    """The channels that stand in the way of sizes that cannot be changed.
+
+    Raises:
+        RewriteError: all channels that the sizes depend on stay already.
+    """
+    certain = [problem for problem in problems if not problem.literal] or problems
+    ties = tuple(pair for problem in certain if (pair := _united(graph, problem)) is not None)
+    if ties:
+        return Obstacles(ties)
+    for find in (_moving, _moving_before):
+        frozen = tuple((ids, problem.reason) for problem in certain for ids in find(graph, problem))
+        if frozen:
+            return Obstacles(frozen=frozen)
+    raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
+
+
+def around(graph: Analysis, node: fx.Node) -> list[Tensor]:
+    """All layers an op reads or makes."""
     layers = list(graph.values[node].layers) if node in graph.values else []
     for other in (*node.all_input_nodes, *node.meta.get("items", {}).values()):
         if other in graph.values:
@@ -55,22 +82,31 @@ def ids_around(graph: Analysis, node: fx.Node) -> list[Tensor]:
     return layers
 
 
-def freeze(graph: Analysis, problem: Problem) -> bool:
-    """Freeze the channels that a size depends on; whether that changed anything."""
+def _moving(graph: Analysis, problem: Problem) -> list[Tensor]:
+    """The channels that a size depends on, as far as they may leave."""
     layers = [*problem.layers]
     if not layers:
-        layers = ids_around(graph, problem.node)
+        layers = around(graph, problem.node)
         for extent in extents(problem.expression):
             value = graph.values[extent.node]
             layers += [layer for layer in value.layers if layer.shape[extent.dim] > 1]
     others = [layer for node, dim in problem.rivals for layer in graph.values[node].on(dim)]
     for candidates in (layers, others):
-        moving = [i for i in candidates if not graph.units.frozen[graph.units.labels[i]].all()]
-        for layer in moving:
-            graph.freeze(layer, problem.reason)
+        moving = [layer for layer in candidates if not graph.stays(layer)]
         if moving:
-            return True
-    return False
+            return moving
+    return []
+
+
+def _moving_before(graph: Analysis, problem: Problem) -> list[Tensor]:
+    """What may leave at the last op before a problem where anything may."""
+    for record in graph.records:
+        ops = record.ops
+        for node in reversed(ops[: ops.index(problem.node) + 1] if problem.node in ops else ()):
+            moving = [layer for layer in around(graph, node) if not graph.stays(layer)]
+            if moving:
+                return moving
+    return []
 
 
 def _lines(graph: Analysis, place: Place) -> list[Tensor]:
@@ -82,8 +118,8 @@ def _lines(graph: Analysis, place: Place) -> list[Tensor]:
     ]
 
 
-def unite(graph: Analysis, problem: Problem) -> bool:
-    """Tie two dimensions of one size that one attribute measures; whether that changed anything.
+def _united(graph: Analysis, problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """Two dimensions of one size, not tied yet, that one attribute measures.
 
     Queries, keys and values of a single head, say, that are all viewed with ``self.head_dim``.
     """
@@ -93,6 +129,8 @@ def unite(graph: Analysis, problem: Problem) -> bool:
             lines = _lines(graph, place) if place is not None else []
             sides.append(lines[0] if lines else None)
         a, b = sides
-        if a is not None and b is not None and a.shape == b.shape and graph.tie(a, b):
-            return True
-    return False
+        if a is not None and b is not None and a.shape == b.shape:
+            labels = graph.units.labels
+            if (labels[a.numpy()] != labels[b.numpy()]).any():
+                return a, b
+    return None

@@ -16,9 +16,9 @@ from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
 from graphprune.plan.plan import fingerprint
 from graphprune.planning.draft import Draft
-from graphprune.planning.feasible import Settled, feasible
 from graphprune.planning.make import assemble
 from graphprune.planning.options import Request, check_ratio
+from graphprune.planning.settle import Settled, follow
 from graphprune.record.inputs import Call
 from graphprune.text import render, save_figure, shorten, tracked
 
@@ -166,9 +166,11 @@ def sensitivity(
             counts = np.array([other.size for other in settled.analysis.groups], float)
             counts[settled.analysis.groups.index(group)] -= removed
             chosen = {group.name: draft.kept(counts)[group.name]}
-            if not feasible(model, call, settled.copy(), chosen):
+            finding = follow(model, call, settled, chosen)
+            if not finding.possible:
                 continue  # the code of the model ties it to what stays
-            small = shrink(model, assemble(call, settled, chosen, rescaling=draft.rescaling))
+            plan = assemble(call, finding.settled, chosen, rescaling=draft.rescaling)
+            small = shrink(model, plan)
             found[exact] = base - _number(evaluate(small))
         if found:
             curves.append(

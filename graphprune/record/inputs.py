@@ -73,6 +73,12 @@ class Call:
         """The same inputs with the batch dimension repeated."""
         return self.map(lambda t: t.repeat(times, *[1] * (t.dim() - 1)) if t.dim() else t)
 
+    def another_batch(self) -> Call:
+        """Inputs without values, each with one more along its first dimension."""
+        return self.map(
+            lambda t: t.new_empty((t.shape[0] + 1, *t.shape[1:]), device="meta") if t.dim() else t
+        )
+
     def __str__(self) -> str:
         """The shapes, for messages."""
         named = (f"{key}={describe(value)}" for key, value in self.kwargs.items())

@@ -74,20 +74,23 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
 
 def refresh(module: nn.Module) -> None:
     """Bring the remembered sizes of one of torch's own layers in line with its parameters."""
+    sizes = next((found for kinds, found in TABLE if isinstance(module, kinds)), None)
+    if sizes is None:
+        return
     with _readable(module):
-        for kinds, sizes in TABLE:
-            if isinstance(module, kinds):
-                for name, value in sizes(module).items():
-                    if getattr(module, name) != value:
-                        setattr(module, name, value)
-                return
+        for name, value in sizes(module).items():
+            if getattr(module, name) != value:
+                setattr(module, name, value)
 
 
 @contextlib.contextmanager
 def _readable(module: nn.Module) -> Iterator[None]:
     """Its weights can be read without changing it: in train mode that updates spectral norms."""
-    parametrizations = getattr(module, "parametrizations", None)
-    inner = list(parametrizations.modules()) if isinstance(parametrizations, nn.Module) else []
+    parametrizations = module._modules.get("parametrizations")
+    if parametrizations is None:
+        yield
+        return
+    inner = list(parametrizations.modules())
     modes = [(part, part.training) for part in (module, *inner)]
     for part, _ in modes:
         part.training = False

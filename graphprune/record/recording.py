@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import TraceError
+from graphprune.ops import shapes
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
@@ -125,3 +127,21 @@ def _safe_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+class _Shapes(TorchDispatchMode):
+    """Runs ops on ``meta``, the quick way where there is one."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return shapes.run(func, args, kwargs or {})
+
+
+@torch.inference_mode(False)
+def dry(clone: nn.Module, call: Call) -> list[Any]:
+    """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own."""
+    args, kwargs = call.on("meta")
+    with torch.no_grad(), _safe_attention(), _Shapes():
+        return pytree.tree_leaves(_fields(clone(*args, **kwargs)))

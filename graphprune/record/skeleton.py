@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphprune.ops.ids import Shape
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.sizes import Attribute, Size
@@ -74,18 +75,7 @@ def shared_by_modules(model: nn.Module) -> frozenset[str]:
 
 def skeleton(model: nn.Module, device: str) -> nn.Module:
     """A copy without weights on ``meta`` (with weights for any other device), ready to record."""
-    memo: dict[int, Any] = {}
-    for _, module in named_modules(model):
-        members = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
-        for tensor in members:
-            if not isinstance(tensor, Tensor) or id(tensor) in memo:
-                continue
-            copied = tensor.detach()
-            copied = torch.empty_like(copied, device="meta") if device == "meta" else copied.clone()
-            if isinstance(tensor, nn.Parameter):
-                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
-            memo[id(tensor)] = copied
-    clone = copy_module(model, memo)
+    clone = without_weights(model) if device == "meta" else _with_weights(model)
     for name, module in named_modules(clone):
         replace_attention(module)
         state = vars(module)
@@ -96,6 +86,44 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
                 marks = [Size(n, Attribute(name, key, (i,), n)) for i, n in enumerate(value)]
                 state[key] = type(value)(marks)
     return clone
+
+
+def without_weights(model: nn.Module, shapes: Mapping[str, Shape] | None = None) -> nn.Module:
+    """A copy on ``meta``.
+
+    Args:
+        model: what to copy.
+        shapes: of parameters and buffers that get another one, by name.
+    """
+    named = dict(named_tensors(model)) if shapes else {}
+    other = {id(named[name]): shape for name, shape in (shapes or {}).items()}
+
+    def empty(tensor: Tensor) -> Tensor:
+        shape = other.get(id(tensor))
+        if shape is None:
+            return torch.empty_like(tensor.detach(), device="meta")
+        return torch.empty(shape, dtype=tensor.dtype, device="meta")
+
+    return _copied(model, empty)
+
+
+def _with_weights(model: nn.Module) -> nn.Module:
+    return _copied(model, lambda tensor: tensor.detach().clone())
+
+
+def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy of a model with something else in the place of every tensor."""
+    memo: dict[int, Any] = {}
+    for _, module in named_modules(model):
+        members = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+        for tensor in members:
+            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+                continue
+            copied = change(tensor)
+            if isinstance(tensor, nn.Parameter):
+                copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
+            memo[id(tensor)] = copied
+    return copy_module(model, memo)
 
 
 def mark(model: nn.Module | Mapping[str, Tensor]) -> float:

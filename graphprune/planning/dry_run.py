@@ -1,0 +1,213 @@
+"""Run a shrunk copy without weights, and see whether it does what a plan foresees.
+
+Nothing is computed on ``meta``: a run costs a few milliseconds and shows whether all sizes fit.
+Models that read values have been recorded on the CPU, and run there, with their weights.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.channels.analysis import Analysis, Pruned
+from graphprune.errors import TraceError
+from graphprune.execute.shrink import hollow, shrink
+from graphprune.ops.ids import Shape, varying
+from graphprune.plan.plan import Plan
+from graphprune.record.inputs import Call
+from graphprune.record.recorder import Record
+from graphprune.record.recording import dry, run
+from graphprune.record.skeleton import skeleton
+
+aten = torch.ops.aten
+
+
+class Place(NamedTuple):
+    """An op of a record."""
+
+    record: int
+    position: int
+
+
+@torch.inference_mode(False)
+def first_mismatch(
+    model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray, plan: Plan
+) -> Place | None:
+    """Record the small model, and compare the shape of every value with what is foreseen.
+
+    Returns:
+        The first op that fails or has another shape; ``None`` when all is well.
+    """
+    pruned = analysis.pruned(alive)
+    for number, original in enumerate(analysis.records):
+        small, complete = _recorded(model, _batch(original, call), original, plan)
+        bad = _first_difference(pruned, original, small)
+        if bad is None and not complete:
+            bad = min(len(small.ops), len(original.ops) - 1)
+        if not complete and any(map(_depends_on_values, original.ops[:bad])):
+            continue  # boxes of other values, which the original may not take either
+        if bad is not None:
+            return Place(number, bad)
+    return None
+
+
+def _recorded(
+    model: nn.Module, call: Call, original: Record, plan: Plan | None
+) -> tuple[Record, bool]:
+    """What ran of a shrunk copy, and whether that was all of it."""
+    clone = skeleton(model, original.device).train(original.training)
+    if plan is not None:
+        shrink(clone, plan, inplace=True)
+    try:
+        return run(clone, call, original.device), True
+    except TraceError as error:
+        if not isinstance(error.record, Record):
+            raise
+        return error.record, False
+
+
+def _batch(original: Record, call: Call) -> Call:
+    """The inputs as they were when a pass was recorded: train mode may want two of a batch."""
+    inputs = [node for node in original.graph.nodes if node.op == "placeholder"]
+    tensors = call.tensors()
+    if inputs and tensors and inputs[0].meta["shape"] != tuple(tensors[0].shape):
+        return call.repeated(2)
+    return call
+
+
+def _first_difference(
+    pruned: Pruned, original: Record, small: Record, whole: Record | None = None
+) -> int | None:
+    """The first op of another kind or shape. Whether a reshape copies depends on strides.
+
+    ``whole`` is the original at another batch size, when the small model was run with that.
+    """
+    scaled = {} if whole is None else dict(zip(_values(original), _values(whole)))
+    mine = [(position, node) for position, node in enumerate(original.ops) if _compared(node)]
+    others = [node for node in small.ops if _compared(node)]
+    unsteady: set[fx.Node] = set()
+
+    def differs(node: fx.Node, other: fx.Node) -> bool:
+        foreseen, found = pruned.shape(node), other.meta["shape"]
+        if node in scaled:
+            foreseen = _at_batch(foreseen, node.meta["shape"], scaled[node].meta["shape"])
+        if not unsteady:
+            return foreseen != found
+        moving = {dim for layer in pruned.values[node].layers for dim in varying(layer)}
+        return len(foreseen) != len(found) or any(foreseen[dim] != found[dim] for dim in moving)
+
+    for (position, node), other in zip(mine, others):
+        results = node.meta.get("items", {})
+        if _depends_on_values(node) or unsteady & set(node.all_input_nodes):
+            unsteady.update((node, *results.values()))
+        if node.target != other.target and not {node.target, other.target} <= _RESHAPES:
+            return None if unsteady else position  # other values take other ways
+        if "shape" in node.meta and ("shape" not in other.meta or differs(node, other)):
+            return position
+        for index, item in results.items():
+            small_item = other.meta.get("items", {}).get(index)
+            if item.users and small_item is not None and differs(item, small_item):
+                return position
+    return None
+
+
+def _values(record: Record) -> list[fx.Node]:
+    """What ops make, in order."""
+    found = [item for node in record.ops for item in (node, *node.meta.get("items", {}).values())]
+    return [node for node in found if "shape" in node.meta]
+
+
+def _depends_on_values(node: fx.Node) -> bool:
+    """Whether the shape of a result depends on values: selected boxes, say."""
+    tags = getattr(node.target, "tags", ())
+    packet = getattr(node.target, "overloadpacket", None)
+    if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+        return True
+    if packet is aten.index:
+        return any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
+    return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims")
+
+
+_RESHAPES = {aten.view.default, aten._unsafe_view.default}
+
+
+def _compared(node: fx.Node) -> bool:
+    return node.target is not aten.clone.default
+
+
+@torch.inference_mode(False)
+def broken(
+    model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray, plan: Plan
+) -> Place | None:
+    """Where the small model of a plan fails: the check of every plan before it is handed out.
+
+    It runs on ``meta`` with the example inputs and has to return what is foreseen. Where numbers
+    in its code were changed, which might have held for one batch size only, it also has to take
+    another batch size, if the original does. What fails is recorded, to see where.
+
+    Models that read values run on the CPU with their weights, recorded at once: that takes no
+    longer than the record of the original did.
+    """
+    if any(original.device != "meta" for original in analysis.records):
+        return first_mismatch(model, call, analysis, alive, plan)
+    pruned = analysis.pruned(alive)
+    for original in analysis.records:
+        foreseen = [pruned.shape(node) for node in original.outputs]
+        if _outputs(model, _batch(original, call), original, plan) != foreseen:
+            found = first_mismatch(model, call, analysis, alive, plan)
+            if found is not None:
+                return found
+    return _at_another_batch(model, call, pruned, analysis.records[0], plan)
+
+
+def _outputs(
+    model: nn.Module, call: Call, original: Record, plan: Plan | None
+) -> list[Shape] | None:
+    """The shapes of the outputs of a shrunk copy; ``None`` when it does not run."""
+    clone = skeleton(model, "meta") if plan is None else hollow(model, plan)
+    try:
+        leaves = dry(clone.train(original.training), call)
+    except Exception:  # whatever the code of a model raises: it is run again, and told then
+        return None
+    return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _at_another_batch(
+    model: nn.Module, call: Call, pruned: Pruned, original: Record, plan: Plan
+) -> Place | None:
+    """Where numbers written into the code stand for the batch size of the example."""
+    if not plan.literals:
+        return None
+    other = call.another_batch()
+    foreseen = _outputs(model, other, original, None)
+    if foreseen is None or _outputs(model, other, original, plan) == foreseen:
+        return None
+    whole, complete = _recorded(model, other, original, None)
+    if not complete or len(whole.ops) != len(original.ops):
+        return _first_changed(original, plan)
+    small, complete = _recorded(model, other, original, plan)
+    bad = _first_difference(pruned, original, small, whole)
+    if bad is None and not complete:
+        bad = min(len(small.ops), len(original.ops) - 1)
+    return _first_changed(original, plan) if bad is None else Place(0, bad)
+
+
+def _first_changed(original: Record, plan: Plan) -> Place | None:
+    """The first op that is given a number which a plan changes in the code."""
+    sites = {(change.module, change.site) for change in plan.literals}
+    places = (
+        Place(0, position)
+        for position, node in enumerate(original.ops)
+        if (node.meta["module"], node.meta["site"]) in sites
+    )
+    return next(places, None)
+
+
+def _at_batch(foreseen: Shape, before: Shape, now: Shape) -> Shape:
+    """A foreseen shape at another batch size, given the original's at both."""
+    if not len(foreseen) == len(before) == len(now):
+        return now
+    return tuple(size * n // b if b else n for size, b, n in zip(foreseen, before, now))

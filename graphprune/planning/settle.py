@@ -1,0 +1,233 @@
+"""Find out, before anyone plans, which channels can leave as far as the model's code goes.
+
+A trial plan of irregular widths is solved for sizes; sizes that neither an attribute nor a number
+in the source can change freeze their channels, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import fx, nn
+
+from graphprune.channels.analysis import Analysis
+from graphprune.errors import RewriteError, TraceError
+from graphprune.ops.rules import Reason
+from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
+from graphprune.planning import adapt
+from graphprune.planning.dry_run import Place, broken, first_mismatch
+from graphprune.planning.problems import Obstacles, Problem, around, obstacles
+from graphprune.record.inputs import Call
+from graphprune.record.recorder import Record
+from graphprune.record.recording import record
+from graphprune.record.sizes import Attribute, Literal
+from graphprune.record.skeleton import named_modules
+
+TRIALS = 2
+
+
+@dataclass(frozen=True)
+class Settled:
+    """An analysis, with what is known of how the code of the model follows it.
+
+    ``trusted`` are the (record, op) positions of plain ints that were seen to follow the shapes by
+    themselves.
+    """
+
+    analysis: Analysis
+    trusted: frozenset[Place] = frozenset()
+    _solved: dict[bytes, adapt.Changes] = field(default_factory=dict, repr=False, compare=False)
+
+    def changes(self, alive: np.ndarray) -> adapt.Changes:
+        """The sizes that change when these ids stay."""
+        key = alive.tobytes()
+        if key not in self._solved:
+            self._solved.clear()  # the channels asked for last are asked for again
+            self._solved[key] = adapt.changes(self.analysis, alive, self.trusted)
+        return self._solved[key]
+
+    def without(self, found: Obstacles) -> Settled:
+        """The same where what stood in the way is tied or stays."""
+        return Settled(self.analysis.derived(found.ties, found.frozen), self.trusted)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether the code of a model can follow a plan.
+
+    ``settled`` knows what was found out: ints that can be trusted, or that more channels are tied
+    or stay, without which the plan must be made anew.
+    """
+
+    settled: Settled
+    possible: bool
+
+
+def analyse(
+    model: nn.Module, call: Call, first: Record | None = None, attention: str = "heads"
+) -> Settled:
+    """Record, analyse and settle all sizes.
+
+    Args:
+        model: the user's model, not touched.
+        call: inputs it runs on.
+        first: the recorded forward pass in eval mode, when there is one already.
+        attention: see ``trace``.
+    """
+    settled = Settled(Analysis.build(model, _records(model, call, first), attention))
+    for number in range(TRIALS):
+        possible = False
+        while not possible:
+            finding = follow(model, call, settled, trial(settled.analysis, number))
+            settled, possible = finding.settled, finding.possible
+    return settled
+
+
+def follow(
+    model: nn.Module, call: Call, settled: Settled, kept: Mapping[str, Sequence[int]]
+) -> Finding:
+    """Whether the code can follow kept channels; if not, what is left without the obstacle."""
+    analysis = settled.analysis
+    alive = analysis.alive(kept)
+    solved = settled.changes(alive)
+    problems = solved.problems
+    unclear = [problem for problem in problems if problem.literal]
+    if unclear and len(unclear) == len(problems):
+        place = _mismatch(model, call, analysis, alive)
+        if place is None:
+            seen = {_place(analysis, problem.node) for problem in unclear}
+            return Finding(replace(settled, trusted=settled.trusted | seen, _solved={}), True)
+        problems = _guilty(analysis, place, unclear)
+    if problems:
+        return Finding(settled.without(obstacles(analysis, problems)), False)
+    place = _mismatch(model, call, analysis, alive) if solved.unsure else None
+    return _finding(settled, alive, place)
+
+
+def rehearse(
+    model: nn.Module, call: Call, settled: Settled, plan: Plan, alive: np.ndarray
+) -> Finding:
+    """Whether the small model of a plan runs; the last check before a plan is handed out."""
+    return _finding(settled, alive, broken(model, call, settled.analysis, alive, plan))
+
+
+def _finding(settled: Settled, alive: np.ndarray, place: Place | None) -> Finding:
+    if place is None:
+        return Finding(settled, True)
+    return Finding(settled.without(_in_the_way(settled.analysis, place, alive)), False)
+
+
+def _mismatch(model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray) -> Place | None:
+    """Where a shrunk copy differs from what is foreseen, if no plain int is trusted."""
+    plan = bare_plan(analysis, alive, adapt.changes(analysis, alive))
+    return first_mismatch(model, call, analysis, alive, plan)
+
+
+def _in_the_way(analysis: Analysis, place: Place, alive: np.ndarray) -> Obstacles:
+    """What shrinks at an op that fails, or else what shrank last before it."""
+    before = analysis.records[place.record].ops[: place.position + 1]
+    node = before[-1]
+    reason = Reason(
+        f"the code around {node.target} does not follow", node.meta["module"], node.meta["line"]
+    )
+    for node in reversed(before):
+        ids = around(analysis, node)
+        if not all(alive[layer.numpy()].all() for layer in ids):
+            return Obstacles(frozen=tuple((layer, reason) for layer in ids))
+    raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
+
+
+def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
+    """Kept channels of irregular number and place, the same for every call.
+
+    Groups of different sizes keep different numbers, where they can: some code takes equal sizes
+    for the absence of a layer (LSTM without projection).
+    """
+    generator = np.random.default_rng(number)
+    kept = {}
+    sizes: dict[int, int] = {}
+    for group in analysis.groups:
+        for _ in range(4):
+            count = int(generator.integers(1, max(group.size, 2)))
+            if sizes.setdefault(count, group.size) == group.size:
+                break
+        kept[group.name] = sorted(generator.permutation(group.size)[:count].tolist())
+    return kept
+
+
+def _records(model: nn.Module, call: Call, first: Record | None = None) -> list[Record]:
+    evaluated = first or record(model, call, False)
+    if not _depends_on_mode(model, evaluated):
+        return [evaluated]
+    batch = {t.shape[0] for t in call.tensors() if t.dim()}
+    call = call.repeated(2) if batch == {1} else call
+    try:
+        return [evaluated, record(model, call, True)]
+    except TraceError:
+        return [evaluated]
+
+
+def _depends_on_mode(model: nn.Module, evaluated: Record) -> bool:
+    """Whether train mode may run other ops: code looked at it, or layers were not used."""
+    tensors = (str(n.target) for n in evaluated.graph.nodes if n.op == "get_attr")
+    used = {*evaluated.used, *(tensor.rpartition(".")[0] for tensor in tensors)}
+    unused = (module for name, module in named_modules(model) if name not in used)
+    return evaluated.branches or any(
+        p is not None for module in unused for p in module._parameters.values()
+    )
+
+
+def _place(analysis: Analysis, node: fx.Node) -> Place:
+    for number, rec in enumerate(analysis.records):
+        ops = rec.ops
+        if node in ops:
+            return Place(number, ops.index(node))
+    raise AssertionError("an op of no record")
+
+
+def _guilty(analysis: Analysis, place: Place, unclear: Sequence[Problem]) -> list[Problem]:
+    """Which of some plain ints does not follow the shapes by itself, given where a run failed."""
+    node = analysis.records[place.record].ops[place.position]
+    guilty = [problem for problem in unclear if problem.node is node]
+    if guilty:
+        return guilty
+    places = [_place(analysis, problem.node) for problem in unclear]
+    before = [
+        problem
+        for problem, (record, position) in zip(unclear, places)
+        if record == place.record and position <= place.position
+    ]
+    return before[-1:] or list(unclear[:1])
+
+
+def _change(leaf: Literal, new: float) -> LiteralChange:
+    site = replace(leaf.site, file="", first=0, digest="")
+    return LiteralChange(leaf.module, site, leaf.path, leaf.value, new, leaf.site.digest)
+
+
+def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Plan:
+    """The slots and sizes of a plan, without its report."""
+    slots = []
+    for slot in analysis.slots:
+        keep = alive[slot.start : slot.start + slot.size]
+        if not keep.all():
+            kept = tuple(np.flatnonzero(keep).tolist())
+            slots.append(SlotPlan(slot.tensor, slot.dim, slot.size, kept))
+    sizes = [
+        SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, int(new))
+        for leaf, new in found.values.items()
+        if isinstance(leaf, Attribute)
+    ]
+    literals = [
+        _change(leaf, new) for leaf, new in found.values.items() if isinstance(leaf, Literal)
+    ]
+    indices = [
+        IndexChange(name, tuple(values.tolist()), tuple(np.flatnonzero(alive[ids]).tolist()))
+        for name, ids in analysis.walk.renumbered.items()
+        if (values := analysis.walk.numbers(name)) is not None and not alive[ids].all()
+    ]
+    return Plan(
+        analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals), tuple(indices)
+    )
