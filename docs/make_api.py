@@ -15,7 +15,7 @@ import graphprune
 from graphprune import criteria, errors, testing, training
 from graphprune.channels import analysis
 from graphprune.measurement import Comparison
-from graphprune.ops.rules import register_rule
+from graphprune.ops import Op, declare
 from graphprune.planning.sensitivity import Sensitivity
 from graphprune.record.attention import MultiheadAttention
 from graphprune.training import callbacks
@@ -77,7 +77,7 @@ def reference() -> str:
             "Testing", "graphprune.testing", [testing.check, testing.plans, testing.CheckReport]
         ),
         *chapter("Layers", "graphprune.record.attention", [MultiheadAttention]),
-        *chapter("Rules of ops", "graphprune.ops.rules", [register_rule]),
+        *chapter("Ops", "graphprune.ops", [declare, Op]),
         *errors_chapter(tree),
     ]
     return "\n".join(parts).rstrip() + "\n"

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.batch_norm import Norm
+from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Shape
+from graphprune.ops.registry import op_of
+from graphprune.ops.views import matrix_of, norm_of
 from graphprune.record.windows import Window
-
-aten = torch.ops.aten
-_SCALES = {aten.mul, aten.mul_, aten.div, aten.div_}
-_SHIFTS = {aten.add, aten.add_, aten.sub, aten.sub_}
 
 
 @dataclass(frozen=True)
@@ -114,26 +114,11 @@ class _Finder:
         return sorted(cut, key=lambda layer: (layer.end, layer.node))
 
     def _product(self, node: fx.Node) -> list[Layer]:
-        packet = getattr(node.target, "overloadpacket", None)
-        if node.op != "call_function":
+        factors = matrix_of(node)
+        if factors is None or factors.scales != (1, 1):
             return []
-        args: Any = node.args
-        flipped, window = False, Window("linear")
-        if packet is aten.convolution:
-            x, weight, bias, stride, padding, dilation, transposed, extra, groups = args
-            kind = "transposed" if transposed else "convolution"
-            extra = extra if transposed else [0] * len(padding)
-            pads = tuple((p, p - more) for p, more in zip(padding, extra))
-            kernel = tuple(weight.meta["shape"][2:])
-            window = Window(kind, kernel, tuple(stride), pads, tuple(dilation), groups)
-        elif packet is aten.linear:
-            x, weight, bias = (*args, None)[:3]
-        elif packet in (aten.mm, aten.matmul):
-            (x, weight), bias, flipped = args, None, True
-        elif packet is aten.addmm and not node.kwargs:
-            (bias, x, weight), flipped = args, True
-        else:
-            return []
+        x, weight, bias, flipped = factors.x, factors.weight, factors.bias, factors.turned
+        window = _window(factors)
         if self.constant[x] or not self.constant[weight]:
             return []
         if not self._own(weight):
@@ -171,41 +156,55 @@ class _Finder:
         current = node
         while len(current.users) == 1:
             (user,) = current.users
-            packet = getattr(user.target, "overloadpacket", None)
-            if packet is aten.native_batch_norm and self._frozen_norm(user, current, dim):
+            norm = norm_of(user)
+            if norm is not None and self._frozen_norm(norm, current, dim):
                 parts = [item for item in user.users if item.args[1] == 0]
                 if len(parts) != 1 or len(user.users) != 1:
                     break
                 chain += [self.numbers[user], self.numbers[parts[0]]]
                 current = parts[0]
-            elif packet in _SCALES | _SHIFTS and self._affine(user, current, packet, shape, dim):
+            elif self._affine(user, current, shape, dim):
                 chain.append(self.numbers[user])
                 current = user
             else:
                 break
         return tuple(chain)
 
-    def _frozen_norm(self, norm: fx.Node, source: fx.Node, dim: int) -> bool:
-        args: Any = norm.args
-        return args[0] is source and dim == 1 and not args[5] and args[3] is not None
+    def _frozen_norm(self, norm: Norm, source: fx.Node, dim: int) -> bool:
+        return norm.x is source and dim == 1 and not norm.of_batch
 
-    def _affine(self, op: fx.Node, source: fx.Node, packet: Any, shape: Shape, dim: int) -> bool:
+    def _affine(self, node: fx.Node, source: fx.Node, shape: Shape, dim: int) -> bool:
         """Whether an op keeps the channels apart and is affine in ``source``."""
-        target: Any = op.target
-        args: Any = op.args
-        if len(args) != 2 or op.kwargs or op.meta["shape"] != shape or args[0] is args[1]:
+        op = op_of(node)
+        target: Any = node.target
+        args: Any = node.args
+        if len(op.powers) != 2 and not op.signs:
+            return False
+        if len(args) != 2 or node.kwargs or node.meta["shape"] != shape or args[0] is args[1]:
             return False
         if target._schema.is_mutable and args[0] is not source:
             return False  # writes into the other one
-        if packet in (aten.div, aten.div_) and args[0] is not source:
+        if op.powers and op.powers[args.index(source)] != 1:
             return False
         other = args[1] if args[0] is source else args[0]
         if not isinstance(other, fx.Node):
             return True
         if not self.constant[other]:
-            return packet in _SHIFTS and other.meta["shape"] == shape
+            return bool(op.signs) and other.meta["shape"] == shape
         extents = (1,) * (len(shape) - len(other.meta["shape"])) + tuple(other.meta["shape"])
         return all(n == 1 or d == dim for d, n in enumerate(extents))
+
+
+def _window(factors: Factors) -> Window:
+    """How the weight reads its input."""
+    if factors.window is None:
+        return Window("linear")
+    stride, padding, dilation, transposed, extra, groups = factors.window
+    kind = "transposed" if transposed else "convolution"
+    extra = extra if transposed else [0] * len(padding)
+    pads = tuple((p, p - more) for p, more in zip(padding, extra))
+    kernel = tuple(factors.weight.meta["shape"][2:])
+    return Window(kind, kernel, tuple(stride), pads, tuple(dilation), groups)
 
 
 def _columns(shape: Shape, window: Window, flipped: bool) -> int:
@@ -272,8 +271,7 @@ def other_activation(
 
 
 def _negated(node: fx.Node, source: fx.Node) -> bool:
-    subtracts = getattr(node.target, "overloadpacket", None) in (aten.sub, aten.sub_)
-    return subtracts and node.args[1] is source
+    return op_of(node).signs[node.args.index(source)] < 0
 
 
 def _double(value: Any) -> Any:

@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from graphprune.calibration.joint import Joint
 from graphprune.calibration.layers import Layer, find_layers, slope_of
-from graphprune.calibration.replay import Replay, aten, last_uses, same_ops
+from graphprune.calibration.replay import Replay, last_uses, same_ops
 from graphprune.calibration.segments import segments
 from graphprune.calibration.sums import Sums
+from graphprune.ops.views import norm_of
 
 WIDEST = 4096  # columns that are refitted at once
 _EXACT = 1e-12  # of the energy: nothing to repair
@@ -254,13 +255,11 @@ class Repair:
     def _norm(self, layer: Layer) -> tuple[str, ...] | None:
         """Names of weight, bias, mean and variance of a BatchNorm right behind a layer."""
         node = self.nodes[layer.chain[0]] if layer.chain else None
-        if (
-            node is None
-            or getattr(node.target, "overloadpacket", None) is not aten.native_batch_norm
-        ):
+        norm = None if node is None else norm_of(node)
+        if norm is None:
             return None
         names = []
-        for part in node.args[1:5]:
+        for part in (norm.weight, norm.bias, norm.mean, norm.var):
             if not isinstance(part, fx.Node) or part.op != "get_attr" or len(part.users) != 1:
                 return None
             names.append(str(part.target))
@@ -270,10 +269,11 @@ class Repair:
         outputs = [self.small.value(b, layer.node) for b in range(len(self.small.values))]
         variance, mean = _moments(outputs)
         weight, bias, old_mean, old_variance = (self.small.tensors[n].detach() for n in names)
-        eps: Any = self.nodes[layer.chain[0]].args[7]
-        slope = weight.double() / (old_variance.double() + eps).sqrt()
+        norm = norm_of(self.nodes[layer.chain[0]])
+        assert norm is not None
+        slope = weight.double() / (old_variance.double() + norm.eps).sqrt()
         bias.copy_(bias.double() + slope * (shift - old_mean.double() + mean))
-        weight.copy_(slope * (variance + eps).sqrt())
+        weight.copy_(slope * (variance + norm.eps).sqrt())
         old_mean.copy_(mean)
         old_variance.copy_(variance)
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from graphprune.errors import ModelError
 from graphprune.execute.fold import recompute_masked
-from graphprune.ops.kernels import grouped_mm
+from graphprune.ops.registry import op_of
 from graphprune.record.batches import Batch, describe, device_of
 from graphprune.record.inputs import Call
 from graphprune.record.modes import leak
@@ -97,8 +97,9 @@ class Replay:
             return args[0][args[1]]
         if kwargs.get("device") == torch.device(self.records[which].device):
             kwargs = {**kwargs, "device": self.device}
-        if node.target is aten._grouped_mm.default:
-            return grouped_mm(*args, **kwargs)
+        kernel = op_of(node).kernel
+        if kernel is not None:
+            return kernel(*args, **kwargs)
         if node.target is aten.view.default:  # strides may differ from the recorded ones
             return aten.reshape.default(*args)
         return target(*args, **kwargs)

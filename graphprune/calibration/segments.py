@@ -12,14 +12,9 @@ from dataclasses import dataclass
 from torch import fx, nn
 
 from graphprune.calibration.layers import Layer, constants
-from graphprune.calibration.replay import Replay, aten
-
-_PRODUCTS = {aten.convolution, aten.linear, aten.mm, aten.matmul, aten.addmm, aten.bmm}
-_ACTIVATIONS = {
-    *(aten.relu, aten.relu_, aten.hardtanh, aten.hardtanh_, aten.leaky_relu, aten.leaky_relu_),
-    *(aten.gelu, aten.silu, aten.silu_, aten.hardswish, aten.hardswish_, aten.mish, aten.softplus),
-    *(aten.elu, aten.elu_, aten.sigmoid, aten.hardsigmoid, aten.tanh),
-}
+from graphprune.calibration.replay import Replay
+from graphprune.ops.registry import op_of
+from graphprune.ops.views import multiplies, norm_of
 
 
 @dataclass(frozen=True)
@@ -90,15 +85,15 @@ def _inside(
 
 
 def _is_product(node: fx.Node, constant: Mapping[fx.Node, bool]) -> bool:
-    packet = getattr(node.target, "overloadpacket", None)
-    return packet in _PRODUCTS and any(constant[source] for source in node.all_input_nodes)
+    return multiplies(node) and any(constant[source] for source in node.all_input_nodes)
 
 
 def _parameters(node: fx.Node, own: tuple[str | None, ...]) -> Iterator[fx.Node]:
     """Weights and biases that a node alone reads: of a layer, or of a BatchNorm in eval form."""
-    norm = getattr(node.target, "overloadpacket", None) is aten.native_batch_norm
-    if norm and not node.args[5]:
-        own = tuple(str(part.target) for part in node.args[1:3] if isinstance(part, fx.Node))
+    norm = norm_of(node)
+    if norm is not None and not norm.training:
+        affine = (norm.weight, norm.bias)
+        own = tuple(str(part.target) for part in affine if isinstance(part, fx.Node))
     for source in node.all_input_nodes:
         if source.op == "get_attr" and str(source.target) in own and len(source.users) == 1:
             yield source
@@ -118,5 +113,4 @@ def _activation(node: fx.Node) -> fx.Node | None:
     if len(node.users) != 1:
         return None
     (user,) = node.users
-    found = getattr(user.target, "overloadpacket", None) in _ACTIVATIONS
-    return user if found and user.all_input_nodes == [node] else None
+    return user if op_of(user).activation and user.all_input_nodes == [node] else None

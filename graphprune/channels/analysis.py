@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 
 from graphprune.channels.resolve import Units, resolve
 from graphprune.ops.ids import Pairs, Shape, Ties, along
-from graphprune.ops.rules import Reason, Value, Walk
+from graphprune.ops.values import Reason, Value
+from graphprune.ops.walk import Walk
 from graphprune.plan.plan import fingerprint
 from graphprune.record.layers import remembered
 from graphprune.record.recorder import Record

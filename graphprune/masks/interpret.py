@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.ops.constants import contraction, movement, pointwise, statistics
-from graphprune.ops.constants.fact import FACTS, Fact, double, found, values
+from graphprune.ops.fact import Fact, double, found, values
+from graphprune.ops.registry import op_of
+from graphprune.ops.views import fact_rule
 from graphprune.record.recorder import Record
 from graphprune.record.skeleton import named_tensors
 
 aten = torch.ops.aten
-RULES = (contraction, movement, pointwise, statistics)  # what fills the table
 Facts = Mapping[fx.Node, Any]  # a Fact, or a list of them
 
 
@@ -120,7 +120,7 @@ def apply(node: fx.Node, args: Any, kwargs: Any) -> Any:
     op: Any = node.target
     if not isinstance(op, torch._ops.OpOverload):
         return _any(node)
-    rule = FACTS.get(op.overloadpacket)
+    rule = fact_rule(op_of(op))
     changes = op._schema.is_mutable
     try:
         if rule is not None:
@@ -133,8 +133,6 @@ def apply(node: fx.Node, args: Any, kwargs: Any) -> Any:
 
 
 def _functional(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
-    if torch.Tag.pointwise in op.tags:
-        return pointwise.pointwise(op, *args, **kwargs)
     random = torch.Tag.nondeterministic_seeded in op.tags or "empty" in op._schema.name
     if random or not all(fact.constant for fact in found((args, kwargs))):
         return _any(node)
@@ -149,7 +147,7 @@ def _in_place(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
     functional = getattr(packet, op._overloadname, None)
     if not name.endswith("_") or functional is None or not isinstance(args[0], Fact):
         return _spoiled(node, op, args, kwargs)
-    rule = FACTS.get(packet)
+    rule = fact_rule(op_of(functional))
     result = (
         _functional(node, functional, args, kwargs)
         if rule is None

@@ -16,17 +16,9 @@ import torch
 from torch import fx
 
 from graphprune.channels.analysis import Analysis
+from graphprune.ops.given import args_of, ints_of, locate, paths_of
 from graphprune.ops.ids import Path
-from graphprune.ops.wanted import (
-    POSITIONS,
-    WANTED,
-    args_of,
-    ints_of,
-    locate,
-    measured,
-    packet_of,
-    paths_of,
-)
+from graphprune.ops.registry import op_of, packet_of
 from graphprune.planning.problems import Place, Problem, around
 from graphprune.record.sites import changeable, given, is_literal
 from graphprune.record.sizes import (
@@ -50,11 +42,6 @@ from graphprune.record.sizes import (
 aten = torch.ops.aten
 ExtentOf = Callable[[Extent], int]
 
-# Ops of torch's own layers: when a layer gives its own attribute, nothing else depends on it.
-_LAYERS = frozenset(
-    {aten.convolution, aten.native_group_norm, aten.native_layer_norm, aten._fused_rms_norm}
-)
-
 
 @dataclass(frozen=True)
 class Demand:
@@ -71,7 +58,7 @@ class Demand:
     @property
     def position(self) -> bool:
         """Whether it is the place of a channel."""
-        return packet_of(self.node) in POSITIONS
+        return op_of(self.node).places
 
 
 @dataclass
@@ -88,7 +75,7 @@ class Changes:
 
 def sized(node: fx.Node) -> bool:
     """Whether an op may be given a size."""
-    return packet_of(node) in WANTED and bool(node.meta.get("numbers"))
+    return op_of(node).given is not None and bool(node.meta.get("numbers"))
 
 
 def changes(
@@ -257,9 +244,6 @@ def _solve(found: Changes, expr: Expression, want: int, extent: ExtentOf) -> boo
     return False
 
 
-_FILLING = frozenset({aten.full, aten.new_full, aten.full_like, aten.scalar_tensor, aten.fill_})
-
-
 def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
     """Whether a squeeze would drop a dimension that shrinks to a single channel."""
     if packet_of(node) is not aten.squeeze:
@@ -285,7 +269,7 @@ def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:
     for record in graph.records:
         for node in record.ops:
             numbers = node.meta.get("numbers")
-            filled = packet_of(node) in _FILLING
+            filled = op_of(node).fills
             tags = getattr(node.target, "tags", ())
             scaled = isinstance(node.kwargs.get("scale"), float)
             if numbers and (filled or scaled or torch.Tag.pointwise in tags):
@@ -320,16 +304,17 @@ def _demands(
         for position, node in enumerate(record.ops):
             if not sized(node):
                 continue
-            packet = packet_of(node)
+            op = op_of(node)
+            assert op.given is not None
             ints, paths = ints_of(node), paths_of(node)
-            for old, new, kind in WANTED[packet](graph, node, alive):
+            for old, new, kind, dims in op.given(graph, node, alive):
                 place = locate(node, old, kind)
-                if place is None and packet in POSITIONS and old != new:
+                if place is None and op.places and old != new:
                     yield Demand(node, old[0], new[0], old[0])
                 found.unsure |= _unsure(graph, node, place, record.leaks)
-                places = measured(node, old)
+                places = dims or [None] * len(old)
                 sizes = ints[place] if place is not None else []
-                trust = (number, position) in trusted and packet not in POSITIONS
+                trust = (number, position) in trusted and not op.places
                 for offset, (size, was, now) in enumerate(zip(sizes, old, new)):
                     if was == now == -1 or (size == -1 and was != -1):
                         continue  # inferred by the op
@@ -351,7 +336,7 @@ def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) ->
         results = (node, *node.meta.get("items", {}).values())
         rank = max(len(result.meta.get("shape", ())) for result in results)
         doubtful = [n for n in ints if abs(n) > rank]
-    elif packet_of(node) in _LAYERS:
+    elif op_of(node).layer:
         doubtful = [n for n in ints[place] if not isinstance(expression(n), Attribute)]
     else:
         doubtful = [n for n in ints[place] if isinstance(expression(n), int) and abs(n) > 1]

@@ -11,7 +11,7 @@ import numpy as np
 from graphprune.channels.analysis import Analysis
 from graphprune.errors import InputError
 from graphprune.measurement import bytes_text, count_text
-from graphprune.ops.counting import COUNTS
+from graphprune.ops.views import macs_of, multiplies
 from graphprune.planning.costs import Costs, Counts, Polynomials
 from graphprune.planning.options import Target
 from graphprune.planning.select import Path
@@ -128,10 +128,9 @@ def remains(analysis: Analysis, name: str, alive: np.ndarray) -> list[str]:
     pruned = analysis.pruned(alive)
     if name == "macs":
         for node in analysis.records[0].ops:
-            count = COUNTS.get(getattr(node.target, "overloadpacket", None))
-            if count is not None:
+            if multiplies(node):
                 module = node.meta["module"] or "(root)"
-                cost = count(node, pruned.shape)
+                cost = macs_of(node, pruned.shape)
                 amounts[module] = amounts.get(module, 0) + cost
     elif name in ("params", "bytes"):
         left: dict[str, list[int]] = {}

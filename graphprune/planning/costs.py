@@ -16,8 +16,8 @@ import numpy as np
 from torch import fx
 
 from graphprune.channels.analysis import Analysis
-from graphprune.ops.counting import COUNTS
 from graphprune.ops.ids import KEPT
+from graphprune.ops.views import macs_of
 from graphprune.plan.plan import Cost
 from graphprune.record.cost import lifetimes, macs, peak_activations
 
@@ -264,11 +264,7 @@ class Costs:
 
 
 def _macs(forms: Forms) -> Any:
-    return sum(
-        COUNTS[packet](node, forms.shape)
-        for node in forms.analysis.records[0].ops
-        if (packet := getattr(node.target, "overloadpacket", None)) in COUNTS
-    )
+    return sum(macs_of(node, forms.shape) for node in forms.analysis.records[0].ops)
 
 
 def _weights(forms: Forms, params: bool) -> Any:

@@ -28,10 +28,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.measurement import cpu_threads, drawn, shared_copy
-from graphprune.ops.counting import COUNTS
+from graphprune.ops.registry import WHOLE
+from graphprune.ops.views import macs_of
 from graphprune.planning.costs import Costs, Counts, Forms, Polynomials
 from graphprune.record.inputs import Call
-from graphprune.record.modes import WHOLE
 
 _ROUNDS, _LEAST, _SECONDS = 6, 1, 0.06
 _RUNS = 9
@@ -305,8 +305,7 @@ def fit(costs: Costs, samples: Sequence[Sample]) -> Polynomials:
 
 def _features(node: fx.Node, forms: Forms) -> tuple[Any, Any, Any, Any]:
     """What the time of an op may depend on: 1, MACs, values moved, weights read."""
-    count = COUNTS.get(getattr(node.target, "overloadpacket", None))
-    macs = 0 if count is None else count(node, forms.shape)
+    macs = macs_of(node, forms.shape)
     moved: Any = 0
     weights: Any = 0
     for used in dict.fromkeys([*node.all_input_nodes, node]):

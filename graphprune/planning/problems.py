@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from graphprune.channels.analysis import Analysis
 from graphprune.errors import RewriteError
-from graphprune.ops.rules import Reason
+from graphprune.ops.values import Reason
 from graphprune.record.sizes import Expression, extents
 
 Place = tuple[fx.Node, int]  # a dimension of a value

@@ -9,7 +9,7 @@ is followed through the recorded graph until a weight absorbs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,16 +18,10 @@ import torch
 from torch import fx, nn
 
 from graphprune.channels.analysis import Analysis, Group
+from graphprune.ops.registry import op_of, packet_of
 from graphprune.plan.plan import Rescale
 
 aten = torch.ops.aten
-
-_PASSING = frozenset(
-    {aten._to_copy, aten.view, aten._unsafe_view, aten.reshape, aten.expand, aten.unsqueeze,
-     aten.squeeze, aten.transpose, aten.permute, aten.detach, aten.alias, aten.clone}
-)  # fmt: skip
-_PRODUCTS = {aten.mul: 1, aten.mul_: 1, aten.div: -1, aten.div_: -1}
-_POWERS: dict[Any, float] = {aten.rsqrt: -0.5, aten.sqrt: 0.5, aten.reciprocal: -1.0}
 
 
 @dataclass(frozen=True)
@@ -97,8 +91,8 @@ def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSq
     found: dict[fx.Node | None, RootMeanSquare] = {}
     nodes = dict.fromkeys(node for _, _, node in graph.walk.renormalising if node is not None)
     for node in nodes:
-        norm = _fused(node, model) if _packet(node) is aten._fused_rms_norm else None
-        norm = _Following(model).norm(node) if _packet(node) is aten.mean else norm
+        norm = _fused(node, model) if packet_of(node) is aten._fused_rms_norm else None
+        norm = _Following(model).norm(node) if packet_of(node) is aten.mean else norm
         if norm is not None:
             found[node] = norm
     by_weight: dict[str, list[Any]] = {}
@@ -175,20 +169,17 @@ class _Following:
         return RootMeanSquare(source, dims, weight, power, *next(iter(self.eps), ("", "", 0.0)))
 
     def _step(self, node: fx.Node) -> bool:
-        packet = _packet(node)
+        op = op_of(node)
         args: list[Any] = list(node.args)
-        rule: Callable[[fx.Node, list[Any]], bool] | None = {
-            aten.add: self._add,
-            aten.add_: self._add,
-            **dict.fromkeys(_PRODUCTS, self._product),
-        }.get(packet)
-        if rule is not None:
-            return rule(node, args)
-        if packet in _PASSING:
-            self.powers[node] = self.powers[args[0]]
-        elif packet in _POWERS:
-            self.powers[node] = self.powers[args[0]] * _POWERS[packet]
-        elif packet is aten.pow and isinstance(args[1], int | float):
+        if op.signs:
+            return op.signs == (1, 1) and self._add(node, args)
+        if len(op.powers) == 2:
+            return self._product(node, args, op.powers[1])
+        if op.linear and len(node.all_input_nodes) == 1 and "shape" in node.meta:
+            self.powers[node] = self.powers[node.all_input_nodes[0]]
+        elif op.powers:
+            self.powers[node] = self.powers[args[0]] * op.powers[0]
+        elif packet_of(node) is aten.pow and isinstance(args[1], int | float):
             self.powers[node] = self.powers[args[0]] * args[1]
         else:
             return False
@@ -208,9 +199,8 @@ class _Following:
         self.powers[node] = 1.0
         return True
 
-    def _product(self, node: fx.Node, args: list[Any]) -> bool:
+    def _product(self, node: fx.Node, args: list[Any], sign: float) -> bool:
         """Factors multiply, and a weight absorbs them."""
-        sign = _PRODUCTS[_packet(node)]
         left, right = (self.powers.get(arg, 0.0) if _is_node(arg) else 0.0 for arg in args[:2])
         power = left + sign * right
         weights = [_parameter(arg) for arg in args[:2] if _is_node(arg)]
@@ -220,10 +210,6 @@ class _Following:
         elif power:
             self.powers[node] = power
         return True
-
-
-def _packet(node: fx.Node) -> Any:
-    return getattr(node.target, "overloadpacket", None)
 
 
 def _inputs(node: fx.Node) -> set[fx.Node]:
@@ -236,6 +222,6 @@ def _is_node(value: Any) -> bool:
 
 def _parameter(node: fx.Node) -> str | None:
     """The name of the parameter that a value is, cast or not."""
-    while _packet(node) is aten._to_copy:
+    while packet_of(node) is aten._to_copy:
         node = node.all_input_nodes[0]
     return str(node.target) if node.op == "get_attr" else None

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from graphprune.channels.analysis import Analysis
 from graphprune.errors import RewriteError, TraceError
-from graphprune.ops.rules import Reason
+from graphprune.ops.values import Reason
 from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.planning import adapt
 from graphprune.planning.dry_run import Place, broken, first_mismatch

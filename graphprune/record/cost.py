@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from graphprune.ops.counting import COUNTS, ShapeOf
 from graphprune.ops.ids import Shape
+from graphprune.ops.views import ShapeOf, macs_of
 from graphprune.record.recorder import Record
 
 _ALIASING = {torch.ops.aten._unsafe_view.default}  # share storage though the schema is silent
@@ -24,12 +24,7 @@ def recorded_shape(node: fx.Node) -> Shape:
 
 def macs(record: Record, shape: ShapeOf = recorded_shape) -> int:
     """Multiply-accumulates of one forward pass: convolutions, matrix products and attention."""
-    total = 0
-    for node in record.ops:
-        count = COUNTS.get(getattr(node.target, "overloadpacket", None))
-        if count is not None:
-            total += count(node, shape)
-    return total
+    return sum(macs_of(node, shape) for node in record.ops)
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.ops import shapes
-from graphprune.ops.kernels import GROUPED_MM
+from graphprune.ops.registry import WHOLE
+from graphprune.ops.views import run_on_meta
 from graphprune.record.sizes import Scale
 
 aten = torch.ops.aten
 _TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 _SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
-WHOLE = {  # recorded as one op, whichever kernels it is made of
-    F.scaled_dot_product_attention: torch.ops.aten.scaled_dot_product_attention.default,
-    F.linear: torch.ops.aten.linear.default,
-    torch.matmul: torch.ops.aten.matmul.default,
-    torch.Tensor.matmul: torch.ops.aten.matmul.default,
-    torch.Tensor.__matmul__: torch.ops.aten.matmul.default,
-    **dict.fromkeys(GROUPED_MM, torch.ops.aten._grouped_mm.default),
-}
 _CHUNKS = {torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split}
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
@@ -166,7 +157,7 @@ class Dispatch(TorchDispatchMode):
         if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
             args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
         on_meta = recorder.device == "meta"
-        out = shapes.run(func, args, kwargs) if on_meta else func(*args, **kwargs)
+        out = run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
         if not recorder.opaque:
             recorder.call(func, args, kwargs, out)
         return out

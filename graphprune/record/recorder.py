@@ -18,9 +18,9 @@ import torch.nn.modules.module as nn_module
 from torch import Tensor, fx, nn
 
 from graphprune.errors import PACKAGE
-from graphprune.ops import shapes
 from graphprune.ops.ids import Path as ArgumentPath
-from graphprune.ops.kernels import KERNELS
+from graphprune.ops.registry import op_of
+from graphprune.ops.views import run_on_meta
 from graphprune.record.modes import Dispatch, EvalFlag, Functions
 from graphprune.record.sites import Site, find_site, forward_of
 from graphprune.record.sizes import Comparison, Extent, Scale, Size, extents, plain
@@ -29,12 +29,6 @@ from graphprune.record.skeleton import named_modules, named_tensors
 _functorch: Any = torch._C._functorch
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("recording.py"))
-_SCALED = {torch.ops.aten.scaled_dot_product_attention.default}
-_NORMS = {  # their saved statistics are hardly ever read
-    torch.ops.aten.native_batch_norm.default,
-    torch.ops.aten.native_layer_norm.default,
-    torch.ops.aten.native_group_norm.default,
-}
 
 
 @dataclass
@@ -133,18 +127,19 @@ class Recorder:
             line=line,
             numbers=self.numbers,
             paths=self.paths,
-            site=self.site(frame) if self.numbers or target in _SCALED else None,
+            site=self.site(frame) if self.numbers or op_of(target).scaled else None,
             transformed=_functorch.peek_interpreter_stack() is not None,
         )
         if isinstance(out, Tensor):
             self.register(node, out)
         elif isinstance(out, list | tuple):
             node.meta["items"] = items = {}
+            saves = op_of(target).saves
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
                     self.parts[id(item)] = (node, index)
                     self.alive.append(item)
-                    if index == 0 or target not in _NORMS:
+                    if index == 0 or not saves:
                         items[index] = self.part(item)
 
     def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -155,8 +150,8 @@ class Recorder:
         kwargs = {name: value for name, value in kwargs.items() if name not in tensors}
         try:
             on_meta = self.device == "meta"
-            kernel = KERNELS.get(target, target)
-            out = shapes.run(target, args, kwargs) if on_meta else kernel(*args, **kwargs)
+            kernel = op_of(target).kernel or target
+            out = run_on_meta(target, args, kwargs) if on_meta else kernel(*args, **kwargs)
         finally:
             self.opaque = False
         self.call(target, args, kwargs, out)

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import TraceError
-from graphprune.ops import shapes
+from graphprune.ops.views import run_on_meta
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
@@ -136,7 +136,7 @@ class _Shapes(TorchDispatchMode):
         TorchDispatchMode.__init__(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return shapes.run(func, args, kwargs or {})
+        return run_on_meta(func, args, kwargs or {})
 
 
 @torch.inference_mode(False)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphPruneError, ModelError, TraceError, VerificationError
 from graphprune.execute.shrink import cut, kept_indices, shrink
-from graphprune.ops.kernels import GROUPED_MM, grouped_mm
+from graphprune.ops.registry import WHOLE, op_of
 from graphprune.plan.plan import Plan
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call, resized
@@ -318,8 +318,9 @@ class _NoDropout(TorchFunctionMode):
             kwargs = {k: self.dtype if v is torch.float32 else v for k, v in kwargs.items()}
         if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["input"]
-        if func in GROUPED_MM:
-            return grouped_mm(*args, **kwargs)
+        kernel = op_of(WHOLE.get(func, func)).kernel
+        if kernel is not None:
+            return kernel(*args, **kwargs)
         if func in _ATTENTION:
             if len(args) > 4:
                 args = (*args[:4], 0.0, *args[5:])

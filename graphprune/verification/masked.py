@@ -10,7 +10,7 @@ taken over the kept ones.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from torch.utils import _pytree as pytree
 from graphprune.channels.analysis import Analysis
 from graphprune.channels.blocks import fine_labels
 from graphprune.errors import InputError, PlanError
-from graphprune.ops.kernels import grouped_mm
-from graphprune.ops.rules import Value
+from graphprune.ops.registry import op_of
+from graphprune.ops.values import Value
 from graphprune.plan.plan import Plan
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call
@@ -214,12 +214,15 @@ def _step(
     if kwargs.get("device") == devices[0]:  # recorded there, evaluated here
         kwargs = {**kwargs, "device": devices[1]}
     if reads and not masks.plain:
-        rule = _STATISTICS.get(getattr(node.target, "overloadpacket", None))
+        rule = op_of(node).masked
         keep = masks.of(node.all_input_nodes[0])
         if rule is not None and keep is not None:
-            return rule(keep.to(args[0].device), *args, **kwargs)
-    if node.target is aten._grouped_mm.default:  # no kernel for float64
-        return grouped_mm(*args, **kwargs)
+            out = rule(keep.to(args[0].device), *args, **kwargs)
+            if out is not NotImplemented:
+                return out
+    kernel = op_of(node).kernel
+    if kernel is not None:
+        return kernel(*args, **kwargs)
     if node.target is aten.view.default:  # strides may differ from the recorded ones
         return aten.reshape.default(*args)
     op: Any = node.target
@@ -235,140 +238,3 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
     if keep is None:
         return tensor
     return torch.where(keep.to(tensor.device), tensor, tensor.new_zeros(()))
-
-
-def _dims(dim: Any, ndim: int) -> list[int]:
-    if dim is None or (isinstance(dim, list | tuple) and not dim):
-        return list(range(ndim))
-    return [d % ndim for d in (dim if isinstance(dim, list | tuple) else [dim])]
-
-
-def _count(keep: Tensor, x: Tensor, dims: list[int]) -> Tensor:
-    return keep.expand(x.shape).to(x.dtype).sum(dims, keepdim=True)
-
-
-def _mean(keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
-    dims = _dims(dim, x.dim())
-    mean = x.sum(dims, keepdim=True) / _count(keep, x, dims)
-    return mean if keepdim else mean.squeeze(dims)
-
-
-def _moments(keep: Tensor, x: Tensor, dims: list[int], correction: float) -> tuple[Tensor, Tensor]:
-    count = _count(keep, x, dims)
-    mean = x.sum(dims, keepdim=True) / count
-    square = zeroed((x - mean).square(), keep).sum(dims, keepdim=True)
-    return square / (count - correction), mean
-
-
-def _variance(finish: Callable[[Tensor], Tensor], both: bool) -> Callable[..., Any]:
-    def rule(
-        keep: Tensor, x: Tensor, dim: Any = None, unbiased: Any = None, keep_dim: Any = None,
-        *, correction: Any = None, keepdim: bool = False,
-    ) -> Any:  # fmt: skip
-        if isinstance(dim, bool):
-            dim, unbiased = None, dim
-        dims = _dims(dim, x.dim())
-        if isinstance(unbiased, bool):
-            correction = int(unbiased)
-        var, mean = _moments(keep, x, dims, 1 if correction is None else correction)
-        if not (keepdim or keep_dim):
-            var, mean = var.squeeze(dims), mean.squeeze(dims)
-        return (finish(var), mean) if both else finish(var)
-
-    return rule
-
-
-def _layer_norm(
-    keep: Tensor, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    var, mean = _moments(keep, x, dims, 0)
-    scale = (var + eps).rsqrt()
-    out = (x - mean) * scale
-    out = out if weight is None else out * weight
-    return (out if bias is None else out + bias), mean, scale
-
-
-def _batch_norm(
-    keep: Tensor, x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool,
-    momentum: float, eps: float,
-) -> Any:  # fmt: skip
-    if not training or all(n == 1 for d, n in enumerate(keep.shape) if d != 1):
-        return aten.native_batch_norm.default(x, weight, bias, mean, var, training, momentum, eps)
-    dims = [d for d in range(x.dim()) if d != 1]
-    spread, centre = _moments(keep, x, dims, 0)
-    out = (x - centre) * (spread + eps).rsqrt()
-    shape = [-1 if d == 1 else 1 for d in range(x.dim())]
-    out = out if weight is None else out * weight.reshape(shape)
-    return (out if bias is None else out + bias.reshape(shape)), centre, spread
-
-
-def _rms_norm(
-    keep: Tensor, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None
-) -> tuple[Tensor, Tensor]:
-    dims = list(range(x.dim() - len(shape), x.dim()))
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    scale = (x.square().sum(dims, keepdim=True) / _count(keep, x, dims) + eps).rsqrt()
-    return (x * scale if weight is None else x * scale * weight), scale
-
-
-def _group_norm(
-    keep: Tensor, x: Tensor, weight: Any, bias: Any,
-    batch: int, channels: int, positions: int, groups: int, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    blocks = x.reshape(batch, groups, -1)
-    staying = keep.expand(x.shape).reshape(batch, groups, -1)
-    count = staying.to(x.dtype).sum(2, keepdim=True).clamp_min(1)
-    mean = blocks.sum(2, keepdim=True) / count
-    var = zeroed((blocks - mean).square(), staying).sum(2, keepdim=True) / count
-    scale = (var + eps).rsqrt()
-    out = ((blocks - mean) * scale).reshape(x.shape)
-    per_channel = [1, channels, *[1] * (x.dim() - 2)]
-    out = out if weight is None else out * weight.reshape(per_channel)
-    return (out if bias is None else out + bias.reshape(per_channel)), mean, scale
-
-
-def _without(keep: Tensor, x: Tensor, dims: list[int], value: float = -torch.inf) -> Tensor:
-    """Removed positions at minus infinity, where others along ``dims`` stay."""
-    stays = keep.to(x.device).expand(x.shape)
-    for dim in dims:
-        stays = stays.any(dim, keepdim=True)
-    return x.masked_fill(~keep.to(x.device) & stays, value)
-
-
-def _softmax(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def rule(keep: Tensor, x: Tensor, dim: int, *args: Any, **_: Any) -> Tensor:
-        return zeroed(op(_without(keep, x, [dim]), dim), keep)
-
-    return rule
-
-
-def _logsumexp(keep: Tensor, x: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
-    return torch.logsumexp(_without(keep, x, _dims(dim, x.dim())), dim, keepdim)
-
-
-def _largest(op: Any, value: float) -> Callable[..., Any]:
-    def rule(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        dim = args[0] if args else kwargs.get("dim")
-        return op(_without(keep, x, _dims(dim, x.dim()), value), *args, **kwargs)
-
-    return rule
-
-
-_STATISTICS: dict[Any, Callable[..., Any]] = {
-    aten.mean: _mean,
-    aten.var: _variance(lambda var: var, both=False),
-    aten.std: _variance(torch.sqrt, both=False),
-    aten.var_mean: _variance(lambda var: var, both=True),
-    aten.std_mean: _variance(torch.sqrt, both=True),
-    aten.native_batch_norm: _batch_norm,
-    aten.native_layer_norm: _layer_norm,
-    aten._fused_rms_norm: _rms_norm,
-    aten.native_group_norm: _group_norm,
-    aten._softmax: _softmax(torch.softmax),
-    aten._safe_softmax: _softmax(torch.softmax),
-    aten._log_softmax: _softmax(torch.log_softmax),
-    aten.logsumexp: _logsumexp,
-    **{op: _largest(op, -torch.inf) for op in (aten.amax, aten.max)},
-    **{op: _largest(op, torch.inf) for op in (aten.amin, aten.min)},
-}

@@ -14,8 +14,8 @@ import torch
 import graphprune
 from graphprune import errors
 from graphprune.criteria import criteria, register_criterion
-from graphprune.ops import wanted
-from graphprune.ops.rules import register_rule, registry
+from graphprune.ops import declare, free
+from graphprune.ops.registry import REGISTRY
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "graphprune"
@@ -181,30 +181,28 @@ def test_nothing_is_registered_twice(path):
         assert not double, f"{name(path)}:{node.lineno}: {double}"
 
 
-@pytest.mark.parametrize("register", ["register_rule", "_rule"])
-def test_an_op_has_one_rule_of_a_kind(register):
+def test_an_op_is_declared_once():
     targets = Counter(
         ast.unparse(argument)
         for path in FILES
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == register
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("declare", "spelling")
         for argument in node.args
+        if not isinstance(argument, ast.Starred)
     )
-    assert targets
+    assert len(targets) > 200
     assert targets.most_common(1)[0][1] == 1, targets.most_common(3)
 
 
 def test_rules_are_for_ops_and_documented():
-    for table in (registry.RULES, wanted.WANTED):
-        for target in table:
-            named = isinstance(target, str) and (target == "pointwise" or "." in target)
-            assert named or callable(target), target
-    assert all(inspect.getdoc(rule) for rule in registry.RULES.values())
+    for name, op in REGISTRY.items():
+        assert name in ("pointwise", "pointwise_") or name.count(".") == 1, name
+        assert inspect.getdoc(op.channels), name
 
 
 def test_registries_refuse_a_second_entry():
-    with pytest.raises(KeyError, match="has a rule already"):
-        register_rule(torch.ops.aten.mm)(lambda *_: ())
+    with pytest.raises(KeyError, match=r"aten\.mm is declared already"):
+        declare(torch.ops.aten.mm, macs=free)(lambda *_: ())
     with pytest.raises(KeyError, match="registered already"):
         register_criterion("l2")(lambda *_: None)
     assert {"l1", "l2", "random"} <= set(criteria())

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.constants import Fact
+from graphprune.ops.fact import Fact
+from graphprune.ops.views import matrix_of
 
 aten = torch.ops.aten
 EVEN = 1e-12  # relative: two places that differ by rounding hold the same constant
@@ -202,22 +202,9 @@ def _centre(shape: Any) -> int:
     return place
 
 
-Matrix = Callable[[Any], tuple[Any, Any, Any, Any]]
-MATRICES: dict[Any, Matrix] = {  # x, weight, bias, transposed
-    aten.linear: lambda args: (args[0], args[1], args[2] if len(args) > 2 else None, False),
-    aten.addmm: lambda args: (args[1], args[2], args[0], True),
-    aten.mm: lambda args: (args[0], args[1], None, True),
-    aten.matmul: lambda args: (args[0], args[1], None, True),
-}
-
-
 def parts_of(node: fx.Node) -> tuple[Any, Any, Any, bool, tuple[Any, ...] | None] | None:
     """Input, weight, bias, whether inputs come first in the weight, and how it is convolved."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet is aten.convolution:
-        x, weight, bias, *how = node.args
-        return x, weight, bias, False, tuple(how)
-    if packet not in MATRICES:
+    factors = matrix_of(node)
+    if factors is None:
         return None
-    x, weight, bias, turned = MATRICES[packet](node.args)
-    return x, weight, bias, turned, None
+    return factors.x, factors.weight, factors.bias, factors.turned, factors.window

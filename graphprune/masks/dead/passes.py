@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,19 @@ from torch import Tensor, fx, nn
 from graphprune.channels.analysis import Analysis
 from graphprune.masks.dead.affine import Affine, parts_of
 from graphprune.masks.dead.readers import (
-    STATISTICS,
     AffineReader,
     OtherReader,
     ProductReader,
     Reader,
     StatisticsReader,
-    product_of,
 )
-from graphprune.masks.dead.sinks import Matrix, Sink, matrix_of, needed, sink_of
+from graphprune.masks.dead.sinks import Matrix, Sink, needed, sink_of, stored_matrix
 from graphprune.masks.interpret import Interpreter, real_tensors
-from graphprune.ops.constants import Fact
+from graphprune.ops.fact import Fact
 from graphprune.ops.ids import varying
-from graphprune.ops.rules import Value
+from graphprune.ops.registry import op_of, packet_of
+from graphprune.ops.values import Value
+from graphprune.ops.views import factors_of, matrix_of, norm_of
 from graphprune.record.inputs import Call
 from graphprune.record.recording import record
 
@@ -129,30 +128,22 @@ class Pass:
         reader = AffineReader(node, affine, *ids)
         if sink is not None:
             self.sinks[reader] = sink
-        matrix_name = matrix_of(node)
+        matrix_name = stored_matrix(node)
         if matrix_name is not None:
             self.matrices[reader] = matrix_name
         return reader
 
     def _product(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> ProductReader | None:
-        args: Any = node.args
-        if getattr(node.target, "overloadpacket", None) is aten.einsum:
-            equation, sources, *_ = args
-            product: Callable[..., Tensor] = partial(torch.einsum, equation)
-        else:
-            factored = product_of(node, args, node.kwargs)
-            if factored is None:
-                return None
-            product, places = factored
-            sources = [args[place] for place in places]
-        factors = [(self.analysis.values[n], known[n]) for n in sources]
-        return ProductReader(node, product, factors, self.analysis.values[node])
+        product = factors_of(node)
+        if product is None or any(isinstance(value, fx.Node) for value in product.needs):
+            return None
+        factors = [(self.analysis.values[n], known[n]) for n in product.operands]
+        return ProductReader(node, product.product, factors, self.analysis.values[node])
 
     def _statistics(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Reader | None:
-        packet = getattr(node.target, "overloadpacket", None)
-        if packet is aten.native_group_norm:  # groups leave as a whole or change statistics
+        if packet_of(node) is aten.native_group_norm:  # groups leave whole or change statistics
             return ProductReader(node, lambda: torch.zeros(()), [], Value(()))
-        if packet not in STATISTICS:
+        if op_of(node).masked is None:
             return None
         source = node.args[0]
         summed = self.analysis.walk.masked.get(node, [])
@@ -162,13 +153,12 @@ class Pass:
 
     def _note_dead(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
         """Outputs of convolutions, linear layers and BatchNorms that are constant."""
-        packet = getattr(node.target, "overloadpacket", None)
-        norm = packet in (aten.native_batch_norm, aten.cudnn_batch_norm)
-        if not norm and parts_of(node) is None:
+        norm, layer = norm_of(node), matrix_of(node)
+        if norm is None and layer is None:
             return
-        fact = known[node][0] if norm else known[node]
-        result = node.meta["items"][0] if norm else node
-        dim = 1 if norm or packet is aten.convolution else fact.unknown.dim() - 1
+        fact = known[node] if norm is None else known[node][0]
+        result = node if norm is None else node.meta["items"][0]
+        dim = 1 if layer is None else layer.dim % fact.unknown.dim()
         unknown = fact.unknown.movedim(dim, 0).reshape(fact.unknown.shape[dim], -1).any(1)
         if bool(unknown.all()):
             return

@@ -8,25 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
 from graphprune.masks.dead.affine import Affine
-from graphprune.ops.constants import Fact
-from graphprune.ops.rules import Value
+from graphprune.ops.fact import Fact
+from graphprune.ops.values import Value
 
 aten = torch.ops.aten
 NONE: np.ndarray = np.zeros(0, np.int64)
-STATISTICS = frozenset(
-    getattr(aten, name)
-    for name in ("mean", "var", "std", "var_mean", "std_mean", "linalg_vector_norm", "norm",
-                 "native_layer_norm", "_fused_rms_norm", "native_batch_norm", "_softmax",
-                 "_safe_softmax", "_log_softmax", "softmax", "log_softmax", "logsumexp", "amax",
-                 "amin", "max", "min")
-)  # fmt: skip
 
 
 @dataclass
@@ -171,34 +163,3 @@ def _name(node: fx.Node) -> str:
 def _where(node: fx.Node) -> str:
     module = node.meta.get("module")
     return f" where {module!r} reads them" if module else " where they are read"
-
-
-def scores(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What reaches the result of attention: a changed score changes all weights of its row."""
-    if key.shape[-3:-2] != query.shape[-3:-2]:
-        times = query.shape[-3] // key.shape[-3]
-        key, value = (side.repeat_interleave(times, -3) for side in (key, value))
-    row = (query @ key.mT).sum(-1, keepdim=True) + 1
-    return row * value.sum(-2, keepdim=True)
-
-
-def product_of(
-    node: fx.Node, args: Any, kwargs: Any
-) -> tuple[Callable[..., Tensor], list[int]] | None:
-    """A sum of products as a function of its factors, and which arguments they are; or ``None``."""
-    packet = getattr(node.target, "overloadpacket", None)
-    if packet in (aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot):
-        return torch.matmul, [0, 1]
-    if packet in (aten.addmm, aten.baddbmm):
-        return torch.matmul, [1, 2]
-    if packet is aten.linear:
-        return torch.nn.functional.linear, [0, 1]
-    if packet is aten.convolution:
-        return (lambda x, weight: aten.convolution.default(x, weight, None, *args[3:])), [0, 1]
-    if packet is aten.sum:
-        named = {key: value for key, value in kwargs.items() if key != "dtype"}
-        op: Any = node.target
-        return (lambda x: op(x, *args[1:], **named)), [0]
-    if packet is aten.scaled_dot_product_attention:
-        return scores, [0, 1, 2]
-    return None

@@ -11,10 +11,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from graphprune.masks.dead.affine import parts_of
 from graphprune.masks.interpret import Interpreter
+from graphprune.ops.batch_norm import Norm
+from graphprune.ops.views import norm_of
 
 aten = torch.ops.aten
-_NORMS = (aten.native_batch_norm, aten.cudnn_batch_norm)
-_MEAN, _TRAINING = 3, 5  # places of the arguments of both
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ def sink_of(node: fx.Node, model: nn.Module, inside: Interpreter) -> Sink | None
     _, weight, bias, _, how = parts
     if bias is not None:
         return _bias(bias)
-    norm = norm_of(node)
-    if norm is not None and not norm.args[_TRAINING]:
-        mean = norm.args[_MEAN]
+    norm = norm_behind(node)
+    if norm is not None and not norm.training:
+        mean = norm.mean
         if _stored(mean) and len(mean.users) == 1:
             return Sink(str(mean.target), -1)
     return _new_bias(node, weight, how, model)
@@ -59,7 +59,7 @@ class Matrix:
     dim: int
 
 
-def matrix_of(node: fx.Node) -> Matrix | None:
+def stored_matrix(node: fx.Node) -> Matrix | None:
     """The weight of a convolution or linear layer, if it is a parameter read by such ops alone."""
     parts = parts_of(node)
     assert parts is not None
@@ -93,20 +93,17 @@ def _is_weight(user: fx.Node, weight: fx.Node) -> bool:
     return parts is not None and parts[1] is weight and weight not in (parts[0], parts[2])
 
 
-def norm_of(node: fx.Node) -> fx.Node | None:
+def norm_behind(node: fx.Node) -> Norm | None:
     """The BatchNorm that alone reads a value."""
-    users = list(node.users)
-    if len(users) != 1 or getattr(users[0].target, "overloadpacket", None) not in _NORMS:
-        return None
-    norm = users[0]
-    return norm if norm.args[0] is node and len(norm.args) > _TRAINING else None
+    norm = norm_of(next(iter(node.users))) if len(node.users) == 1 else None
+    return norm if norm is not None and norm.x is node else None
 
 
 def needed(node: fx.Node, outputs: int, inside: Interpreter) -> Tensor:
     """Outputs that are read by anything but the weight zero of a BatchNorm."""
     everything = torch.ones(outputs, dtype=torch.bool)
-    norm = norm_of(node)
-    scale = None if norm is None else inside.fixed(norm.args[1])
+    norm = norm_behind(node)
+    scale = None if norm is None else inside.fixed(norm.weight)
     return everything if scale is None else scale.nonzero & everything
 
 

@@ -1,4 +1,4 @@
-"""The walk over a recorded graph, and the table of op rules.
+"""The walk over a recorded graph.
 
 A rule is called as ``rule(walk, node, *args, **kwargs)`` with the arguments of the op, where
 every tensor is a :class:`Value`. It declares ties on ``walk`` and returns the layers of the
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,18 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, align, along, varying
-from graphprune.ops.rules.registry import MAKERS, RULES, Reason, Value, op_name, unruly, unused
-
-aten = torch.ops.aten
-
-# Ops that move or scale values: zeroes stay zeroes.
-_LINEAR = frozenset(
-    getattr(aten, name)
-    for name in ("view", "_unsafe_view", "reshape", "permute", "transpose", "t", "expand", "neg",
-                 "unsqueeze", "squeeze", "slice", "select", "clone", "_to_copy", "detach", "alias",
-                 "split", "split_with_sizes", "unbind", "cat", "stack", "flip", "repeat")
-)  # fmt: skip
-_PRODUCTS = {aten.mul: 2, aten.div: 1}  # how many of the operands may be the zero
+from graphprune.ops.registry import Op, op_name, op_of
+from graphprune.ops.values import Reason, Value
 
 
 def _emptied(result: Any) -> bool:
@@ -36,6 +26,13 @@ def _emptied(result: Any) -> bool:
     if isinstance(result, Tensor):
         return not result.numel() and bool(varying(result))
     return any(map(_emptied, result or ()))
+
+
+def _is_linear(op: Op, inputs: Sequence[Value]) -> bool:
+    """Whether the result is zero where operands are that are zero with their parameters."""
+    if op.linear:
+        return bool(inputs) and all(value.linear for value in inputs)
+    return any(value.linear for value, power in zip(inputs, op.powers) if power >= 1)
 
 
 @dataclass
@@ -114,25 +111,22 @@ class Walk:
         self.node = node
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         inputs = list(self._values((node.args, node.kwargs)))
-        packet = getattr(node.target, "overloadpacket", node.target)
-        if len(inputs) > 1 and packet is not aten.convolution:
+        op = op_of(node)
+        if len(inputs) > 1 and not op.layer:
             many = [v.layers for v in inputs if v.constant and len(v.layers) > 2]
             self.stacked.extend(layer for layers in many for layer in layers)
         constant = bool(inputs) and all(value.constant for value in inputs)
-        linear = packet in _LINEAR and bool(inputs) and all(value.linear for value in inputs)
-        linear |= packet in _PRODUCTS and any(value.linear for value in inputs[: _PRODUCTS[packet]])
-        rule = None if unruly(node) else RULES.get(packet) or RULES.get(str(packet))
-        if not any(value.layers for value in inputs) and rule not in MAKERS:
+        rule = None if unruly(node) else op.channels
+        if not op.makes and not any(value.layers for value in inputs):
             result: Any = ()
         elif rule is not None:
             result = rule(self, node, *args, **kwargs)
-        elif torch.Tag.pointwise in getattr(node.target, "tags", ()):
-            result = RULES["pointwise"](self, node, *args, **kwargs)
         else:
             result = self.refuse(inputs)
         if any(0 in value.shape for value in inputs) and _emptied(result):
             result = self.refuse(inputs, "channels of a tensor without elements")
         given = any(value.given for value in inputs)
+        linear = _is_linear(op, inputs)
         if "shape" in node.meta:
             self._store(node, result or (), constant, given, linear)
         for index, item in node.meta.get("items", {}).items():
@@ -397,3 +391,25 @@ class Walk:
         return tuple(
             along(self.copies(size), dim, len(shape)) for dim, size in enumerate(shape) if size > 1
         )
+
+
+def unused(graph: fx.Graph) -> set[fx.Node]:
+    """Ops whose results nothing reads in the end."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        schema = getattr(node.target, "_schema", None)
+        changes = node.target is not operator.getitem and (schema is None or schema.is_mutable)
+        if node.op == "call_function" and not changes and all(u in found for u in node.users):
+            found.add(node)
+    return found
+
+
+def unruly(node: fx.Node) -> bool:
+    """Whether an op is not what its rule is about.
+
+    It writes into a tensor given as ``out``, and is not pointwise; or ``torch.vmap`` hides
+    dimensions from it.
+    """
+    op: Any = node.target
+    out = getattr(op, "_overloadname", "").endswith("out") and torch.Tag.pointwise not in op.tags
+    return out or bool(node.meta.get("transformed"))

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
-
-Rule = Callable[..., Any]
-FACTS: dict[Any, Rule] = {}
 
 
 class Unfollowed(RuntimeError):
@@ -73,25 +70,6 @@ def double(dtype: Any) -> Any:
     return torch.float64 if floating else dtype
 
 
-def register_fact(*targets: Any) -> Callable[[Rule], Rule]:
-    """Register what ops do to facts; a rule is called as ``rule(op, *args, **kwargs)``.
-
-    Tensors among the arguments are facts; the rule returns a fact, or a list of them.
-
-    Raises:
-        KeyError: an op has a rule already.
-    """
-
-    def decorate(rule: Rule) -> Rule:
-        for target in targets:
-            if target in FACTS:
-                raise KeyError(f"{target} has a rule for facts already")
-            FACTS[target] = rule
-        return rule
-
-    return decorate
-
-
 def found(tree: Any) -> list[Fact]:
     """All facts among arguments."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Fact)]
@@ -111,3 +89,71 @@ def arguments(op: Any, args: Any, kwargs: Any) -> dict[str, Any]:
         else:
             bound[argument.name] = kwargs.get(argument.name, argument.default_value)
     return bound
+
+
+def reached(product: Callable[..., Tensor], factors: Sequence[Fact]) -> Tensor:
+    """Where an unknown product is added, as a boolean tensor."""
+    marks = [fact.nonzero.double() for fact in factors]
+    total: Tensor | None = None
+    for place, fact in enumerate(factors):
+        if fact.constant:
+            continue
+        open_ = [*marks[:place], fact.unknown.double(), *marks[place + 1 :]]
+        part = product(*open_) > 0.5
+        total = part if total is None else total | part
+    return torch.zeros_like(product(*marks), dtype=torch.bool) if total is None else total
+
+
+def contracted(
+    product: Callable[..., Tensor], factors: Sequence[Fact], bias: Fact | None = None
+) -> Fact:
+    """A sum of products, and what is added to it afterwards (already in shape)."""
+    value = product(*(fact.filled(0) for fact in factors))
+    unknown = reached(product, factors)
+    if bias is not None:
+        value, unknown = value + bias.filled(0), unknown | bias.unknown
+    return Fact.checked(value, unknown)
+
+
+def reached_nowhere(x: Fact, weight: Fact) -> bool:
+    """Whether plainly nothing comes out known: spares the work for layers without zeroes."""
+    if weight.value.dim() < 2 or not bool(x.unknown.all()):
+        return False
+    whole = weight.nonzero.flatten(2).all(2) if weight.value.dim() > 2 else weight.nonzero
+    return bool(whole.any(1).all())
+
+
+def _unknown(tree: Any) -> Any:
+    if isinstance(tree, Fact):
+        return tree.unknown
+    return [_unknown(item) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _value(tree: Any) -> Any:
+    if isinstance(tree, Fact):
+        return tree.value
+    return [_value(item) for item in tree] if isinstance(tree, list | tuple) else tree
+
+
+def moved_fact(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """Views stay views of the same memory, so that what is written into one is seen in all."""
+    value = op(_value(x), *_value(args), **kwargs)
+    unknown = op(_unknown(x), *_unknown(args), **kwargs)
+    if isinstance(value, Tensor):
+        return Fact(value, unknown)
+    return list(map(Fact, value, unknown))
+
+
+def moved_numbers_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+    """Ops that want floating point; what they pad with is known."""
+    value = op(x.value, *args, **kwargs)
+    if op.overloadpacket is torch.ops.aten.constant_pad_nd:
+        args = args[:1]  # the padding itself is known: zero
+    return Fact(value, op(x.unknown.double(), *args, **kwargs) != 0)
+
+
+def along_unknown(unknown: Tensor, dims: list[int]) -> Tensor:
+    """Whether anything along ``dims`` is unknown; the dimensions stay, with size 1."""
+    for dim in dims:
+        unknown = unknown.any(dim, keepdim=True)
+    return unknown

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from graphprune.ops.ids import align, varying
-from graphprune.ops.rules.base import Walk
-from graphprune.ops.rules.registry import Value
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
 
 
 def inward(walk: Walk, value: Value, dims: Iterable[int]) -> Value:

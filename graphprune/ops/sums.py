@@ -1,18 +1,26 @@
-"""Products of several tensors, summed over some dimensions."""
+"""Products of several tensors, summed over some dimensions; products by groups of rows."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
+from graphprune.ops.contraction import FIXED_INPUT, contract, free
+from graphprune.ops.fact import Fact, Unfollowed
+from graphprune.ops.factors import Factors
+from graphprune.ops.heads import inward
 from graphprune.ops.ids import Layers, varying
-from graphprune.ops.rules.base import Walk, aten
-from graphprune.ops.rules.contraction import FIXED_INPUT, contract, free
-from graphprune.ops.rules.heads import inward
-from graphprune.ops.rules.registry import Value, register_rule
+from graphprune.ops.registry import declare
+from graphprune.ops.samples import of
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
+
+aten = torch.ops.aten
 
 
 def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Layers:
@@ -51,7 +59,35 @@ def spaced(value: Value, places: Sequence[int], ndim: int) -> Value:
     return replace(value, shape=tuple(wide(value.shape)), layers=layers)
 
 
-@register_rule(aten.einsum)
+def of_einsum(equation: str, tensors: Sequence[Any], **_: Any) -> Factors:
+    """Any number of operands."""
+
+    def product(*operands: Tensor) -> Tensor:
+        out: Tensor = torch.einsum(equation, *operands)
+        return out
+
+    return Factors(tuple(tensors), product)
+
+
+def einsum_macs(out: Any, equation: str, tensors: Any, **kwargs: Any) -> Any:
+    """As if all operands were multiplied at once: the product of the sizes of all letters."""
+    sizes: dict[str, Any] = {}
+    dotted: Any = ()
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    for term, extents in zip(terms, tensors):
+        head, _, tail = term.partition("...")
+        end = len(extents) - len(tail)
+        dotted = max(dotted, extents[len(head) : end], key=math.prod)
+        sizes.update(zip(head + tail, extents[: len(head)] + extents[end:]))
+    return math.prod(sizes.values()) * math.prod(dotted)
+
+
+@declare(
+    aten.einsum,
+    factors=of_einsum,
+    macs=einsum_macs,
+    sample=of("bik,bkj->bij", [(2, 3, 4), (2, 4, 5)]),
+)
 def einsum(walk: Walk, node: fx.Node, equation: str, tensors: Sequence[Value]) -> Layers:
     """Every letter is a dimension of the product; those that the result lacks are summed."""
     left, arrow, right = equation.replace(" ", "").partition("->")
@@ -80,7 +116,54 @@ def einsum(walk: Walk, node: fx.Node, equation: str, tensors: Sequence[Value]) -
     return summed_product(walk, wide, set(range(len(result), len(every))))
 
 
-@register_rule(aten._grouped_mm, "transformers.grouped_mm_fallback")
+_GROUPED = tuple(
+    function
+    for function in (
+        getattr(torch, "_grouped_mm", None),
+        getattr(torch.nn.functional, "grouped_mm", None),
+        aten._grouped_mm.default,
+    )
+    if function is not None
+)
+
+
+def of_groups(
+    x: Any, weight: Any, offs: Any = None, bias: Any = None, *_: Any, **__: Any
+) -> Factors:
+    """Rows times the matrix of their group."""
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        return grouped(x, weight, offs)
+
+    return Factors((x, weight), product, bias, needs=(offs,))
+
+
+def groups_fact(op: Any, x: Fact, weight: Fact, offs: Any = None, *args: Any, **_: Any) -> Fact:
+    """Known where the groups are."""
+    if not (isinstance(offs, Fact) and offs.constant) or any(arg is not None for arg in args):
+        raise Unfollowed("groups of rows that depend on the input")
+    return of_groups(x, weight, offs.value).fact()
+
+
+def grouped(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """One product for each group of rows; group n of the rows ends at ``offs[n]``."""
+    if x.is_meta or x.dtype is not torch.float64 or x.dim() != 2 or weight.dim() != 3:
+        return aten._grouped_mm.default(x, weight, offs, *args, **kwargs)
+    ends = offs.tolist()
+    rows = zip([0, *ends[:-1]], ends)
+    product = torch.cat([x[a:b] @ weight[n] for n, (a, b) in enumerate(rows)])
+    return torch.cat([product, product.new_zeros(x.shape[0] - len(product), product.shape[1])])
+
+
+@declare("transformers.grouped_mm_fallback", factors=of_groups, fact=groups_fact)
+@declare(
+    aten._grouped_mm,
+    factors=of_groups,
+    fact=groups_fact,
+    kernel=grouped,
+    functions=_GROUPED,
+    sample=of((5, 4), (2, 4, 3), torch.tensor([2, 5], dtype=torch.int32)),
+)
 def grouped_mm(
     walk: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None,
     bias: Value | None = None, *args: Any, **_: Any,
@@ -110,7 +193,37 @@ def _in_blocks(walk: Walk, ids: Tensor, width: int) -> None:
         walk.collapse(ids.reshape(-1, width), {1})
 
 
-@register_rule(aten._trilinear)
+def of_trilinear(
+    a: Any, b: Any, c: Any, expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *_: Any
+) -> Factors:
+    """Three operands with dimensions inserted."""
+
+    def product(*operands: Tensor) -> Tensor:
+        out: Tensor = aten._trilinear.default(*operands, expand_a, expand_b, expand_c, summed)
+        return out
+
+    return Factors((a, b, c), product)
+
+
+def trilinear_macs(
+    out: Any, a: Any, b: Any, c: Any, expand_a: Any, expand_b: Any, expand_c: Any, *_: Any
+) -> Any:
+    """As if all three were multiplied at once: the product of the sizes of all dimensions."""
+    ndim = len(a) + len(expand_a)
+    sizes: dict[int, Any] = {}
+    for shape, inserted in ((a, expand_a), (b, expand_b), (c, expand_c)):
+        own = [dim for dim in range(ndim) if dim not in inserted]
+        for dim, size in zip(own, shape):
+            sizes[dim] = max(sizes.get(dim, 1), size)
+    return math.prod(sizes.values())
+
+
+@declare(
+    aten._trilinear,
+    factors=of_trilinear,
+    macs=trilinear_macs,
+    sample=of(*((3, 4), (5, 4, 6), (3, 6)), *([1, 3], [0], [1, 2], [2, 3])),
+)
 def trilinear(
     walk: Walk, node: fx.Node, a: Value, b: Value, c: Value,
     expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *args: Any,

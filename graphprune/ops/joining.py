@@ -1,152 +1,108 @@
-"""Data movement: the op itself is run on the ids.
-
-Only reshapes, concatenation and padding are written out, because they can be done without
-materialising the dimensions along which the ids do not vary.
-"""
+"""Parts of a dimension, parts put together, and padding."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.ids import (
-    KEPT,
-    Layers,
-    align,
-    along,
-    compact,
-    move_layer,
-    reshape_blocks,
-    reshape_layer,
-    spread,
-    varying,
+from graphprune.ops.fact import Fact, moved_fact, moved_numbers_fact
+from graphprune.ops.given import Given, Pruned, args_of, locate
+from graphprune.ops.ids import KEPT, Layers, along, compact, spread, varying
+from graphprune.ops.registry import declare as _declare
+from graphprune.ops.registry import free
+from graphprune.ops.samples import of
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
+
+aten = torch.ops.aten
+declare = partial(_declare, macs=free)  # nothing is multiplied here
+
+
+def cat_fact(op: Any, tensors: Any, dim: int = 0) -> Fact:
+    """Concatenation, of one dtype as the op would make it."""
+    value = torch.cat([fact.value for fact in tensors], dim)
+    return Fact(value, torch.cat([fact.unknown for fact in tensors], dim))
+
+
+def parts_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """The sizes of the parts."""
+    kwargs: Any = node.kwargs
+    dim = args_of(node)[2] if len(args_of(node)) > 2 else kwargs.get("dim", 0)
+    items = node.meta["items"]
+    new = [graph.shape(item, alive)[dim] for item in items.values()]
+    given = args_of(node)[1]
+    several = isinstance(given, list | tuple)
+    given, new = (list(given), new) if several else ([given], new[:1])
+    places = [(items[n], dim % len(items[n].meta["shape"])) for n in range(len(given))]
+    yield Given(given, new, places=places)
+
+
+def slice_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """Where a slice begins and ends, or how long it is."""
+    given: list[Any] = [*args_of(node), *(0, None, None, 1)[len(args_of(node)) - 1 :]]
+    x, dim, start, end, step = given
+    if step != 1:
+        return
+    keep = graph.positions(x, dim, alive)
+    size, new_size = len(keep), int(keep.sum())
+    first = 0 if start is None else _clip(start, size)
+    last = size if end is None else _clip(end, size)
+    begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
+    if start:
+        yield Given([start], [start if keep.all() else _place(start, begin, new_size)], "start")
+    if locate(node, [last - first], "length") is not None:  # narrow
+        yield Given([last - first], [stop - begin], "length")
+    elif end is not None and end < size:
+        yield Given([end], [end if keep.all() else _place(end, stop, new_size)], "stop")
+
+
+def _place(old: int, new: int, size: int) -> int:
+    """Counted from the end as before, where that is possible."""
+    return new - size if old < 0 and new < size else new
+
+
+def _clip(index: int, size: int) -> int:
+    return max(0, min(size, index + size if index < 0 else index))
+
+
+def select_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """The place that is taken."""
+    x, dim, index = args_of(node)
+    keep = graph.positions(x, dim, alive)
+    new = int(keep[: index % len(keep)].sum())
+    if new != index % len(keep):
+        yield Given([index], [new if index >= 0 else new - int(keep.sum())], "last")
+
+
+def pad_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """How much is added, or cut off."""
+    pad = list(args_of(node)[1])
+    new = list(pad)
+    ndim = len(node.meta["shape"])
+    for i in range(0, len(pad), 2):
+        dim = ndim - 1 - i // 2
+        before, after = pad[i], pad[i + 1]
+        keep, source = (graph.positions(n, dim, alive) for n in (node, args_of(node)[0]))
+        new[i] = int(keep[:before].sum() if before > 0 else -source[:-before].sum())
+        end = len(keep) - after
+        new[i + 1] = int(keep[end:].sum() if after > 0 else -source[len(source) + after :].sum())
+    yield Given(pad, new)
+
+
+@declare(
+    aten.slice,
+    linear=True,
+    fact=moved_fact,
+    given=slice_given,
+    places=True,
+    sample=of((2, 6), 1, 2, 5),
 )
-from graphprune.ops.rules.base import Walk, aten
-from graphprune.ops.rules.registry import Value, register_rule
-
-
-@register_rule(
-    aten.permute,
-    aten.transpose,
-    aten.t,
-    aten.unsqueeze,
-    aten.movedim,
-    aten.unsqueeze_,
-    aten.transpose_,
-    aten.t_,
-)
-def permuted(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
-    """Dimensions change places: the op is run on the layers as they are."""
-    op: Any = node.target
-    view = _VIEWS.get(op.overloadpacket, op.overloadpacket)
-    return tuple(view(layer, *args) for layer in x.layers)
-
-
-_VIEWS = {aten.unsqueeze_: aten.unsqueeze, aten.transpose_: aten.transpose, aten.t_: aten.t}
-
-
-@register_rule(
-    aten.squeeze,
-    aten.flip,
-    aten.repeat,
-    aten.unfold,
-    aten.pixel_shuffle,
-    aten.pixel_unshuffle,
-    aten.diagonal,
-    aten.squeeze_,
-    aten.unfold_copy,
-)
-def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
-    """Run the op on the ids."""
-    op: Any = node.target
-    return tuple(
-        move_layer(layer, x.shape, lambda ids: op(ids, *args, **kwargs)) for layer in x.layers
-    )
-
-
-@register_rule(aten.expand, makes=True)
-def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
-    """Copies of a single position can be cut anywhere: they get fresh ids."""
-    shape = node.meta["shape"]
-    new = len(shape) - x.ndim
-    layers = [align(layer, len(shape)) for layer in x.layers]
-    for dim, count in enumerate(shape):
-        if count > 1 and (dim < new or x.shape[dim - new] == 1):
-            layers.append(along(walk.copies(count), dim, len(shape)))
-    return tuple(layers)
-
-
-@register_rule(aten.channel_shuffle)
-def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
-    """Groups must stay equal: column j of each is tied to column j of all."""
-    for layer in x.on(1):
-        walk.align(spread(layer, x.shape, {1}).unflatten(1, (groups, -1)), {1})
-    return moved(walk, node, x, groups)
-
-
-@register_rule(aten.im2col)
-def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Any, *args: Any) -> Layers:
-    """Patches: each channel once for every place of the kernel, padding included."""
-    layers = walk.settle(x, (x.ndim - 2, x.ndim - 1), "patches over channels")
-    times = math.prod(kernel)
-    return tuple(
-        (i.repeat_interleave(times, -3) if i.shape[-3] > 1 else i).squeeze(-1) for i in layers
-    )
-
-
-@register_rule(aten.col2im)
-def col2im(walk: Walk, node: fx.Node, x: Value, size: Any, kernel: Any, *args: Any) -> Layers:
-    """Sums of overlapping patches: a channel leaves with all places of the kernel."""
-    layers = []
-    for layer in walk.settle(x, (x.ndim - 1,), "patches over channels"):
-        if layer.shape[-2] > 1:
-            blocks = layer.unflatten(-2, (-1, math.prod(kernel)))
-            layer = walk.collapse(blocks, {blocks.dim() - 2}).squeeze(-2)
-        layers.append(layer.unsqueeze(-1))
-    return tuple(layers)
-
-
-@register_rule(aten.view, aten._unsafe_view, aten.reshape, aten._reshape_alias, aten.view_copy)
-def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
-    """A reshape; ``view(dtype)`` is refused."""
-    if not isinstance(size, list | tuple):
-        return walk.refuse([x])
-    shape = node.meta["shape"]
-    return tuple(reshape_layer(layer, x.shape, shape) for layer in _without_copies(walk, x, shape))
-
-
-def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
-    """Fresh ids that are about to share a dimension with others are not worth keeping."""
-    kept = list(x.layers)
-    for before, _ in reshape_blocks(x.shape, shape):
-        inside = [layer for layer in kept if varying(layer) & set(before)]
-        fresh = [layer for layer in inside if walk.is_fresh(layer)]
-        shared = sum(x.shape[dim] > 1 for dim in before) > 1
-        for layer in fresh:
-            if shared and (len(inside) > len(fresh) or walk.is_copy(layer)):
-                walk.freeze(layer, "copies merged with channels")
-                kept = [other for other in kept if other is not layer]
-    return kept
-
-
-@register_rule(aten.as_strided_, aten.as_strided)
-def as_strided(
-    walk: Walk, node: fx.Node, x: Value, size: Any, stride: Any, offset: int | None = None
-) -> Layers:
-    """Only the form that leaves every element where it was is understood."""
-    (source,) = (n.meta["stride"] for n in node.all_input_nodes)
-    moves = [d for d, n in enumerate(x.shape) if n > 1 and source[d] != stride[d]]
-    if tuple(size) != tuple(x.shape) or offset or moves:
-        return walk.refuse([x], "as_strided that moves channels")
-    return x.layers
-
-
-@register_rule(aten.slice)
 def slice_(
     walk: Walk,
     node: fx.Node,
@@ -181,14 +137,21 @@ def _read(walk: Walk, x: Value, dim: int, positions: Sequence[int]) -> None:
         walk.read_part(read, others)
 
 
-@register_rule(aten.roll)
+@declare(aten.roll, fact=moved_fact, sample=of((2, 3), [1], [1]))
 def roll(walk: Walk, node: fx.Node, x: Value, shifts: Any, dims: Any = ()) -> Layers:
     """A cyclic shift (of windows, say); over channels its amount has no meaning after pruning."""
     dims = dims if isinstance(dims, list | tuple) else [dims]
     return walk.settle(x, {d % x.ndim for d in dims} or range(x.ndim), "roll over channels")
 
 
-@register_rule(aten.select)
+@declare(
+    aten.select,
+    linear=True,
+    fact=moved_fact,
+    given=select_given,
+    places=True,
+    sample=of((2, 6), 1, 3),
+)
 def select(walk: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Layers:
     """One position of a dimension, which must then stay."""
     dim %= x.ndim
@@ -205,13 +168,23 @@ def _one(walk: Walk, x: Value, dim: int, index: int) -> Layers:
     )
 
 
-@register_rule(aten.unbind)
+@declare(aten.unbind, linear=True, fact=moved_fact, sample=of((2, 3, 4), 1))
 def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
     """All positions of a dimension, one by one."""
     return [_one(walk, x, dim % x.ndim, index) for index in range(x.shape[dim])]
 
 
-@register_rule(aten.split_with_sizes, aten.unsafe_split_with_sizes, aten.split_with_sizes_copy)
+@declare(
+    aten.split_with_sizes,
+    linear=True,
+    fact=moved_fact,
+    given=parts_given,
+    sample=of((2, 6), [2, 4], 1),
+)
+@declare(
+    aten.unsafe_split_with_sizes, fact=moved_fact, given=parts_given, sample=of((2, 6), [2, 4], 1)
+)
+@declare(aten.split_with_sizes_copy, sample=of((2, 6), [2, 4], 1))
 def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> list[Layers]:
     """Parts of given sizes."""
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -221,7 +194,9 @@ def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int =
     ]
 
 
-@register_rule(aten.split, aten.unsafe_split, aten.split_copy)
+@declare(aten.split, linear=True, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
+@declare(aten.unsafe_split, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
+@declare(aten.split_copy, sample=of((2, 6), 3, 1))
 def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[Layers]:
     """Equal parts, which must stay equal: column j of each part is tied to column j of all."""
     if isinstance(size, list | tuple):
@@ -237,7 +212,7 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
     return [tuple(_part(layer, dim, n, n + size) for layer in x.layers) for n in starts]
 
 
-@register_rule(aten.cat, aten.concat)
+@declare(aten.cat, aten.concat, linear=True, fact=cat_fact, sample=of([(2, 3), (2, 4)], 1))
 def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""
     ndim = len(node.meta["shape"])
@@ -283,7 +258,7 @@ def _cat_ids(walk: Walk, parts: list[Value], dim: int) -> Tensor:
     return torch.cat(wide, dim)
 
 
-@register_rule(aten.stack)
+@declare(aten.stack, linear=True, fact=moved_fact, sample=of([(2, 3), (2, 3)], 1))
 def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation along a new dimension."""
     ndim = len(node.meta["shape"])
@@ -298,7 +273,13 @@ def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     return walk.broadcast(parts, ndim)
 
 
-@register_rule(aten.constant_pad_nd)
+@declare(
+    aten.constant_pad_nd,
+    fact=moved_numbers_fact,
+    given=pad_given,
+    places=True,
+    sample=of((2, 3), [1, 2]),
+)
 def constant_pad_nd(walk: Walk, node: fx.Node, x: Value, pad: Any, value: float = 0) -> Layers:
     """Padding: padded channels hold a constant and get ids of their own, which tie nothing."""
     amounts = {x.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
@@ -325,13 +306,23 @@ def _pad_ids(walk: Walk, layer: Tensor, dim: int, before: int, after: int) -> Te
     return torch.cat([*constant(before), middle, *constant(after)], dim)
 
 
-@register_rule(
+@declare(
     aten.reflection_pad1d,
-    aten.reflection_pad2d,
-    aten.reflection_pad3d,
     aten.replication_pad1d,
+    fact=moved_numbers_fact,
+    sample=of((2, 3, 4), [1, 1]),
+)
+@declare(
+    aten.reflection_pad2d,
     aten.replication_pad2d,
+    fact=moved_numbers_fact,
+    sample=of((1, 3, 4, 4), [1, 1, 0, 1]),
+)
+@declare(
+    aten.reflection_pad3d,
     aten.replication_pad3d,
+    fact=moved_numbers_fact,
+    sample=of((1, 3, 4, 4, 4), [1, 1, 0, 1, 0, 0]),
 )
 def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Any) -> Layers:
     """Padding with values of the border, over the last dimensions."""

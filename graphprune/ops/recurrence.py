@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import torch
 from torch import fx
 
+from graphprune.ops.contraction import contract
 from graphprune.ops.ids import Layers, along, varying
-from graphprune.ops.rules.base import Walk, aten
-from graphprune.ops.rules.contraction import contract
-from graphprune.ops.rules.registry import Value, register_rule
+from graphprune.ops.registry import declare, free
+from graphprune.ops.samples import of
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
 
+aten = torch.ops.aten
 _LSTM = 2  # the number of the mode
 
 
-@register_rule(aten._pack_padded_sequence)
+@declare(aten._pack_padded_sequence, macs=free, sample=of((2, 3, 4), torch.tensor([3, 2]), True))
 def pack(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
     """Steps of all sequences, one after the other."""
     kept = walk.settle(x, (0, 1), "steps of sequences")
     return [tuple(layer.squeeze(0) for layer in kept), ()]
 
 
-@register_rule(aten._pad_packed_sequence)
+@declare(
+    aten._pad_packed_sequence, macs=free, sample=of((5, 4), torch.tensor([2, 2, 1]), True, 0.0, 3)
+)
 def pad_packed(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
     """Packed steps as sequences of equal length."""
     kept = walk.settle(x, (0,), "steps of sequences")
@@ -34,7 +41,19 @@ def _first_dim(value: Value) -> Value:
     return Value(value.shape[:1], rows)
 
 
-@register_rule(aten.mkldnn_rnn_layer)
+def rnn_macs(out: Any, x: Any, w_in: Any, w_state: Any, *args: Any) -> Any:
+    """Every step multiplies its input and the state with their weights."""
+    return math.prod(x[:-1]) * (math.prod(w_in) + math.prod(w_state))
+
+
+@declare(
+    aten.mkldnn_rnn_layer,
+    macs=rnn_macs,
+    sample=of(
+        *((5, 2, 3), (16, 3), (16, 4), (16,), (16,), (2, 4), (2, 4)),
+        *(False, [], 2, 4, 1, True, False, False, False),
+    ),
+)
 def mkldnn_rnn_layer(
     walk: Walk, node: fx.Node, x: Value, w_in: Value, w_state: Value, b_in: Value, b_state: Value,
     state: Value, cell: Value, reverse: bool, sizes: Any, mode: int, *args: Any,

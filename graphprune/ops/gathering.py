@@ -8,16 +8,41 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
 
+from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers, compact, varying
-from graphprune.ops.rules.base import Walk, aten
-from graphprune.ops.rules.registry import Value, register_rule
+from graphprune.ops.registry import declare as _declare
+from graphprune.ops.registry import free
+from graphprune.ops.samples import bits, of
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
 
+aten = torch.ops.aten
+declare = partial(_declare, macs=free)  # nothing is multiplied here
 PICKED = "channels picked by index"
+
+
+def picked_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+    """Positions picked by an index that does not depend on the input."""
+    if not all(fact.constant for fact in found((args, kwargs))):
+        raise Unfollowed("an index that depends on the input")
+    args, kwargs = values((args, kwargs))
+    return Fact(op(x.value, *args, **kwargs), op(x.unknown, *args, **kwargs))
+
+
+def embedding_fact(op: Any, table: Fact, index: Fact, *args: Any) -> Fact:
+    """A column that is the same in all rows is known whatever row is read."""
+    if index.constant:
+        rows = index.value
+        return Fact(op(table.value, rows), op(table.unknown.double(), rows) != 0)
+    shape = (*index.value.shape, table.value.shape[1])
+    same = (table.value == table.value[:1]).all(0) & ~table.unknown.any(0)
+    return Fact(table.value[0].expand(shape).clone(), (~same).expand(shape).clone())
 
 
 def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
@@ -39,19 +64,23 @@ def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
     return walk.broadcast(sides, ndim)
 
 
-@register_rule(aten.gather)
+@declare(aten.gather, fact=picked_fact, sample=of((2, 5), 1, torch.tensor([[0, 4, 1], [2, 2, 3]])))
 def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Layers:
     """Each position of the index has its own place to read along ``dim``."""
     return _beside(walk, [x, index], dim)
 
 
-@register_rule(
+@declare(
     aten.scatter,
     aten.scatter_,
     aten.scatter_add,
     aten.scatter_add_,
+    sample=of((2, 5), 1, torch.tensor([[0, 4, 1], [2, 1, 3]]), (2, 3)),
+)
+@declare(
     aten.scatter_reduce,
     aten.scatter_reduce_,
+    sample=of((2, 5), 1, torch.tensor([[0, 4, 1], [2, 2, 3]]), (2, 3), "sum"),
 )
 def scatter(
     walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Any, *args: Any, **_: Any
@@ -60,7 +89,13 @@ def scatter(
     return _beside(walk, [x, index, *([source] if isinstance(source, Value) else [])], dim)
 
 
-@register_rule(aten.index_add, aten.index_add_, aten.index_copy, aten.index_copy_)
+@declare(
+    aten.index_add,
+    aten.index_add_,
+    aten.index_copy,
+    aten.index_copy_,
+    sample=of((2, 5), 1, torch.tensor([0, 3]), (2, 2)),
+)
 def index_add(
     walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Value, **_: Any
 ) -> Layers:
@@ -69,14 +104,27 @@ def index_add(
     return _beside(walk, [x, source], dim)
 
 
-@register_rule(aten.index_fill, aten.index_fill_)
+@declare(aten.slice_scatter, fact=moved_fact, sample=of((2, 5), (2, 2), 1, 1, 3))
+@declare(aten.select_scatter, fact=moved_fact, sample=of((2, 5), (2,), 1, 3))
+def slice_scatter(
+    walk: Walk, node: fx.Node, x: Value, source: Value, dim: int = 0, *args: Any
+) -> Layers:
+    """A slice, or one position, is written at its place."""
+    dim %= x.ndim
+    if source.ndim < x.ndim:
+        shape = (*source.shape[:dim], 1, *source.shape[dim:])
+        source = replace(source, shape=shape, layers=tuple(i.unsqueeze(dim) for i in source.layers))
+    return _beside(walk, [x, source], dim)
+
+
+@declare(aten.index_fill, aten.index_fill_, sample=of((2, 5), 1, torch.tensor([0, 3]), 0.5))
 def index_fill(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, value: Any) -> Layers:
     """Slices at places of ``dim`` are filled with one number."""
     walk.freeze_value(index, walk.reason("positions to write"))
     return _beside(walk, [x], dim)
 
 
-@register_rule(aten.index_select)
+@declare(aten.index_select, fact=picked_fact, sample=of((2, 5), 1, torch.tensor([0, 3])))
 def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
     """Positions picked by an index, which must then stay unless they are known."""
     source: Any = node.args[2]
@@ -138,7 +186,8 @@ def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, 
     return walk.settle(x, picked, PICKED), items
 
 
-@register_rule(aten.index, aten._unsafe_index)
+@declare(aten.index, fact=picked_fact, sample=of((2, 5), [None, torch.tensor([0, 3])]))
+@declare(aten._unsafe_index, sample=of((2, 5), [None, torch.tensor([0, 3])]))
 def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
     sources: Any = node.args[1]
@@ -151,7 +200,12 @@ def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     return tuple(compact(aten.index(layer, items)) for layer in layers)
 
 
-@register_rule(aten.index_put, aten.index_put_, aten._unsafe_index_put)
+@declare(
+    aten.index_put,
+    aten.index_put_,
+    aten._unsafe_index_put,
+    sample=of((2, 5), [None, torch.tensor([0, 3])], (2, 2)),
+)
 def index_put(
     walk: Walk, node: fx.Node, x: Value, indices: Any, values: Value, *args: Any
 ) -> Layers:
@@ -169,7 +223,7 @@ def index_put(
     return layers
 
 
-@register_rule(aten.masked_scatter, aten.masked_scatter_)
+@declare(aten.masked_scatter, aten.masked_scatter_, refused=of((2, 5), bits(2, 5), (2, 5)))
 def masked_scatter(walk: Walk, node: fx.Node, x: Value, mask: Value, source: Value) -> Layers:
     """Rows of the source, one after the other, replace those rows that the mask names whole."""
     last = {x.ndim - 1}
@@ -196,7 +250,7 @@ def _same_along_rows(mask: Any) -> bool:
     return bool(mask.args[0].meta["shape"][-1:] == (1,))
 
 
-@register_rule(aten.embedding)
+@declare(aten.embedding, fact=embedding_fact, sample=of((5, 3), torch.tensor([[0, 4], [2, 2]])))
 def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
     """Rows of a table: which rows are read is known only at run time."""
     layers = walk.settle(weight, {0}, "rows of an embedding table")
@@ -205,7 +259,11 @@ def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: A
     return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)
 
 
-@register_rule(aten._embedding_bag, aten._embedding_bag_forward_only)
+@declare(
+    aten._embedding_bag,
+    aten._embedding_bag_forward_only,
+    sample=of((5, 3), torch.tensor([0, 4, 2]), torch.tensor([0, 2])),
+)
 def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
     """Sums or means of rows of a table."""
     return [walk.settle(weight, {0}, "rows of an embedding table")]

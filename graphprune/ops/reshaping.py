@@ -1,0 +1,221 @@
+"""Dimensions change places, or are merged and split: the op itself is run on the ids."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from graphprune.ops.fact import Fact, Unfollowed, moved_fact, moved_numbers_fact
+from graphprune.ops.given import Given, Pruned, args_of, ints_of, locate
+from graphprune.ops.ids import (
+    Layers,
+    align,
+    along,
+    move_layer,
+    reshape_blocks,
+    reshape_layer,
+    spread,
+    varying,
+)
+from graphprune.ops.registry import declare as _declare
+from graphprune.ops.registry import free
+from graphprune.ops.samples import of
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
+
+aten = torch.ops.aten
+declare = partial(_declare, macs=free)  # nothing is multiplied here
+
+
+def view_fact(op: Any, x: Fact, size: Any, *args: Any) -> Fact:
+    """A reshape; strides may differ from the recorded ones."""
+    if not isinstance(size, list | tuple):
+        raise Unfollowed("a view as another dtype")
+    return Fact(x.value.reshape(size), x.unknown.reshape(size))
+
+
+def sizes_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """The sizes of the result, or those of them that the call named."""
+    given = args_of(node)[1] if len(args_of(node)) > 1 else node.kwargs.get("size")
+    if isinstance(given, list | tuple):
+        new = list(graph.shape(node, alive))[-len(given) :] if given else []
+        new = [n if g != -1 else -1 for g, n in zip(given, new)]
+        if locate(node, given) is not None:
+            yield _measuring(node, list(given), new)
+        elif (dims := _unflattened(node, given)) is not None:
+            yield _measuring(node, list(given[dims]), new[dims], "last")
+        else:
+            yield _measuring(node, *_part(node, given, new))
+
+
+def _unflattened(node: fx.Node, given: Any) -> slice | None:
+    """The dimensions made of one by ``unflatten``, which is given that one and their sizes."""
+    first: Any = node.all_input_nodes[0] if node.all_input_nodes else None
+    dim, *sizes = ints_of(node) or [0]
+    source = list(first.meta["shape"]) if first is not None else []
+    if not sizes or not -len(source) <= dim < len(source):
+        return None
+    dim %= len(source)
+    shape = source[:dim] + sizes + source[dim + 1 :]
+    fits = len(shape) == len(given) and all(a in (b, -1) for a, b in zip(shape, given))
+    return slice(dim, dim + len(sizes)) if fits else None
+
+
+def _part(node: fx.Node, given: Any, new: list[int]) -> tuple[Any, list[int]]:
+    """The part of a shape that ends the ints of a call."""
+    ints = ints_of(node)
+    for width in range(len(ints), 1, -1):
+        tail = ints[-width:]
+        for start in range(len(given) - width + 1):
+            if all(a in (b, -1) for a, b in zip(tail, given[start : start + width])):
+                return list(given[start : start + width]), new[start : start + width]
+    return list(given), new
+
+
+def _measuring(node: fx.Node, old: list[int], new: list[int], kind: str = "") -> Given:
+    """With the dimensions of the result that the sizes measure."""
+    sizes = args_of(node)[1] if len(args_of(node)) > 1 else None
+    sizes = sizes if isinstance(sizes, list | tuple) else []
+    for start in range(len(sizes) - len(old) + 1):
+        if list(sizes[start : start + len(old)]) == old:
+            first = len(node.meta["shape"]) - len(sizes) + start
+            return Given(old, new, kind, [(node, first + n) for n in range(len(old))])
+    return Given(old, new, kind)
+
+
+@declare(aten.permute, linear=True, fact=moved_fact, sample=of((2, 3, 4), [2, 0, 1]))
+@declare(aten.movedim, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2))
+@declare(aten.transpose, aten.transpose_, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2))
+@declare(aten.t, aten.t_, linear=True, fact=moved_fact, sample=of((2, 3)))
+@declare(aten.unsqueeze, aten.unsqueeze_, linear=True, fact=moved_fact, sample=of((2, 3), 1))
+def permuted(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+    """Dimensions change places: the op is run on the layers as they are."""
+    op: Any = node.target
+    view = _VIEWS.get(op.overloadpacket, op.overloadpacket)
+    return tuple(view(layer, *args) for layer in x.layers)
+
+
+_VIEWS = {aten.unsqueeze_: aten.unsqueeze, aten.transpose_: aten.transpose, aten.t_: aten.t}
+
+
+@declare(aten.tril, aten.triu, fact=moved_fact, linear=True, sample=of((2, 3, 4), -1))
+def triangle(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+    """Half of a matrix: which one a position lies in depends on all before it."""
+    return walk.settle(x, {x.ndim - 2, x.ndim - 1}, "half of a matrix of channels")
+
+
+@declare(aten.squeeze, aten.squeeze_, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1))
+@declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]))
+@declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]))
+@declare(aten.unfold, aten.unfold_copy, fact=moved_fact, sample=of((3, 6), 1, 2, 2))
+@declare(aten.pixel_shuffle, fact=moved_numbers_fact, sample=of((1, 8, 2, 2), 2))
+@declare(aten.pixel_unshuffle, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), 2))
+@declare(aten.diagonal, fact=moved_fact, sample=of((2, 3, 3), 0, 1, 2))
+def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
+    """Run the op on the ids."""
+    op: Any = node.target
+    return tuple(
+        move_layer(layer, x.shape, lambda ids: op(ids, *args, **kwargs)) for layer in x.layers
+    )
+
+
+@declare(
+    aten.expand,
+    linear=True,
+    makes=True,
+    fact=moved_fact,
+    given=sizes_given,
+    sample=of((3, 1), [2, 3, 4]),
+)
+def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
+    """Copies of a single position can be cut anywhere: they get fresh ids."""
+    shape = node.meta["shape"]
+    new = len(shape) - x.ndim
+    layers = [align(layer, len(shape)) for layer in x.layers]
+    for dim, count in enumerate(shape):
+        if count > 1 and (dim < new or x.shape[dim - new] == 1):
+            layers.append(along(walk.copies(count), dim, len(shape)))
+    return tuple(layers)
+
+
+@declare(aten.channel_shuffle, fact=moved_fact, sample=of((1, 6, 2, 2), 2))
+def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
+    """Groups must stay equal: column j of each is tied to column j of all."""
+    for layer in x.on(1):
+        walk.align(spread(layer, x.shape, {1}).unflatten(1, (groups, -1)), {1})
+    return moved(walk, node, x, groups)
+
+
+@declare(
+    aten.im2col, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1])
+)
+def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Any, *args: Any) -> Layers:
+    """Patches: each channel once for every place of the kernel, padding included."""
+    layers = walk.settle(x, (x.ndim - 2, x.ndim - 1), "patches over channels")
+    times = math.prod(kernel)
+    return tuple(
+        (i.repeat_interleave(times, -3) if i.shape[-3] > 1 else i).squeeze(-1) for i in layers
+    )
+
+
+@declare(aten.col2im, sample=of((1, 8, 4), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]))
+def col2im(walk: Walk, node: fx.Node, x: Value, size: Any, kernel: Any, *args: Any) -> Layers:
+    """Sums of overlapping patches: a channel leaves with all places of the kernel."""
+    layers = []
+    for layer in walk.settle(x, (x.ndim - 1,), "patches over channels"):
+        if layer.shape[-2] > 1:
+            blocks = layer.unflatten(-2, (-1, math.prod(kernel)))
+            layer = walk.collapse(blocks, {blocks.dim() - 2}).squeeze(-2)
+        layers.append(layer.unsqueeze(-1))
+    return tuple(layers)
+
+
+@declare(
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    linear=True,
+    fact=view_fact,
+    given=sizes_given,
+    sample=of((2, 3, 4), [2, 12]),
+)
+@declare(aten._reshape_alias, fact=view_fact, sample=of((2, 3, 4), [2, 12], [12, 1]))
+@declare(aten.view_copy, given=sizes_given, sample=of((2, 3, 4), [2, 12]))
+def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
+    """A reshape; ``view(dtype)`` is refused."""
+    if not isinstance(size, list | tuple):
+        return walk.refuse([x])
+    shape = node.meta["shape"]
+    return tuple(reshape_layer(layer, x.shape, shape) for layer in _without_copies(walk, x, shape))
+
+
+def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
+    """Fresh ids that are about to share a dimension with others are not worth keeping."""
+    kept = list(x.layers)
+    for before, _ in reshape_blocks(x.shape, shape):
+        inside = [layer for layer in kept if varying(layer) & set(before)]
+        fresh = [layer for layer in inside if walk.is_fresh(layer)]
+        shared = sum(x.shape[dim] > 1 for dim in before) > 1
+        for layer in fresh:
+            if shared and (len(inside) > len(fresh) or walk.is_copy(layer)):
+                walk.freeze(layer, "copies merged with channels")
+                kept = [other for other in kept if other is not layer]
+    return kept
+
+
+@declare(aten.as_strided_, aten.as_strided, sample=of((2, 3), [2, 3], [3, 1]))
+def as_strided(
+    walk: Walk, node: fx.Node, x: Value, size: Any, stride: Any, offset: int | None = None
+) -> Layers:
+    """Only the form that leaves every element where it was is understood."""
+    (source,) = (n.meta["stride"] for n in node.all_input_nodes)
+    moves = [d for d, n in enumerate(x.shape) if n > 1 and source[d] != stride[d]]
+    if tuple(size) != tuple(x.shape) or offset or moves:
+        return walk.refuse([x], "as_strided that moves channels")
+    return x.layers

@@ -1,0 +1,82 @@
+"""Ops that make tensors out of nothing: constants of one value can be cut anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from graphprune.ops.given import Given, Pruned, args_of, ints_of, locate
+from graphprune.ops.ids import Layers
+from graphprune.ops.pointwise import made_fact
+from graphprune.ops.registry import declare as _declare
+from graphprune.ops.registry import free
+from graphprune.ops.reshaping import sizes_given
+from graphprune.ops.samples import of
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
+
+aten = torch.ops.aten
+declare = partial(_declare, macs=free)  # nothing is multiplied here
+
+
+def factory_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """All sizes, or those that are no tensors."""
+    given, new = list(args_of(node)[0]), list(graph.shape(node, alive))
+    if locate(node, given) is None:  # some sizes were tensors
+        ints = ints_of(node)
+        found = {
+            tuple(new[dim] for dim in dims)
+            for dims in itertools.combinations(range(len(given)), len(ints))
+            if [given[dim] for dim in dims] == ints
+        }
+        if len(found) == 1:
+            given, new = list(ints), list(*found)
+    yield Given(given, new)
+
+
+@declare(aten.zeros, aten.ones, given=factory_given, makes=True, sample=of([2, 3]))
+@declare(aten.rand, aten.randn, given=factory_given, makes=True, sample=of([2, 3]))
+@declare(aten.full, given=factory_given, makes=True, fills=True, sample=of([2, 3], 0.5))
+@declare(
+    aten.new_zeros,
+    aten.new_ones,
+    fact=made_fact,
+    given=sizes_given,
+    makes=True,
+    sample=of((2, 3), [4, 3]),
+)
+@declare(
+    aten.new_full,
+    fact=made_fact,
+    given=sizes_given,
+    makes=True,
+    fills=True,
+    sample=of((2, 3), [4, 3], 0.5),
+)
+def uniform(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+    """All positions hold the same value (or the same distribution)."""
+    return walk.extents(node.meta["shape"])
+
+
+@declare(aten.empty, given=factory_given, makes=True, sample=of([2, 3]))
+@declare(aten.new_empty, given=sizes_given, makes=True, sample=of((2, 3), [4, 3]))
+@declare(aten.empty_strided, makes=True, sample=of([2, 3], [3, 1]))
+@declare(aten.new_empty_strided, makes=True, sample=of((2, 3), [4, 3], [3, 1]))
+def empty(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+    """Uninitialised memory, to be filled by a later in-place op."""
+    return walk.extents(node.meta["shape"])
+
+
+@declare(aten.sym_size, sample=of((2, 3), 1))
+@declare(aten.sym_numel, sample=of((2, 3)))
+@declare(aten.is_same_size, sample=of((2, 3), (2, 3)))
+@declare(aten.scalar_tensor, fills=True, sample=of(0.5))
+def nothing(walk: Walk, node: fx.Node, *args: Value, **kwargs: Any) -> Layers:
+    """No values are read."""
+    return ()
