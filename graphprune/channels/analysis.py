@@ -240,6 +240,7 @@ class Pruned:
     def positions(self, node: fx.Node, dim: int) -> np.ndarray:
         """For each position of a value along ``dim`` whether it stays."""
         value = self.values[node]
+        dim %= value.ndim
         keep: np.ndarray | None = None
         for layer in value.layers:
             if layer.shape[dim] > 1:

@@ -29,7 +29,7 @@ from graphprune.record.sites import (
     forward_of,
     holders,
     lacks,
-    span_of,
+    spans_of,
 )
 
 Edits = tuple[LiteralChange, ...]
@@ -178,7 +178,7 @@ def _bare(node: Any) -> Any:
 def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
     """Put a number where an expression takes one from."""
     for node in ast.walk(definition):
-        if span_of(node) != site.absolute:
+        if site.absolute not in spans_of(node):
             continue
         if isinstance(node, ast.Call) and lacks(node, site, path):
             node.keywords.append(ast.keyword(str(path[0]), ast.Constant(new)))

@@ -198,17 +198,24 @@ def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int =
 @declare(aten.unsafe_split, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
 @declare(aten.split_copy, sample=of((2, 6), 3, 1))
 def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[Layers]:
-    """Equal parts, which must stay equal: column j of each part is tied to column j of all."""
+    """Equal parts, which must stay equal: column j of each part is tied to column j of all.
+
+    Where the last part is smaller, columns that it lacks are tied among the others.
+    """
     if isinstance(size, list | tuple):
         return split_with_sizes(walk, node, x, size, dim)
     dim %= x.ndim
     starts = range(0, x.shape[dim], size)
     for layer in x.on(dim):
-        if x.shape[dim] % size:
-            walk.freeze(layer, "split into parts of unequal size")
+        wide, rest = spread(layer, x.shape, {dim}), x.shape[dim] % size
+        full = wide.narrow(dim, 0, x.shape[dim] - rest).unflatten(dim, (-1, size))
+        if not rest:
+            walk.align(full, {dim})
             continue
-        parts = spread(layer, x.shape, {dim}).unflatten(dim, (len(starts), size))
-        walk.align(parts, {dim})
+        last = wide.narrow(dim, x.shape[dim] - rest, rest).unsqueeze(dim)
+        common, more = full.split([rest, size - rest], dim + 1)
+        walk.collapse(torch.cat([common, last], dim), {dim})
+        walk.collapse(more, {dim})
     return [tuple(_part(layer, dim, n, n + size) for layer in x.layers) for n in starts]
 
 

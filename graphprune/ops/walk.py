@@ -213,8 +213,9 @@ class Walk:
         """Freeze everything an op reads: the fate of ops without a rule."""
         node = self.node
         assert node is not None
+        known: str = getattr(node.target, "reason", f"unknown op {op_name(node)}")
         for value in inputs:
-            self.freeze_value(value, self.reason(text or f"unknown op {op_name(node)}"))
+            self.freeze_value(value, self.reason(text or known))
         return ()
 
     def settle(self, value: Value, dims: Iterable[int], text: str) -> Layers:

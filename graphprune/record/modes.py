@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import run_on_meta
-from graphprune.record.sizes import Scale
+from graphprune.record.sizes import Scale, Size, is_live, must_not_change, plain
 
 aten = torch.ops.aten
 _TENSOR: Any = torch.Tensor  # with its attributes as descriptors
@@ -25,6 +25,7 @@ _CHUNKS = {torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.ten
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
+_DISABLED = torch._C._disabled_torch_function_impl
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
@@ -75,6 +76,16 @@ def leak(tensor: Tensor) -> None:
     """Stands in the graph for a tensor whose values leave torch."""
 
 
+def lost(*tensors: Tensor) -> Tensor:
+    """Stands in the graph for a tensor that may hold anything computed from others."""
+    raise RuntimeError("a tensor came about where it cannot be followed: it cannot be made again")
+
+
+REASONS = {leak: "values leave torch", lost: "a tensor that cannot be followed"}
+for _function, _text in REASONS.items():
+    setattr(_function, "reason", _text)  # noqa: B010
+
+
 class Functions(TorchFunctionMode):
     """Sees torch functions with the ints that the user's code gave them."""
 
@@ -92,7 +103,8 @@ class Functions(TorchFunctionMode):
         if func in _SIZES:
             return self._size(func, args, kwargs)
         if func is torch.Tensor.__len__:
-            hash(recorder.extents(args[0])[0])  # a plain int that must not change
+            must_not_change(recorder.extents(args[0])[0])
+        caller, recorder.caller = recorder.caller, recorder.caller or sys._getframe(1)
         self._note(func, args, kwargs)
         try:
             if func in _VALUES:
@@ -100,13 +112,14 @@ class Functions(TorchFunctionMode):
             if func is torch.einsum and isinstance(args[0], str):
                 tensors = args[1] if isinstance(args[1], list | tuple) else args[1:]
                 return recorder.whole(aten.einsum.default, (args[0], [*tensors]), kwargs)
-            if func in WHOLE:
+            if func in WHOLE and not _special(types):
                 return recorder.whole(WHOLE[func], args, kwargs)
             if func in _INDEXING:
                 args = (args[0], _with_tensors(args[1]), *args[2:])
             out = func(*args, **kwargs)
         finally:
             recorder.numbers = recorder.paths = []
+            recorder.caller = caller
         if func is _TENSOR.data.__get__:
             recorder.call(aten.detach.default, args, {}, out)
         elif func in _LEAKS:
@@ -117,7 +130,7 @@ class Functions(TorchFunctionMode):
         """The numbers that the user's code gives to a function, and where they stand."""
         recorder = self.recorder
         found = [] if func in _CHUNKS else [*_numbers(args, ()), *_numbers(kwargs, ())]
-        recorder.numbers = [number for number, _ in found]
+        recorder.numbers = [_of_today(number) for number, _ in found]
         recorder.paths = [path for _, path in found]
         name = getattr(func, "__name__", "")
         recorder.method = getattr(torch.Tensor, name, None) is func
@@ -139,7 +152,7 @@ class Functions(TorchFunctionMode):
     def _values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor made of numbers: sizes among them must not change."""
         for number in self.recorder.numbers:
-            hash(number)
+            must_not_change(number)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             return self.recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
@@ -158,9 +171,19 @@ class Dispatch(TorchDispatchMode):
             args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
         on_meta = recorder.device == "meta"
         out = run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
-        if not recorder.opaque:
+        if not recorder.opaque and func.overloadpacket is not aten.set_:  # seen by its storage
             recorder.call(func, args, kwargs, out)
         return out
+
+
+def _special(types: Any) -> bool:
+    """Whether a class of tensors wants to see the functions that act on it."""
+    return any(kind.__torch_function__ is not _DISABLED and kind is not Tensor for kind in types)
+
+
+def _of_today(number: Any) -> Any:
+    """Sizes that a cache of the user kept from an earlier recording are plain numbers."""
+    return plain(number) if isinstance(number, Size | Scale) and not is_live(number) else number
 
 
 @functools.cache

@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.modules.module as nn_module
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphprune.errors import PACKAGE
 from graphprune.ops.ids import Path as ArgumentPath
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
-from graphprune.record.modes import Dispatch, EvalFlag, Functions
+from graphprune.record import scope
+from graphprune.record.identity import Identity, storage_key
+from graphprune.record.modes import Dispatch, EvalFlag, Functions, lost
 from graphprune.record.sites import Site, find_site, forward_of
-from graphprune.record.sizes import Comparison, Extent, Scale, Size, extents, plain
+from graphprune.record.sizes import (
+    Comparison,
+    Expression,
+    Extent,
+    Scale,
+    Size,
+    extents,
+    plain,
+    sizes_in,
+)
 from graphprune.record.skeleton import named_modules, named_tensors
 
 _functorch: Any = torch._C._functorch
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("recording.py"))
+_EMPTY = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
+}
+_SHAPES_ONLY = {  # read the shape of their input
+    getattr(torch.ops.aten, name)
+    for name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
+                 "randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
+}  # fmt: skip
 
 
 @dataclass
@@ -52,6 +72,7 @@ class Record:
     used: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)
     leaks: bool = False  # whether sizes were turned into plain ints
+    leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
     branches: bool = True  # whether code of the model may have looked at ``training``
 
     @property
@@ -71,81 +92,138 @@ class Recorder:
         self.record = Record(training, device)
         self.device = device
         self.names = {id(module): name for name, module in named_modules(model)}
-        self.params = {id(tensor): name for name, tensor in named_tensors(model)}
-        self.nodes: dict[int, fx.Node] = {}
-        self.parts: dict[int, tuple[fx.Node, int]] = {}
-        self.alive: list[Any] = []  # tensors whose id() is a key of ``nodes``
+        self.identity = Identity()
+        self.attributes: dict[str, Tensor] = {}  # that are neither parameters nor buffers
+        self.unwritten: set[int] = set()  # storages that hold what was in memory before
+        self.inputs = 0
         self.stack: list[str] = []
         self.running: list[nn.Module] = []
         self.innermost: str | None = None
         self.numbers: list[float] = []
         self.paths: list[ArgumentPath] = []
+        self.caller: FrameType | None = None  # who called the torch function that runs
         self.method, self.count = False, 0
         self.names_of_args: tuple[str, ...] = ()
         self.opaque = False
         self.recording = True
-        for _, module in named_modules(model):
-            for value in vars(module).values():
-                for size in value if isinstance(value, tuple | list) else (value,):
-                    if isinstance(size, Size):
-                        size.observer = self.notice
+        for name, tensor in named_tensors(model):
+            self.identity.put(tensor, name)
+        for prefix, module in named_modules(model):
+            for name, value in vars(module).items():
+                for size in sizes_in(value):
+                    size.observer = self.notice
+                if isinstance(value, Tensor) and self.identity.find(value) is None:
+                    full = f"{prefix}.{name}" if prefix else name
+                    self.attributes[full] = value
+                    self.identity.put(value, full)
         self.modes = (Functions(self), Dispatch(self))
 
     def placeholder(self, tensor: Tensor) -> None:
         """Register an input tensor."""
-        node = self.record.graph.placeholder(f"input_{len(self.alive)}")
-        self.register(node, tensor)
+        self.register(self.record.graph.placeholder(f"input_{self.inputs}"), tensor)
+        self.inputs += 1
 
     def register(self, node: fx.Node, tensor: Tensor) -> None:
         """Remember which node produced a tensor."""
-        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=tensor.stride())
-        self.nodes[id(tensor)] = node
-        self.alive.append(tensor)
+        with torch._C.DisableTorchFunction():
+            shape, stride = tuple(tensor.shape), _stride(tensor)
+        node.meta.update(shape=shape, dtype=tensor.dtype, stride=stride)
+        self.identity.put(tensor, node)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
-        """The node of a tensor; parameters and unknown tensors become ``get_attr`` nodes."""
-        while _functorch.is_functorch_wrapped_tensor(tensor):  # inside vmap or grad
-            tensor = _functorch.get_unwrapped(tensor)
-        node = self.nodes.get(id(tensor))
-        if node is None and id(tensor) in self.parts:
-            return self.part(tensor)
-        if node is None:
-            name = self.params.get(id(tensor))
-            if name is None:
-                name = f"constant_{len(self.record.constants)}"
-                self.record.constants[name] = tensor
-            node = self.record.graph.create_node("get_attr", name)
-            self.register(node, tensor)
+        """The node of a tensor; parameters and constants become ``get_attr`` nodes."""
+        tensor = _unwrapped(tensor)
+        source = self.identity.find(tensor)
+        if source is None:
+            return self.unknown(tensor)
+        if isinstance(source, str):
+            source = self._named(source, tensor)
+        elif isinstance(source, tuple):
+            source = self.part(tensor, *source)
+        node: fx.Node = source
+        return node
+
+    def unknown(self, tensor: Tensor) -> fx.Node:
+        """A tensor that no recorded op made: a constant, if nothing else can be in it."""
+        neighbours = self.identity.neighbours(tensor)
+        if neighbours:  # looked at by other ways than by views
+            return self.lost(tensor, [self.node_of(other) for other in neighbours])
+        if is_traceable_wrapper_subclass(tensor) or (self.device == "meta" and tensor.is_meta):
+            return self.lost(tensor)
+        name = f"constant_{len(self.record.constants)}"
+        self.record.constants[name] = tensor
+        node = self.record.graph.create_node("get_attr", name)
+        self.register(node, tensor)
+        return node
+
+    def lost(self, tensor: Tensor, sources: list[fx.Node] | None = None) -> fx.Node:
+        """A tensor made where no one sees how: it may hold anything that was computed before."""
+        if sources is None:
+            sources = [node for node in self.record.graph.nodes if "shape" in node.meta]
+        node = self.record.graph.call_function(lost, tuple(dict.fromkeys(sources)))
+        self._mark(node, [], user_frame(self.caller)[0])
+        self.register(node, tensor)
+        return node
+
+    def _named(self, name: str, tensor: Tensor) -> fx.Node:
+        node = self.record.graph.create_node("get_attr", name)
+        if name in self.attributes:
+            self.record.constants[name] = self.attributes[name]
+        self.register(node, tensor)
         return node
 
     def call(self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
         """Append an op that has just run."""
+        self._check_written(target, args, kwargs, out)
         node = self.record.graph.call_function(target, self.plain(args), self.plain(kwargs))
-        line, frame = user_frame()
-        node.meta.update(
-            module=self.stack[-1] if self.stack else "",
-            line=line,
-            numbers=self.numbers,
-            paths=self.paths,
-            site=self.site(frame) if self.numbers or op_of(target).scaled else None,
-            transformed=_functorch.peek_interpreter_stack() is not None,
-        )
+        line, frame = user_frame(self.caller)
+        self._mark(node, self.numbers, line, frame)
         if isinstance(out, Tensor):
             self.register(node, out)
         elif isinstance(out, list | tuple):
-            node.meta["items"] = items = {}
+            node.meta["items"] = {}
             saves = op_of(target).saves
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    self.parts[id(item)] = (node, index)
-                    self.alive.append(item)
+                    self.identity.put(item, (node, index))
                     if index == 0 or not saves:
-                        items[index] = self.part(item)
+                        self.part(item, node, index)
+
+    def _mark(
+        self, node: fx.Node, numbers: list[float], line: str | None, frame: Any = None
+    ) -> None:
+        node.meta.update(
+            module=self.stack[-1] if self.stack else "",
+            line=line,
+            numbers=numbers,
+            paths=self.paths,
+            site=self.site(frame) if numbers or op_of(node.target).scaled else None,
+            transformed=_functorch.peek_interpreter_stack() is not None,
+        )
+
+    def _check_written(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
+        """Memory that is read before any op wrote to it was filled by someone we do not see."""
+        name = getattr(target, "overloadpacket", None)
+        if name in _EMPTY:
+            key = storage_key(out)
+            if out.numel() and key is not None:
+                self.unwritten.add(key)
+        elif self.unwritten:
+            for tensor, argument in _given(target, args, kwargs):
+                key = storage_key(tensor)
+                alias = argument and argument.alias_info
+                if key not in self.unwritten or name in _SHAPES_ONLY:
+                    continue
+                if alias is None or alias.is_write:
+                    self.unwritten.discard(key)
+                if alias is None:
+                    self.lost(tensor)
 
     def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a composite op and record it as one node."""
         self.opaque = True
-        tensors = [a.name for a in target._schema.arguments[len(args) : 3] if a.name in kwargs]
+        schema: Any = target._schema
+        tensors = [a.name for a in schema.arguments[len(args) : 3] if a.name in kwargs]
         args = (*args, *(kwargs[name] for name in tensors))
         kwargs = {name: value for name, value in kwargs.items() if name not in tensors}
         try:
@@ -157,6 +235,36 @@ class Recorder:
         self.call(target, args, kwargs, out)
         return out
 
+    def function(self, function: Any, args: Any, kwargs: Any) -> Any:
+        """Run a ``torch.autograd.Function``: its forward is recorded, its backward stays its own.
+
+        Where an input does not reach the outputs by recorded ops (a kernel may have read it), the
+        function is one op that no one knows.
+        """
+        before = len(self.record.graph.nodes)
+        out = function(*args, **kwargs)
+        if self.opaque:
+            return out
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        results = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+        waiting = [self.node_of(tensor) for tensor in results]
+        inside = {*list(self.record.graph.nodes)[before:]}
+        reached: set[fx.Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in reached:
+                reached.add(node)
+                packet = getattr(node.target, "overloadpacket", None)
+                followed = node in inside and packet not in _SHAPES_ONLY
+                waiting += node.all_input_nodes if followed else []
+        if not {self.node_of(tensor) for tensor in given} <= reached:
+            self.call(function, args, kwargs, out)
+        return out
+
+    def reduce(self, tensor: Tensor) -> Any:
+        """What ``copy.copy`` makes of a recorded tensor: another of the same values."""
+        return None if self.identity.find(tensor) is None else (_copied, (tensor,))
+
     def constant(self, real: Tensor) -> Tensor:
         """The meta version of values that the model's code makes."""
         name = f"constant_{len(self.record.constants)}"
@@ -165,13 +273,15 @@ class Recorder:
         self.register(self.record.graph.create_node("get_attr", name), tensor)
         return tensor
 
-    def part(self, tensor: Tensor) -> fx.Node:
+    def part(self, tensor: Tensor, node: fx.Node, index: int) -> fx.Node:
         """The node of one result of an op with several; most of them are never used."""
-        node, index = self.parts.pop(id(tensor))
-        getitem = self.record.graph.call_function(operator.getitem, (node, index))
-        node.meta["items"][index] = getitem
+        getitem = node.meta["items"].get(index)
+        if getitem is None:
+            getitem = self.record.graph.call_function(operator.getitem, (node, index))
+            node.meta["items"][index] = getitem
         self.register(getitem, tensor)
-        return getitem
+        found: fx.Node = getitem
+        return found
 
     def plain(self, tree: Any) -> Any:
         """Arguments as fx holds them: tensors as nodes, sizes as plain ints."""
@@ -196,22 +306,23 @@ class Recorder:
     def _look(self) -> None:
         self.record.branches = True
 
-    def enter(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook of every module."""
+    def enter(self, module: nn.Module) -> None:
+        """Before the forward of every module."""
         name = self.names.get(id(module), self.stack[-1] if self.stack else "")
         self.stack.append(name)
         self.running.append(module)
         self.innermost = None
         self.record.used.add(name)
 
-    def leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        """Forward hook of every module."""
+    def leave(self, out: Any) -> None:
+        """After the forward of every module."""
         name = self.stack.pop()
         self.running.pop()
         if out is None and self.innermost is None:
             self.innermost = name
-        if isinstance(out, Tensor) and id(out) in self.nodes:
-            self.record.calls.append((name, self.nodes[id(out)]))
+        node = self.identity.find(out) if isinstance(out, Tensor) else None
+        if isinstance(node, fx.Node):
+            self.record.calls.append((name, node))
 
     def site(self, frame: Any) -> Site | None:
         """The expression that runs, seen from the forward of the innermost module."""
@@ -221,7 +332,7 @@ class Recorder:
         forward = own and getattr(forward_of(module, "run"), "__code__", None)
         while frame is not None and forward is not None:
             name = frame.f_code.co_filename
-            if not name.startswith((_TORCH, PACKAGE)):
+            if not name.startswith((_TORCH, PACKAGE)) or frame.f_code is forward:
                 frames.append((frame.f_code, frame.f_lasti))
             if frame.f_code is forward:
                 return find_site(frames[::-1], module, self.method, self.count, self.names_of_args)
@@ -236,9 +347,13 @@ class Recorder:
 
     def observe(self, comparison: Comparison) -> None:
         """The model's own code compared two sizes."""
-        if self.recording and comparison.op == "leak":
+        if not self.recording:
+            return
+        if comparison.op == "leak":
             self.record.leaks = True
-        elif self.recording:
+            if comparison.result:
+                self.record.leaked.setdefault(plain(comparison.right), set()).add(comparison.left)
+        else:
             self.record.comparisons.append(comparison)
 
     def extents(self, tensor: Tensor) -> torch.Size:
@@ -249,58 +364,57 @@ class Recorder:
         )
 
     def __enter__(self) -> Recorder:
-        self.handles = [
-            nn_module.register_module_forward_pre_hook(self.enter),
-            nn_module.register_module_forward_hook(self.leave, always_call=True),
-        ]
         self.entered = contextlib.ExitStack()
-        for mode in self.modes:
-            self.entered.enter_context(mode)
-        self.apply = torch.autograd.Function.__dict__["apply"]
-        torch.autograd.Function.apply = classmethod(_opaque_apply(self))
-        math.sqrt = _root
+        with contextlib.ExitStack() as entering:
+            entering.enter_context(scope.recording(self))
+            for mode in self.modes:
+                entering.enter_context(mode)
+            self.entered = entering.pop_all()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         self.recording = False
-        torch.autograd.Function.apply = self.apply
-        math.sqrt = _sqrt
         self.entered.__exit__(*exc)
-        for handle in self.handles:
-            handle.remove()
 
 
-_sqrt = math.sqrt
+def _copied(tensor: Tensor) -> Tensor:
+    copied = tensor.view_as(tensor)
+    if type(copied) is not type(tensor):
+        copied = copied.as_subclass(type(tensor))
+    vars(copied).update(vars(tensor))
+    return copied
 
 
-def _root(number: Any) -> float:
-    """``math.sqrt`` that remembers where a size came from: scales of attention are spelt so."""
-    known = isinstance(number, Size | Scale) and plain(number) > 0
-    return number**0.5 if known else _sqrt(number)
+def _given(target: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Any]]:
+    """The tensors that an op is given, each with what its schema says of the argument."""
+    schema: Any = getattr(target, "_schema", None)
+    named = {} if schema is None else {argument.name: argument for argument in schema.arguments}
+    pairs = [*zip([*named.values()] or [None] * len(args), args)]
+    pairs += [(named.get(name), value) for name, value in kwargs.items()]
+    for argument, value in pairs:
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                yield _unwrapped(tensor), argument
 
 
-def _opaque_apply(recorder: Recorder) -> Callable[..., Any]:
-    """``Function.apply`` as one op: what its backward does to channels cannot be seen."""
-    original = recorder.apply
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        function = original.__get__(None, cls)
-        if recorder.opaque:
-            return function(*args, **kwargs)
-        recorder.opaque = True
-        try:
-            out = function(*args, **kwargs)
-            recorder.call(function, args, kwargs, out)
-        finally:
-            recorder.opaque = False
-        return out
-
-    return apply
+def _unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside those of ``torch.vmap`` and its kind."""
+    while _functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = _functorch.get_unwrapped(tensor)
+    return tensor
 
 
-def user_frame() -> tuple[str | None, Any]:
-    """``file:line`` of the innermost frame outside torch and graphprune, and the frame."""
-    frame: FrameType | None = sys._getframe(2)
+def _stride(tensor: Tensor) -> tuple[int, ...]:
+    return tensor.stride() if tensor.layout is torch.strided else ()
+
+
+def user_frame(caller: FrameType | None = None) -> tuple[str | None, Any]:
+    """``file:line`` of the innermost frame outside torch and graphprune, and the frame.
+
+    ``caller`` is who called the torch function that runs, when that is known: the modes and
+    tensor classes of the user, which see the call as well, lie in between.
+    """
+    frame: FrameType | None = caller or sys._getframe(2)
     while frame is not None:
         name = frame.f_code.co_filename
         if name == _RUNS:

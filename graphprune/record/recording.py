@@ -7,8 +7,7 @@ non-maximum suppression) is run on the CPU with its real weights instead.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import TraceError
 from graphprune.ops.views import run_on_meta
+from graphprune.record import scope
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
@@ -89,7 +89,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
             recorder.placeholder(tensor)
     grad = torch.no_grad()
     try:
-        with grad, _safe_attention(), recorder:
+        with grad, recorder:
             out = clone(*args, **kwargs)
     except Exception as error:
         failed = TraceError(
@@ -106,7 +106,8 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
         result.output_leaves.append(Tensor if isinstance(leaf, Tensor) else leaf)
         if isinstance(leaf, Tensor):
             result.outputs.append(recorder.node_of(leaf))
-    result.graph.output(tuple(result.outputs))
+    inside = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
+    result.graph.output((*result.outputs, *inside))
     result.graph.lint()
     return result
 
@@ -116,17 +117,6 @@ def _fields(out: Any) -> Any:
     if isinstance(out, Tensor | tuple | list | dict):
         return out
     return vars(out) if hasattr(out, "__dict__") else out
-
-
-@contextlib.contextmanager
-def _safe_attention() -> Iterator[None]:
-    """Switch off the fused transformer path, which hides its ops."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class _Shapes(TorchDispatchMode):
@@ -143,5 +133,26 @@ class _Shapes(TorchDispatchMode):
 def dry(clone: nn.Module, call: Call) -> list[Any]:
     """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own."""
     args, kwargs = call.on("meta")
-    with torch.no_grad(), _safe_attention(), _Shapes():
+    with torch.no_grad(), scope.recording(None), _Shapes():
         return pytree.tree_leaves(_fields(clone(*args, **kwargs)))
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """The tensors in an output that is no tensor: in objects that pytree does not know."""
+    if isinstance(value, Tensor) or id(value) in seen or isinstance(value, nn.Module):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        items: Any = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = value
+    else:
+        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+        items = (
+            *getattr(value, "__dict__", {}).values(),
+            *(getattr(value, n, None) for n in slots),
+        )
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        yield from _tensors_in(item, seen)

@@ -173,7 +173,8 @@ def _index(file: str) -> _Index:
     parsed, found = tree(file), _Index()
     for node in ast.walk(parsed) if parsed is not None else ():
         if isinstance(node, ast.Call | ast.BinOp | ast.Subscript | ast.AugAssign):
-            found.spans[span_of(node)] = node
+            for span in spans_of(node):
+                found.spans[span] = node
         elif isinstance(node, ast.Lambda):
             found.lambdas.setdefault(span_of(node.body), node)
         elif isinstance(node, ast.FunctionDef):
@@ -206,6 +207,38 @@ def span_of(node: ast.AST) -> Any:
         getattr(node, name, None)
         for name in ("lineno", "end_lineno", "col_offset", "end_col_offset")
     )
+
+
+def spans_of(node: ast.AST) -> Iterator[Any]:
+    """The places that running code may name for a node.
+
+    A call of a method whose object ends on an earlier line is placed at the name of the method.
+    """
+    yield span_of(node)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        method = node.func
+        if method.lineno != method.end_lineno:
+            start = (method.end_col_offset or 0) - len(method.attr)
+            yield method.end_lineno, node.end_lineno, start, node.end_col_offset
+
+
+def in_cached_call(frame: types.FrameType) -> bool:
+    """Whether a frame is calling a function that ``functools.lru_cache`` made."""
+    spans, place = _spans(frame.f_code), frame.f_lasti // 2
+    call = _index(frame.f_code.co_filename).spans.get(spans[place]) if place < len(spans) else None
+    called = _resolved(call.func, frame) if isinstance(call, ast.Call) else None
+    return isinstance(getattr(called, "__func__", called), functools._lru_cache_wrapper)
+
+
+def _resolved(node: ast.AST, frame: types.FrameType) -> Any:
+    """What a name, or attributes of it, stand for in a frame; nothing of the user's is run."""
+    if isinstance(node, ast.Name):
+        for names in (frame.f_locals, frame.f_globals):
+            if node.id in names:
+                return names[node.id]
+    if isinstance(node, ast.Attribute):
+        return inspect.getattr_static(_resolved(node.value, frame), node.attr, None)
+    return None
 
 
 def given(site: Site, path: Path) -> ast.expr | None:

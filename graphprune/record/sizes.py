@@ -8,12 +8,17 @@ rewriter knows which attribute to change when channels leave.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graphprune.record.sites import Site
+import torch
+
+from graphprune.errors import PACKAGE
+from graphprune.record.sites import Site, in_cached_call
 
 
 @dataclass(frozen=True)
@@ -69,7 +74,11 @@ class Comparison:
 
 Observer = Callable[[Comparison], None]
 
-_OPS: dict[str, Callable[[Any, Any], Any]] = {
+# Functions of ``math`` with one or two arguments that are followed while a model is recorded.
+MATH = ("sqrt", "isqrt", "exp", "log", "log2", "log10", "pow", "gcd", "floor", "ceil", "trunc")
+_SINGLE = {name: getattr(math, name) for name in MATH if name not in ("log", "pow", "gcd")}
+
+_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -77,6 +86,25 @@ _OPS: dict[str, Callable[[Any, Any], Any]] = {
     "mod": operator.mod,
     "truediv": operator.truediv,
     "pow": operator.pow,
+}
+_BITS: dict[str, Callable[[Any, Any], Any]] = {
+    name: getattr(operator, f"{name}_" if name in ("and", "or") else name)
+    for name in ("and", "or", "xor", "lshift", "rshift")
+}
+
+
+def _of_one(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+    return lambda number, _: function(number)
+
+
+_OPS: dict[str, Callable[[Any, Any], Any]] = {
+    **_ARITHMETIC,
+    **_BITS,
+    **{name: _of_one(single) for name, single in _SINGLE.items()},
+    "log": lambda n, base: math.log(n, base) if base else math.log(n),
+    "gcd": math.gcd,
+    "abs": lambda n, _: abs(n),
+    "round": lambda n, digits: round(n, digits) if digits else round(n),
 }
 _INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
     ("add", "left"): lambda want, other: want - other,
@@ -90,9 +118,50 @@ _INVERSES: dict[tuple[str, str], Callable[[int, int], int | None]] = {
 }
 
 
+CONTAINERS = frozenset({tuple, list, torch.Size, dict})  # attributes whose ints are followed
+
+
 def plain(number: Any) -> Any:
     """The number behind a size or scale, without anyone noticing."""
     return int.__add__(number, 0) if isinstance(number, int) else float.__add__(number, 0.0)
+
+
+def sizes_in(value: Any) -> Iterator[Size]:
+    """The sizes in an attribute: itself, or inside tuples, lists and dictionaries."""
+    if isinstance(value, Size):
+        yield value
+    elif type(value) in CONTAINERS:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from sizes_in(item)
+
+
+def is_live(number: Size | Scale) -> bool:
+    """Whether the recording that a size belongs to still runs, or has not begun."""
+    return bool(getattr(getattr(number.observer, "__self__", None), "recording", True))
+
+
+def _known(value: Any) -> Expression:
+    """The expression behind an operand; sizes that a cache kept from an earlier run are numbers."""
+    if not isinstance(value, Size | Scale):
+        return value
+    return value.expression if is_live(value) else plain(value)
+
+
+def must_not_change(number: Any) -> None:
+    """Say that a size was used where no one sees what for: its value has to stay."""
+    _tell(number, Comparison("is", expression(number), plain(number), True))
+
+
+def _leaves(number: Size | Scale, value: int | None = None, op: str | None = None) -> None:
+    """Say that a plain number was computed from a size, and which one, when that is known."""
+    formula = Operation(op, number.expression, 0) if op else number.expression
+    _tell(number, Comparison("leak", formula, 0 if value is None else value, value is not None))
+
+
+def _tell(number: Any, comparison: Comparison) -> None:
+    observer = getattr(number, "observer", None)
+    if observer is not None:
+        observer(comparison)
 
 
 class Size(int):
@@ -110,31 +179,32 @@ class Size(int):
 
     def __float__(self) -> float:
         """A float of a size is a number that must not change."""
-        if self.observer is not None:
-            self.observer(Comparison("is", self.expression, plain(self), True))
+        must_not_change(self)
         return int.__float__(self)
 
     def __int__(self) -> int:
-        """An int that is no size any more: it may be anything computed from one."""
-        if self.observer is not None:
-            self.observer(Comparison("leak", self.expression, 0, True))
+        """A plain int: Python allows no other here."""
+        _leaves(self, plain(self))
         return plain(self)
 
     def __bool__(self) -> bool:
         """Compared with zero."""
-        if self.observer is not None:
-            self.observer(Comparison("ne", self.expression, 0, int.__bool__(self)))
+        _tell(self, Comparison("ne", self.expression, 0, int.__bool__(self)))
         return int.__bool__(self)
 
     def __hash__(self) -> int:
-        """A key that must not change."""
-        if self.observer is not None:
-            self.observer(Comparison("is", self.expression, plain(self), True))
-        return int.__hash__(self)
+        """A key that must not change; in the cache of a function, one of this recording alone."""
+        return _hash(self)
 
     def __neg__(self) -> Size:
         """Counted from the end."""
         return Size(-plain(self), Operation("sub", 0, self.expression), self.observer)
+
+    def __floor__(self) -> Size:
+        """Whole already."""
+        return self
+
+    __ceil__ = __trunc__ = __pos__ = __floor__
 
     def __deepcopy__(self, memo: object) -> Size:
         """Sizes are immutable."""
@@ -148,20 +218,6 @@ class Size(int):
 class Scale(float):
     """A float computed from sizes, with the expression that produced it."""
 
-    def __neg__(self) -> Scale:
-        """The other sign."""
-        return Scale(-float.__add__(self, 0.0), Operation("sub", 0, self.expression), self.observer)
-
-    def __float__(self) -> float:
-        """A plain float that must not change."""
-        if self.observer is not None:
-            self.observer(Comparison("is", self.expression, plain(self), True))
-        return plain(self)
-
-    def __hash__(self) -> int:
-        """A key that must not change."""
-        return hash(float(self))
-
     expression: Expression
     observer: Observer | None
 
@@ -174,9 +230,45 @@ class Scale(float):
         self.observer = observer
         return self
 
+    def __neg__(self) -> Scale:
+        """The other sign."""
+        return Scale(-float.__add__(self, 0.0), Operation("sub", 0, self.expression), self.observer)
+
+    def __float__(self) -> float:
+        """A plain float that must not change."""
+        must_not_change(self)
+        return plain(self)
+
+    def __int__(self) -> int:
+        """A plain int: Python allows no other here."""
+        value = math.trunc(plain(self))
+        _leaves(self, value, "trunc")
+        return value
+
+    def __bool__(self) -> bool:
+        """Compared with zero."""
+        _tell(self, Comparison("ne", self.expression, 0, float.__bool__(self)))
+        return float.__bool__(self)
+
+    def __hash__(self) -> int:
+        """As that of a size."""
+        return _hash(self)
+
+    def __deepcopy__(self, memo: object) -> Scale:
+        """Scales are immutable."""
+        return self
+
     def __reduce__(self) -> tuple[type, tuple[float]]:
         """A pickled scale is a plain float."""
         return float, (plain(self),)
+
+
+def _hash(number: Size | Scale) -> int:
+    if is_live(number):
+        if in_cached_call(sys._getframe(2)):  # may not meet keys of other runs, or be met by them
+            return hash((id(getattr(number.observer, "__self__", None)), number.expression))
+        must_not_change(number)
+    return hash(plain(number))
 
 
 def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
@@ -188,15 +280,26 @@ def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
         value = plain(self, other)
         if value is NotImplemented and isinstance(self, int) and isinstance(other, float):
             value = getattr(float, dunder)(int.__float__(self), other)
-        if type(value) not in (int, float) or isinstance(other, bool):
+        if type(value) not in (int, float) or isinstance(other, bool) or not is_live(self):
             return value
         left, right = (other, self) if reflected else (self, other)
-        formula = Operation(name, expression(left), expression(right))
-        if isinstance(value, int):
-            return Size(value, formula, self.observer)
-        return Scale(value, formula, self.observer)
+        return _computed(value, Operation(name, _known(left), _known(right)), self)
 
     method.__name__ = op.__name__
+    return method
+
+
+def _computed(value: int | float, formula: Expression, source: Size | Scale) -> Size | Scale:
+    kind: Any = Size if isinstance(value, int) else Scale
+    made: Size | Scale = kind(value, formula, source.observer)
+    return made
+
+
+def _unary(name: str, kind: type) -> Callable[..., Any]:
+    def method(self: Any, *digits: Any) -> Any:
+        value = getattr(kind, f"__{name}__")(self, *digits)
+        return _computed(value, Operation(name, self.expression, (digits or (0,))[0] or 0), self)
+
     return method
 
 
@@ -204,6 +307,21 @@ for _name in ("add", "sub", "mul", "floordiv", "mod", "truediv", "pow"):
     for _kind in (Size, Scale):
         setattr(_kind, f"__{_name}__", _binary(_name, reflected=False))
         setattr(_kind, f"__r{_name}__", _binary(_name, reflected=True))
+for _name in _BITS:
+    setattr(Size, f"__{_name}__", _binary(_name, reflected=False))
+    setattr(Size, f"__r{_name}__", _binary(_name, reflected=True))
+for _name in ("floor", "ceil", "trunc", "round", "abs"):
+    setattr(Scale, f"__{_name}__", _unary(_name, float))
+for _name in ("round", "abs"):
+    setattr(Size, f"__{_name}__", _unary(_name, int))
+
+
+def _divmod(reflected: bool) -> Callable[..., Any]:
+    def method(self: Any, other: Any) -> Any:
+        left, right = (other, self) if reflected else (self, other)
+        return left // right, left % right
+
+    return method
 
 
 def _leaking(kind: type, name: str) -> Callable[..., Any]:
@@ -211,31 +329,30 @@ def _leaking(kind: type, name: str) -> Callable[..., Any]:
     original = getattr(kind, name)
 
     def method(self: Any, *others: Any) -> Any:
-        if self.observer is not None:
-            self.observer(Comparison("leak", self.expression, 0, True))
+        _leaves(self)
         return original(self, *others)
 
     return method
 
 
-_BOTH = ("round", "floor", "ceil", "trunc", "abs", "divmod", "rdivmod")
-_BITS = ("and", "or", "xor", "lshift", "rshift")
-for _kind, _base, _names in (
-    (Size, int, (*_BOTH, *_BITS, *(f"r{name}" for name in _BITS), "invert")),
-    (Scale, float, (*_BOTH, "int")),
-):
-    for _name in _names:
+for _kind, _base in ((Size, int), (Scale, float)):
+    for _name in ("divmod", "rdivmod"):
+        setattr(_kind, f"__{_name}__", _divmod(_name == "rdivmod"))
+    for _name in ("repr", "format", *(("invert",) if _base is int else ())):  # a text may be a key
         setattr(_kind, f"__{_name}__", _leaking(_base, f"__{_name}__"))
 
 
 def _compared(name: str) -> Callable[[Size, Any], Any]:
     def method(self: Size | Scale, other: Any) -> Any:
+        kept = name in ("eq", "ne") and not is_live(self)  # by a cache of the user
+        if kept and not sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
+            return (self is other) == (name == "eq")  # equals nothing of today
         result = getattr(int if isinstance(self, int) else float, f"__{name}__")(self, other)
         if result is NotImplemented and isinstance(self, int) and isinstance(other, float):
             result = getattr(float, f"__{name}__")(int.__float__(self), other)
-        observer = self.observer or getattr(other, "observer", None)
-        if observer is not None and result is not NotImplemented:
-            observer(Comparison(name, expression(self), expression(other), result))
+        if result is not NotImplemented:
+            observed = self if self.observer is not None else other
+            _tell(observed, Comparison(name, _known(self), _known(other), result))
         return result
 
     return method
@@ -265,9 +382,10 @@ def evaluate(
     """
     if isinstance(expr, Operation):
         left, right = evaluate(expr.left, known, extent), evaluate(expr.right, known, extent)
-        if not right and expr.op in ("floordiv", "mod", "truediv"):
+        try:
+            return _OPS[expr.op](left, right)
+        except (ArithmeticError, ValueError):
             return 0
-        return _OPS[expr.op](left, right)
     if isinstance(expr, Extent):
         return extent(expr)
     if isinstance(expr, Attribute):

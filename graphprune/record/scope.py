@@ -1,0 +1,134 @@
+"""What is changed in torch and in ``math`` while a model is recorded, and only then.
+
+Some things can be seen only by taking the place of a function that belongs to the whole process.
+The changes of this file are made when the first recording of the process begins and undone when
+the last one ends. In between they act on the thread that records and hand everything else on, so
+that threads can record at the same time, beside others that train.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.modules.module as nn_module
+from torch import Tensor, nn
+
+from graphprune.record.sizes import MATH, Operation, Scale, Size, expression, must_not_change, plain
+
+_lock = threading.Lock()
+_undo = contextlib.ExitStack()
+_open = 0  # recordings that have begun and not ended, in all threads
+_local = threading.local()
+
+
+def current() -> Any:
+    """The recorder of this thread; ``None`` when nothing is recorded in it."""
+    running = getattr(_local, "running", ())
+    return running[-1] if running else None
+
+
+@contextlib.contextmanager
+def recording(recorder: Any) -> Iterator[None]:
+    """Make a recorder the one of this thread, with all changes in place.
+
+    Args:
+        recorder: its ``enter`` and ``leave`` are called around the forward of every module that
+            this thread runs, ``function`` instead of ``torch.autograd.Function.apply``, and
+            ``reduce`` instead of ``Tensor.__reduce_ex__``. ``None`` for a run that only needs the
+            fused paths off.
+    """
+    global _open
+    with _lock:
+        if not _open:
+            _change()
+        _open += 1
+    running = _local.__dict__.setdefault("running", [])
+    running.append(recorder)
+    try:
+        yield
+    finally:
+        running.remove(recorder)
+        with _lock:
+            _open -= 1
+            if not _open:
+                _undo.close()
+
+
+def _change() -> None:
+    fast = torch.backends.mha.get_fastpath_enabled()
+    if fast:  # the fused transformer path hides its ops
+        torch.backends.mha.set_fastpath_enabled(False)
+        _undo.callback(torch.backends.mha.set_fastpath_enabled, True)
+    for handle in (
+        nn_module.register_module_forward_pre_hook(_enter),
+        nn_module.register_module_forward_hook(_leave, always_call=True),
+    ):
+        _undo.callback(handle.remove)
+    _put(torch.autograd.Function, "apply", classmethod(_apply))
+    _put(Tensor, "__reduce_ex__", _reduce)
+    for name in MATH:
+        _put(math, name, _followed(name, getattr(math, name)))
+
+
+def _put(owner: Any, name: str, value: Any) -> None:
+    before = vars(owner)[name]
+    _originals[name] = before
+    setattr(owner, name, value)
+    _undo.callback(setattr, owner, name, before)
+
+
+_originals: dict[str, Any] = {}
+
+
+def _enter(module: nn.Module, args: Any) -> None:
+    recorder = current()
+    if recorder is not None:
+        recorder.enter(module)
+
+
+def _leave(module: nn.Module, args: Any, out: Any) -> None:
+    recorder = current()
+    if recorder is not None:
+        recorder.leave(out)
+
+
+def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    function = _originals["apply"].__get__(None, cls)
+    recorder = current()
+    return (
+        function(*args, **kwargs) if recorder is None else recorder.function(function, args, kwargs)
+    )
+
+
+def _reduce(self: Tensor, protocol: Any) -> Any:
+    recorder = current() if sys._getframe(1).f_code.co_filename == copy.__file__ else None
+    found = None if recorder is None else recorder.reduce(self)
+    return _originals["__reduce_ex__"](self, protocol) if found is None else found
+
+
+def _followed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of ``math`` that remembers the sizes its result was computed from."""
+
+    @functools.wraps(original)
+    def function(*args: Any) -> Any:
+        if not any(isinstance(arg, Size | Scale) for arg in args):
+            return original(*args)
+        if len(args) > 2:
+            for arg in args:
+                must_not_change(arg)
+            return original(*args)
+        value = original(*(plain(arg) if isinstance(arg, Size | Scale) else arg for arg in args))
+        left, right = (*map(expression, args), 0)[:2]
+        observer = next(arg.observer for arg in args if isinstance(arg, Size | Scale))
+        known: type[Size | Scale] = Size if isinstance(value, int) else Scale
+        return known(value, Operation(name, left, right), observer)
+
+    return function

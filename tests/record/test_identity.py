@@ -1,0 +1,146 @@
+"""A value is followed however the code of a model hands it on, or else it stays whole."""
+
+import copy
+
+import pytest
+import torch
+from support.comparing import untouched
+from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map_only
+
+import graphprune
+from graphprune.errors import PruningWarning
+
+X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Tagged(torch.Tensor):
+    """A tensor with a label, as image libraries have them."""
+
+
+class Wrapped(torch.Tensor):
+    """A tensor that is not where its values are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    def __tensor_flatten__(self):
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args = tree_map_only(cls, lambda t: t.inner, args)
+        return cls(func(*args, **(kwargs or {})))
+
+
+def data_assigned(t):
+    z = torch.zeros(1)
+    z = t.new_zeros(t.shape)
+    z.data = t
+    return z
+
+
+def data_of_the_old_object(t):
+    z = t.new_zeros(t.shape)
+    z.data = t
+    return t * 1 + z
+
+
+def set_to(t):
+    return t.new_empty(0).set_(t)
+
+
+def parameter_holding(t):
+    layer = nn.Module()
+    layer.weight = nn.Parameter(t, requires_grad=False)
+    return layer.weight * 2
+
+
+def through_memory(t):
+    out = torch.empty_like(t)
+    with _disable_current_modes():
+        out.copy_(t)
+    return out
+
+
+def out_of_nowhere(t):
+    with _disable_current_modes():
+        return t * 2
+
+
+def set_to_a_part(t):
+    return t.new_empty(0).set_(t.untyped_storage(), 0, t.shape, t.stride())
+
+
+def copied_tag(t):
+    tagged = t.as_subclass(Tagged)
+    tagged.label = "x"
+    twin = copy.copy(tagged)
+    assert twin.label == "x"
+    return twin.as_subclass(torch.Tensor)
+
+
+FOLLOWED = [
+    copy.copy,
+    copy.deepcopy,
+    lambda t: t.as_subclass(Tagged) * 2,
+    lambda t: nn.Parameter(t, requires_grad=False),
+    lambda t: torch.Tensor._make_subclass(Tagged, t).as_subclass(torch.Tensor),
+    data_assigned,
+    data_of_the_old_object,
+    set_to,
+    parameter_holding,
+    copied_tag,
+    set_to_a_part,
+]
+KEPT = [
+    through_memory,
+    out_of_nowhere,
+    lambda t: (Wrapped(t) * 2).inner,
+    lambda t: torch.from_numpy(t.numpy()) * 1,
+    lambda t: torch.from_dlpack(t),
+]
+
+
+class Net(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 16), nn.Linear(16, 12), nn.Linear(12, 3)
+        self.middle = middle
+
+    def forward(self, x):
+        return self.c(self.b(self.middle(self.a(x).relu())).relu())
+
+
+def net(middle):
+    torch.manual_seed(0)
+    return Net(middle).eval().double()
+
+
+@pytest.mark.parametrize("middle", FOLLOWED)
+def test_a_copy_or_another_class_of_a_value_is_that_value(middle):
+    model, x = net(middle), X.double()
+    with untouched(model), torch.no_grad():
+        small = graphprune.rebuild(model, 0.5, x)
+        assert small.a.out_features == small.b.in_features == 8
+        graphprune.verify(model, small, x)
+
+
+@pytest.mark.parametrize("middle", KEPT)
+def test_what_cannot_be_followed_stays_and_is_said(middle):
+    model, x = net(middle), X.double()
+    with untouched(model), torch.no_grad():
+        graph = graphprune.trace(model, x)
+        group = graph.group_of("a")
+        assert group.frozen
+        assert group.reason.text
+        with pytest.warns(PruningWarning):
+            small = graphprune.rebuild(model, 0.5, x)
+        assert small.a.out_features == small.b.in_features == 16
+        assert small.b.out_features == 6
+        graphprune.verify(model, small, x)
