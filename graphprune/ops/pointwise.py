@@ -188,6 +188,8 @@ def binary_in_place_meta(x: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
 @declare(aten.gelu_, aten.mish_, activation=True, sample=of((2, 3)))
 @declare(aten.celu_, aten.selu_, aten.rrelu_, sample=of((2, 3)))
 @declare(aten.rrelu_with_noise, aten.rrelu_with_noise_, sample=of((2, 3), (2, 3)))
+@declare(aten.ldexp, fact=pointwise_fact, sample=of((2, 3), (2, 3)))  # torch 2.8 has no tag for it
+@declare(aten.ldexp_, sample=of((2, 3), (2, 3)))
 @declare(aten.copy_, fact=written_fact, sample=of((2, 3), (2, 3)))
 @declare(aten.copy, sample=of((2, 3), (2, 3)))
 @declare(aten.addcmul_, aten.addcdiv_, aten.lerp_, sample=of((2, 3), (2, 3), (2, 3)))

@@ -7,6 +7,7 @@ import torch
 from support.comparing import untouched
 from support.zoo import randomise
 from torch import nn
+from torch.nn import functional
 from torch.utils._python_dispatch import _disable_current_modes
 
 import graphprune
@@ -144,3 +145,36 @@ def test_a_model_of_unknown_ops_only_is_refused_with_the_reason():
     with pytest.raises(InputError, match=r"(?s)no channel .* can be removed.*Cube") as caught:
         graphprune.rebuild(Hopeless(), 0.5, torch.zeros(2, 4))
     assert __file__ in str(caught.value)
+
+
+class Between(nn.Module):
+    """A function of values, each for itself, between two layers."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.up, self.function, self.down = nn.Linear(3, 8), function, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.down(self.function(self.up(x)))
+
+
+UNTAGGED = {
+    "leaky_relu": functional.leaky_relu,
+    "leaky_relu_": functional.leaky_relu_,
+    "ldexp": lambda x: torch.ldexp(x, torch.tensor(2)),
+    "elu_": functional.elu_,
+    "celu_": functional.celu_,
+    "selu_": functional.selu_,
+    "hardtanh_": functional.hardtanh_,
+    "hardsigmoid_": lambda x: functional.hardsigmoid(x, inplace=True),
+}
+
+
+@pytest.mark.parametrize("name", UNTAGGED)
+def test_ops_that_some_versions_of_torch_do_not_tag_as_pointwise(name):
+    """Torch 2.8 does not say of these that they are; channels leave nevertheless."""
+    model = Between(UNTAGGED[name]).eval()
+    x = torch.randn(4, 3)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.up.out_features == 4
+    graphprune.verify(model, small, x)
