@@ -25,6 +25,26 @@ def _kind(analysis: Analysis, member: Member) -> Hashable:
     return member.slot.dim, len(shape), shape[2:], depthwise, member.reads, member.index.shape[1]
 
 
+def least(analysis: Analysis) -> dict[str, int]:
+    """How many channels groups keep at least, by name, where that is more than one.
+
+    A norm over a single channel passes nothing on: its variance is zero, whatever the input.
+    """
+    owner = np.zeros(len(analysis.units.frozen), np.int64)  # 0: always stays
+    for number, group in enumerate(analysis.groups):
+        owner[group.units] = number + 1
+    found = {}
+    for ids, _, node in analysis.walk.renormalising:
+        labels, places = np.unique(analysis.units.labels[ids.numpy()], return_counts=True)
+        groups = np.unique(owner[labels])
+        if node is None or len(groups) > 1 or not groups[0]:
+            continue  # statistics over the places of an image, or over what always stays
+        group = analysis.groups[groups[0] - 1]
+        if places.min() == 1 < group.size:
+            found[group.name] = 2
+    return found
+
+
 def multiple(group: Group, round_to: int) -> int:
     """Of what the kept count must be a multiple, so that the widths of its layers are.
 

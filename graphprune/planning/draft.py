@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.channels.analysis import Analysis, Group
-from graphprune.channels.structure import multiple, signature
+from graphprune.channels.structure import least, multiple, signature
 from graphprune.criteria import comparable, gather, scores
 from graphprune.errors import InputError, warn
 from graphprune.plan.plan import Plan
@@ -56,6 +56,11 @@ class Draft:
     def rescaling(self) -> Rescaling | None:
         """How statistics stay those of the masked model, when that is asked for."""
         return Rescaling.of(self.analysis, self.model) if self.request.exact_only else None
+
+    @cached_property
+    def least(self) -> dict[str, int]:
+        """How many channels groups keep at least, where that is more than one."""
+        return least(self.analysis)
 
     def may_leave(self, group: Group) -> bool:
         """Whether the request allows that statistics change as they do for a group."""
@@ -133,7 +138,9 @@ class Draft:
             name = members[0].layers[0]
             raise InputError(f"min_kept {low} is above max_kept {high} for the group of {name!r}")
         step = int(np.lcm.reduce([multiple(group, request.round_to) for group in members]))
-        return allowed(members[0].size, low, high, step)
+        size = members[0].size
+        low = max(low, max(self.least.get(group.name, 1) for group in members) / size)
+        return allowed(size, low, max(low, high), step)
 
     def _levels(self) -> dict[str, np.ndarray]:
         """The order of the scope, or of an allocation for the groups it knows."""

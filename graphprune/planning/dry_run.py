@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.channels.analysis import Analysis, Pruned
-from graphprune.errors import TraceError
+from graphprune.errors import InputError, TraceError
 from graphprune.execute.shrink import hollow, shrink
 from graphprune.ops.ids import Shape, varying
 from graphprune.plan.plan import Plan
@@ -178,13 +178,26 @@ def _outputs(
 def _at_another_batch(
     model: nn.Module, call: Call, pruned: Pruned, original: Record, plan: Plan
 ) -> Place | None:
-    """Where numbers written into the code stand for the batch size of the example."""
-    if not plan.literals:
+    """Where numbers written into the code stand for the batch size of the example.
+
+    Ops take shortcuts for tensors without elements, which hide what they do to others: then
+    another batch size is tried as well.
+
+    Raises:
+        InputError: the small model fails only where the example has no elements.
+    """
+    empty = any(not tensor.numel() for tensor in call.tensors())
+    if not plan.literals and not empty:
         return None
     other = call.another_batch()
     foreseen = _outputs(model, other, original, None)
     if foreseen is None or _outputs(model, other, original, plan) == foreseen:
         return None
+    if empty:
+        raise InputError(
+            f"some of the example inputs hold no elements ({call}), which hides what their layers "
+            "do: pass inputs that all hold some"
+        )
     whole, complete = _recorded(model, other, original, None)
     if not complete or len(whole.ops) != len(original.ops):
         return _first_changed(original, plan)

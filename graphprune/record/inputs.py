@@ -47,6 +47,12 @@ class Call:
                 f"example_inputs holds no tensor (found {type(example_inputs).__name__}); pass a "
                 "tensor, a tuple of positional arguments or a dict of keyword arguments"
             )
+        found = [t for t in call.tensors() if t.is_floating_point()] or call.tensors()
+        if not any(tensor.numel() for tensor in found):
+            raise InputError(
+                f"example_inputs hold no elements (found {call}): torch takes shortcuts for such "
+                "tensors, and nothing can be seen of the layers; pass a batch of at least one"
+            )
         return call
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
