@@ -152,13 +152,13 @@ class Analysis:
         )  # ids made from here on belong to no parameter
         for record in records:
             walk.run(record.graph)
-        units = resolve(ties, walk.choices, walk.grids, walk.aligned)
-        for choice, label in units.chosen:
-            if label == "equal columns" and isinstance(choice.owner, Reason):
-                walk.renormalising.append((choice.ids, choice.owner, None))
-            elif label == "others stay":
-                frozen = next(ids for _, ids in choice.ways if ids)
-                ties.freeze(frozen[0], choice.owner)
+        units = resolve(ties, walk.choices, walk.grids, walk.aligned, _weights(slots))
+        for ids, way in units.chosen:
+            if isinstance(way.statistics, Reason):
+                walk.renormalising.append((ids, way.statistics, None))
+            if way.reason is not None:
+                for stays in way.frozen:
+                    ties.freeze(stays, way.reason)
         parameters = {name for name, _ in model.named_parameters()}
         return cls(
             fingerprint(model),
@@ -290,6 +290,15 @@ def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Va
                 layers.append(along(ids, dim, tensor.dim()))
         values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True, linear=True)
     return tuple(slots), values
+
+
+def _weights(slots: Sequence[Slot]) -> list[list[tuple[int, int]]]:
+    """For each parameter the first id and the size of its dimensions."""
+    found: dict[str, list[tuple[int, int]]] = {}
+    for slot in slots:
+        if slot.parameter:
+            found.setdefault(slot.tensor, []).append((slot.start, slot.size))
+    return list(found.values())
 
 
 def _groups(graph: Analysis) -> Iterator[Group]:

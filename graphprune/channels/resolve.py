@@ -11,8 +11,39 @@ from torch import Tensor
 
 from graphprune.ops.ids import KEPT, Alternatives, Pairs, Ties, Way, connected, varying
 
-RECTANGLE = "a rectangular grid"
-_ALIGNING = frozenset({"equal columns", "rows", "others stay", RECTANGLE})  # columns
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model as ids: what would be saved by removing some of them.
+
+    ``dims`` holds for each parameter where the ids of its dimensions start, and how many there are;
+    ``owner`` for each id which parameter it belongs to, or -1.
+    """
+
+    dims: Sequence[Sequence[tuple[int, int]]]
+    owner: np.ndarray
+
+    @classmethod
+    def of(cls, dims: Sequence[Sequence[tuple[int, int]]]) -> Weights:
+        """From the ranges of ids."""
+        owner = np.full(max((start + size for d in dims for start, size in d), default=0), -1)
+        for number, ranges in enumerate(dims):
+            for start, size in ranges:
+                owner[start : start + size] = number
+        return cls(dims, owner)
+
+    def saved(self, number: int, labels: np.ndarray, moving: np.ndarray) -> float:
+        """How many weights of a parameter leave with half of the units that are moving.
+
+        Half of three units as well: ways are compared at the same widths.
+        """
+        before = left = 1.0
+        for start, size in self.dims[number]:
+            units = labels[start : start + size]
+            units = units[moving[units]]
+            before *= size
+            left *= size - (len(units) / 2 if len(np.unique(units)) > 1 else 0)
+        return before - left
 
 
 @dataclass
@@ -21,7 +52,7 @@ class Units:
 
     labels: np.ndarray
     frozen: np.ndarray  # by label
-    chosen: list[tuple[Alternatives, str]] = field(default_factory=list)
+    chosen: list[tuple[Tensor, Way]] = field(default_factory=list)  # for which ids
     firm: list[Pairs] = field(default_factory=list)  # ties made that align no blocks
 
     @classmethod
@@ -83,19 +114,38 @@ class Units:
         stuck += [after(self.labels[item.reshape(-1).numpy()]) for item in frozen]
         return len(np.setdiff1d(mine, np.concatenate(stuck)))
 
-    def choose(self, choice: Alternatives) -> None:
+    def choose(self, choice: Alternatives, weights: Weights) -> None:
         """Take the way that leaves the most removable units; the first one when equal."""
-        counts = [self.free_count(choice.ids, pairs, frozen) for pairs, frozen in choice.ways]
+        counts = [self.free_count(choice.ids, way.ties, way.frozen) for way in choice.ways]
         best = 0 if choice.firm and counts[0] > 1 else counts.index(max(counts))
-        pairs, frozen = choice.ways[best]
-        self.tie(pairs)
-        if choice.labels[best] not in _ALIGNING:
-            self.firm.append(pairs)
-        for ids in frozen:
-            self.freeze(ids)
-        self.chosen.append((choice, choice.labels[best]))
+        if choice.lightest and sum(count > 1 for count in counts) > 1:
+            saved = [self._saved(choice, way, weights) for way in choice.ways]
+            best = max(range(len(saved)), key=lambda place: (saved[place], counts[place]))
+        way = choice.ways[best]
+        self._take(way)
+        if not way.aligns:
+            self.firm.append(way.ties)
+        self.chosen.append((choice.ids, way))
 
-    def rectangular(self, layer: Tensor, forbidden: frozenset[int]) -> None:
+    def _take(self, way: Way) -> None:
+        self.tie(way.ties)
+        for ids in way.frozen:
+            self.freeze(ids)
+
+    def _saved(self, choice: Alternatives, way: Way, weights: Weights) -> float:
+        """How many weights leave with half of the units that a choice is about."""
+        tried = self.copy()
+        tried._take(way)
+        mine = np.zeros(len(tried.frozen), bool)
+        mine[tried.labels[choice.ids.reshape(-1).numpy()]] = True
+        mine &= ~tried.frozen
+        return sum(
+            weights.saved(number, tried.labels, mine)
+            for number in np.unique(weights.owner[mine[tried.labels[: len(weights.owner)]]])
+            if number >= 0
+        )
+
+    def rectangular(self, layer: Tensor, forbidden: frozenset[int], weights: Weights) -> None:
         """Make the labels of a grid vary along one dimension only."""
         dims = sorted(varying(layer))
         grid = self.labels[layer.numpy()]
@@ -114,11 +164,11 @@ class Units:
             for dim in dims:
                 if dim != keep:
                     row = row.narrow(dim, 0, 1)
-            ways.append((((row, layer),), ()))
+            ways.append(Way(((row, layer),), aligns=True))
         if not ways:
             self.freeze(layer)
         else:
-            self.choose(Alternatives(layer, tuple(ways), (RECTANGLE,) * len(ways)))
+            self.choose(Alternatives(layer, tuple(ways)), weights)
 
 
 def resolve(
@@ -126,18 +176,27 @@ def resolve(
     choices: Sequence[Alternatives],
     grids: Sequence[tuple[Tensor, frozenset[int]]],
     aligned: Pairs = (),
+    dims: Sequence[Sequence[tuple[int, int]]] = (),
 ) -> Units:
-    """Settle all open decisions, the forced ones first; ``aligned`` are columns of blocks."""
-    units = Units.of(ties)
+    """Settle all open decisions, the forced ones first.
+
+    Args:
+        ties: what is tied and frozen in any case.
+        choices: decisions that rules left open.
+        grids: layers that vary along several dimensions, and those along which they may not be cut.
+        aligned: columns of blocks that must stay equally large.
+        dims: for each parameter the first id and the size of its dimensions.
+    """
+    units, weights = Units.of(ties), Weights.of(dims)
     units.tie(aligned)
     for layer, forbidden in grids:
         if forbidden:
-            units.rectangular(layer, forbidden)
+            units.rectangular(layer, forbidden, weights)
     for choice in choices:
-        units.choose(choice)
+        units.choose(choice, weights)
     seen: set[int] = set()
     for layer, forbidden in grids:
         if not forbidden and id(layer) not in seen:
             seen.add(id(layer))
-            units.rectangular(layer, forbidden)
+            units.rectangular(layer, forbidden, weights)
     return units

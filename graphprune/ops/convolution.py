@@ -14,7 +14,7 @@ from graphprune.ops.contraction import FIXED_INPUT, contract, free
 from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
 from graphprune.ops.given import Given, Pruned, args_of
-from graphprune.ops.ids import Alternatives, Layers, along, spread, varying
+from graphprune.ops.ids import Alternatives, Layers, Way, along, spread, varying
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
 from graphprune.ops.values import Value
@@ -148,11 +148,6 @@ def _grouped(
         for ids in short:
             walk.freeze(ids, "depthwise kernel")
     else:
-        walk.choose(
-            Alternatives(
-                everything,
-                ((tuple(rows), tuple(short)), (tuple(columns), ())),
-                ("whole groups", "equal columns"),
-            )
-        )
+        whole, equal = Way(tuple(rows), tuple(short)), Way(tuple(columns), aligns=True)
+        walk.choose(Alternatives(everything, (whole, equal), lightest=True))
     return [ids.reshape(-1) for ids in leaving]

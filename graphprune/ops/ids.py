@@ -21,7 +21,6 @@ Shape = tuple[int, ...]
 Path = tuple[int | str, ...]  # an argument of a call, then indices into it
 Layers = tuple[Tensor, ...]
 Pairs = Sequence[tuple[Tensor, Tensor]]  # layers whose ids are tied
-Way = tuple[Pairs, tuple[Tensor, ...]]  # what is tied, and what is frozen
 
 
 def varying(layer: Tensor) -> frozenset[int]:
@@ -104,18 +103,37 @@ def move_layer(layer: Tensor, shape: Sequence[int], op: Callable[[Tensor], Tenso
 
 
 @dataclass(frozen=True)
+class Way:
+    """One way to keep a grid of ids rectangular.
+
+    Attributes:
+        ties: the ids that are tied.
+        frozen: the ids that stay.
+        aligns: the ties only keep blocks equally large: columns of the blocks may differ.
+        reason: why ``frozen`` stays, for reports.
+        statistics: whose statistics change, where that is so.
+    """
+
+    ties: Pairs = ()
+    frozen: tuple[Tensor, ...] = ()
+    aligns: bool = False
+    reason: object = None
+    statistics: object = None
+
+
+@dataclass(frozen=True)
 class Alternatives:
     """Several ways to keep a grid of ids rectangular, of which one must be chosen.
 
-    Each way is a list of (ids, ids) ties plus ids to freeze; ``labels`` name the ways. The one
-    that leaves most units is taken; a ``firm`` first one already when it leaves several.
+    The one that leaves most units is taken; a ``firm`` first one already when it leaves several.
+    Where ways differ in how many dimensions of a weight they cut, the ``lightest`` is taken: the
+    one that leaves the fewest weights when half of the units leave.
     """
 
     ids: Tensor
     ways: tuple[Way, ...]
-    labels: tuple[str, ...]
-    owner: object = None
     firm: bool = False
+    lightest: bool = False
 
 
 @dataclass

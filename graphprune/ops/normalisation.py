@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from graphprune.ops.batch_norm import affine_fact, per_channel, vector_fact
 from graphprune.ops.fact import Fact, along_unknown
 from graphprune.ops.given import Given, Pruned, args_of
-from graphprune.ops.ids import Alternatives, Layers, varying
+from graphprune.ops.ids import Alternatives, Layers, Way, varying
 from graphprune.ops.reduction import count_of, kept_zero, moments
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
@@ -215,15 +215,11 @@ def group_norm(
         if groups == channels:
             continue
         walk.mask(layer)
-        rows, columns = ((grid[:, :1], grid),), ((grid[:1], grid),)
-        choice = Alternatives(
-            grid.reshape(-1),
-            ((rows, ()), (columns, ())),
-            ("whole groups", "equal columns"),
-            walk.reason("statistics of GroupNorm"),
-        )
         if groups == 1:
             walk.renormalise(grid, "statistics of GroupNorm")
-        else:
-            walk.choose(choice)
+            continue
+        changed = walk.reason("statistics of GroupNorm")
+        rows = Way(((grid[:, :1], grid),))
+        columns = Way(((grid[:1], grid),), aligns=True, statistics=changed)
+        walk.choose(Alternatives(grid.reshape(-1), (rows, columns)))
     return [layers, (), ()]

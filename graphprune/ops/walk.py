@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, align, along, varying
+from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, Way, align, along, varying
 from graphprune.ops.registry import Op, op_name, op_of
 from graphprune.ops.values import Reason, Value
 
@@ -285,11 +285,11 @@ class Walk:
         best = min(range(len(pure)), key=lambda n: (self.is_fresh(pure[n]), changes[n]))
         for layer in pure:
             if layer is not pure[best]:
-                ways = ((((layer, pure[best]),), ()), ((), (layer,)))
-                both = torch.cat([layer.flatten(), pure[best].flatten()])
                 reason = self.reason("merged with other channels")
-                labels = ("the same", "others stay")
-                self.choose(Alternatives(both, ways, labels, reason, firm=True))
+                same = Way(((layer, pure[best]),))
+                stays = Way(frozen=(layer,), aligns=True, reason=reason)
+                both = torch.cat([layer.flatten(), pure[best].flatten()])
+                self.choose(Alternatives(both, (same, stays), firm=True))
         return tuple(i for i in value.layers if i is pure[best] or not any(i is p for p in pure))
 
     def _meet(self, a: Tensor, b: Tensor) -> None:
@@ -302,14 +302,15 @@ class Walk:
             side = varying(line)
             if len(side) == 1 and side < varying(grid):
                 (dim,) = side
-                across = (((line, grid),), ())
-                whole = (((grid.narrow(dim, 0, 1), grid),), (line,))
-                reason = self.reason("met a grid that is cut along its other side")
+                columns = Way(((line, grid),))
+                rows = ((grid.narrow(dim, 0, 1), grid),)
                 if self.is_fresh(line):
-                    self.choose(Alternatives(grid, (whole, across), ("rows", "columns")))
+                    stays = Way(rows, (line,), aligns=True)
+                    self.choose(Alternatives(grid, (stays, columns)))
                 else:
-                    labels = ("columns", "others stay")
-                    self.choose(Alternatives(grid, (across, whole), labels, reason, firm=True))
+                    reason = self.reason("met a grid that is cut along its other side")
+                    stays = Way(rows, (line,), aligns=True, reason=reason)
+                    self.choose(Alternatives(grid, (columns, stays), firm=True))
                 return
         self.tie(a, b)
 

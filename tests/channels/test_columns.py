@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from support.free_columns import FREE, IMAGE, Gated, Grouped, made
+from torch import nn
 
 import graphprune
 from graphprune.channels.blocks import blocks, fine_labels
@@ -148,3 +149,32 @@ def test_parts_are_scored_as_the_criterion_says(criterion):
     aligned = graph.plan(0.5, criterion=criterion)
     free = graph.plan(0.5, criterion=criterion, columns="free")
     assert [set(slot.kept) for slot in free.slots] == [set(slot.kept) for slot in aligned.slots]
+
+
+def between(width, groups, out):
+    return nn.Sequential(
+        nn.Conv2d(3, width, 1),
+        nn.ReLU(),
+        nn.Conv2d(width, out, 3, groups=groups),
+        nn.Conv2d(out, 4, 1),
+    ).double()
+
+
+@pytest.mark.parametrize(("width", "groups", "out"), [(16, 8, 32), (16, 4, 16), (8, 4, 8)])
+def test_a_grouped_convolution_is_cut_the_way_that_leaves_fewest_weights(width, groups, out):
+    """Whole groups would leave twice as many weights of it, at the same widths."""
+    model, x = between(width, groups, out), torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.5, x)
+    graphprune.verify(model, small, x)
+    assert (small[0].out_channels, small[2].out_channels) == (width // 2, out // 2)
+    assert small[2].groups == groups
+    assert small[2].weight.numel() == model[2].weight.numel() // 4
+
+
+@pytest.mark.parametrize(("width", "groups", "out"), [(8, 8, 8), (8, 8, 16), (8, 4, 4)])
+def test_where_columns_cannot_leave_whole_groups_do(width, groups, out):
+    model, x = between(width, groups, out), torch.randn(1, 3, 5, 5, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.5, x)
+    graphprune.verify(model, small, x)
+    assert small[0].out_channels == width // 2
+    assert small[2].groups == groups // 2

@@ -59,7 +59,7 @@ def grouped():
     return sandwich(conv(8, 12, groups=4), after=12)
 
 
-@awkward(IMAGE, removable=4 + 5)  # 8 -> 8 in 4 groups: 4 whole groups, or 2 + 2 columns
+@awkward(IMAGE, removable=4 + 5)  # 8 -> 8 in 4 groups: 2 + 2 columns
 def grouped_tie():
     return sandwich(conv(8, 8, groups=4))
 

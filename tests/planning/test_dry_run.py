@@ -1,0 +1,161 @@
+"""The small model is run before it is handed out: what would break freezes, or is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import graphprune
+from graphprune.errors import InputError
+from graphprune.planning import make, settle
+
+pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
+
+
+class Windows(nn.Module):
+    """Overlapping windows over channels, of a size that the code gives."""
+
+    def __init__(self, size=4, step=2):
+        super().__init__()
+        self.size, self.step = size, step
+        self.stem, self.wide = nn.Linear(3, 6), nn.Linear(6, 12)
+        self.head = nn.Linear(size * ((12 - size) // step + 1), 2)
+
+    def forward(self, x):
+        return self.head(self.wide(self.stem(x).relu()).unfold(1, self.size, self.step).flatten(1))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize(("size", "step"), [(4, 2), (3, 3), (6, 1)])
+def test_windows_over_channels_never_break_a_model(ratio, size, step):
+    model, x = Windows(size, step).double().eval(), torch.randn(4, 3, dtype=torch.float64)
+    small = graphprune.rebuild(model, ratio, x)
+    assert small(x).shape == (4, 2)
+    assert graphprune.verify(model, small, x).difference < 1e-10
+    assert small.stem.out_features == 6 - int(6 * ratio), "what the windows do not touch leaves"
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
+@pytest.mark.parametrize(("hidden", "projected"), [(4, 3), (6, 4), (8, 3)])
+def test_an_lstm_is_not_cut_to_the_size_of_its_projection(hidden, projected):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 8), nn.Linear(projected, 2)
+            self.rnn = nn.LSTM(8, hidden, proj_size=projected, batch_first=True)
+
+        def forward(self, x):
+            return self.head(self.rnn(self.stem(x))[0])
+
+    x = torch.randn(2, 5, 3)
+    for ratio in (0.3, 0.5, 0.7):
+        small = graphprune.rebuild(Net().eval(), ratio, x)
+        assert small(x).shape == (2, 5, 2)
+        assert small.rnn.hidden_size != small.rnn.proj_size, "torch takes that for no projection"
+
+
+def test_examples_without_elements_are_refused():
+    """Torch takes shortcuts for them: of a BatchNorm, say, one weight is read."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(32, 2))
+    with pytest.raises(InputError, match=r"hold no elements .*0, 3, 2, 2.* at least one"):
+        graphprune.rebuild(net.eval(), 0.5, torch.randn(0, 3, 2, 2))
+
+
+class TwoStreams(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(3, 8)
+        self.norm, self.head = norm, nn.Linear(8, 2)
+
+    def forward(self, x, y):
+        return self.head(self.first(x).relu()), self.head(self.norm(self.second(y)).relu())
+
+
+def test_one_of_two_examples_without_elements():
+    inputs = torch.randn(2, 3), torch.randn(0, 3)
+    with pytest.raises(InputError, match="some of the example inputs hold no elements"):
+        graphprune.rebuild(TwoStreams(nn.BatchNorm1d(8)).eval(), 0.5, inputs)
+    small = graphprune.rebuild(TwoStreams(nn.Identity()).eval(), 0.5, inputs)
+    assert small(torch.randn(3, 3), torch.randn(4, 3))[1].shape == (4, 2)
+
+
+class PerSample(nn.Module):
+    """A convolution whose kernels come from the input: its number of groups counts the batch."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.count = count
+        self.stem, self.inner = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 1)
+        self.kernels, self.head = nn.Linear(6, 54), nn.Conv2d(6, 3, 1)
+
+    def forward(self, x):
+        y = self.inner(self.stem(x).relu())
+        kernels = self.kernels(y.mean((2, 3))).reshape(self.count(y), 1, 3, 3)
+        z = F.conv2d(y.flatten(0, 1).unsqueeze(0), kernels, padding=1, groups=self.count(y))
+        return self.head(z.view_as(y))
+
+
+COUNTS = {
+    "len": lambda y: len(y) * 6,
+    "shape": lambda y: 6 * y.shape[0],
+    "int": lambda y: int(y.shape[0]) * 6,
+    "item": lambda y: torch.tensor(y.shape[0]).item() * 6,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_small_models_take_other_batch_sizes(name, batch):
+    model, x = PerSample(COUNTS[name]).double().eval(), torch.randn(3, 3, 8, 8).double()
+    small = graphprune.rebuild(model, 0.5, x[:batch])
+    assert small.stem.out_channels == 4
+    for size in (1, 2, 3):
+        assert small(x[:size]).shape == (size, 3, 8, 8)
+
+
+def test_a_small_model_that_would_fail_is_not_handed_out(monkeypatch):
+    """The sizes of a convolution are settled wrongly on purpose: the run shows it."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1, groups=4), nn.Conv2d(8, 2, 1))
+    x = torch.randn(1, 3, 4, 4)
+    graph = graphprune.trace(net, x)
+    right = make.assemble
+
+    def wrong(*args, **kwargs):
+        plan = right(*args, **kwargs)
+        return replace(plan, slots=plan.slots[1:]) if plan.slots else plan
+
+    monkeypatch.setattr(make, "assemble", wrong)
+    with pytest.raises(graphprune.errors.GraphPruneError):
+        graph.plan(0.5)
+
+
+def test_models_that_read_values_run_with_their_weights():
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = self.stem(x).relu()
+            return self.head(y if float(y.sum()) > -1 else -y)
+
+    x = torch.randn(2, 3)
+    settled = graphprune.trace(Reads().eval(), x).settled
+    assert settled.analysis.records[0].device == "cpu"
+    assert graphprune.rebuild(Reads().eval(), 0.5, x).stem.out_features == 4
+
+
+def test_what_is_found_later_makes_another_analysis():
+    net = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    analysis = graphprune.trace(net, torch.randn(1, 3)).analysis
+    slot = next(slot for slot in analysis.slots if slot.tensor == "0.weight" and slot.dim == 0)
+    ids = torch.arange(slot.start, slot.start + 2)
+    reason = settle.Reason("for a test")
+    derived = analysis.derived(frozen=((ids, reason),))
+    tied = analysis.derived(ties=((ids[:1], ids[1:]),))
+    assert [group.size for group in analysis.groups] == [8]
+    assert [group.size for group in derived.groups] == [6]
+    assert {group.reason for group in derived.all_groups} >= {reason}
+    assert sum(len(group.units) for group in tied.groups) == 7
