@@ -13,7 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-SUITES = ("torchvision", "timm", "transformers", "recurrent")
+SUITES = (
+    "torchvision",
+    "timm",
+    "transformers",
+    "recurrent",
+    "transformers_text",
+    "transformers_vision",
+    "vit_pytorch",
+    "segmentation_models",
+    "diffusers",
+    "ultralytics",
+)
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 

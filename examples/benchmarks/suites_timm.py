@@ -1,4 +1,4 @@
-"""The smallest model of every architecture module of timm."""
+"""The smallest model of every architecture module of timm, and some more."""
 
 from __future__ import annotations
 
@@ -119,6 +119,35 @@ MODELS = (
     Row("xcit", "xcit_nano_12_p8_224", 64, True),
 )
 
+# Other networks of these modules, from other ideas: what their first one lacks.
+MORE = (
+    Row("byoanet", "bat_resnext26ts", 256),
+    Row("byoanet", "botnet26t_256", 256, True),
+    Row("byoanet", "lambda_resnet26t", 256, True),
+    Row("byobnet", "gernet_s", 64),
+    Row("byobnet", "regnetz_b16", 64),
+    Row("byobnet", "repvgg_a0", 64),
+    Row("convnext", "convnextv2_atto", 64),
+    Row("efficientnet", "efficientnet_lite0", 64),
+    Row("efficientnet", "mixnet_s", 64),
+    Row("efficientnet", "tf_efficientnetv2_b0", 64),
+    Row("efficientnet", "tinynet_e", 64),
+    Row("eva", "eva02_tiny_patch14_224", 56, True),
+    Row("fastvit", "fastvit_sa12", 64),
+    Row("ghostnet", "ghostnetv2_100", 64),
+    Row("levit", "levit_conv_128s", 128, True),
+    Row("maxxvit", "coatnet_pico_rw_224", 64, True),
+    Row("metaformer", "convformer_s18", 64),
+    Row("mlp_mixer", "mixer_s32_224", 64, True),
+    Row("mlp_mixer", "resmlp_12_224", 64, True),
+    Row("mobilenetv3", "mobilenetv4_conv_small", 64),
+    Row("mobilenetv3", "mobilenetv4_hybrid_medium", 64),
+    Row("mobilevit", "mobilevitv2_050", 64),
+    Row("resnet", "ecaresnet26t", 64),
+    Row("resnet", "seresnext26d_32x4d", 64),
+    Row("vision_transformer_relpos", "vit_relpos_small_patch16_224", 64, True),
+)
+
 
 def _case(row: Row) -> Case:
     options = {"img_size": row.side} if row.sized else {}
@@ -141,4 +170,4 @@ def _case(row: Row) -> Case:
 
 def suite() -> list[Case]:
     """All cases."""
-    return [_case(row) for row in MODELS]
+    return [_case(row) for row in (*MODELS, *MORE)]

@@ -70,31 +70,36 @@ RESNET = {
 }
 
 
-def _tokens(batch: int) -> dict[str, Any]:
+def tokens(batch: int) -> dict[str, Any]:
+    """Token ids."""
     return {"input_ids": torch.randint(3, VOCABULARY, (batch, ROWS))}
 
 
-def _masked(batch: int) -> dict[str, Any]:
+def masked(batch: int) -> dict[str, Any]:
+    """Token ids, of which the last row has three that are padding."""
     mask = torch.ones(batch, ROWS, dtype=torch.long)
     mask[-1, -3:] = 0
-    return {**_tokens(batch), "attention_mask": mask}
+    return {**tokens(batch), "attention_mask": mask}
 
 
-def _pair(batch: int) -> dict[str, Any]:
-    return {**_tokens(batch), "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, 6))}
+def pair(batch: int) -> dict[str, Any]:
+    """Token ids for an encoder and for a decoder."""
+    return {**tokens(batch), "decoder_input_ids": torch.randint(3, VOCABULARY, (batch, 6))}
 
 
-def _pixels(side: int) -> Draw:
+def pixels(side: int) -> Draw:
+    """Images of one size."""
     return lambda batch: {"pixel_values": torch.randn(batch, 3, side, side)}
 
 
 def _both(batch: int) -> dict[str, Any]:
-    tokens = _tokens(batch)["input_ids"]
-    tokens[:, -1] = VOCABULARY - 1  # CLIP pools where the end of the text is
-    return {"input_ids": tokens, **_pixels(SIDE)(batch)}
+    ids = tokens(batch)["input_ids"]
+    ids[:, -1] = VOCABULARY - 1  # CLIP pools where the end of the text is
+    return {"input_ids": ids, **pixels(SIDE)(batch)}
 
 
-def _waves(batch: int) -> dict[str, Any]:
+def waves(batch: int) -> dict[str, Any]:
+    """Sound."""
     return {"input_values": torch.randn(batch, 800)}
 
 
@@ -105,9 +110,10 @@ def _spectrum(batch: int) -> dict[str, Any]:
     }
 
 
-def _config(name: str, options: dict[str, Any]) -> Any:
+def configure(name: str, options: dict[str, Any]) -> Any:
+    """A configuration; a pair of a class name and options stands for one inside another."""
     nested = {
-        key: _config(*value) if isinstance(value, tuple) and isinstance(value[0], str) else value
+        key: configure(*value) if isinstance(value, tuple) and isinstance(value[0], str) else value
         for key, value in options.items()
     }
     special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -115,9 +121,11 @@ def _config(name: str, options: dict[str, Any]) -> Any:
     return getattr(transformers, name)(**{**special, **common, **nested})
 
 
-def _case(name: str, kind: str, model: str, config: str, draw: Draw, **options: Any) -> Case:
+def case(name: str, kind: str, model: str, config: str, draw: Draw, **options: Any) -> Case:
+    """A model of transformers, by the names of its class and of its configuration\'s."""
+
     def build() -> nn.Module:
-        return getattr(transformers, model)(_config(config, options))
+        return getattr(transformers, model)(configure(config, options))
 
     shapes = (
         f"{key} {'x'.join(map(str, value.shape[1:]))}"
@@ -156,7 +164,7 @@ def _encoders() -> list[Case]:
         ("MPNet", "MPNet", ENCODER),
     ]  # fmt: skip
     return [
-        _case(name, kind, f"{stem}ForMaskedLM", f"{stem}Config", _masked, **options)
+        case(name, kind, f"{stem}ForMaskedLM", f"{stem}Config", masked, **options)
         for name, stem, options in rows
     ]
 
@@ -196,7 +204,7 @@ def _decoders() -> list[Case]:
         }),
     ]  # fmt: skip
     return [
-        _case(name, "decoder", model, config, _tokens, **options)
+        case(name, "decoder", model, config, tokens, **options)
         for name, model, config, options in rows
     ]
 
@@ -212,15 +220,15 @@ def _sequences() -> list[Case]:
     whisper = {**SEQ2SEQ, **start, "num_mel_bins": 16, "max_source_positions": 20,
                "max_target_positions": 16}  # fmt: skip
     return [
-        _case("T5", kind, "T5ForConditionalGeneration", "T5Config", _pair, **t5),
-        _case("BART", kind, bart, "BartConfig", _pair, **SEQ2SEQ, **start),
-        _case("Pegasus", kind, pegasus, "PegasusConfig", _pair, **SEQ2SEQ, **start),
-        _case(
+        case("T5", kind, "T5ForConditionalGeneration", "T5Config", pair, **t5),
+        case("BART", kind, bart, "BartConfig", pair, **SEQ2SEQ, **start),
+        case("Pegasus", kind, pegasus, "PegasusConfig", pair, **SEQ2SEQ, **start),
+        case(
             "Whisper", "speech", "WhisperForConditionalGeneration", "WhisperConfig", _spectrum,
             **whisper,
         ),
-        _case("Wav2Vec2", "speech", "Wav2Vec2ForCTC", "Wav2Vec2Config", _waves, **SPEECH),
-        _case("HuBERT", "speech", "HubertForCTC", "HubertConfig", _waves, **SPEECH),
+        case("Wav2Vec2", "speech", "Wav2Vec2ForCTC", "Wav2Vec2Config", waves, **SPEECH),
+        case("HuBERT", "speech", "HubertForCTC", "HubertConfig", waves, **SPEECH),
     ]  # fmt: skip
 
 
@@ -242,7 +250,7 @@ def _vision() -> list[Case]:
         ("SegFormer", "SegformerForSemanticSegmentation", "SegformerConfig", segformer),
     ]
     return [
-        _case(name, "vision", model, config, _pixels(64 if "depths" in options else SIDE),
+        case(name, "vision", model, config, pixels(64 if "depths" in options else SIDE),
               **(options if name != "Swin" else options | {"image_size": 64}))
         for name, model, config, options in rows
     ] + [_detr(), *_contrastive()]  # fmt: skip
@@ -250,8 +258,8 @@ def _vision() -> list[Case]:
 
 def _detr() -> Case:
     options = {key: value for key, value in SEQ2SEQ.items() if key != "vocab_size"}
-    return _case(
-        "DETR", "detection", "DetrForObjectDetection", "DetrConfig", _pixels(64),
+    return case(
+        "DETR", "detection", "DetrForObjectDetection", "DetrConfig", pixels(64),
         use_timm_backbone=False, backbone=None, use_pretrained_backbone=False,
         backbone_config=("ResNetConfig", RESNET), num_queries=5, **options,
     )  # fmt: skip
@@ -260,9 +268,9 @@ def _detr() -> Case:
 def _contrastive() -> list[Case]:
     kind = "contrastive"
     return [
-        _case("CLIP", kind, "CLIPModel", "CLIPConfig", _both, projection_dim=48,
+        case("CLIP", kind, "CLIPModel", "CLIPConfig", _both, projection_dim=48,
               text_config=TEXT, vision_config=VISION),
-        _case("SigLIP", kind, "SiglipModel", "SiglipConfig", _both,
+        case("SigLIP", kind, "SiglipModel", "SiglipConfig", _both,
               text_config=TEXT, vision_config=VISION),
     ]  # fmt: skip
 
