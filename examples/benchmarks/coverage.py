@@ -1,9 +1,13 @@
 """Shrink every model of a suite, verify it, and write one line per model.
 
     python examples/benchmarks/coverage.py --models 'resnet*' --ratio 0.5
-    python examples/benchmarks/coverage.py --write docs/coverage.md
+    python examples/benchmarks/coverage.py --suite diffusers --check
+    python examples/benchmarks/coverage.py --cached --write docs/coverage.md
 
 Results are appended to the cache as they come; a second run continues where the first stopped.
+``--check`` compares the shares of parameters that stay with those stored in
+coverage_shares.json and exits with 1 where a model keeps more, fails or is refused; ``--store``
+writes them. A library that is not installed skips its suite.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import coverage_shares
 import coverage_table
 import peer
 import torch
@@ -32,7 +37,9 @@ from graphprune.verification.comparing import Session, difference
 from graphprune.verification.report import TOLERANCES
 
 
-def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, Any]:
+def run(
+    case: Case, ratio: float, scope: str, full_below: float, verified: bool = True
+) -> dict[str, Any]:
     """Shrink and verify one model; stops at the first stage that fails."""
     torch.set_num_threads(1)
     row: dict[str, Any] = {"seconds": {}}
@@ -53,7 +60,7 @@ def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, An
         warnings.simplefilter("always", graphprune.errors.PruningWarning)
         model = stage("build", case.model)
         x = case.draw(case.batch)
-        graph = model and stage("trace", lambda: graphprune.trace(model, x))
+        graph = model and stage("trace", lambda: traced(case, model, x))
         plan = graph and stage("plan", lambda: graph.plan(ratio, scope=scope))
         small = plan and stage("rebuild", lambda: graphprune.rebuild(model, plan))
     pruning = [w for w in caught if issubclass(w.category, graphprune.errors.PruningWarning)]
@@ -66,7 +73,7 @@ def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, An
         row["exact"] = plan.exact
         row["params"] = [plan.before.params, plan.after.params]
         row["macs"] = [plan.before.macs, plan.after.macs]
-    if small is not None:
+    if small is not None and verified:
         huge = plan.before.params > full_below
         full = None if huge else stage("verify64", lambda: everything(model, small, x))
         batch = stage("verify batch", lambda: outputs(case, model, small, torch.float64))
@@ -76,6 +83,13 @@ def run(case: Case, ratio: float, scope: str, full_below: float) -> dict[str, An
         row["checks"] = [check for result in (full, batch) if result for check in result[1]]
         row["verify32"] = single and single[0]
     return row
+
+
+def traced(case: Case, model: nn.Module, x: Any) -> graphprune.ChannelGraph:
+    """The graph of a model whose outputs for further use are named by its case."""
+    if not case.outputs:
+        return graphprune.trace(model, x)
+    return graphprune.trace(model, x, outputs=case.outputs)
 
 
 def frozen(graph: graphprune.ChannelGraph) -> dict[str, int]:
@@ -126,7 +140,8 @@ def rounding(model: nn.Module, x: Any) -> float:
 def measured(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """The row of one model, with the peer's result beside it."""
     arguments = (case, options.ratio, options.scope)
-    row = isolated(run, *arguments, options.full_below, timeout=options.timeout)
+    rest = (options.full_below, not options.no_verify)
+    row = isolated(run, *arguments, *rest, timeout=options.timeout)
     other: dict[str, Any] = {}
     if not options.no_peer:
         other = isolated(peer.outcome, *arguments, timeout=options.peer_timeout)
@@ -155,6 +170,14 @@ def read(cache: Path) -> dict[tuple[str, str, float, str], dict[str, Any]]:
     return rows
 
 
+def names(suite: str) -> list[str]:
+    """The names of the models of a suite, none where its library is not installed."""
+    try:
+        return [case.name for case in cases(suite)]
+    except ModuleNotFoundError:
+        return []
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Command-line options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -166,6 +189,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--peer-timeout", type=float, default=120, help="seconds for the peer")
     text = "parameters above which outputs in eval mode alone are compared"
     parser.add_argument("--full-below", type=float, default=250e6, help=text)
+    parser.add_argument("--no-verify", action="store_true", help="only plan and rebuild")
+    parser.add_argument("--check", action="store_true", help="compare with the stored shares")
+    parser.add_argument("--store", action="store_true", help="store the shares")
     parser.add_argument("--no-peer", action="store_true", help="leave Torch-Pruning out")
     parser.add_argument("--redo", choices=("failed", "all"), help="run cached models again")
     parser.add_argument("--cached", action="store_true", help="only show what is cached")
@@ -179,7 +205,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main() -> int:
     """Run what is not cached, print one line per model, write the table."""
     options = parse()
-    chosen = cases(options.suite, options.models)
+    try:
+        chosen = cases(options.suite, options.models)
+    except ModuleNotFoundError as missing:
+        print(f"{options.suite}: {missing.name} is not installed")
+        return 0
     rows = read(options.cache)
     setting = (options.ratio, options.scope)
     print(coverage_table.HEADER)
@@ -200,10 +230,14 @@ def main() -> int:
     keys = {(options.suite, case.name) for case in chosen}
     current = [row for key, row in rows.items() if key[:2] in keys and key[2:] == setting]
     print(coverage_table.summary(current))
+    worse = coverage_shares.complaints(current, coverage_shares.load()) if options.check else []
+    print(*worse, sep="\n", end="\n" if worse else "")
+    if options.store:
+        coverage_shares.store(current)
     if options.write:
-        order = {suite: [case.name for case in cases(suite)] for suite in SUITES}
+        order = {suite: names(suite) for suite in SUITES}
         options.write.write_text(coverage_table.document(order, list(rows.values())))
-    return 0 if all(row["status"] == "ok" for row in current) else 1
+    return 0 if not worse and all(row["status"] == "ok" for row in current) else 1
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ class Case:
     size: str = ""  # what the table shows of the inputs
     batch: int = 1
     head_names: tuple[str, ...] = ()  # glob patterns of further last layers
+    outputs: tuple[str, ...] = ()  # the outputs that count, where a model has others as well
 
     def model(self, seed: int = 0) -> nn.Module:
         """The model in eval mode, all parameters and statistics away from their initial state."""
