@@ -1,4 +1,4 @@
-"""The share of parameters that each model keeps, stored, so that a change that freezes more fails."""
+"""The shares of parameters that stay, stored, so that a change that freezes more fails."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LIBRARIES = (
 
 
 def load(path: Path = STORED) -> dict[str, Any]:
-    """The stored shares: ``{"versions": ..., "shares": {suite: {model: share}}, "reasons": ...}``."""
+    """What is stored: versions of libraries, shares and reasons by suite and model."""
     if not path.exists():
         return {"versions": {}, "shares": {}, "reasons": {}}
     found: dict[str, Any] = json.loads(path.read_text())

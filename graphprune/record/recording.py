@@ -107,7 +107,9 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
         if isinstance(leaf, Tensor):
             result.outputs.append(recorder.node_of(leaf))
     inside = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
-    result.graph.output((*result.outputs, *inside))
+    # what the model itself reads again, such as a cache of keys and values, is state: the small
+    # model makes its own
+    result.graph.output((*result.outputs, *(node for node in inside if not node.users)))
     result.graph.lint()
     return result
 

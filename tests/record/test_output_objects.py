@@ -1,0 +1,61 @@
+"""Objects that torch's pytree does not know, in what a model returns."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune
+
+
+class Cache:
+    """Keys and values of one layer, as decoders hand them back for the next token."""
+
+    def __init__(self):
+        self.keys = self.values = None
+
+    def update(self, keys, values):
+        self.keys, self.values = keys, values
+        return self.keys, self.values
+
+
+class Box:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Decoder(nn.Module):
+    """One layer of attention with a cache, or with what nobody reads beside the result."""
+
+    def __init__(self, cached):
+        super().__init__()
+        self.cached = cached
+        self.q, self.k, self.v = (nn.Linear(6, 8) for _ in range(3))
+        self.out, self.aside = nn.Linear(8, 6), nn.Linear(6, 5)
+
+    def forward(self, x):
+        cache = Cache()
+        q, k, v = (
+            layer(x).unflatten(-1, (4, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        k, v = cache.update(k, v)
+        y = (q @ k.mT).softmax(-1) @ v
+        y = self.out(y.transpose(1, 2).flatten(2))
+        return y, cache if self.cached else Box(self.aside(x))
+
+
+def test_a_cache_that_the_model_reads_is_no_output():
+    model, x = Decoder(True).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    graph = graphprune.trace(model, x)
+    assert [group.size for group in graph.groups] == [4]
+    small = graphprune.rebuild(model, graph.plan(0.5))
+    assert graphprune.verify(model, small, x).difference <= 1e-10
+    y, cache = small(x)
+    assert y.shape == (2, 3, 6)
+    assert cache.keys.shape == (2, 2, 3, 2)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_what_only_the_caller_reads_is_an_output(cached):
+    graph = graphprune.trace(Decoder(cached), torch.randn(2, 3, 6))
+    kept = {m.slot.tensor for group in graph.frozen for m in group.members if m.slot.size == 5}
+    assert kept == (set() if cached else {"aside.weight", "aside.bias"})
