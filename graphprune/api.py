@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,8 @@ from graphprune.channels import drawing
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.errors import InputError
 from graphprune.execute.config import Before, follow_config
-from graphprune.execute.shrink import shrink
+from graphprune.execute.rollback import whole_or_not
+from graphprune.execute.shrink import shrink, written
 from graphprune.masks.plans import check_request, dead_channels
 from graphprune.plan.plan import CELL, MAKERS, Plan
 from graphprune.planning.make import assemble, check_follows, check_kept, make_plan
@@ -45,8 +47,8 @@ def uncollected(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         enabled = gc.isenabled()
-        gc.disable()
         try:
+            gc.disable()
             return function(*args, **kwargs)
         finally:
             if enabled:
@@ -330,10 +332,11 @@ def rebuild(
 
 def _shrunk(model: nn.Module, plan: Plan, call: Call | None, inplace: bool) -> nn.Module:
     before = Before.of(model)
-    small = shrink(model, plan, inplace=inplace)
-    if before is not None:
-        follow_config(small, before, call)
-    return small
+    with whole_or_not(model, written(plan)) if inplace else contextlib.nullcontext():
+        small = shrink(model, plan, inplace=inplace)
+        if before is not None:
+            follow_config(small, before, call)
+        return small
 
 
 def _from_masks(

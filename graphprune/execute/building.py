@@ -21,24 +21,10 @@ from graphprune.record.skeleton import named_modules
 
 Field = tuple[str | int, ...]  # names and places that lead from a config to a number
 _SMALL = 4096  # elements of an empty tensor that is made for real
-_DRAWS = frozenset(
-    [
-        "normal_",
-        "uniform_",
-        "trunc_normal_",
-        "kaiming_normal_",
-        "kaiming_uniform_",
-        "xavier_normal_",
-        "xavier_uniform_",
-        "orthogonal_",
-        "constant_",
-        "ones_",
-        "zeros_",
-        "fill_",
-        "zero_",
-        "erfinv_",
-    ]
-)
+_DRAWS = frozenset({
+    "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_",
+    "xavier_uniform_", "orthogonal_", "constant_", "ones_", "zeros_", "fill_", "zero_", "erfinv_",
+})  # fmt: skip
 _DEEP = 4
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
+import platform
+import re
+import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphprune.errors import CheckpointError, InputError, PlanError
+from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
 from graphprune.execute.weightless import weightless
+from graphprune.plan.coding import loads
 from graphprune.plan.plan import Plan, fingerprint, plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.masked_names import masked_names, masks_of_state, renamed, set_masks
@@ -30,6 +35,8 @@ FORMAT = "graphprune"
 VERSION = 1
 _LAYOUTS = {"channels_last": torch.channels_last, "channels_last_3d": torch.channels_last_3d}
 _KEYS = ("aliases", "layouts", "dtypes")
+_HOST = re.sub(r"\W", "", platform.node())
+_ABANDONED = 86_400.0  # seconds after which a file that another machine was writing is left over
 
 
 def save(small: nn.Module, path: str | Path) -> Path:
@@ -119,7 +126,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
     _check_fit(content, original.model)
     try:
         small = shrink(original.model, content.plan)
-    except PlanError as error:
+    except (PlanError, RewriteError) as error:
         raise CheckpointError(f"{content.path} does not fit the model: {error}") from error
     set_masks(small, content.masked)
     _fill(small, content, original.devices)
@@ -199,18 +206,47 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def _write(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> Path:
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    """Beside the path first, synced, then moved there: what is there is always whole."""
+    part = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex}.part")
     try:
+        _tidy(path)
         part.touch()
         mode = part.stat().st_mode  # as the user's umask has it; safetensors makes it private
         save_file(tensors, part, metadata=metadata)
         part.chmod(mode)
+        _sync(part)
         os.replace(part, path)
+        if os.name == "posix":
+            _sync(path.parent)
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     finally:
         part.unlink(missing_ok=True)
     return path
+
+
+def _sync(path: Path) -> None:
+    """Wait until what was written is on the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _tidy(path: Path) -> None:
+    """Remove what saves to a path left behind that were killed."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        host, _, rest = part.name.removeprefix(f".{path.name}.").rpartition("-")[0].rpartition("-")
+        try:
+            if host == _HOST and os.name == "posix":
+                os.kill(int(rest), 0)  # raises when there is no such process
+            elif time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink(missing_ok=True)
+        except (ProcessLookupError, ValueError):
+            part.unlink(missing_ok=True)
+        except OSError:  # not ours
+            continue
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -252,11 +288,19 @@ def _read(path: Path) -> _Content:
     if missing or _digest(tensors, metadata) != metadata["digest"]:
         raise CheckpointError(f"{name} is damaged: its content does not match its digest")
     try:
-        extra = {key: json.loads(metadata[key]) for key in _KEYS}
-        plan = Plan.from_json(metadata["plan"])
-    except (json.JSONDecodeError, PlanError) as error:
+        extra = {key: _texts(metadata[key], key) for key in _KEYS}
+        plan = Plan.from_text(metadata["plan"], f"the plan in {name}")
+    except PlanError as error:
         raise CheckpointError(f"the metadata of {name} is damaged: {error}") from error
     return _Content(name, plan, tensors, **extra)
+
+
+def _texts(text: str, name: str) -> dict[str, str]:
+    """Texts by name."""
+    found = loads(text, name)
+    if not isinstance(found, dict) or not all(isinstance(item, str) for item in found.values()):
+        raise PlanError(f"{name} must be texts by name")
+    return found
 
 
 def _check_format(name: str, metadata: Mapping[str, str]) -> None:
@@ -316,6 +360,7 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape and not name.endswith("_extra_state")
     ]
+    shapes += _other_kinds(content, original)
     parts = [
         _listed("missing in the file", [name for name in expected if name not in found]),
         _listed("not in the model", [name for name in found if name not in expected]),
@@ -327,6 +372,17 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
             f"{content.path} does not fit {type(original).__name__}: {text}. "
             "Pass the architecture that was pruned"
         )
+
+
+def _other_kinds(content: _Content, original: nn.Module) -> Iterator[str]:
+    """Tensors that are floats in the one and not in the other, or integers of another size."""
+    for name, old in original.state_dict(keep_vars=True).items():
+        new = content.tensors.get(content.aliases.get(name, name))
+        if new is None or not isinstance(old, Tensor) or old.dtype == new.dtype:
+            continue
+        if not (old.is_floating_point() and new.is_floating_point()):
+            found, wanted = _dtype_name(new.dtype), _dtype_name(old.dtype)
+            yield f"{name} is {found} in the file, {wanted} in the model"
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -346,7 +402,8 @@ def _fill(small: nn.Module, content: _Content, devices: Mapping[str, torch.devic
     small.load_state_dict(state, assign=True)
     for name, buffer in _unsaved_buffers(small).items():
         dtype = getattr(torch, content.dtypes.get(name, ""), None)
-        if isinstance(dtype, torch.dtype) and buffer.dtype != dtype:
+        known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        if known and buffer.is_floating_point() and buffer.dtype != dtype:
             owner, _, leaf = name.rpartition(".")
             small.get_submodule(owner)._buffers[leaf] = buffer.to(dtype)
 

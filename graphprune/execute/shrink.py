@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.errors import PlanError
 from graphprune.execute.fold import fold, merged, recompute_masked
 from graphprune.execute.forward import rewrite_forward
+from graphprune.execute.rollback import replace_data, whole_or_not
 from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
@@ -36,10 +36,25 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
         that made ``model``, if one did).
 
     Raises:
-        PlanError: the plan does not fit the model; nothing was changed.
+        PlanError: the plan does not fit the model.
+
+    Whatever is raised, an interruption included, the model is then as it was.
     """
     plan.check(model)
-    _check_indices(model, plan)
+    if not inplace:
+        return _carried_out(model, plan, inplace=False)
+    with whole_or_not(model, written(plan)):
+        return _carried_out(model, plan, inplace=True)
+
+
+def written(plan: Plan) -> set[str]:
+    """The tensors whose values a plan changes, besides cutting them."""
+    changed: tuple[Any, ...] = (plan.indices, plan.scales, plan.biases, plan.merges, plan.zeroed)
+    masks = (change.mask for change in plan.merges if change.mask is not None)
+    return {*(change.tensor for changes in changed for change in changes), *masks}
+
+
+def _carried_out(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     earlier = plan_of(model)
     kept, full = kept_indices(plan), merged(model, plan)
     if inplace:
@@ -49,13 +64,7 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
             if name in kept:
                 _cut_in_place(tensor, kept[name])
     else:
-        memo: dict[int, Any] = {}
-        for name, tensor in named_tensors(model):
-            small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
-            if isinstance(tensor, nn.Parameter):
-                small = _as_parameter(small, tensor)
-            memo[id(tensor)] = small
-        model = copy_module(model, memo)
+        model = _cut_copy(model, kept, full)
     for index in plan.indices:
         _renumber(model.get_buffer(index.tensor), index, kept.get(index.tensor, {}))
     _rescale(model, plan)
@@ -92,14 +101,15 @@ def _follow(model: nn.Module, plan: Plan) -> None:
     rewrite_forward(model, plan.literals)
 
 
-def _check_indices(model: nn.Module, plan: Plan) -> None:
-    for change in plan.indices:
-        found = model.get_buffer(change.tensor)
-        if not found.is_meta and tuple(found.tolist()) != change.values:
-            raise PlanError(
-                f"buffer {change.tensor!r} permutes channels in another order than in the model "
-                "that the plan was made for: make a new plan"
-            )
+def _cut_copy(model: nn.Module, kept: Mapping[str, Kept], full: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the model with smaller tensors."""
+    memo: dict[int, Any] = {}
+    for name, tensor in named_tensors(model):
+        small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
+        if isinstance(tensor, nn.Parameter):
+            small = _as_parameter(small, tensor)
+        memo[id(tensor)] = small
+    return copy_module(model, memo)
 
 
 def _renumber(buffer: Tensor, change: IndexChange, kept: Kept) -> None:
@@ -167,15 +177,8 @@ def _as_parameter(small: Tensor, original: nn.Parameter) -> nn.Parameter:
 
 
 def _cut_in_place(tensor: Tensor, kept: Kept) -> None:
-    grad = tensor.grad
-    tensor.grad = None
-    small = cut(tensor.detach(), kept)
-    if tensor.requires_grad:  # a loss that is still alive holds autograd's node, with the old shape
-        passing = torch.float32 if tensor.dtype == torch.float16 else torch.float16
-        tensor.data = torch.empty(0, dtype=passing, device=tensor.device)  # another dtype drops it
-    tensor.data = small
-    if grad is not None:
-        tensor.grad = cut(grad, kept)
+    grad = None if tensor.grad is None else cut(tensor.grad, kept)
+    replace_data(tensor, cut(tensor.detach(), kept), grad)
 
 
 def _rescale(model: nn.Module, plan: Plan) -> None:

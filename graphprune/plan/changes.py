@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from graphprune.errors import PlanError
+from graphprune.plan.coding import Runs
 from graphprune.record.sites import Site
 from graphprune.record.sizes import Attribute
 
@@ -21,9 +22,22 @@ class GroupPlan:
 
     name: str
     size: int
-    kept: tuple[int, ...]
+    kept: Runs
     layers: tuple[str, ...] = ()
     exact: bool = True
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        """Groups are matched by the layers they tie."""
+        return self.layers
+
+    def then(self, later: GroupPlan) -> GroupPlan:
+        """This group cut once more; one that cannot be matched is taken as it is."""
+        if len(self.kept) != later.size:
+            return later
+        kept = tuple(self.kept[index] for index in later.kept)
+        exact = later.exact and (self.exact or len(self.kept) == self.size)
+        return replace(self, kept=kept, exact=exact, layers=later.layers)
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,13 @@ class SlotPlan:
     tensor: str
     dim: int
     size: int
-    kept: tuple[int, ...]
+    kept: Runs
     blocks: int = 1
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """The tensor and its dimension."""
+        return self.tensor, self.dim
 
     @property
     def width(self) -> int:
@@ -86,7 +105,7 @@ class SlotPlan:
         Whole blocks may have left: there are as many of equal height as keep those apart that stay.
         """
         left = len(rows.kept) // self.blocks
-        for count in (n for n in range(self.blocks, rows.size + 1) if rows.size % n == 0):
+        for count in (n for n in divisors(rows.size) if n >= self.blocks):
             height = rows.size // count
             pairs = {(row // height, place // left) for place, row in enumerate(rows.kept)}
             if len(pairs) == len({part for part, _ in pairs}):
@@ -94,6 +113,19 @@ class SlotPlan:
         own, spare = dict(pairs), tuple(range(self.width))
         parts = [self.by_block[own[n]] if n in own else spare for n in range(count)]
         return replace(self, kept=tuple(i for part in parts for i in part), blocks=count)
+
+    def zeroing(self, cut: SlotPlan | None) -> SlotPlan:
+        """What this zeroes in a small model, in the one that was ``cut`` before."""
+        if cut is None or cut.width != self.size:
+            return self
+        gone = {cut.kept[index] for index in set(range(self.size)) - set(self.kept)}
+        return replace(self, size=cut.size, kept=tuple(i for i in range(cut.size) if i not in gone))
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, in order."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
 
 
 @dataclass(frozen=True)
@@ -107,9 +139,13 @@ class SizeChange:
     new: int
 
     @property
-    def attribute(self) -> Attribute:
+    def key(self) -> Attribute:
         """The attribute that changes."""
         return Attribute(self.module, self.name, self.path)
+
+    def then(self, later: SizeChange) -> SizeChange:
+        """The first old number, the last new one."""
+        return replace(later, old=self.old)
 
 
 @dataclass(frozen=True)
@@ -123,6 +159,15 @@ class LiteralChange:
     new: float
     digest: str = ""  # of the source of the function
 
+    @property
+    def key(self) -> tuple[str, Site, tuple[int | str, ...]]:
+        """Where the number stands."""
+        return self.module, self.site, self.path
+
+    def then(self, later: LiteralChange) -> LiteralChange:
+        """The first old number, the last new one."""
+        return replace(later, old=self.old)
+
 
 @dataclass(frozen=True)
 class IndexChange:
@@ -130,7 +175,12 @@ class IndexChange:
 
     tensor: str
     values: tuple[int, ...]
-    kept: tuple[int, ...]
+    kept: Runs
+
+    @property
+    def key(self) -> str:
+        """The buffer."""
+        return self.tensor
 
     def then(self, later: IndexChange) -> IndexChange:
         """This change followed by one of the small model."""
@@ -148,6 +198,15 @@ class Rescale:
     old: float
     new: float
 
+    @property
+    def key(self) -> str:
+        """The weight."""
+        return self.tensor
+
+    def then(self, later: Rescale) -> Rescale:
+        """Factors multiply."""
+        return replace(later, factor=self.factor * later.factor, old=self.old)
+
 
 @dataclass(frozen=True)
 class BiasChange:
@@ -160,6 +219,32 @@ class BiasChange:
     tensor: str
     values: tuple[float, ...]
     like: tuple[str, int] | None = None
+
+    @property
+    def key(self) -> str:
+        """The vector."""
+        return self.tensor
+
+    def before(
+        self, slots: Mapping[tuple[str, int], SlotPlan], like: tuple[str, int] | None
+    ) -> BiasChange:
+        """The same change of the original of a small model.
+
+        Args:
+            slots: what was left of each dimension.
+            like: of the plan before, if that made the vector.
+        """
+        slot = slots.get(like or self.like or (self.tensor, 0))
+        if slot is None:
+            return self
+        total = [0.0] * slot.size
+        for place, value in zip(slot.kept, self.values):
+            total[place] = value
+        return replace(self, values=tuple(total))
+
+    def then(self, later: BiasChange) -> BiasChange:
+        """Constants add up."""
+        return replace(self, values=tuple(a + b for a, b in zip(self.values, later.values)))
 
 
 @dataclass(frozen=True)
@@ -197,79 +282,24 @@ class Cost:
 FREE = Cost(0, 0, 0)
 
 
-Change = TypeVar("Change", SizeChange, LiteralChange)
+class Chained(Protocol):
+    """A change that a later one of the same thing can follow."""
+
+    @property
+    def key(self) -> Hashable:
+        """What it changes."""
+
+    def then(self, later: Any) -> Any:
+        """This change followed by a later one."""
 
 
-def compose(
-    first: Sequence[Change], later: Sequence[Change], key: Callable[[Change], Hashable]
-) -> tuple[Change, ...]:
-    """Changes of numbers: the first old number, the last new one."""
-    changes = {key(change): change for change in first}
+C = TypeVar("C", bound=Chained)
+
+
+def chain(first: Iterable[C], later: Iterable[C]) -> tuple[C, ...]:
+    """Changes followed by changes."""
+    changes = {change.key: change for change in first}
     for change in later:
-        old = changes[key(change)].old if key(change) in changes else change.old
-        changes[key(change)] = replace(change, old=old)
+        known = changes.get(change.key)
+        changes[change.key] = change if known is None else known.then(change)
     return tuple(changes.values())
-
-
-def compose_indices(
-    first: Sequence[IndexChange], later: Sequence[IndexChange]
-) -> tuple[IndexChange, ...]:
-    """Changes of buffers of channel numbers."""
-    changes = {change.tensor: change for change in first}
-    for change in later:
-        known = changes.get(change.tensor)
-        changes[change.tensor] = change if known is None else known.then(change)
-    return tuple(changes.values())
-
-
-def compose_scales(first: Sequence[Rescale], later: Sequence[Rescale]) -> tuple[Rescale, ...]:
-    """Factors multiply."""
-    changes = {change.tensor: change for change in first}
-    for change in later:
-        known = changes.get(change.tensor, change)
-        factor = change.factor if known is change else known.factor * change.factor
-        changes[change.tensor] = replace(change, factor=factor, old=known.old)
-    return tuple(changes.values())
-
-
-def compose_groups(first: Sequence[GroupPlan], later: Sequence[GroupPlan]) -> tuple[GroupPlan, ...]:
-    """Groups are matched by the layers they tie; one that cannot be matched is kept as it is."""
-    known = {group.layers: group for group in first}
-    groups = []
-    for group in later:
-        old = known.get(group.layers)
-        if old is not None and len(old.kept) == group.size:
-            kept = tuple(old.kept[index] for index in group.kept)
-            exact = group.exact and (old.exact or len(old.kept) == old.size)
-            group = replace(group, name=old.name, size=old.size, kept=kept, exact=exact)
-        groups.append(group)
-    return tuple(groups)
-
-
-def compose_biases(
-    first: Sequence[BiasChange],
-    later: Sequence[BiasChange],
-    slots: Mapping[tuple[str, int], SlotPlan],
-) -> tuple[BiasChange, ...]:
-    """Constants add up; ``slots`` are what the first plan left of each dimension."""
-    changes = {change.tensor: change for change in first}
-    for change in later:
-        known = changes.get(change.tensor, change)
-        slot = slots.get(known.like or (change.tensor, 0))
-        size, places = len(change.values), range(len(change.values))
-        kept = places if slot is None else slot.kept
-        total = [0.0] * (size if slot is None else slot.size)
-        total = total if known is change else [*known.values]
-        for place, value in zip(kept, change.values):
-            total[place] += value
-        changes[change.tensor] = BiasChange(change.tensor, tuple(total), known.like)
-    return tuple(changes.values())
-
-
-def compose_zeroed(slot: SlotPlan, first: Mapping[tuple[str, int], SlotPlan]) -> SlotPlan:
-    """What a plan for a small model zeroes, in the original."""
-    known = first.get((slot.tensor, slot.dim))
-    if known is None:
-        return slot
-    gone = {known.kept[index] for index in set(range(slot.size)) - set(slot.kept)}
-    return replace(slot, size=known.size, kept=tuple(i for i in range(known.size) if i not in gone))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,10 @@ from graphprune.plan.changes import (
     Rescale,
     SizeChange,
     SlotPlan,
-    compose,
-    compose_biases,
-    compose_groups,
-    compose_indices,
-    compose_scales,
-    compose_zeroed,
+    chain,
 )
-from graphprune.record.sites import Site
+from graphprune.plan.checks import check_alone, check_on
+from graphprune.plan.coding import decode, encode, loads, runs
 from graphprune.record.skeleton import mark, named_tensors
 from graphprune.text import render, share, shorten
 
@@ -41,7 +37,7 @@ MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, 
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange", "Plan",
            "Rescale", "SizeChange", "SlotPlan", "carry", "fingerprint", "plan_of", "runs",
-           "tensors_of", "unrun"]  # fmt: skip
+           "tensors_of"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,13 +101,13 @@ class Plan:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to ``path`` when given."""
-        content = {key: _ranges(value) for key, value in asdict(self).items()}
+        content = encode(self)
         body = json.dumps(content, sort_keys=True)
         text = json.dumps(
             {"format": FORMAT, "version": VERSION, "digest": _digest(body), "plan": content}
         )
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     @classmethod
@@ -124,24 +120,31 @@ class Plan:
         Raises:
             PlanError: the text is not a plan of this version, or was changed or cut off.
         """
-        text, name = _text(source)
-        try:
-            outer = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"{name} is not JSON ({error}): pass what Plan.to_json wrote") from None
+        return cls.from_text(*_text(source))
+
+    @classmethod
+    def from_text(cls, text: str, name: str = "the text") -> Plan:
+        """Read a plan back from JSON text alone, which may come from a stranger.
+
+        Args:
+            text: what :meth:`to_json` returned; no file is opened, whatever it says.
+            name: what to call it in errors.
+
+        Raises:
+            PlanError: the text is not a plan of this version, or was changed or cut off.
+        """
+        outer = loads(text, name)
         if not isinstance(outer, dict) or outer.get("format") != FORMAT:
             raise PlanError(f"{name} is not a graphprune plan: pass what Plan.to_json wrote")
         if outer.get("version") != VERSION:
-            raise PlanError(
-                f"{name} has plan version {outer.get('version')!r}; this graphprune reads {VERSION}"
-            )
+            found = repr(outer.get("version"))[:20]
+            raise PlanError(f"{name} has plan version {found}; this graphprune reads {VERSION}")
         body: Any = outer.get("plan")
         if _digest(json.dumps(body, sort_keys=True)) != outer.get("digest"):
             raise PlanError(f"{name} is damaged: its content does not match its digest")
-        try:
-            return _plan(body)
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"{name} is damaged: {type(error).__name__} {error}") from None
+        plan: Plan = decode(cls, body, name, len(text))
+        check_alone(plan, name)
+        return plan
 
     @classmethod
     def from_masks(
@@ -196,12 +199,17 @@ class Plan:
         return MAKERS["from_masks"](model, example_inputs, masks, fold, attention)
 
     def check(self, model: nn.Module) -> None:
-        """Raise unless the plan was made for the architecture of ``model``.
+        """Raise unless the plan may change ``model``: nothing but what such a plan can change.
+
+        Its architecture, every tensor, dimension, module, attribute and number that the plan names,
+        the old values and the range of the new ones are looked at; nothing is changed.
 
         Raises:
-            PlanError: names the first tensors that differ.
+            PlanError: names the first thing that differs.
         """
         if fingerprint(model) == self.architecture:
+            check_alone(self)
+            check_on(self, model)
             self._check_weights(model)
             return
         if plan_of(model) == self:
@@ -235,25 +243,27 @@ class Plan:
         Args:
             later: a plan for a model made by this one; any other is a ``PlanError``.
         """
-        first = {(slot.tensor, slot.dim): slot for slot in self.slots}
-        slots = dict(first)
-        for slot in later.slots:
-            key = slot.tensor, slot.dim
-            if slot.blocks > 1 and (slot.tensor, 0) in first:
-                slot = slot.before(first[slot.tensor, 0])
-            slots[key] = first[key].then(slot) if key in first else slot
-        made = {change.tensor for change in self.biases if change.like is not None}
+        first = {slot.key: slot for slot in self.slots}
+        made = {change.tensor: change.like for change in self.biases}
+        groups = {group.key: group for group in self.groups}
+        slots = (
+            slot.before(first[slot.tensor, 0])
+            if slot.blocks > 1 and (slot.tensor, 0) in first
+            else slot
+            for slot in later.slots
+            if not made.get(slot.tensor)
+        )
         return Plan(
             architecture=self.architecture,
-            groups=compose_groups(self.groups, later.groups),
-            slots=tuple(slot for slot in slots.values() if slot.tensor not in made),
-            sizes=compose(self.sizes, later.sizes, lambda c: (c.module, c.name, c.path)),
-            literals=compose(self.literals, later.literals, lambda c: (c.module, c.site, c.path)),
-            indices=compose_indices(self.indices, later.indices),
-            scales=compose_scales(self.scales, later.scales),
-            biases=compose_biases(self.biases, later.biases, first),
+            groups=tuple(groups[g.key].then(g) if g.key in groups else g for g in later.groups),
+            slots=chain(self.slots, slots),
+            sizes=chain(self.sizes, later.sizes),
+            literals=chain(self.literals, later.literals),
+            indices=chain(self.indices, later.indices),
+            scales=chain(self.scales, later.scales),
+            biases=chain(self.biases, (b.before(first, made.get(b.tensor)) for b in later.biases)),
             merges=(*self.merges, *(change.before(first) for change in later.merges)),
-            zeroed=(*self.zeroed, *(compose_zeroed(slot, first) for slot in later.zeroed)),
+            zeroed=(*self.zeroed, *(slot.zeroing(first.get(slot.key)) for slot in later.zeroed)),
             weights=self.weights,
             notes=(*self.notes, *later.notes),
             evaluated=self.evaluated or later.evaluated,
@@ -319,74 +329,3 @@ def _text(source: str | Path) -> tuple[str, str]:
         except (OSError, TypeError, ValueError) as error:
             raise PlanError(f"cannot read a plan from {str(source)[:80]!r}: {error}") from None
     return source, "the text"
-
-
-def _ranges(value: Any) -> Any:
-    """Nested data with every ``kept`` written as runs, so that plans stay small."""
-    if isinstance(value, dict):
-        return {k: runs(v) if k == "kept" else _ranges(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_ranges(item) for item in value]
-    return value
-
-
-def runs(indices: Iterable[int]) -> str:
-    """Increasing indices as text: ``0-3,7,9-12``."""
-    parts: list[list[int]] = []
-    for index in indices:
-        if parts and parts[-1][1] == index - 1:
-            parts[-1][1] = index
-        else:
-            parts.append([index, index])
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
-
-
-def unrun(text: str) -> tuple[int, ...]:
-    """The inverse of :func:`runs`."""
-    indices: list[int] = []
-    for part in filter(None, text.split(",")):
-        start, _, stop = part.partition("-")
-        indices.extend(range(int(start), int(stop or start) + 1))
-    return tuple(indices)
-
-
-def _literal(body: Mapping[str, Any]) -> LiteralChange:
-    change = _tuples(dict(body))
-    return LiteralChange(**{**change, "site": Site(**change["site"])})
-
-
-def _tuples(value: Any) -> Any:
-    """Nested data with tuples for lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _plan(body: Mapping[str, Any]) -> Plan:
-    unknown = set(body) - {f.name for f in fields(Plan)}
-    if unknown:
-        raise ValueError(f"unknown fields {sorted(unknown)}")
-    return Plan(
-        architecture=body["architecture"],
-        groups=tuple(
-            GroupPlan(**{**g, "kept": unrun(g["kept"]), "layers": tuple(g["layers"])})
-            for g in body["groups"]
-        ),
-        slots=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["slots"]),
-        sizes=tuple(SizeChange(**{**s, "path": tuple(s["path"])}) for s in body["sizes"]),
-        literals=tuple(map(_literal, body["literals"])),
-        indices=tuple(
-            IndexChange(i["tensor"], tuple(i["values"]), unrun(i["kept"])) for i in body["indices"]
-        ),
-        scales=tuple(Rescale(**item) for item in body["scales"]),
-        biases=tuple(BiasChange(**_tuples(item)) for item in body["biases"]),
-        merges=tuple(MergeChange(**_tuples(item)) for item in body["merges"]),
-        zeroed=tuple(SlotPlan(**{**s, "kept": unrun(s["kept"])}) for s in body["zeroed"]),
-        weights=body["weights"],
-        notes=tuple(body["notes"]),
-        evaluated=bool(body["evaluated"]),
-        before=Cost(**body["before"]),
-        after=Cost(**body["after"]),
-        inputs=body["inputs"],
-        request=dict(body["request"]),
-    )

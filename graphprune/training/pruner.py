@@ -358,7 +358,7 @@ class Pruner:
                 "this pruner has removed its channels, the state is from before: make a new "
                 "Pruner for a new model"
             )
-        plans = {key: state[key] and Plan.from_json(state[key]) for key in ("plan", "masked")}
+        plans = {key: state[key] and Plan.from_text(state[key]) for key in ("plan", "masked")}
         self.steps, self.sparsity = state["steps"], state["sparsity"]
         if plans["plan"] and not self.finished:
             plans["plan"].check(self.model)

@@ -141,7 +141,7 @@ class Folder:
         """
         if not state.file or self.path is None:
             return original, None
-        plan = Plan.from_json(state.plan)
+        plan = Plan.from_text(state.plan)
         small = load(self.path / state.file, original)
         carry(small, plan)
         return small, plan

@@ -1,0 +1,379 @@
+"""What a plan may change: looked at before anything moves, as if a stranger had written it.
+
+A plan names tensors, attributes and numbers in code. It may cut the former, set the latter to other
+sizes, and nothing else: no attribute that is no size, no number that is not there, nothing that
+would take more memory than the model.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+import operator
+import types
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+from graphprune.errors import PlanError
+from graphprune.plan.changes import (
+    FREE,
+    BiasChange,
+    IndexChange,
+    LiteralChange,
+    MergeChange,
+    Rescale,
+    SizeChange,
+    SlotPlan,
+)
+from graphprune.record.sites import (
+    defined,
+    digest,
+    follow,
+    forward_of,
+    holders,
+    is_literal,
+    lacks,
+    span_of,
+)
+from graphprune.record.sizes import plain
+from graphprune.record.skeleton import named_modules, named_tensors
+
+Shape = tuple[int, ...]
+MASK = "_mask"
+# The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
+SIZES = frozenset({
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "in1_features",
+    "in2_features", "num_features", "num_channels", "num_groups", "normalized_shape",
+    "embedding_dim", "num_embeddings", "hidden_size", "input_size", "proj_size", "embed_dim",
+    "kdim", "vdim", "num_heads", "nhead", "head_dim", "value_dim", "d_model", "unflattened_size",
+    "num_parameters",
+})  # fmt: skip
+
+
+def check_alone(plan: Any, name: str = "the plan") -> None:
+    """Raise unless the parts of a plan fit together, whatever model it is for.
+
+    Raises:
+        PlanError: says what does not fit.
+    """
+    for problem in _problems(plan):
+        raise PlanError(f"{name} is damaged: {problem}")
+
+
+def _problems(plan: Any) -> Iterator[str]:
+    for field in ("slots", "sizes", "literals", "indices", "scales", "biases"):
+        counts = Counter(change.key for change in getattr(plan, field))
+        yield from (f"two {field} for {key}" for key, count in counts.items() if count > 1)
+    for slot in (*plan.slots, *plan.zeroed):
+        where = f"dimension {slot.dim} of {slot.tensor!r}"
+        if slot.dim < 0 or slot.size < 1 or slot.blocks < 1 or len(slot.kept) % slot.blocks:
+            yield f"{where} cannot have {slot.size} indices in {slot.blocks} blocks"
+        elif not all(_increasing(part, slot.size) for part in slot.by_block):
+            yield f"the indices of {where} are not in order, or too large"
+    for group in plan.groups:
+        if not _increasing(group.kept, group.size):
+            yield f"the channels of group {group.name!r} are not in order, or too large"
+    yield from _wrong_values(plan)
+    request = plan.request
+    while request:
+        if not isinstance(request, Mapping):
+            yield "what was asked for before is no object"
+            return
+        request = request.get("after")
+
+
+def _wrong_values(plan: Any) -> Iterator[str]:
+    for index in plan.indices:
+        largest = max(index.values, default=-1)
+        if min(index.values, default=-1) < 0 or not _increasing(index.kept, largest + 1):
+            yield f"the channels that {index.tensor!r} numbers"
+    for scale in plan.scales:
+        if scale.factor <= 0 or scale.new < 0:
+            yield f"the factor of {scale.tensor!r} is not positive"
+    for merge in plan.merges:
+        slices = {merge.into, *merge.sources}
+        if not len(slices) - 1 == len(merge.sources) == len(merge.factors):
+            yield f"the slices of {merge.tensor!r} that are added"
+    if min(*vars(plan.before).values(), *vars(plan.after).values()) < 0:
+        yield "a cost is negative"
+
+
+def _increasing(kept: tuple[int, ...], size: int) -> bool:
+    inside = not kept or (kept[0] >= 0 and kept[-1] < size)
+    return inside and all(map(operator.lt, kept, kept[1:]))
+
+
+def check_on(plan: Any, model: nn.Module) -> None:
+    """Raise unless a plan changes nothing of a model but what a plan for it can change.
+
+    Args:
+        plan: one that :func:`check_alone` accepts, of the architecture of the model.
+        model: it is not touched.
+
+    Raises:
+        PlanError: names what the plan must not change, or what is not there.
+    """
+    Check(plan, model).run()
+
+
+class Check:
+    """A plan and the model that it would change."""
+
+    def __init__(self, plan: Any, model: nn.Module) -> None:
+        self.plan, self.model = plan, model
+        self.modules = dict(named_modules(model))
+        self.tensors = dict(named_tensors(model))
+        sides = (side for tensor in self.tensors.values() for side in tensor.shape)
+        self.largest = max(sides, default=1)
+        self.widths = {slot.key: slot.width for slot in plan.slots}
+
+    def run(self) -> None:
+        """Look at every change."""
+        for slot in (*self.plan.slots, *self.plan.zeroed):
+            self.slot(slot)
+        for size in self.plan.sizes:
+            self.size(size)
+        for literal in self.plan.literals:
+            self.literal(literal)
+        for index in self.plan.indices:
+            self.index(index)
+        for scale in self.plan.scales:
+            self.scale(scale)
+        for bias in self.plan.biases:
+            self.bias(bias)
+        for merge in self.plan.merges:
+            self.merge(merge)
+        self.layers()
+        self.report()
+
+    def need(self, holds: bool, what: str) -> None:
+        """Raise unless something holds."""
+        if not holds:
+            raise PlanError(f"the plan does not fit the model: {what}; trace this model anew")
+
+    def tensor(self, name: str, dim: int = 0) -> Tensor:
+        """A parameter or buffer that has a dimension."""
+        found = self.tensors.get(name)
+        self.need(found is not None, f"it has no tensor {name!r}")
+        assert found is not None
+        self.need(0 <= dim < max(found.dim(), 1), f"{name!r} has no dimension {dim}")
+        return found
+
+    def module(self, name: str) -> nn.Module:
+        """A module by its first name."""
+        self.need(name in self.modules, f"it has no module {name!r}")
+        return self.modules[name]
+
+    def slot(self, slot: SlotPlan) -> None:
+        """A dimension of the right size, in blocks of rows that are there."""
+        shape = tuple(self.tensor(slot.tensor, slot.dim).shape)
+        self.need(
+            bool(shape) and shape[slot.dim] == slot.size,
+            f"{slot.tensor!r} is {list(shape)}, not {slot.size} in dimension {slot.dim}",
+        )
+        rows = slot.blocks == 1 or (slot.dim > 0 and shape[0] % slot.blocks == 0)
+        self.need(rows, f"{slot.tensor!r} has no {slot.blocks} blocks of rows")
+
+    def size(self, change: SizeChange) -> None:
+        """An attribute that is a size, with the value that it has, and a new one in range."""
+        module, where = self.module(change.module), f"{change.module}.{change.name}".lstrip(".")
+        value = _remembered(module, change.name)
+        self.need(_may_be_size(module, change.name), f"{where} is no size that a plan can change")
+        if change.path:
+            known = type(value) in (tuple, list, torch.Size) and len(change.path) == 1
+            self.need(known and 0 <= change.path[0] < len(value), f"{where} has no such place")
+            value = value[change.path[0]]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        self.need(whole, f"{where} is no int")
+        self.need(plain(value) == change.old, f"{where} is {plain(value)!r}, not {change.old}")
+        self.range(change.new, change.old, where)
+
+    def range(self, new: float, old: float, where: str) -> None:
+        """No size grows beyond what the model has."""
+        most = max(abs(old), self.largest)
+        self.need(abs(new) <= most, f"{new} is out of range for {where}, which was {old}")
+
+    def literal(self, change: LiteralChange) -> None:
+        """A number in code that the forward of a module runs, in the source that it had."""
+        module = self.module(change.module)
+        where = f"a number in the code of {change.module!r}"
+        function = forward_of(module)
+        for step in change.site.steps:
+            self.need(_calls(function, step[1]), f"{where} is not there ({step[1]!r})")
+            try:
+                function = follow(function, step, module)
+            except (KeyError, AttributeError, TypeError):
+                function = None
+        self.need(isinstance(function, types.FunctionType), f"{where} is not there")
+        if digest(function.__code__) != change.digest:
+            raise PlanError(
+                f"the source of {function.__qualname__} is not the one that the plan changes: "
+                "make a new plan for this version"
+            )
+        self.need(bool(change.path), f"{where} has no place")
+        old, new = plain(change.old), plain(change.new)
+        self.need(type(new) is type(old) or isinstance(old, float), f"{where} is of another kind")
+        self.range(new, old, where)
+        known = {(e.site, e.path): e.new for e in getattr(vars(module).get("forward"), "edits", ())}
+        found = known.get((change.site, change.path), _written(function, change))
+        self.need(found is not None, f"{where} is not there")
+        self.need(isinstance(found, str) or plain(found) == old, f"{where} is {found}, not {old}")
+
+    def index(self, change: IndexChange) -> None:
+        """A buffer of channel numbers, with the numbers that it has."""
+        buffer = self.tensor(change.tensor)
+        kind = buffer.dtype == torch.int64 and buffer.dim() == 1
+        self.need(
+            kind and len(buffer) == len(change.values) and max(change.values) < self.largest,
+            f"{change.tensor!r} does not number channels",
+        )
+        if not buffer.is_meta and tuple(buffer.tolist()) != change.values:
+            raise PlanError(
+                f"buffer {change.tensor!r} permutes channels in another order than in the model "
+                "that the plan was made for: make a new plan"
+            )
+
+    def scale(self, change: Rescale) -> None:
+        """A weight, and the float that its norm adds."""
+        weight = self.tensor(change.tensor)
+        self.need(weight.is_floating_point(), f"{change.tensor!r} is no weight")
+        value = vars(self.module(change.module)).get(change.attribute) if change.attribute else 0.0
+        where = f"{change.module}.{change.attribute}".lstrip(".")
+        if change.attribute:
+            self.need(type(value) is float, f"{where} is no eps that a plan can change")
+            self.need(value == change.old, f"{where} is {value!r}, not {change.old}")
+            self.need(0 <= change.new <= 1, f"{change.new} is out of range for {where}")
+        fair = 1 / self.largest <= change.factor <= self.largest
+        self.need(fair, f"the factor {change.factor} of {change.tensor!r} is out of range")
+
+    def bias(self, change: BiasChange) -> None:
+        """A vector of the right length, or the place for a new one."""
+        if change.like is None or change.tensor in self.tensors:
+            vector = self.tensor(change.tensor)
+            fits = vector.dim() == 1 and vector.is_floating_point()
+            size = len(vector) if fits else -1
+        else:
+            owner, _, leaf = change.tensor.rpartition(".")
+            places = self.module(owner)._parameters
+            fits = leaf in places and places[leaf] is None
+            size = self.tensor(*change.like).shape[change.like[1]]
+        self.need(fits, f"{change.tensor!r} is no vector, nor the place of one")
+        self.need(size == len(change.values), f"{change.tensor!r} has {size} entries")
+
+    def merge(self, change: MergeChange) -> None:
+        """Slices that are there, and a mask of the same shape."""
+        weight = self.tensor(change.tensor, change.dim)
+        size = weight.shape[change.dim] if weight.dim() else 0
+        slices = (change.into, *change.sources)
+        self.need(0 <= min(slices) <= max(slices) < size, f"{change.tensor!r} has no such slices")
+        if change.mask is not None:
+            mask = self.tensor(change.mask)
+            fits = change.mask == change.tensor.removesuffix("_orig") + MASK
+            self.need(fits and mask.shape == weight.shape, f"{change.mask!r} masks something else")
+
+    def shape(self, name: str) -> Shape:
+        """That of a tensor after the plan."""
+        sides = self.tensors[name].shape
+        return tuple(self.widths.get((name, dim), side) for dim, side in enumerate(sides))
+
+    def layers(self) -> None:
+        """The tensors of torch's own layers still fit each other."""
+        for owner in dict.fromkeys(slot.tensor.rpartition(".")[0] for slot in self.plan.slots):
+            layer = self.modules.get(owner)
+            shapes = {
+                leaf: self.shape(name)
+                for leaf in (*_own(layer, "_parameters"), *_own(layer, "_buffers"))
+                for name in [f"{owner}.{leaf}".lstrip(".")]
+                if name in self.tensors
+            }
+            if isinstance(layer, nn.Linear | _ConvNd) and {"weight", "bias"} <= shapes.keys():
+                turned = isinstance(layer, _ConvNd) and layer.transposed
+                out = shapes["bias"][0] if turned else shapes["weight"][0]
+                self.need(
+                    shapes["bias"] == (out,), f"{owner!r} would have a bias of another length"
+                )
+            if isinstance(layer, _NormBase):
+                vectors = {shape for shape in shapes.values() if len(shape) == 1}
+                self.need(len(vectors) <= 1, f"{owner!r} would have vectors of different lengths")
+
+    def report(self) -> None:
+        """What the plan says of itself is what it does."""
+        touched = {slot.tensor for slot in self.plan.slots}
+        touched |= {name.rpartition(".")[0] for name in touched}
+        for group in self.plan.groups:
+            if len(group.kept) < group.size:
+                missing = next((name for name in group.layers if name not in touched), None)
+                self.need(missing is None, f"it leaves {missing!r} out of group {group.name}")
+        if self.plan.before == self.plan.after == FREE:
+            return
+        parameters = {id(parameter) for parameter in self.model.parameters()}
+        count = sum(
+            math.prod(self.shape(name))
+            for name, tensor in self.tensors.items()
+            if id(tensor) in parameters
+        )
+        for change in self.plan.biases:
+            if change.like is not None and change.tensor not in self.tensors:
+                count += self.widths.get(change.like, len(change.values))
+        told = self.plan.after.params
+        self.need(count == told, f"it leaves {count} parameters where it says {told}")
+
+
+def _own(layer: nn.Module | None, members: str) -> Iterable[str]:
+    return () if layer is None else vars(layer)[members]
+
+
+def _remembered(module: nn.Module, name: str) -> Any:
+    """An attribute; those that torch's attention gets when it is cut are in its sizes."""
+    if type(module) is nn.MultiheadAttention and name in ("head_dim", "value_dim"):
+        return module.embed_dim // module.num_heads
+    return vars(module).get(name)
+
+
+def _may_be_size(module: nn.Module, name: str) -> bool:
+    """Whether a number of a module may be a width: of torch's own layers some are not."""
+    if name in SIZES:
+        return True
+    kind = type(module)
+    if name.startswith("_") or kind.__module__.startswith("torch.nn"):
+        return False
+    bases = (base for base in kind.__mro__ if base.__module__.startswith("torch.nn"))
+    return not any(name in vars(base).get("__constants__", ()) for base in bases)
+
+
+def _calls(function: Any, name: str) -> bool:
+    """Whether a function may call something by a name."""
+    code = getattr(function, "__code__", None)
+    return isinstance(code, types.CodeType) and name in _names(code)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return {*code.co_names, *(name for part in inner for name in _names(part))}
+
+
+def _written(function: Any, change: LiteralChange) -> Any:
+    """The number that stands in the source; text for an expression or a default; else ``None``."""
+    site = replace(change.site, first=function.__code__.co_firstlineno)
+    definition = defined(function.__code__)
+    for node in ast.walk(definition) if definition is not None else ():
+        if span_of(node) != site.absolute:
+            continue
+        try:
+            holder = next(holders(node, site, change.path), None)
+            if holder is not None:
+                expression: Any = holder.expression
+                plain_number = not holder.rest and is_literal(expression)
+                return ast.literal_eval(expression) if plain_number else "an expression"
+            if isinstance(node, ast.Call) and lacks(node, site, change.path):
+                return "a default" if change.path == ("scale",) else None
+        except (AttributeError, IndexError, KeyError, TypeError):  # a place that is not there
+            return None
+    return None
