@@ -101,5 +101,7 @@ def _place(tensor: Tensor) -> Place:
     if tensor.layout is not torch.strided:
         return Place(id(tensor), tuple(tensor.shape), (), tensor.dtype, 0)
     flags = tensor.is_conj() + 2 * tensor.is_neg()
-    shape, stride = tuple(tensor.shape), tensor.stride()
+    shape = tuple(tensor.shape)
+    # no step is taken along a single place: pooling rewrites such strides without an op
+    stride = tuple(0 if size == 1 else step for size, step in zip(shape, tensor.stride()))
     return Place(int(tensor.storage_offset()), shape, stride, tensor.dtype, flags)

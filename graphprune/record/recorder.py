@@ -147,7 +147,8 @@ class Recorder:
         """A tensor that no recorded op made: a constant, if nothing else can be in it."""
         neighbours = self.identity.neighbours(tensor)
         if neighbours:  # looked at by other ways than by views
-            return self.lost(tensor, [self.node_of(other) for other in neighbours])
+            found = [other for other in neighbours if self.identity.find(other) is not None]
+            return self.lost(tensor, [self.node_of(other) for other in found] or None)
         if is_traceable_wrapper_subclass(tensor) or (self.device == "meta" and tensor.is_meta):
             return self.lost(tensor)
         name = f"constant_{len(self.record.constants)}"

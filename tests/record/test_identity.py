@@ -144,3 +144,20 @@ def test_what_cannot_be_followed_stays_and_is_said(middle):
         assert small.a.out_features == small.b.in_features == 16
         assert small.b.out_features == 6
         graphprune.verify(model, small, x)
+
+
+class Turned(nn.Module):
+    """Pooling whose kernel rewrites the strides of its result: channels come last in memory."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.fc, self.pool, self.head = nn.Linear(3, 8), pool, nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.head(self.pool(self.fc(x).transpose(1, 2)).flatten(1))
+
+
+@pytest.mark.parametrize("pool", [nn.AdaptiveAvgPool1d(1), nn.AdaptiveMaxPool1d(1)])
+def test_strides_along_a_single_place_say_nothing(pool):
+    graph = graphprune.trace(Turned(pool), torch.randn(2, 5, 3))
+    assert [group.size for group in graph.groups] == [8]
