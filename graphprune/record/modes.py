@@ -24,7 +24,7 @@ _SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
 _CHUNKS = {torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split}
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
-_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
+_VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 _DISABLED = torch._C._disabled_torch_function_impl
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
@@ -151,8 +151,14 @@ class Functions(TorchFunctionMode):
 
     def _values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor made of numbers: sizes among them must not change."""
+        given = args[1:] if func is torch.Tensor.new_tensor else args
+        if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((given, kwargs))):
+            return func(*args, **kwargs)
         for number in self.recorder.numbers:
             must_not_change(number)
+        if func is torch.Tensor.new_tensor:
+            like = {"dtype": args[0].dtype, "device": args[0].device}
+            func, args, kwargs = torch.tensor, args[1:], {**like, **kwargs}
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             return self.recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)

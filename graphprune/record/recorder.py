@@ -271,6 +271,7 @@ class Recorder:
         name = f"constant_{len(self.record.constants)}"
         self.record.constants[name] = real
         tensor = torch.empty_like(real, device="meta")
+        self.unwritten.discard(storage_key(tensor) or 0)  # it stands for values that are known
         self.register(self.record.graph.create_node("get_attr", name), tensor)
         return tensor
 
