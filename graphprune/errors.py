@@ -42,6 +42,10 @@ class VerificationError(GraphPruneError, AssertionError):
     """A shrunk model and its masked reference differ."""
 
 
+class OpError(GraphPruneError, AssertionError):
+    """What is declared of an op does not hold; see ``graphprune.ops.check``."""
+
+
 class CheckFailed(GraphPruneError, AssertionError):
     """A step of ``graphprune.testing.check`` does not hold for ``plan``, the smallest found."""
 

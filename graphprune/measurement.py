@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import InputError, ModelError, TraceError
-from graphprune.record.cost import macs, peak_activations
+from graphprune.record.cost import left_out, macs, peak_activations
 from graphprune.record.inputs import Call, infer
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
@@ -40,6 +40,8 @@ class Measurement:
             without gradients, each freed after its last use.
         latency: median milliseconds of one forward pass; ``None`` when not measured.
         spread: interquartile range of the latency, in milliseconds.
+        left_out: ops whose multiply-accumulates nobody declared, so that they are not counted
+            (see ``graphprune.ops.declare``).
     """
 
     model: str
@@ -51,18 +53,22 @@ class Measurement:
     activation_bytes: int
     latency: float | None = None
     spread: float | None = None
+    left_out: tuple[str, ...] = ()
 
     def rows(self) -> list[tuple[str, str, float]]:
         """Name, value for people, and number of everything that was measured."""
         rows: list[tuple[str, str, float]] = [
             ("parameters", count_text(self.parameters), self.parameters),
-            ("MACs", count_text(self.macs), self.macs),
+            ("MACs", count_text(self.macs) + self._without(), self.macs),
             ("memory of weights", bytes_text(self.bytes), self.bytes),
             ("peak of activations", bytes_text(self.activation_bytes), self.activation_bytes),
         ]
         if self.latency is not None:
             rows.append(("latency", latency_text(self.latency, self.spread), self.latency))
         return rows
+
+    def _without(self) -> str:
+        return f" (without {', '.join(self.left_out)})" if self.left_out else ""
 
     def compare(self, after: Measurement) -> Comparison:
         """This measurement beside a later one.
@@ -172,6 +178,7 @@ def measure(
         peak_activations(recorded),
         median,
         spread,
+        left_out(recorded),
     )
 
 

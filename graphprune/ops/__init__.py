@@ -23,6 +23,7 @@ from graphprune.ops import (
     spectral,
     sums,
 )
+from graphprune.ops.check import check
 from graphprune.ops.fact import Fact
 from graphprune.ops.factors import Factors
 from graphprune.ops.registry import Op, declare, free, op_of, zeroes
@@ -38,6 +39,7 @@ __all__ = [
     "Walk",
     "attention",
     "batch_norm",
+    "check",
     "contraction",
     "convolution",
     "declare",

@@ -15,7 +15,7 @@ from graphprune.ops.factors import Factors
 from graphprune.ops.heads import inward_both
 from graphprune.ops.ids import Layers
 from graphprune.ops.registry import declare
-from graphprune.ops.samples import of
+from graphprune.ops.samples import of, rows
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -85,7 +85,7 @@ def attention_meta(
     macs=attention_macs,
     fact=attention_fact,
     meta=attention_meta,
-    sample=of((2, 4, 3, 5), (2, 4, 6, 5), (2, 4, 6, 2), scale=0.5),
+    sample=of((2, 4, 3, 5), (2, 4, 6, 5), rows(2, 4, 6, 2), scale=0.5),
 )
 def attention(
     walk: Walk, node: fx.Node, query: Value, key: Value, value: Value, *args: Any, **kwargs: Any

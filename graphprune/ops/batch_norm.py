@@ -13,7 +13,7 @@ from graphprune.ops.ids import Layers, along, varying
 from graphprune.ops.reduction import moments
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free, op_of
-from graphprune.ops.samples import Random, of
+from graphprune.ops.samples import of, positive
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -171,7 +171,7 @@ def _channels(walk: Walk, node: fx.Node, *args: Any) -> list[Layers]:
     return batch_norm_channels(walk, node, unpacked(*args))
 
 
-_VECTORS = (2, 3, 4), (3,), (3,), (3,), Random((3,), positive=True)
+_VECTORS = (2, 3, 4), (3,), (3,), (3,), positive(3)
 
 spelling(
     aten.native_batch_norm,
@@ -186,7 +186,10 @@ spelling(
     sample=of(*_VECTORS, False, 0.1, 1e-5),
 )
 spelling(  # their kernels run on a GPU alone
-    aten.cudnn_batch_norm, aten.miopen_batch_norm, norm=flagged
+    aten.cudnn_batch_norm,
+    aten.miopen_batch_norm,
+    norm=flagged,
+    sample=of(*_VECTORS, False, 0.1, 1e-5),
 )
 spelling(
     aten._native_batch_norm_legit_no_training,

@@ -194,7 +194,7 @@ def _reshaped(value: Value, shape: tuple[int, ...]) -> Value:
     aten.addmm,
     factors=added_to(of_matrices),
     meta=addmm_meta,
-    sample=of((5,), (3, 4), (4, 5), beta=2, alpha=3),
+    sample=of((5,), (3, 4), (4, 5)),
 )
 def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
     """``bias + left @ right``."""

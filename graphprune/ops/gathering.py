@@ -18,7 +18,7 @@ from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers, compact, varying
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
-from graphprune.ops.samples import bits, of
+from graphprune.ops.samples import bits, of, places
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -64,7 +64,7 @@ def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
     return walk.broadcast(sides, ndim)
 
 
-@declare(aten.gather, fact=picked_fact, sample=of((2, 5), 1, torch.tensor([[0, 4, 1], [2, 2, 3]])))
+@declare(aten.gather, fact=picked_fact, sample=of((2, 5), 1, places(5, 2, 3)))
 def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Layers:
     """Each position of the index has its own place to read along ``dim``."""
     return _beside(walk, [x, index], dim)
@@ -75,12 +75,12 @@ def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any
     aten.scatter_,
     aten.scatter_add,
     aten.scatter_add_,
-    sample=of((2, 5), 1, torch.tensor([[0, 4, 1], [2, 1, 3]]), (2, 3)),
+    sample=of((2, 5), 1, places(5, 2, 3), (2, 3)),
 )
 @declare(
     aten.scatter_reduce,
     aten.scatter_reduce_,
-    sample=of((2, 5), 1, torch.tensor([[0, 4, 1], [2, 2, 3]]), (2, 3), "sum"),
+    sample=of((2, 5), 1, places(5, 2, 3), (2, 3), "sum"),
 )
 def scatter(
     walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Any, *args: Any, **_: Any

@@ -184,7 +184,7 @@ def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
 @declare(
     aten.unsafe_split_with_sizes, fact=moved_fact, given=parts_given, sample=of((2, 6), [2, 4], 1)
 )
-@declare(aten.split_with_sizes_copy, sample=of((2, 6), [2, 4], 1))
+@declare(aten.split_with_sizes_copy, given=parts_given, sample=of((2, 6), [2, 4], 1))
 def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> list[Layers]:
     """Parts of given sizes."""
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -196,7 +196,7 @@ def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int =
 
 @declare(aten.split, linear=True, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
 @declare(aten.unsafe_split, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
-@declare(aten.split_copy, sample=of((2, 6), 3, 1))
+@declare(aten.split_copy, given=parts_given, sample=of((2, 6), 3, 1))
 def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[Layers]:
     """Equal parts, which must stay equal: column j of each part is tied to column j of all.
 

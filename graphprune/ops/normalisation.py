@@ -17,7 +17,7 @@ from graphprune.ops.ids import Alternatives, Layers, Way, varying
 from graphprune.ops.reduction import count_of, kept_zero, moments
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
-from graphprune.ops.samples import of
+from graphprune.ops.samples import Length, of
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -199,7 +199,7 @@ def group_norm_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterato
     saves=True,
     given=group_norm_given,
     layer=True,
-    sample=of((2, 6, 4), (6,), (6,), 2, 6, 4, 3, 1e-5),
+    sample=of((2, 6, 4), (6,), (6,), *(Length(0, dim) for dim in range(3)), 3, 1e-5),
 )
 def group_norm(
     walk: Walk, node: fx.Node, x: Value, weight: Value | None, bias: Value | None,
@@ -222,4 +222,4 @@ def group_norm(
         rows = Way(((grid[:, :1], grid),))
         columns = Way(((grid[:1], grid),), aligns=True, statistics=changed)
         walk.choose(Alternatives(grid.reshape(-1), (rows, columns)))
-    return [layers, (), ()]
+    return [layers]

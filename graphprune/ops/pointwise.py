@@ -15,7 +15,7 @@ from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
-from graphprune.ops.samples import bits, of
+from graphprune.ops.samples import bits, of, shares
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -210,7 +210,8 @@ def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
 @declare(aten.detach, aten.alias, fact=moved_fact, linear=True, sample=of((2, 3)))
 @declare(aten.lift_fresh, fact=moved_fact, sample=of((2, 3)))
 @declare(aten.contiguous, aten.detach_, aten.requires_grad_, sample=of((2, 3)))
-@declare(aten.bernoulli, aten.bernoulli_, aten.uniform_, aten.normal_, sample=of((2, 3)))
+@declare(aten.bernoulli, sample=of(shares(2, 3)))
+@declare(aten.bernoulli_, aten.uniform_, aten.normal_, sample=of((2, 3)))
 @declare(aten.zero_, fact=overwritten_fact, sample=of((2, 3)))
 @declare(aten.fill_, fact=overwritten_fact, fills=True, sample=of((2, 3), 0.5))
 @declare(aten.zeros_like, aten.ones_like, fact=made_fact, sample=of((2, 3)))

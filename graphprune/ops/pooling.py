@@ -12,7 +12,7 @@ from graphprune.ops.fact import Fact, along_unknown, moved_numbers_fact
 from graphprune.ops.ids import Layers
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free, op_name
-from graphprune.ops.samples import of
+from graphprune.ops.samples import of, places, shares
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -36,6 +36,7 @@ def resampled_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     return Fact.checked(out, along_unknown(x.unknown, [2, 3]).expand(out.shape).clone())
 
 
+_BOXES = torch.tensor([[0, 0, 0, 4, 4], [1, 1, 1, 5, 5]], dtype=torch.float64)
 _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name of an op
 
 
@@ -59,10 +60,6 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
     sample=of((2, 3, 6, 6), [2, 2]),
 )
 @declare(aten.adaptive_avg_pool2d, aten.max_pool2d, sample=of((2, 3, 6, 6), [2, 2]))
-@declare(
-    aten.fractional_max_pool2d,
-    sample=of((2, 3, 6, 6), [2, 2], [3, 3], torch.full((2, 3, 2), 0.5, dtype=torch.float64)),
-)
 @declare(
     aten.upsample_nearest2d,
     aten._upsample_nearest_exact2d,
@@ -111,6 +108,20 @@ def spatial(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> A
     return [kept] * len(node.meta["items"]) if "items" in node.meta else kept
 
 
+@declare(aten.fractional_max_pool2d, sample=of((2, 3, 6, 6), [2, 2], [3, 3], shares(2, 3, 2)))
+def fractional_max_pool(
+    walk: Walk, node: fx.Node, x: Value, kernel: Any, size: Any, samples: Value
+) -> list[Layers]:
+    """Every map is pooled at places of its own."""
+    maps = walk.settle(x, (2, 3), "pooled or resampled channels")
+    own = walk.settle(samples, (2,), "positions to pool")
+    sides = [
+        Value((*x.shape[:2], 1, 1), maps),
+        Value((*x.shape[:2], 1, 1), tuple(layer.unsqueeze(-1) for layer in own)),
+    ]
+    return [walk.broadcast(sides, 4, "positions to pool")] * 2
+
+
 @declare(aten.grid_sampler_2d, sample=of((2, 3, 4, 4), (2, 5, 5, 2), 0, 0, False))
 @declare(aten.grid_sampler_3d, sample=of((2, 3, 4, 4, 4), (2, 2, 2, 2, 3), 0, 0, False))
 def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: Any) -> Layers:
@@ -125,7 +136,8 @@ def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: Any) -
     return walk.broadcast(sides, x.ndim, "positions to sample")
 
 
-@declare("torchvision.roi_align", "torchvision.roi_pool")
+@declare("torchvision.roi_align", sample=of((2, 3, 6, 6), _BOXES, 1.0, 2, 2, -1, False))
+@declare("torchvision.roi_pool", sample=of((2, 3, 6, 6), _BOXES, 1.0, 2, 2))
 def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: Any) -> Any:
     """Regions of a feature map, resampled: one per box, with the channels of the map."""
     walk.freeze_value(boxes, walk.reason("boxes"))
@@ -133,12 +145,10 @@ def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: Any) -> A
     return [kept, ()] if "items" in node.meta else kept
 
 
-@declare(aten.max_unpool2d, sample=of((1, 2, 1, 2), torch.tensor([[[[0, 5]], [[1, 4]]]]), [3, 3]))
+@declare(aten.max_unpool2d, sample=of((2, 3, 1, 2), places(9, 2, 3, 1, 2), [3, 3]))
 @declare(
     aten.max_unpool3d,
-    sample=of(
-        (1, 2, 1, 1, 2), torch.tensor([[[[[0, 5]]], [[[1, 4]]]]]), [1, 3, 3], [1, 1, 1], [0, 0, 0]
-    ),
+    sample=of((2, 3, 1, 1, 2), places(9, 2, 3, 1, 1, 2), [1, 3, 3], [1, 1, 1], [0, 0, 0]),
 )
 def max_unpool(walk: Walk, node: fx.Node, x: Value, indices: Value, *args: Any) -> Layers:
     """Values go back to where their maxima were, channel by channel."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 from graphprune.ops.contraction import contract
 from graphprune.ops.ids import Layers, along, varying
 from graphprune.ops.registry import declare, free
-from graphprune.ops.samples import of
+from graphprune.ops.samples import Length, of
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -51,8 +52,8 @@ def rnn_macs(out: Any, x: Any, w_in: Any, w_state: Any, *args: Any) -> Any:
     macs=rnn_macs,
     sample=of(
         *((5, 2, 3), (16, 3), (16, 4), (16,), (16,), (2, 4), (2, 4)),
-        *(False, [], 2, 4, 1, True, False, False, False),
-    ),
+        *(False, [], 2, Length(2, 1), 1, True, False, False, False),
+    ).single(),
 )
 def mkldnn_rnn_layer(
     walk: Walk, node: fx.Node, x: Value, w_in: Value, w_state: Value, b_in: Value, b_state: Value,
@@ -63,6 +64,11 @@ def mkldnn_rnn_layer(
     rows = w_in.on(0)
     if mode != _LSTM or len(rows) != 1:
         return list(walk.refuse(everything))
+    x = replace(x, layers=walk.settle(x, (0, 1), "steps of sequences"))
+    state, cell = (
+        replace(part, layers=walk.settle(part, range(part.ndim - 1), "states of sequences"))
+        for part in (state, cell)
+    )
     contract(walk, x, w_in, x.ndim - 1, 1)
     contract(walk, state, w_state, state.ndim - 1, 1)
     gates = rows[0].reshape(4, -1)

@@ -353,9 +353,11 @@ def amax(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: 
 
 
 @declare(
-    aten.max, fact=reduced_fact, masked=largest_masked(aten.max, -torch.inf), sample=of((2, 5))
+    aten.max, fact=reduced_fact, masked=largest_masked(aten.max, -torch.inf), sample=of((2, 5), 1)
 )
-@declare(aten.min, fact=reduced_fact, masked=largest_masked(aten.min, torch.inf), sample=of((2, 5)))
+@declare(
+    aten.min, fact=reduced_fact, masked=largest_masked(aten.min, torch.inf), sample=of((2, 5), 1)
+)
 def max_(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any) -> Any:
     """The largest or smallest of the kept channels; where it is has no meaning after pruning."""
     dims = dims_of(dim, x.ndim)

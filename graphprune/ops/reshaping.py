@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from graphprune.ops.ids import (
 )
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
-from graphprune.ops.samples import of
+from graphprune.ops.samples import Length, of
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -113,16 +114,52 @@ def triangle(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
 @declare(aten.squeeze, aten.squeeze_, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1))
 @declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]))
 @declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]))
-@declare(aten.unfold, aten.unfold_copy, fact=moved_fact, sample=of((3, 6), 1, 2, 2))
 @declare(aten.pixel_shuffle, fact=moved_numbers_fact, sample=of((1, 8, 2, 2), 2))
-@declare(aten.pixel_unshuffle, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), 2))
-@declare(aten.diagonal, fact=moved_fact, sample=of((2, 3, 3), 0, 1, 2))
 def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
     """Run the op on the ids."""
     op: Any = node.target
     return tuple(
         move_layer(layer, x.shape, lambda ids: op(ids, *args, **kwargs)) for layer in x.layers
     )
+
+
+@declare(
+    aten.unfold,
+    aten.unfold_copy,
+    fact=moved_fact,
+    sample=of((3, 6), 1, 2, 2),
+    refused=of((6,), 0, 4, 2),
+)
+def unfold(walk: Walk, node: fx.Node, x: Value, dim: int, size: int, step: int) -> Layers:
+    """Windows along a dimension: whole ones leave, where they do not overlap."""
+    dim %= max(x.ndim, 1)
+    if step != size or x.shape[dim] % size:
+        x = replace(x, layers=walk.settle(x, {dim}, "overlapping windows of channels"))
+    for layer in x.on(dim):
+        walk.collapse(layer.unflatten(dim, (-1, size)), {dim + 1})
+    return moved(walk, node, x, dim, size, step)
+
+
+@declare(aten.pixel_unshuffle, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), 2))
+def pixel_unshuffle(walk: Walk, node: fx.Node, x: Value, factor: int) -> Layers:
+    """Places become channels: none of them can leave."""
+    places = walk.settle(x, (x.ndim - 2, x.ndim - 1), "places that become channels")
+    return moved(walk, node, replace(x, layers=places), factor)
+
+
+@declare(aten.diagonal, fact=moved_fact, sample=of((2, 3, 3), 0, 1, 2), refused=of((3, 3), 1))
+def diagonal(
+    walk: Walk, node: fx.Node, x: Value, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> Layers:
+    """A row leaves with its column."""
+    sides = {dim1 % x.ndim, dim2 % x.ndim}
+    first, second = (x.on(dim) for dim in sorted(sides))
+    alone = all(len(varying(layer)) == 1 for layer in (*first, *second))
+    if offset or len(first) != 1 or len(second) != 1 or not alone:
+        x = replace(x, layers=walk.settle(x, sides, "diagonal of channels"))
+    else:
+        walk.tie(first[0].flatten(), second[0].flatten())
+    return moved(walk, node, x, offset, dim1, dim2)
 
 
 @declare(
@@ -185,7 +222,11 @@ def col2im(walk: Walk, node: fx.Node, x: Value, size: Any, kernel: Any, *args: A
     given=sizes_given,
     sample=of((2, 3, 4), [2, 12]),
 )
-@declare(aten._reshape_alias, fact=view_fact, sample=of((2, 3, 4), [2, 12], [12, 1]))
+@declare(
+    aten._reshape_alias,
+    fact=view_fact,
+    sample=of((2, 1, 4), [Length(0, 0), Length(0, 2)], [Length(0, 2), 1]),
+)
 @declare(aten.view_copy, given=sizes_given, sample=of((2, 3, 4), [2, 12]))
 def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
     """A reshape; ``view(dtype)`` is refused."""
@@ -209,7 +250,12 @@ def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
     return kept
 
 
-@declare(aten.as_strided_, aten.as_strided, sample=of((2, 3), [2, 3], [3, 1]))
+@declare(
+    aten.as_strided_,
+    aten.as_strided,
+    sample=of((2, 3), [Length(0, 0), Length(0, 1)], [Length(0, 1), 1]),
+    refused=of((2, 3), [3, 2], [1, 3]),
+)
 def as_strided(
     walk: Walk, node: fx.Node, x: Value, size: Any, stride: Any, offset: int | None = None
 ) -> Layers:

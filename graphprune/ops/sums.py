@@ -155,14 +155,19 @@ def grouped(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **kwargs: A
     return torch.cat([product, product.new_zeros(x.shape[0] - len(product), product.shape[1])])
 
 
-@declare("transformers.grouped_mm_fallback", factors=of_groups, fact=groups_fact)
+@declare(
+    "transformers.grouped_mm_fallback",
+    factors=of_groups,
+    fact=groups_fact,
+    sample=of((5, 4), (2, 4, 3), torch.tensor([2, 5], dtype=torch.int32)).single(),
+)
 @declare(
     aten._grouped_mm,
     factors=of_groups,
     fact=groups_fact,
     kernel=grouped,
     functions=_GROUPED,
-    sample=of((5, 4), (2, 4, 3), torch.tensor([2, 5], dtype=torch.int32)),
+    sample=of((5, 8), (2, 8, 12), torch.tensor([2, 5], dtype=torch.int32)).single(),
 )
 def grouped_mm(
     walk: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None,

@@ -28,6 +28,11 @@ def _emptied(result: Any) -> bool:
     return any(map(_emptied, result or ()))
 
 
+def _told(result: Any, index: int) -> bool:
+    """Whether a rule says what one of several results carries; an empty tuple: nothing at all."""
+    return result == () or index < len(result)
+
+
 def _is_linear(op: Op, inputs: Sequence[Value]) -> bool:
     """Whether the result is zero where operands are that are zero with their parameters."""
     if op.linear:
@@ -82,7 +87,11 @@ class Walk:
                 for value in self._values(node.args):
                     self.freeze_value(value, Reason("model output"))
             elif node.target is not operator.getitem:
-                self._apply(node)
+                self.apply(node)
+        self.finish()
+
+    def finish(self) -> None:
+        """What is known only when all ops were seen."""
         self._keep_unread()
         self._keep_routers()
 
@@ -107,7 +116,8 @@ class Walk:
             if left.numel():
                 self.ties.freeze(left, reason)
 
-    def _apply(self, node: fx.Node) -> None:
+    def apply(self, node: fx.Node) -> None:
+        """Apply the rule of one op to the values that it reads."""
         self.node = node
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         inputs = list(self._values((node.args, node.kwargs)))
@@ -125,11 +135,14 @@ class Walk:
             result = self.refuse(inputs)
         if any(0 in value.shape for value in inputs) and _emptied(result):
             result = self.refuse(inputs, "channels of a tensor without elements")
+        items = node.meta.get("items", {})
+        if any(item.users and not _told(result, index) for index, item in items.items()):
+            result = self.refuse(inputs, f"a result of {op_name(node)} that its rule leaves out")
         given = any(value.given for value in inputs)
         linear = _is_linear(op, inputs)
         if "shape" in node.meta:
             self._store(node, result or (), constant, given, linear)
-        for index, item in node.meta.get("items", {}).items():
+        for index, item in items.items():
             layers = result[index] if result and index < len(result) else ()
             self._store(item, layers, constant, given, linear)
 
@@ -374,7 +387,10 @@ class Walk:
 
     def renormalise(self, ids: Tensor, text: str) -> None:
         """Removing these ids changes statistics (which matters when someone reads these)."""
-        if self.node not in self.unused:
+        assert self.node is not None
+        if op_of(self.node).masked is None:  # the reference could not be computed
+            self.freeze(ids, f"no statistics under a mask are declared of {op_name(self.node)}")
+        elif self.node not in self.unused:
             self.renormalising.append((ids.reshape(-1), self.reason(text), self.node))
 
     def mask(self, *layers: Tensor) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import fx
 
 from graphprune.ops.ids import Shape
-from graphprune.ops.views import ShapeOf, macs_of
+from graphprune.ops.registry import op_name
+from graphprune.ops.views import ShapeOf, macs_of, uncounted
+from graphprune.record.modes import leak
 from graphprune.record.recorder import Record
 
 _ALIASING = {torch.ops.aten._unsafe_view.default}  # share storage though the schema is silent
@@ -25,6 +27,12 @@ def recorded_shape(node: fx.Node) -> Shape:
 def macs(record: Record, shape: ShapeOf = recorded_shape) -> int:
     """Multiply-accumulates of one forward pass: convolutions, matrix products and attention."""
     return sum(macs_of(node, shape) for node in record.ops)
+
+
+def left_out(record: Record) -> tuple[str, ...]:
+    """Ops of which nothing is declared: their multiply-accumulates are not counted."""
+    names = (op_name(node) for node in record.ops if node.target is not leak and uncounted(node))
+    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
