@@ -46,15 +46,16 @@ def check(op: Any) -> None:
 
 
 def _faults(name: str, op: Op) -> Iterator[str]:
-    views = {"channels": _channels, **claims.CLAIMS} if op.sample is not None else {}
-    for view, claim in views.items():
-        yield from _raised(view, claim, overload_of(name, op.sample), op, op.sample)
+    if op.sample is not None:
+        target = overload_of(name, op.sample)
+        for view, claim in {"channels": _channels, **claims.CLAIMS}.items():
+            yield from _raised(view, claim, target, op, op.sample)
     if op.refused is not None:
         target = overload_of(name, op.refused)
         yield from _raised("refused", _refusal, target, op, op.refused)
 
 
-def _raised(view: str, claim: Any, target: Any, op: Op, sample: Any) -> Iterator[str]:
+def _raised(view: str, claim: Any, target: Any, op: Op, sample: Sample) -> Iterator[str]:
     """What is wrong with a view; a rule that raises is."""
     try:
         yield from claim(target, op, sample)
