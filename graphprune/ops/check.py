@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from graphprune.errors import OpError
-from graphprune.ops import claims
+from graphprune.ops.claims import CLAIMS
 from graphprune.ops.given import locate, paths_of
 from graphprune.ops.registry import REGISTRY, Op, name_of
 from graphprune.ops.samples import Random, Sample
@@ -48,7 +48,7 @@ def check(op: Any) -> None:
 def _faults(name: str, op: Op) -> Iterator[str]:
     if op.sample is not None:
         target = overload_of(name, op.sample)
-        for view, claim in {"channels": _channels, **claims.CLAIMS}.items():
+        for view, claim in {"channels": _channels, **CLAIMS}.items():
             yield from _raised(view, claim, target, op, op.sample)
     if op.refused is not None:
         target = overload_of(name, op.refused)
