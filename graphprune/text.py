@@ -35,6 +35,26 @@ def shorten(names: Iterable[str], most: int = 4, width: int = 0) -> str:
     return ", ".join(names[:most]) + (f", ... ({rest} more)" if rest > 0 else "")
 
 
+def new_figure(width: float, height: float, **options: Any) -> Any:
+    """An empty figure of matplotlib, which is loaded only when somebody draws.
+
+    Args:
+        width: in inches.
+        height: in inches.
+        **options: of ``matplotlib.figure.Figure``.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError(
+            f'drawing needs matplotlib ({error}): pip install "graphprune[plots]"'
+        ) from None
+    return Figure(figsize=(width, height), **options)
+
+
 def save_figure(figure: Any, path: str | Path, **options: Any) -> Path:
     """Write a figure of matplotlib; the suffix chooses the format.
 

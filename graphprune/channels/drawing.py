@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphprune.channels.analysis import Analysis, Group
-from graphprune.text import save_figure
+from graphprune.text import new_figure, save_figure
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -43,14 +43,11 @@ def to_networkx(analysis: Analysis) -> nx.Graph:
 
 def draw(analysis: Analysis, title: str, path: Path) -> Path:
     """Layers in rows as they run; each group is a line with a dot on every layer it touches."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     groups = analysis.all_groups
     layers = _layers(analysis, groups)
     bands = _bands(groups, {name: number for number, name in enumerate(layers)})
     page = _Page.of(title, layers, 1 + max((band.lane for band in bands), default=0))
-    figure = Figure(figsize=(page.width, page.height))
+    figure = new_figure(page.width, page.height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
     axes.set_xlim(0, page.width)
@@ -62,7 +59,9 @@ def draw(analysis: Analysis, title: str, path: Path) -> Path:
     _legend(axes, page, [kind for kind in _COLOURS if any(g.kind == kind for g in groups)])
     dpi = min(160.0, _LARGEST / max(page.width, page.height))
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
-    with mpl.rc_context({"svg.hashsalt": "graphprune"}):  # the same bytes for the same graph
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "graphprune"}):  # the same bytes for the same graph
         return save_figure(figure, path, dpi=dpi, metadata=undated)
 
 

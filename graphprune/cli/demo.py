@@ -29,7 +29,7 @@ from graphprune.measurement import (
     latency_text,
     measure,
 )
-from graphprune.text import share
+from graphprune.text import new_figure, share
 from graphprune.verification.report import verify
 
 RATIO, BATCH, SEED = 0.5, 64, 0
@@ -227,12 +227,10 @@ def widths(model: nn.Module) -> dict[str, int]:
 
 def draw_widths(model: nn.Module, small: nn.Module, path: Path) -> Path:
     """Draw the layer widths before and after: one bar behind the other."""
-    from matplotlib.figure import Figure
-
     before, after = widths(model), widths(small)
     names = list(before)
     places = range(len(names))
-    figure = Figure(figsize=(7.5, 1.3 + 0.32 * len(names)), layout="constrained")
+    figure = new_figure(7.5, 1.3 + 0.32 * len(names), layout="constrained")
     axes = figure.add_subplot()
     axes.barh(places, list(before.values()), 0.68, color="#cfdbe6", label="original")
     axes.barh(places, list(after.values()), 0.68, color="#2a78a8", label="shrunk")

@@ -135,8 +135,12 @@ def parse_inputs(shapes: list[str], model: nn.Module) -> tuple[Tensor, ...] | No
 
 
 def _torchvision(name: str) -> Callable[[], Any]:
-    import torchvision
-
+    try:
+        import torchvision
+    except ImportError as error:
+        raise InputError(
+            f"torchvision:{name} needs torchvision ({error}): pip install torchvision"
+        ) from None
     known = torchvision.models.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=4)

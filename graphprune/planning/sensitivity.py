@@ -20,7 +20,7 @@ from graphprune.planning.make import assemble
 from graphprune.planning.options import Request, check_ratio
 from graphprune.planning.settle import Settled, follow
 from graphprune.record.inputs import Call
-from graphprune.text import render, save_figure, shorten, tracked
+from graphprune.text import new_figure, render, save_figure, shorten, tracked
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -106,9 +106,7 @@ class Sensitivity:
         Args:
             path: where to write; the suffix chooses the format (``.svg``, ``.png``, ``.pdf``).
         """
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
+        figure = new_figure(7, 4.5, layout="constrained")
         axes = figure.subplots()
         worst = sorted(self.curves, key=lambda curve: -curve.drops[-1])
         for rank, curve in enumerate(worst):

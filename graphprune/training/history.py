@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from graphprune.errors import InputError
 from graphprune.measurement import count_text, measure
 from graphprune.record.skeleton import named_modules
-from graphprune.text import render, save_figure
+from graphprune.text import new_figure, render, save_figure
 from graphprune.training.ranks import unwrapped_model
 
 FORMAT = "graphprune-history"
@@ -186,8 +186,6 @@ class History:
         Raises:
             InputError: no entry has such a value.
         """
-        from matplotlib.figure import Figure
-
         points = []
         for entry in self.entries:
             known = {"step": entry.step, "params": entry.params, "macs": entry.macs, **entry.values}
@@ -196,7 +194,7 @@ class History:
         if not points:
             names = ", ".join(("step", "params", "macs", *self.names))
             raise InputError(f"no entry has both {value!r} and {against!r}; known are {names}")
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
+        figure = new_figure(6, 3.5, layout="constrained")
         axes = figure.add_subplot()
         good = [point[:2] for point in points if point[2]]
         axes.plot(*zip(*good) if good else ((), ()), marker="o")
@@ -216,14 +214,13 @@ class History:
         Raises:
             InputError: there are no entries.
         """
-        from matplotlib import colormaps
-        from matplotlib.figure import Figure
-
         layers = self._layers()
         if not layers:
             raise InputError("no entry has widths of layers: record(model, step) first")
-        figure = Figure(figsize=(7, 4), layout="constrained")
+        figure = new_figure(7, 4, layout="constrained")
         axes = figure.add_subplot()
+        from matplotlib import colormaps
+
         for number, name in enumerate(layers):
             known = [(e.step, e.widths[name]) for e in self.entries if name in e.widths]
             color = colormaps["viridis"](number / max(1, len(layers) - 1))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from graphprune.errors import InputError
 from graphprune.record.batches import takes
-from graphprune.text import save_figure
+from graphprune.text import new_figure, save_figure
 
 SparsityOf = Callable[[int], float]
 
@@ -342,9 +342,7 @@ def plot(schedule: SparsityOf, path: str | Path, steps: int, title: str = "") ->
         steps: the last step.
         title: above the picture.
     """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure = new_figure(6, 3.5, layout="constrained")
     axes = figure.add_subplot()
     values = [100 * sparsity_at(schedule, step) for step in range(steps + 1)]
     axes.step(range(steps + 1), values, where="post")
