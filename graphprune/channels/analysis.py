@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from graphprune.channels.resolve import Units, resolve
 from graphprune.ops.ids import Pairs, Shape, Ties, along
-from graphprune.ops.values import Reason, Value
+from graphprune.ops.values import Natural, Reason, Value
 from graphprune.ops.walk import Walk
 from graphprune.plan.plan import fingerprint
 from graphprune.record.layers import remembered
@@ -195,6 +196,21 @@ class Analysis:
         return tuple(_groups(self))
 
     @cached_property
+    def read(self) -> frozenset[str]:
+        """The parameters and buffers that some op reads."""
+        nodes = (node for record in self.records for node in record.graph.nodes)
+        return frozenset(str(node.target) for node in nodes if node.op == "get_attr")
+
+    @cached_property
+    def unread(self) -> dict[str, int]:
+        """How many parameters no op reads, by the tensor that holds them: they stay."""
+        return {
+            name: math.prod(shape)
+            for name, (shape, _, parameter) in self.shapes.items()
+            if parameter and name not in self.read
+        }
+
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups whose channels can be removed."""
         return tuple(group for group in self.all_groups if not group.frozen)
@@ -304,8 +320,7 @@ def _weights(slots: Sequence[Slot]) -> list[list[tuple[int, int]]]:
 def _groups(graph: Analysis) -> Iterator[Group]:
     """Units with the same multiset of slots form a group."""
     units, slots = graph.units, graph.slots
-    used = {str(n.target) for r in graph.records for n in r.graph.nodes if n.op == "get_attr"}
-    numbers = [number for number, slot in enumerate(slots) if slot.tensor in used]
+    numbers = [number for number, slot in enumerate(slots) if slot.tensor in graph.read]
     if not numbers:
         return
     owner = np.repeat(numbers, [slots[n].size for n in numbers])
@@ -346,7 +361,7 @@ def _groups(graph: Analysis) -> Iterator[Group]:
         members = tuple(Member(m.slot, m.index[by_place], m.reads) for m in members)
         first = int(labels[by_place[0]])
         reason = reasons.get(first, Reason("tied to channels that always stay"))
-        if units.frozen[first] and reason.text in ("kernel size", "depthwise kernel"):
+        if units.frozen[first] and reason.text is Natural.KERNEL:
             continue
         group = Group(
             "",

@@ -15,11 +15,10 @@ from graphprune.ops.heads import inward_both
 from graphprune.ops.ids import Layers, along, varying
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
-from graphprune.ops.values import Value
+from graphprune.ops.values import Natural, Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
-FIXED_INPUT = "reads a model input"
 
 
 def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: int) -> None:
@@ -43,7 +42,7 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
     for value, other, own, others in ((left, right, here, there), (right, left, there, here)):
         for ids in own:
             if not others:
-                walk.freeze(ids, FIXED_INPUT if other.given else "multiplied with a fixed tensor")
+                walk.freeze(ids, Natural.INPUT if other.given else "multiplied with a fixed tensor")
             if value.constant:
                 walk.read(ids)
             for partner in others:

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.contraction import FIXED_INPUT, contract, free
+from graphprune.ops.contraction import contract, free
 from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
 from graphprune.ops.given import Given, Pruned, args_of
 from graphprune.ops.ids import Alternatives, Layers, Way, along, spread, varying
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
-from graphprune.ops.values import Value
+from graphprune.ops.values import Natural, Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
@@ -79,7 +79,7 @@ def convolution(
     moves = any(s != 1 for s in stride) or any(padding) or any(output_padding)
     mixed = [dim for dim in range(2, ndim) if moves or weight.shape[dim] > 1]
     x = replace(x, layers=walk.settle(x, mixed, "convolution over channels"))
-    weight = replace(weight, layers=walk.settle(weight, range(2, ndim), "kernel size"))
+    weight = replace(weight, layers=walk.settle(weight, range(2, ndim), Natural.KERNEL))
     out_channels = node.meta["shape"][1]
     rows = free(x, 1)
     for layer in x.on(1):
@@ -116,7 +116,7 @@ def _grouped(
     long = [layer.reshape(groups, -1) for layer in weight.on(0) if varying(layer) == {0}]
     short = [layer.reshape(1, -1) for layer in weight.on(1) if varying(layer) == {1}]
     entering = [layer.reshape(groups, -1) for layer in inputs]
-    text = FIXED_INPUT if x.given else "grouped convolution with a fixed side"
+    text = Natural.INPUT if x.given else "grouped convolution with a fixed side"
     if not long or not entering:
         for ids in (*long, *short, *entering):
             walk.freeze(ids, text)
@@ -146,7 +146,7 @@ def _grouped(
         for a, b in rows:
             walk.tie(a, b)
         for ids in short:
-            walk.freeze(ids, "depthwise kernel")
+            walk.freeze(ids, Natural.KERNEL)
     else:
         whole, equal = Way(tuple(rows), tuple(short)), Way(tuple(columns), aligns=True)
         walk.choose(Alternatives(everything, (whole, equal), lightest=True))

@@ -19,7 +19,7 @@ from graphprune.ops.ids import Layers, compact, varying
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
 from graphprune.ops.samples import bits, of, places
-from graphprune.ops.values import Value
+from graphprune.ops.values import Natural, Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
@@ -253,7 +253,7 @@ def _same_along_rows(mask: Any) -> bool:
 @declare(aten.embedding, fact=embedding_fact, sample=of((5, 3), torch.tensor([[0, 4], [2, 2]])))
 def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
     """Rows of a table: which rows are read is known only at run time."""
-    layers = walk.settle(weight, {0}, "rows of an embedding table")
+    layers = walk.settle(weight, {0}, Natural.TABLE)
     walk.freeze_value(indices, walk.reason("positions to read"))
     ndim = len(node.meta["shape"])
     return tuple(layer.reshape((1,) * (ndim - 1) + (-1,)) for layer in layers)
@@ -266,4 +266,4 @@ def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: A
 )
 def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
     """Sums or means of rows of a table."""
-    return [walk.settle(weight, {0}, "rows of an embedding table")]
+    return [walk.settle(weight, {0}, Natural.TABLE)]

@@ -74,6 +74,10 @@ def _end_of_slice(node: fx.Node, old: int, kind: str) -> slice | None:
         dim = args_of(node)[1] if len(args_of(node)) > 1 else 0
         named.sort(key=lambda place: dim not in paths[place][1:2])
         return slice(named[0], named[0] + 1)
+    listed = [place for place, path in enumerate(paths) if type(path[-1]) is int and path[1:]]
+    listed = [place for place in listed if ints[place] == old and kind != "length"]
+    if listed:  # of tensor_split
+        return slice(listed[0], listed[0] + 1)
     narrowed = {"start": 1, "length": 2}.get(kind, 3)
     if len(ints) == 3 and "start" not in {path[-1] for path in paths} and narrowed < 3:
         return slice(narrowed, narrowed + 1) if ints[narrowed] == old else None

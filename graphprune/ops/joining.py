@@ -219,6 +219,26 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
     return [tuple(_part(layer, dim, n, n + size) for layer in x.layers) for n in starts]
 
 
+@declare(aten.tensor_split, linear=True, fact=moved_fact, sample=of((2, 6), 3, 1))
+def tensor_split(walk: Walk, node: fx.Node, x: Value, count: Any, dim: int = 0) -> list[Layers]:
+    """Parts of which the first ones are larger by one: columns stay together, as in ``split``."""
+    dim %= x.ndim
+    if not isinstance(count, int) or x.shape[dim] < count:
+        return [walk.refuse([x])] * len(node.meta["items"])
+    width, more = divmod(x.shape[dim], count)
+    sizes = [width + (number < more) for number in range(count)]
+    for layer in x.on(dim):
+        parts = spread(layer, x.shape, {dim}).split(sizes, dim)
+        common = torch.stack([part.narrow(dim, 0, width) for part in parts], dim)
+        if not more:
+            walk.align(common, {dim})
+            continue
+        last = torch.stack([part.narrow(dim, width, 1) for part in parts[:more]], dim)
+        walk.collapse(common, {dim})
+        walk.collapse(last, {dim})
+    return split_with_sizes(walk, node, x, sizes, dim)
+
+
 @declare(aten.cat, aten.concat, linear=True, fact=cat_fact, sample=of([(2, 3), (2, 4)], 1))
 def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.contraction import FIXED_INPUT, contract, free
+from graphprune.ops.contraction import contract, free
 from graphprune.ops.fact import Fact, Unfollowed
 from graphprune.ops.factors import Factors
 from graphprune.ops.heads import inward
 from graphprune.ops.ids import Layers, varying
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
-from graphprune.ops.values import Value
+from graphprune.ops.values import Natural, Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
@@ -31,7 +31,7 @@ def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Lay
         walk.write(value, [other for other in operands if other is not value], rest)
         if value.constant:
             walk.read(*(layer for dim in dims for layer in value.on(dim)))
-    text = FIXED_INPUT if any(v.given for v in operands) else "multiplied with a fixed tensor"
+    text = Natural.INPUT if any(v.given for v in operands) else "multiplied with a fixed tensor"
     if not any(value.linear for value in operands):
         walk.mask(*(layer for value in operands for dim in dims for layer in value.on(dim)))
     kept = []

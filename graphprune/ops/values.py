@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from torch import Tensor
 
 from graphprune.ops.ids import Layers, Shape
+
+
+class Natural(StrEnum):
+    """Reasons why channels stay in every model: nothing about them is out of the ordinary."""
+
+    OUTPUT = "model output"
+    INPUT = "reads a model input"
+    TABLE = "rows of an embedding table"
+    KERNEL = "kernel size"
 
 
 @dataclass(frozen=True)

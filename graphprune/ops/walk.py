@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, Way, align, along, varying
 from graphprune.ops.registry import Op, op_name, op_of
-from graphprune.ops.values import Reason, Value
+from graphprune.ops.values import Natural, Reason, Value
 
 
 def _emptied(result: Any) -> bool:
@@ -85,7 +85,7 @@ class Walk:
                 self.values[node] = value or Value(node.meta["shape"], constant=True)
             elif node.op == "output":
                 for value in self._values(node.args):
-                    self.freeze_value(value, Reason("model output"))
+                    self.freeze_value(value, Reason(Natural.OUTPUT))
             elif node.target is not operator.getitem:
                 self.apply(node)
         self.finish()

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphprune.channels.analysis import Analysis
 from graphprune.ops.given import args_of, ints_of, locate, paths_of
@@ -54,6 +54,7 @@ class Demand:
     place: Place | None = None  # what it measures
     path: Path | None = None  # where it stands in the arguments
     leaks: bool = False  # whether a plain int may have been computed from sizes
+    before: tuple[Tensor, ...] = ()  # what must stay if a place cannot be changed
 
     @property
     def position(self) -> bool:
@@ -75,7 +76,8 @@ class Changes:
 
 def sized(node: fx.Node) -> bool:
     """Whether an op may be given a size."""
-    return op_of(node).given is not None and bool(node.meta.get("numbers"))
+    op = op_of(node)
+    return op.given is not None and (op.places or bool(node.meta.get("numbers")))
 
 
 def changes(
@@ -176,7 +178,9 @@ def _problem(found: Changes, demand: Demand) -> Problem:
     leaves.append(_literal(demand.node, demand.path, demand.old))
     rivals = tuple(found.places[leaf] for leaf in leaves if leaf in found.places)
     node, old, new = demand.node, demand.old, demand.new
-    return Problem(node, old, new, demand.expression, demand.position, demand.place, rivals)
+    return Problem(
+        node, old, new, demand.expression, demand.position, demand.place, rivals, demand.before
+    )
 
 
 def _check_numbers(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
@@ -310,7 +314,7 @@ def _demands(
             for old, new, kind, dims in op.given(graph, node, alive):
                 place = locate(node, old, kind)
                 if place is None and op.places and old != new:
-                    yield Demand(node, old[0], new[0], old[0])
+                    yield Demand(node, old[0], new[0], old[0], before=_before(graph, node, old))
                 found.unsure |= _unsure(graph, node, place, record.leaks)
                 places = dims or [None] * len(old)
                 sizes = ints[place] if place is not None else []
@@ -323,7 +327,20 @@ def _demands(
                         continue
                     assert place is not None
                     path = paths[place.start + offset]
-                    yield Demand(node, was, now, expr, places[offset], path, record.leaks)
+                    before = _before(graph, node, [was]) if op.places else ()
+                    yield Demand(node, was, now, expr, places[offset], path, record.leaks, before)
+
+
+def _before(graph: Analysis, node: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
+    """The ids before a place of a dimension, as slices and selections are given one."""
+    args = args_of(node)
+    source, dim = args[0], args[1] if len(args) > 1 else 0
+    if len(places) > 1 or not isinstance(dim, int):
+        return ()  # padding
+    value = graph.values[source]
+    dim, size = dim % value.ndim, value.shape[dim]
+    start, stop = (0, places[0]) if places[0] >= 0 else (max(size + places[0], 0), size)
+    return tuple(layer.narrow(dim, start, min(stop, size) - start) for layer in value.on(dim))
 
 
 def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,6 +17,7 @@ from graphprune.channels.analysis import Analysis, Group
 from graphprune.channels.structure import least, multiple, signature
 from graphprune.criteria import comparable, gather, scores
 from graphprune.errors import InputError, warn
+from graphprune.ops.values import Natural
 from graphprune.plan.plan import Plan
 from graphprune.planning.costs import Costs
 from graphprune.planning.options import Request
@@ -23,9 +25,9 @@ from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept, Lane, Path, allowed, kept, levels
 from graphprune.planning.settle import Settled
 from graphprune.record.inputs import Call
-from graphprune.text import shorten
+from graphprune.text import share, shorten
 
-_NATURAL = ("model output", "reads a model input", "rows of an embedding table")
+_MANY = 0.1  # the part of the parameters that is worth a warning when nothing reads it
 
 
 @dataclass
@@ -185,26 +187,46 @@ class Draft:
         ratio = self.request.ratio
         if not ratio:
             return
+        if sum(self.analysis.unread.values()) >= _MANY * plan.before.params:
+            warn(*unread(self.analysis))
         frozen = [group for group in self.analysis.all_groups if group.frozen]
-        unusual = [g for g in frozen if not str(g.reason).startswith(_NATURAL)]
+        unusual = [g for g in frozen if not (g.reason and isinstance(g.reason.text, Natural))]
         free = [group for group in self.analysis.groups if group.name not in self.spared]
         total = sum(g.size for g in free) + sum(
             g.size for g in unusual if any(m.slot.weight and not m.reads for m in g.members)
         )
-        if ratio * total < 1 or plan.removed >= 0.5 * ratio * total:
+        held = self._held(free)
+        nothing = not plan.removed and any(text for text, groups in held if groups)
+        enough = ratio * total < 1 or plan.removed >= 0.5 * ratio * total
+        if enough and not nothing:
             return
-        small = [group for group in free if group.size * ratio < 1]
-        whole = [group for group in free if not self.may_leave(group)]
+        total += sum(group.size for group in self.analysis.groups if group.name in self.spared)
         text = f"{plan.removed} of {total} channels were removed where {ratio:.0%} was asked for"
         if unusual:
             text += f"; frozen:\n{why(self.analysis, unusual)}"
-        if whole:
-            names = shorten([group.layers[0] for group in whole], 6)
-            text += f"\n  left whole by exact_only: {names}"
-        if small:
-            names = shorten([group.layers[0] for group in small], 6)
-            text += f"\n  too small to lose a channel at this ratio: {names}"
+        small = [group for group in free if group.size * ratio < 1]
+        for told, groups in (*held, ("too small to lose a channel at this ratio", small)):
+            if groups:
+                names = shorten([group.layers[0] for group in groups], 6)
+                text += f"\n  {told}: {names}"
         warn(text)
+
+    def _held(self, free: Sequence[Group]) -> list[tuple[str, list[Group]]]:
+        """Groups that options, or norms over few channels, leave whole; and what to do."""
+        request = self.request
+        step = request.round_to
+        may = [group for group in free if self.may_leave(group) and group.size > 1]
+        rounded = [group for group in may if step > 1 and self._allowed([group]) == (group.size,)]
+        bounded = [g for g in may if self._allowed([g]) == (g.size,) and g not in rounded]
+        norms = [g for g in may if self.least.get(g.name, 1) == g.size and g in bounded]
+        spared = [group for group in self.analysis.groups if group.name in self.spared]
+        return [
+            ("left whole by exact_only", [group for group in free if not self.may_leave(group)]),
+            (f"left whole by keep={', '.join(request.keep)} (name fewer layers)", spared),
+            (f"have no width that is a multiple of round_to={step} (try a smaller one)", rounded),
+            ("a norm over a single channel would be a constant", norms),
+            ("min_kept and max_kept leave no choice", [g for g in bounded if g not in norms]),
+        ]
 
 
 def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:
@@ -238,6 +260,19 @@ def _matches(pattern: str, tensor: str) -> bool:
     return any(
         fnmatch.fnmatchcase(".".join(parts[:stop]), pattern) for stop in range(1, len(parts) + 1)
     )
+
+
+def unread(analysis: Analysis) -> Iterator[str]:
+    """What to know of parameters that no op reads, if there are any: for reports."""
+    count = sum(analysis.unread.values())
+    if count:
+        sizes = [math.prod(shape) for shape, _, parameter in analysis.shapes.values() if parameter]
+        owners = dict.fromkeys(name.rpartition(".")[0] or name for name in analysis.unread)
+        yield (
+            f"{count:,} parameters ({share(count, sum(sizes))}) stay, as the model does not read "
+            f"them on the example inputs: {shorten(owners, 4)}; remove these layers, or pass "
+            "inputs that use them"
+        )
 
 
 def why(analysis: Analysis, groups: Iterable[Group] | None = None, most: int = 6) -> str:

@@ -17,7 +17,7 @@ from graphprune.plan.plan import GroupPlan, Plan, fingerprint
 from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
 from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
-from graphprune.planning.draft import Draft, why
+from graphprune.planning.draft import Draft, unread, why
 from graphprune.planning.freeing import freed
 from graphprune.planning.latency import Bench, Cache
 from graphprune.planning.options import Request
@@ -170,7 +170,7 @@ def assemble(
         after=cost(analysis, alive),
         inputs=str(call),
         request={"attention": analysis.walk.attention, **(request or {})},
-        notes=(*bare.notes, *_told((request or {}).get("latency"))),
+        notes=(*bare.notes, *_told((request or {}).get("latency")), *unread(analysis)),
     )
 
 

@@ -21,7 +21,8 @@ from graphprune.record.sizes import Scale, Size, is_live, must_not_change, plain
 aten = torch.ops.aten
 _TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 _SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
-_CHUNKS = {torch.chunk, torch.Tensor.chunk, torch.tensor_split, torch.Tensor.tensor_split}
+_CHUNKS = {torch.chunk, torch.Tensor.chunk}
+_SECTIONS = {torch.tensor_split, torch.Tensor.tensor_split}  # also at given places
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
 _INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
@@ -68,6 +69,15 @@ class EvalFlag(int):
         return bool, ()
 
 
+def _sections(
+    input: Any, indices_or_sections: Any = None, dim: int = 0, sections: Any = None, **others: Any
+) -> tuple[Tensor, int, int] | None:
+    """The arguments of ``tensor_split`` when it makes a number of parts, as equal as can be."""
+    count = indices_or_sections if sections is None else sections
+    count = others.get("tensor_indices_or_sections", count)
+    return (input, plain(count), plain(dim)) if isinstance(count, int) else None
+
+
 def _without_flags(value: Any) -> Any:
     return False if type(value) is EvalFlag else value
 
@@ -112,6 +122,9 @@ class Functions(TorchFunctionMode):
             if func is torch.einsum and isinstance(args[0], str):
                 tensors = args[1] if isinstance(args[1], list | tuple) else args[1:]
                 return recorder.whole(aten.einsum.default, (args[0], [*tensors]), kwargs)
+            if func in _SECTIONS and (sections := _sections(*args, **kwargs)) is not None:
+                recorder.numbers = recorder.paths = []  # parts of any width: all sizes follow
+                return recorder.whole(aten.tensor_split.sections, sections, {})
             if func in WHOLE and not _special(types):
                 return recorder.whole(WHOLE[func], args, kwargs)
             if func in _INDEXING:

@@ -159,3 +159,30 @@ def test_what_is_found_later_makes_another_analysis():
     assert [group.size for group in derived.groups] == [6]
     assert {group.reason for group in derived.all_groups} >= {reason}
     assert sum(len(group.units) for group in tied.groups) == 7
+
+
+class Parts(nn.Module):
+    def __init__(self, sections, dim):
+        super().__init__()
+        self.stem, self.wide, self.head = nn.Linear(4, 6), nn.Linear(6, 16), nn.Linear(16, 2)
+        self.sections, self.dim = sections, dim
+
+    def forward(self, x):
+        wide = self.wide(self.stem(x).relu())
+        first, second, *rest = torch.tensor_split(wide, self.sections, dim=self.dim)
+        parts = (first.relu(), second.tanh(), *(part.sigmoid() for part in rest))
+        return self.head(torch.cat(parts, self.dim))
+
+
+SECTIONS = [2, 3, 4, 5, 7, [5], (4, 9), [-5], (3, -4), torch.tensor([4, 9]), torch.tensor(3)]
+
+
+@pytest.mark.parametrize("sections", SECTIONS, ids=str)
+def test_tensor_split_in_every_form(sections):
+    """Its parts say nothing about channels when they are counted from the size of the small one."""
+    torch.manual_seed(0)
+    model, x = Parts(sections, -1).double().eval(), torch.randn(5, 4, dtype=torch.float64)
+    for ratio in (0.3, 0.5):
+        small = graphprune.rebuild(model, ratio, x)
+        assert graphprune.verify(model, small, x).difference < 1e-10
+        assert small.stem.out_features < 6
