@@ -25,7 +25,7 @@ from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.record.checks import check_model
-from graphprune.record.inputs import Call, infer
+from graphprune.record.inputs import Call, called, infer
 from graphprune.record.recording import record
 from graphprune.text import render, shorten
 
@@ -93,8 +93,7 @@ def trace(
     if example_inputs is None:
         call, first = infer(model, lambda c: record(model, c, False, devices=("meta",)))
     else:
-        call = Call.of(example_inputs)
-        first = record(model, call, training=False)
+        call, first = called(example_inputs, lambda c: record(model, c, training=False))
     return ChannelGraph(model, call, analyse(model, call, first, attention), attention)
 
 

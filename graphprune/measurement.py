@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import InputError, ModelError, TraceError
 from graphprune.record.cost import left_out, macs, peak_activations
-from graphprune.record.inputs import Call, infer
+from graphprune.record.inputs import Call, called, infer
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
 from graphprune.record.skeleton import named_tensors
@@ -188,8 +188,7 @@ def _recorded(model: nn.Module, example_inputs: Any) -> tuple[Call, Record]:
 
     if example_inputs is None:
         return infer(model, runs)
-    call = Call.of(example_inputs)
-    return call, runs(call)
+    return called(example_inputs, runs)
 
 
 # --- latency ----------------------------------------------------------------------------------

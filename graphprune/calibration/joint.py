@@ -20,6 +20,7 @@ from graphprune.calibration.segments import Segment
 from graphprune.calibration.sums import Errors
 
 RATE = 1e-3  # of the first step
+_EIGHTH = 8
 _SAME = 1e-4  # of the largest value: rounding
 
 
@@ -28,15 +29,27 @@ class Joint:
 
     Args:
         keep: the channels of the original that the small model has at the end.
+        active: numbers of the batches; with eight or more, every eighth is held out: it tells
+            whether anything was gained.
     """
 
-    def __init__(self, original: Replay, small: Replay, segment: Segment, keep: Tensor) -> None:
+    def __init__(
+        self,
+        original: Replay,
+        small: Replay,
+        segment: Segment,
+        keep: Tensor,
+        active: Sequence[int],
+    ) -> None:
         self.original, self.small, self.segment, self.keep = original, small, segment, keep
+        self.active = active
+        self.judges = active[_EIGHTH - 1 :: _EIGHTH] or active
+        self.taught = [which for which in active if which not in self.judges] or active
         self.start = {n: small.tensors[name].detach() for n, name in segment.moved.items()}
         self.zeroes = {n: t == 0 for n, t in self.start.items() if t.dim() > 1}
 
     def refit(self, sweeps: int, generator: torch.Generator) -> float | None:
-        """Move the parameters, if that lowers the error over all batches.
+        """Move the parameters, if that lowers the error over the batches that judge.
 
         Returns:
             The squared error at the end as a fraction of the variance there, on all places;
@@ -44,40 +57,40 @@ class Joint:
             and float64, an op without a derivative, a value that is written to meanwhile.
         """
         end = self.segment.layer.end
-        held = [self.small.value(which, end) for which in range(len(self.small.values))]
+        held = {which: self.small.value(which, end) for which in self.active}
         if any(
-            t.dtype not in (torch.float32, torch.float64) for t in (*held, *self.start.values())
+            t.dtype not in (torch.float32, torch.float64)
+            for t in (*held.values(), *self.start.values())
         ):
             return None
-        if not _equal(self._run(0, self.start), held[0]):  # the segment is not all there is
+        first = self.active[0]
+        if not _equal(self._run(first, self.start), held[first]):  # the segment is not all there is
             return None
         before = self._error(held)
         try:
-            moved = self._trained(sweeps, before / len(held), generator)
+            moved = self._trained(sweeps, before / len(self.judges), generator)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError:  # no derivative
             return None
-        outputs = self._outputs(moved)
+        outputs = {which: self._run(which, moved) for which in self.active}
         if not self._error(outputs) < before:
             return None
         for number, tensor in moved.items():
             self.start[number].copy_(tensor)
-        for which, output in enumerate(outputs):  # nothing else of the segment is read again
-            self.small.values[which][self.small.nodes[which][end]] = output
+        for which, output in outputs.items():  # nothing else of the segment is read again
+            self.small.runs[which].values[self.small.node(which, end)] = output
         return self._relative(outputs)
 
     def _run(self, which: int, moved: Mapping[int, Tensor]) -> Tensor:
         """The value at the end for one batch."""
-        nodes, held = self.small.nodes[which], self.small.values[which]
+        run = self.small.runs[which]
+        nodes, held = run.nodes, run.values
         values: dict[fx.Node, Any] = {nodes[n]: held[nodes[n]] for n in self.segment.inputs}
         values.update({nodes[number]: tensor for number, tensor in moved.items()})
         for number in self.segment.numbers:
-            values[nodes[number]] = self.small.run(which, nodes[number], values)
+            values[nodes[number]] = self.small.compute(run, nodes[number], values)
         return values[nodes[self.segment.layer.end]]
-
-    def _outputs(self, moved: Mapping[int, Tensor]) -> list[Tensor]:
-        return [self._run(which, moved) for which in range(len(self.small.values))]
 
     def _goal(self, which: int) -> Tensor:
         layer = self.segment.layer
@@ -87,20 +100,21 @@ class Joint:
         """The value behind the activation."""
         if self.segment.activation is None:
             return value
-        node = self.small.nodes[which][self.segment.activation]
-        return self.small.run(which, node, {node.all_input_nodes[0]: value.clone()})
+        node = self.small.node(which, self.segment.activation)
+        run = self.small.runs[which]
+        return self.small.compute(run, node, {node.all_input_nodes[0]: value.clone()})
 
-    def _error(self, outputs: Sequence[Tensor]) -> float:
-        """The sum of the mean squared errors of all batches."""
-        return sum(float(self._gap(which, y).square().mean()) for which, y in enumerate(outputs))
+    def _error(self, outputs: Mapping[int, Tensor]) -> float:
+        """The sum of the mean squared errors of the batches that judge."""
+        return sum(float(self._gap(w, outputs[w]).square().mean()) for w in self.judges)
 
     def _gap(self, which: int, output: Tensor) -> Tensor:
         return self._behind(which, output) - self._behind(which, self._goal(which))
 
-    def _relative(self, outputs: Sequence[Tensor]) -> float:
+    def _relative(self, outputs: Mapping[int, Tensor]) -> float:
         """The squared error at the end as a fraction of the variance there."""
         errors = Errors()
-        for which, output in enumerate(outputs):
+        for which, output in outputs.items():
             wanted, found = (
                 value.movedim(self.segment.layer.channel_dim, -1).flatten(0, -2)
                 for value in (self._goal(which), output)
@@ -111,12 +125,13 @@ class Joint:
     def _trained(self, sweeps: int, scale: float, generator: torch.Generator) -> dict[int, Tensor]:
         """Adam on one batch after another, in another order in every sweep, at a rate down to 0."""
         moved = {n: t.clone().requires_grad_() for n, t in self.start.items()}
-        batches = len(self.small.values)
+        batches = len(self.taught)
         optimiser = torch.optim.Adam(list(moved.values()), RATE)
         falling = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, sweeps * batches)
         with torch.enable_grad():
             for _ in range(sweeps):
-                for which in torch.randperm(batches, generator=generator).tolist():
+                for place in torch.randperm(batches, generator=generator).tolist():
+                    which = self.taught[place]
                     gap = self._behind(which, self._run(which, moved))
                     gap = gap - self._behind(which, self._goal(which))
                     loss = gap.square().mean() / max(scale, torch.finfo(gap.dtype).tiny)

@@ -3,27 +3,39 @@
 Both models run side by side on the calibration batches. Where a layer ends, its weights are moved
 by the ridge regression of the difference between the two models on the inputs that the small layer
 is given. These inputs, and what else goes into the difference, come from layers that were refitted
-before: their errors are made up for. Then the layers of a segment may be moved together (joint).
+before: their errors are made up for. How strongly weights are held is chosen by the error on items
+that are held out from the fit in turn, and what does not lower that error is not taken. Then the
+layers of a segment may be moved together (joint).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from graphprune.calibration.items import FOLDS, Folds, counted
 from graphprune.calibration.joint import Joint
-from graphprune.calibration.layers import Layer, find_layers, slope_of
-from graphprune.calibration.replay import Replay, last_uses, same_ops
+from graphprune.calibration.layers import Layer, constants, find_layers, slope_of
+from graphprune.calibration.memory import rooms
+from graphprune.calibration.replay import Replay
 from graphprune.calibration.segments import segments
-from graphprune.calibration.sums import Sums
+from graphprune.calibration.sums import Errors, Sums, choose, held_out
+from graphprune.calibration.wide import Dual, changes, products
 from graphprune.ops.views import norm_of
+from graphprune.record.batches import Batch
 
-WIDEST = 4096  # columns that are refitted at once
+WIDEST = 4096  # inputs up to which a layer is refitted by their second moments
+MOST = 5e11  # operations that the second moments of one layer may take
+BLOCK = 4096  # inputs of a wider layer that are looked at at once
+ROWS_OF_WIDE = 4096
+_ROWS = 64  # for each input: more tell nothing new
+_LEAST_ROWS = 8192
 _EXACT = 1e-12  # of the energy: nothing to repair
 _FLAT = 1e-6  # slopes below this fraction of the largest one count as zero
 
@@ -36,109 +48,252 @@ class Refit:
         layer: the module, or the parameter where the root holds it.
         before, after: the squared error at the end of the layer as a fraction of the variance
             there, on the sampled places; after a joint refit on all places.
+        held: the same on items that the refit had not seen, each held out in turn.
+        ridge: how strongly the weights were held, as for ``calibrate``; infinite where the bias
+            alone was moved.
         note: why it was left alone; empty when it was refitted.
     """
 
     layer: str
     before: float = 0.0
     after: float = 0.0
+    held: float = 0.0
+    ridge: float = 0.0
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Settings:
+    """How layers are refitted; see ``calibrate``."""
+
+    weights: bool = True
+    ridge: float | None = None
+    rows: int = 1 << 17
+    sweeps: int = 0
+    seed: int = 0
+    memory: float = math.inf
+    seconds: float = math.inf
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Places of one batch at the end of a layer, sorted by the part of the items they belong to.
+
+    Attributes:
+        input: of the layer.
+        pick: numbers of the places.
+        parts: of the items, [places].
+        goal, gap: what the original has there, and how far the small model is from it.
+        errors: the same at the output of the layer, [places, groups, outputs].
+    """
+
+    input: Tensor
+    pick: Tensor
+    parts: Tensor
+    goal: Tensor
+    gap: Tensor
+    errors: Tensor
+
+
 class Repair:
-    """One pass of refitting over two models that run side by side."""
+    """One pass of refitting over two models that run side by side.
+
+    Args:
+        original, small: the two models on the batches.
+        kept: which slices of the original's tensors the small model has.
+        batches: what both run on.
+        masks: of each batch, which positions are no padding.
+        settings: how.
+    """
 
     def __init__(
         self,
         original: Replay,
         small: Replay,
         kept: Mapping[str, Mapping[int, Tensor]],
-        *,
-        weights: bool,
-        ridge: float,
-        rows: int,
-        seed: int,
-        sweeps: int = 0,
+        batches: Sequence[Batch],
+        masks: Sequence[Tensor | None],
+        settings: Settings,
     ) -> None:
         self.original, self.small, self.kept = original, small, kept
-        self.weights, self.ridge = weights, ridge
-        self.quota = -(-rows // len(small.values))
-        self.generator = torch.Generator().manual_seed(seed)
-        self.nodes = small.nodes[0]
-        same_ops(original.nodes[0], self.nodes, "in the small model")
+        self.batches, self.masks, self.settings = batches, masks, settings
+        self.weights = settings.weights
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.folds = Folds(batches, settings.seed)
+        self.nodes = small.reference
+        self.numbers = {node: number for number, node in enumerate(self.nodes)}
+        self.constant = constants(self.nodes)
         self.layers, self.others = find_layers(self.nodes, small.tensors)
-        self.sweeps = sweeps
-        self.orders = torch.Generator().manual_seed(seed)
-        self.segments = dict(segments(original, small, self.layers)) if sweeps else {}
-        self.versions: dict[int, list[int]] = {}
+        self.orders = torch.Generator().manual_seed(settings.seed)
+        alike = all(run.like(self.nodes) for run in (*original.runs, *small.runs))
+        joint = settings.sweeps > 0 and alike
+        self.segments = dict(segments(original, small, self.layers)) if joint else {}
+        self.active: list[int] = []
+        self.steps: list[list[tuple[Tensor, Tensor]]] = []  # what was changed, and its old values
+        self.deadline = time.monotonic() + settings.seconds
 
     def run(self, tick: Callable[[], None] = lambda: None) -> list[Refit]:
-        """Go through the graph once; ``tick`` is called after every op."""
-        starting = {layer.node: layer for layer in self.layers}
-        ending: dict[int, list[Layer]] = {}
+        """Go through the layers once; ``tick`` is called after each."""
         held: dict[int, int] = {}
-        numbers = {node: number for number, node in enumerate(self.nodes)}
         for layer in self.layers:
-            ending.setdefault(layer.end, []).append(layer)
-            for number in (layer.node, *layer.chain):
-                for node in (self.nodes[number], *self.nodes[number].all_input_nodes):
-                    held[numbers[node]] = max(held.get(numbers[node], 0), layer.end)
-        for layer, segment in self.segments.items():
-            for number in segment.inputs:
+            inside = (layer.node, *layer.chain)
+            read = [self.numbers[s] for n in inside for s in self.nodes[n].all_input_nodes]
+            segment = self.segments.get(layer)
+            for number in (*inside, *read, *(segment.inputs if segment else ())):
                 held[number] = max(held.get(number, 0), layer.end)
-        leaving: dict[int, list[int]] = {}
-        for when, which in last_uses(self.nodes, held):
-            leaving.setdefault(when, []).append(which)
-        found: list[Refit] = []
-        for number in range(len(self.nodes)):
-            self.original.step(number)
-            self.small.step(number)
-            if number in starting:
-                self.versions[number] = self._versions(starting[number])
-            found += [self._together(layer, self._fit(layer)) for layer in ending.get(number, ())]
-            if number in self.others:
-                name, note = self.others[number]
-                found.append(Refit(name, note=note))
-            for which in leaving.get(number, ()):
-                self.original.free(which)
-                self.small.free(which)
+        self.original.hold(held, {})
+        self.small.hold(held, {layer.node: layer.source for layer in self.layers})
+        ends = [layer.end for layer in self.layers]
+        room = rooms(self.original, self.small, ends, self.settings.memory)
+        found = [(number, Refit(name, note=note)) for number, (name, note) in self.others.items()]
+        for layer, count in zip(self.layers, room):
+            found.append((layer.end, self._at(layer, count)))
             tick()
-        return found
+        return [refit for _, refit in sorted(found, key=lambda pair: pair[0])]
 
-    def _versions(self, layer: Layer) -> list[int]:
-        """How often the inputs of a layer were written to."""
-        return [self.small.value(b, layer.source)._version for b in range(len(self.small.values))]
+    def _at(self, layer: Layer, count: int) -> Refit:
+        """Run the first batches to the end of a layer, and refit it."""
+        if time.monotonic() > self.deadline:
+            return Refit(layer.name, note="the time was spent")
+        self.active = [
+            which
+            for which in range(count)
+            if self.small.advance(which, layer.end)
+            and self.original.advance(which, layer.end)
+            and self._corresponds(which, layer)
+        ]
+        if not self.active:
+            note = "in no batch do both models compute it for the same rows"
+            return Refit(layer.name, note=note)
+        refit = self._fit(layer)
+        if not refit.note:
+            self.small.has_moved()
+        return self._together(layer, refit)
+
+    def _corresponds(self, which: int, layer: Layer) -> bool:
+        """Whether row for row the two models compute the same thing in a batch."""
+        shapes = [list(m.value(which, layer.end).shape) for m in (self.original, self.small)]
+        for shape in shapes:
+            del shape[layer.channel_dim]
+        if shapes[0] != shapes[1]:
+            return False
+        original, small = self.original.runs[which], self.small.runs[which]
+        if original.choices is None or small.choices is None:
+            return True
+        pairs = {
+            small.nodes[own]: original.nodes[original.place[number]]
+            for number, own in small.place.items()
+            if number in original.place
+        }
+        differing = small.choices.differing(original.choices, pairs)
+        return self.small.node(which, layer.end) not in differing
 
     def _fit(self, layer: Layer) -> Refit:
         keep = self._kept(layer)
         if keep is None:
             return Refit(layer.name, note="its outputs cannot be told from those of the original")
-        if self._versions(layer) != self.versions[layer.node]:
+        if any(self._written(which, layer) for which in self.active):
             note = "its input is written to before its output is complete"
             return Refit(layer.name, note=note)
-        values = self.small.values[0]
-        reads = {n for number in layer.chain for n in self.nodes[number].all_input_nodes}
-        constant = {n: values[n] for n in reads if n.op == "get_attr"}
-        slope = slope_of(layer, self.nodes, constant)
         norm = self._norm(layer)
         centred = layer.bias is not None or norm is not None
         if not (centred or self.weights):
             return Refit(layer.name, note="no bias")
-        before = after = 0.0
-        for start in range(0, layer.columns if self.weights else 1, WIDEST):
-            block = slice(start, start + WIDEST)
-            sums = self._sums(layer, keep, slope, block)
-            before = before or sums.relative
-            if not math.isfinite(sums.error + sums.energy):
-                return Refit(layer.name, note="NaN or infinite values behind it")
-            if sums.error <= _EXACT * sums.energy:
-                return Refit(layer.name, note="equal already")
-            free = self._free(layer, block)
-            change, shift = sums.solve(self.ridge, centred, self.weights, free)
-            after = (sums.error - self._gain(sums, change, shift, centred, slope)) / sums.energy
-            self._move(layer, change, block)
-            self._shift(layer, shift.reshape(-1) if centred else None, norm)
-        return Refit(layer.name, before, max(after, 0.0))
+        slope = self._slope(layer)
+        wide = self.weights and layer.columns > WIDEST
+        if wide and (layer.window.groups > 1 or self._free(layer) is not None):
+            return Refit(
+                layer.name, note=f"{layer.columns} inputs in groups, or sparse: too much work"
+            )
+        seen = list(self._seen(layer, keep, slope, wide))
+        errors = Errors()
+        for part in seen:
+            errors.add(part.gap, part.goal)
+        if not math.isfinite(errors.error + errors.energy):
+            return Refit(layer.name, note="NaN or infinite values behind it")
+        if errors.error <= _EXACT * errors.energy:
+            return Refit(layer.name, note="equal already")
+        solve = self._from_rows if wide else self._from_moments
+        ridge, gain, change, shift, reached = solve(layer, seen, slope, centred)
+        before = errors.relative
+        doubted = gain > -self.folds.doubt * errors.error and reached > 0  # all items decide
+        if not (gain > 0 or doubted):
+            note = "a refit would not lower the error of items held out from it"
+            return Refit(layer.name, before, before, note=note)
+        self._remember((layer.weight, layer.bias, *(norm or ())))
+        self._move(layer, change)
+        self._shift(layer, shift.reshape(-1) if centred else None, norm)
+        after, held = (max(before - lower / errors.energy, 0.0) for lower in (reached, gain))
+        return Refit(layer.name, before, after, held, ridge)
+
+    def _slope(self, layer: Layer) -> Tensor:
+        reads = {n for number in layer.chain for n in self.nodes[number].all_input_nodes}
+        first = self.active[0]
+        tensors = {
+            node: self.small.value(first, self.numbers[node])
+            for node in reads
+            if self.constant[node]
+        }
+        return slope_of(layer, self.nodes, tensors)
+
+    def _from_moments(
+        self, layer: Layer, seen: Sequence[_Seen], slope: Tensor, centred: bool
+    ) -> tuple[float, float, Tensor, Tensor, float]:
+        """The refit from second moments of the inputs.
+
+        Returns:
+            The ridge, by how much the error of items held out and of all falls (second and last),
+            and the changes of the weights and of the bias in between.
+        """
+        count = 2 if layer.columns > WIDEST // 2 else FOLDS
+        folds = [Sums() for _ in range(count)]
+        for part in seen:
+            for number, fold in enumerate(folds):
+                where = part.parts % count == number
+                if bool(where.any()):
+                    fold.count += int(where.sum())
+                    rows = self._rows(layer, part, part.pick[where])
+                    fold.read(rows, part.errors[where], self.weights)
+        folds = [fold for fold in folds if fold.count]
+        free = self._free(layer)
+
+        def refit(ridge: float, shifted: bool) -> Callable[[Sums], tuple[Tensor, Tensor]]:
+            return lambda sums: sums.solve(ridge, shifted, self.weights, free)
+
+        def gain(ridge: float, shifted: bool) -> float:
+            if len(folds) < 2:  # nothing can be held out
+                return folds[0].gain(*refit(ridge, shifted)(folds[0]), slope)
+            return held_out(folds, slope, refit(ridge, shifted))
+
+        ridge, shifted, found = choose(gain, self.settings.ridge, centred, self.weights)
+        total = Sums.of(folds)
+        change, shift = refit(ridge, shifted)(total)
+        return ridge, found, change, shift, total.gain(change, shift, slope)
+
+    def _from_rows(
+        self, layer: Layer, seen: Sequence[_Seen], slope: Tensor, centred: bool
+    ) -> tuple[float, float, Tensor, Tensor, float]:
+        """The refit of a layer with very many inputs, from products of rows; as above."""
+
+        def blocks() -> Iterator[Tensor]:
+            step = max(BLOCK // math.prod(layer.window.kernel), 1)
+            for channels in zip(*(p.input.split(step, layer.channel_dim) for p in seen)):
+                rows = [layer.window.rows(x, part.pick) for x, part in zip(channels, seen)]
+                yield _real(torch.cat(rows))[:, 0]
+
+        errors = torch.cat([part.errors for part in seen])[:, 0].double()
+        parts = torch.cat([part.parts for part in seen])
+        dual = Dual(products(blocks()), errors, parts.to(errors.device), layer.columns, slope)
+        ridge, shifted, gain = choose(dual.held_out, self.settings.ridge, centred, True)
+        factors, shift = dual.solve(ridge, shifted)
+        change = torch.cat(list(changes(blocks(), factors)), 1)[None]
+        return ridge, gain, change, shift[None], dual.gain(factors, shift)
+
+    def _rows(self, layer: Layer, part: _Seen, pick: Tensor) -> Tensor:
+        """What a layer reads at some places, [places, groups, columns]."""
+        if not self.weights:
+            return part.input.new_zeros(len(pick), layer.window.groups, 1)
+        return _real(layer.window.rows(part.input, pick))
 
     def _together(self, layer: Layer, refit: Refit) -> Refit:
         """Refit the layers before this one once more, together with it."""
@@ -147,87 +302,100 @@ class Repair:
             return refit
         keep = self._kept(layer)
         assert keep is not None  # it was refitted
-        joint = Joint(self.original, self.small, segment, keep)
-        after = joint.refit(self.sweeps, self.orders)
+        self._remember(segment.moved.values(), again=True)
+        joint = Joint(self.original, self.small, segment, keep, self.active)
+        after = joint.refit(self.settings.sweeps, self.orders)
         return refit if after is None else replace(refit, after=after)
+
+    def _remember(self, names: Iterable[str | None], again: bool = False) -> None:
+        """Note what is about to be changed: in a step of its own, or again in the last one."""
+        if not again:
+            self.steps.append([])
+        tensors = [self.small.tensors[name].detach() for name in names if name is not None]
+        self.steps[-1] += [(tensor, tensor.clone()) for tensor in tensors]
+
+    def undo(self) -> None:
+        """Take the last refit back."""
+        for tensor, value in reversed(self.steps.pop()):
+            tensor.copy_(value)
+
+    def _written(self, which: int, layer: Layer) -> bool:
+        """Whether the input of a layer was written to since the layer has run."""
+        known = self.small.version(which, layer.node)
+        return self.small.value(which, layer.source)._version != known
 
     def _kept(self, layer: Layer) -> Tensor | None:
         """Which outputs of the original's layer stay."""
         plain = layer.weight.removesuffix("_orig")  # it may be masked in one of the models alone
         dims = self.kept.get(plain) or self.kept.get(f"{plain}_orig") or {}
         dim = 1 if layer.flipped or layer.window.kind == "transposed" else 0
-        original = self.original.value(0, layer.end)
-        small = self.small.value(0, layer.end)
+        first = self.active[0]
+        original = self.original.value(first, layer.end)
+        small = self.small.value(first, layer.end)
         size = original.shape[layer.channel_dim]
         keep = dims[dim] if dim in dims else torch.arange(size)
         if layer.window.kind == "transposed" and layer.window.groups > 1 and dims:
-            before: Any = self.original.nodes[0][layer.node].args[8]
+            before: Any = self.original.node(first, layer.node).args[8]
             if before != layer.window.groups:  # whole groups left
                 return None
             starts = torch.arange(0, size, size // before)[:, None]
             keep = (starts + dims.get(dim, torch.arange(size // before))).flatten()
         if len(keep) != small.shape[layer.channel_dim] or int(keep.max()) >= size:
             return None
-        shape = list(original.shape)
-        shape[layer.channel_dim] = len(keep)
-        return keep.to(small.device) if shape == list(small.shape) else None
+        return keep.to(small.device)
 
-    def _sums(self, layer: Layer, keep: Tensor, slope: Tensor, block: slice) -> Sums:
-        """Sums over sampled places of all batches."""
-        sums = Sums()
+    def _seen(self, layer: Layer, keep: Tensor, slope: Tensor, wide: bool) -> Iterator[_Seen]:
+        """Sampled places of all batches."""
         scale = torch.where(slope.abs() > _FLAT * slope.abs().max(), 1 / slope, 0.0)
         window = layer.window
-        per_group = (window.groups, -1)
-        for which in range(len(self.small.values)):
-            x = self.small.value(which, layer.source)
+        quota = -(-self._places(layer, wide) // len(self.active))
+        for which in self.active:
             small = self.small.value(which, layer.end)
-            wanted = self.original.value(which, layer.end).index_select(layer.channel_dim, keep)
-            pick = self._pick(window.places(small)).to(x.device)
+            original = self.original.value(which, layer.end)
+            wanted = original.index_select(layer.channel_dim, keep)
+            pick, parts = self._pick(which, layer, small, quota)
             goal = _real(window.outputs(wanted, pick))
             gap = goal - _real(window.outputs(small, pick))
-            sums.add(gap, goal)
-            e = (gap * scale.reshape(per_group).to(gap)).transpose(0, 1)
-            rows = _real(window.rows(x, pick)[..., block]).transpose(0, 1)
-            sums.xx = sums.xx + (rows.mT @ rows).double() if self.weights else rows.new_zeros(1)
-            sums.xe = sums.xe + (rows.mT @ e).double()
-            sums.x = sums.x + rows.sum(1).double()
-            sums.e = sums.e + e.sum(1).double()
-        return sums
+            errors = gap * scale.reshape(window.groups, -1).to(gap)
+            x = self.small.value(which, layer.source)
+            yield _Seen(x, pick, parts, goal, gap, errors)
 
-    def _pick(self, places: int) -> Tensor:
-        """Numbers of the places of one batch that are looked at."""
-        if places <= self.quota:
-            return torch.arange(places)
-        return torch.randint(places, (self.quota,), generator=self.generator)
+    def _places(self, layer: Layer, wide: bool) -> int:
+        """How many places a layer is fitted to, of all batches."""
+        columns, groups = layer.columns, layer.window.groups
+        if wide:
+            return int(min(self.settings.rows, ROWS_OF_WIDE, (MOST / (2 * columns)) ** 0.5))
+        most = MOST / (2 * groups * columns**2)
+        return int(min(self.settings.rows, max(_ROWS * columns, _LEAST_ROWS), max(most, columns)))
 
-    def _gain(
-        self, sums: Sums, change: Tensor, shift: Tensor, centred: bool, slope: Tensor
-    ) -> float:
-        """By how much the squared error falls, in units of the values at the end."""
-        weight = slope.square().reshape(shift.shape)
-        if not centred:
-            shift = torch.zeros_like(shift)
-        x, e, xe = (torch.as_tensor(t) for t in (sums.x, sums.e, sums.xe))
-        fit = (change * xe.mT).sum(-1) + shift * e
-        size = shift * (sums.count * shift + 2 * (change @ x[:, :, None])[:, :, 0])
-        if self.weights:
-            size = size + ((change @ torch.as_tensor(sums.xx)) * change).sum(-1)
-        return float((weight * (2 * fit - size)).sum())
+    def _pick(self, which: int, layer: Layer, y: Tensor, quota: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the places of one batch that are looked at, and the parts they are in."""
+        places = layer.window.places(y)
+        shape = list(y.shape)
+        del shape[layer.channel_dim]
+        whole = counted(self.masks[which], shape)
+        count = places if whole is None else len(whole)
+        if count <= quota:
+            pick = torch.arange(count)
+        else:
+            pick = torch.randint(count, (quota,), generator=self.generator)
+        pick = pick if whole is None else whole[pick]
+        parts = self.folds.of(which, pick, places)
+        return pick.to(y.device), parts.to(y.device)
 
-    def _free(self, layer: Layer, block: slice) -> Tensor | None:
+    def _free(self, layer: Layer) -> Tensor | None:
         """Which weights may change: zeroes stay, so that a sparse layer stays sparse."""
         weight = self.small.tensors[layer.weight].detach()
-        matrix = layer.window.matrix(weight.t() if layer.flipped else weight)[..., block]
+        matrix = layer.window.matrix(weight.t() if layer.flipped else weight)
         return None if bool((matrix != 0).all()) else matrix != 0
 
-    def _move(self, layer: Layer, change: Tensor, block: slice) -> None:
+    def _move(self, layer: Layer, change: Tensor) -> None:
         """Add to the weights."""
         if not self.weights:
             return
         weight = self.small.tensors[layer.weight]
         straight = weight.detach().t() if layer.flipped else weight.detach()
-        matrix = layer.window.matrix(straight).double()
-        matrix[..., block] += change
+        matrix = layer.window.matrix(straight).double() + change
         moved = layer.window.weight(matrix, straight)
         weight.detach().copy_(moved.t() if layer.flipped else moved)
 
@@ -247,10 +415,8 @@ class Repair:
         self._again(layer.chain)
 
     def _again(self, numbers: tuple[int, ...]) -> None:
-        for which, values in enumerate(self.small.values):
-            for number in numbers:
-                node = self.small.nodes[which][number]
-                values[node] = self.small.run(which, node, values)
+        for which in self.active:
+            self.small.again(which, numbers)
 
     def _norm(self, layer: Layer) -> tuple[str, ...] | None:
         """Names of weight, bias, mean and variance of a BatchNorm right behind a layer."""
@@ -266,7 +432,7 @@ class Repair:
         return tuple(names) if all(name in self.small.tensors for name in names) else None
 
     def _renorm(self, layer: Layer, shift: Tensor, names: tuple[str, ...]) -> None:
-        outputs = [self.small.value(b, layer.node) for b in range(len(self.small.values))]
+        outputs = [self.small.value(which, layer.node) for which in self.active]
         variance, mean = _moments(outputs)
         weight, bias, old_mean, old_variance = (self.small.tensors[n].detach() for n in names)
         norm = norm_of(self.nodes[layer.chain[0]])

@@ -1,7 +1,13 @@
-"""Run the recorded graphs of two models side by side, op by op, for all batches at once."""
+"""Run the recorded graphs of a model, op by op, each batch on its own.
+
+A batch stands at an op and holds the values that are still needed. A model that reads values of
+tensors is recorded for every batch; where changed weights have changed what it reads, its own code
+is run and recorded again.
+"""
 
 from __future__ import annotations
 
+import difflib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphprune.calibration.choices import Choices
 from graphprune.errors import ModelError
 from graphprune.execute.fold import recompute_masked
 from graphprune.ops.registry import op_of
 from graphprune.record.batches import Batch, describe, device_of
 from graphprune.record.inputs import Call
-from graphprune.record.modes import leak
+from graphprune.record.modes import leak, lost
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
 from graphprune.record.skeleton import named_tensors
@@ -24,25 +31,110 @@ aten = torch.ops.aten
 Values = dict[fx.Node, Any]
 
 
-@dataclass
-class Replay:
-    """The recorded forward pass of one model, and its values for every batch.
+class Stale(Exception):
+    """A value that decides what runs is no longer what was recorded."""
 
-    Nodes are named by their number, which is the same in the records for all shapes of batches.
+
+class Lost(Exception):
+    """A tensor that cannot be followed stands in the way."""
+
+
+@dataclass
+class Run:
+    """One batch of one model: its recorded graph, and how far it has run.
+
+    Attributes:
+        record: what is run.
+        call: the inputs.
+        nodes: of the record.
+        place: own numbers of the nodes by their number in the reference; absent where it has none.
+        values: what is needed of what was computed.
+        position: the number of the next op.
+        choices: which ops choose rows by values; ``None`` for models that read none.
     """
 
-    model: nn.Module
-    records: list[Record]  # of each batch; equal shapes share one
-    nodes: list[list[fx.Node]]
-    values: list[Values]
-    masks: dict[str, str]  # the mask of a parameter that is masked, by name
-    tensors: dict[str, Tensor] = field(init=False)  # parameters as they count, and buffers
+    record: Record
+    call: Call
+    nodes: list[fx.Node]
+    place: dict[int, int]
+    choices: Choices | None
+    values: Values = field(default_factory=dict)
+    position: int = 0
+    moved: bool = False  # whether weights have changed since it was recorded
+    leaving: dict[int, list[fx.Node]] = field(default_factory=dict)
+    versions: dict[int, int] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        held = self.tensors = dict(named_tensors(self.model))
+    def like(self, reference: Sequence[fx.Node]) -> bool:
+        """Whether it has the ops of the reference and no others."""
+        return len(self.place) == len(self.nodes) == len(reference)
+
+
+class Replay:
+    """One model, and its runs over all batches.
+
+    Nodes are named by their number in the reference: the first record of the small model.
+
+    Attributes:
+        model: whose code it is.
+        reference: the nodes of the first record.
+        runs: one for each batch.
+        tensors: parameters as they count, and buffers.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Sequence[Batch], like: Sequence[fx.Node] | None = None
+    ) -> None:
+        self.model = model
+        self.device = device_of(model)
+        self.tensors = dict(named_tensors(model))
+        self.masks: dict[str, str] = {}  # the mask of a parameter that is masked, by name
+        self.watched: dict[int, int] = {}  # ops, and the value whose writes are counted there
+        self.held: Mapping[int, int] = {}
+        known: dict[str, Record] = {}
+        records = []
+        calls = [Call(batch.args, batch.kwargs) for batch in batches]
+        for call in calls:
+            key = repr(call.map(lambda tensor: tensor.to("meta")))  # shapes, and what is no tensor
+            rec = known.get(key) or self._recorded(call)
+            if not _reads(rec):
+                known[key] = rec
+            records.append(rec)
         for name, mask in self.masks.items():
-            held[name] = nn.Parameter(held[name].detach() * held[mask].to(held[name]), False)
-        self.device = device_of(self.model)
+            value = self.tensors[name].detach() * self.tensors[mask].to(self.tensors[name])
+            self.tensors[name] = nn.Parameter(value, False)
+        self.reference = list(like) if like is not None else list(records[0].graph.nodes)
+        self.runs = [self._run(rec, call) for rec, call in zip(records, calls)]
+
+    def _recorded(self, call: Call) -> Record:
+        rec = record(self.model, call, training=False)
+        if rec.device == "meta" and any(tensor.is_meta for tensor in rec.constants.values()):
+            rec = record(self.model, call, training=False, devices=("cpu",))  # values are needed
+        self.masks |= _fold_masks(rec.graph, dict(named_tensors(self.model)))
+        return rec
+
+    def _run(self, rec: Record, call: Call) -> Run:
+        nodes = list(rec.graph.nodes)
+        choices = Choices(nodes, self.tensors) if _reads(rec) else None
+        run = Run(rec, call, nodes, _places(self.reference, nodes), choices)
+        self._schedule(run)
+        return run
+
+    def hold(self, held: Mapping[int, int], watched: Mapping[int, int]) -> None:
+        """Say which values something else needs until a later op, and whose writes count."""
+        self.held, self.watched = held, dict(watched)
+        for run in self.runs:
+            self._schedule(run)
+
+    def _schedule(self, run: Run) -> None:
+        """When each value of a run is forgotten."""
+        held = {
+            run.place[number]: run.place[until]
+            for number, until in self.held.items()
+            if number in run.place and until in run.place
+        }
+        run.leaving = {}
+        for when, which in last_uses(run.nodes, held):
+            run.leaving.setdefault(when, []).append(run.nodes[which])
 
     def settle(self) -> None:
         """Give the model what became of its masked parameters; what is masked stays as it was."""
@@ -53,40 +145,56 @@ class Replay:
         if self.masks:
             recompute_masked(self.model)
 
-    @classmethod
-    def of(cls, model: nn.Module, batches: Sequence[Batch]) -> Replay:
-        """Record a model for the shapes of all batches.
+    def advance(self, which: int, number: int) -> bool:
+        """Run a batch up to an op.
 
-        Raises:
-            ModelError: the forward pass reads values of tensors, or differs from batch to batch.
+        Returns:
+            Whether it has this op, and its value is there.
         """
-        known: dict[str, Record] = {}
-        masks: dict[str, str] = {}
-        records, values = [], []
-        for batch in batches:
-            call = Call(batch.args, batch.kwargs)
-            key = repr(call.map(lambda tensor: tensor.to("meta")))  # shapes, and what is no tensor
-            if key not in known:
-                known[key] = _recorded(model, call)
-                masks |= _fold_masks(known[key].graph, dict(named_tensors(model)))
-            records.append(known[key])
-            values.append(_inputs(known[key], call, device_of(model)))
-        nodes = [list(rec.graph.nodes) for rec in records]
-        for other in nodes[1:]:
-            same_ops(nodes[0], other, "for batches of different shapes")
-        return cls(model, records, nodes, values, masks)
+        run = self.runs[which]
+        for _ in range(2):
+            if number not in run.place:
+                return False
+            try:
+                self._go(run, run.place[number])
+            except Stale:  # its code decides anew; what was refitted before stays
+                self.settle()
+                fresh = self._run(self._recorded(run.call), run.call)
+                vars(run).update(vars(fresh))
+                continue
+            except Lost:
+                return False
+            return run.nodes[run.place[number]] in run.values
+        return False
 
-    def step(self, number: int) -> None:
-        """Compute one node for all batches."""
-        for which in range(len(self.records)):
-            node = self.nodes[which][number]
+    def _go(self, run: Run, number: int) -> None:
+        if not run.position:
+            run.values.update(_inputs(run.record, run.call, self.device))
+        watched = {run.place.get(op): run.place.get(value) for op, value in self.watched.items()}
+        while run.position <= number:
+            for node in run.leaving.get(run.position - 1, ()):
+                run.values.pop(node, None)
+            node = run.nodes[run.position]
             if node.op == "get_attr":
-                self.values[which][node] = self._tensor(which, str(node.target))
+                run.values[node] = self._tensor(run, str(node.target))
             elif node.op == "call_function":
-                self.values[which][node] = self.run(which, node, self.values[which])
+                if node.target is lost:
+                    raise Lost
+                if run.choices is not None and run.moved and node in run.choices.decisive:
+                    raise Stale
+                value = self.compute(run, node, run.values)
+                if run.moved and isinstance(value, Tensor):
+                    _check_shape(node, value)
+                run.values[node] = value
+                if run.choices is not None:
+                    run.choices.note(node, run.values)
+            source = watched.get(run.position)
+            if source is not None:
+                run.versions[run.position] = run.values[run.nodes[source]]._version
+            run.position += 1
 
-    def run(self, which: int, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        """The value of one op for one batch, given those it reads."""
+    def compute(self, run: Run, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        """The value of one op, given those it reads."""
         if node.target is leak:
             return None
         target: Any = node.target
@@ -95,7 +203,7 @@ class Replay:
         args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if kwargs.get("device") == torch.device(self.records[which].device):
+        if kwargs.get("device") == torch.device(run.record.device):
             kwargs = {**kwargs, "device": self.device}
         kernel = op_of(node).kernel
         if kernel is not None:
@@ -104,31 +212,62 @@ class Replay:
             return aten.reshape.default(*args)
         return target(*args, **kwargs)
 
+    def node(self, which: int, number: int) -> fx.Node:
+        """A node in the record of a batch."""
+        run = self.runs[which]
+        return run.nodes[run.place[number]]
+
     def value(self, which: int, number: int) -> Any:
         """The value of a node for one batch."""
-        return self.values[which][self.nodes[which][number]]
+        return self.runs[which].values[self.node(which, number)]
 
-    def free(self, number: int) -> None:
-        """Forget the values of a node."""
-        for nodes, values in zip(self.nodes, self.values):
-            values.pop(nodes[number], None)
+    def version(self, which: int, number: int) -> int:
+        """How often the watched value had been written to when an op ran."""
+        run = self.runs[which]
+        return run.versions[run.place[number]]
 
-    def _tensor(self, which: int, name: str) -> Tensor:
+    def again(self, which: int, numbers: Sequence[int]) -> None:
+        """Compute ops anew."""
+        run = self.runs[which]
+        for number in numbers:
+            node = self.node(which, number)
+            run.values[node] = self.compute(run, node, run.values)
+
+    def has_moved(self) -> None:
+        """Weights have changed: what was recorded need not be true any more."""
+        for run in self.runs:
+            run.moved = True
+
+    def _tensor(self, run: Run, name: str) -> Tensor:
         if name in self.tensors:
             return self.tensors[name].detach()
-        return self.records[which].constants[name].to(self.device)
+        return run.record.constants[name].to(self.device)
 
 
-def _recorded(model: nn.Module, call: Call) -> Record:
-    rec = record(model, call, training=False)
-    if rec.device == "meta" and any(tensor.is_meta for tensor in rec.constants.values()):
-        rec = record(model, call, training=False, devices=("cpu",))  # their values are needed
-    elif rec.device != "meta":
-        raise ModelError(
-            "the forward pass reads values of tensors, so that it may differ from input to input "
-            'and cannot be repaired op by op: pass method="batchnorm"'
-        )
-    return rec
+def _reads(rec: Record) -> bool:
+    """Whether the code of the model may have read values."""
+    return rec.device != "meta"
+
+
+def _check_shape(node: fx.Node, value: Tensor) -> None:
+    shape = node.meta.get("shape")
+    if shape is not None and tuple(value.shape) != tuple(shape):
+        raise Stale
+
+
+def _places(reference: Sequence[fx.Node], nodes: Sequence[fx.Node]) -> dict[int, int]:
+    """Where the nodes of a reference are in another record, in order: by op and module."""
+    first, second = [_key(node) for node in reference], [_key(node) for node in nodes]
+    if first == second:
+        return {number: number for number in range(len(first))}
+    found = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    return {block.a + i: block.b + i for block in found for i in range(block.size)}
+
+
+def _key(node: fx.Node) -> tuple[str, str, str]:
+    name = str(node.target)
+    name = "constant" if node.op == "get_attr" and name.startswith("constant_") else name
+    return node.op, name, str(node.meta.get("module"))
 
 
 def _fold_masks(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -162,24 +301,8 @@ def _fold_masks(graph: fx.Graph, tensors: Mapping[str, Tensor]) -> dict[str, str
 
 def _inputs(rec: Record, call: Call, device: torch.device) -> Values:
     places = [node for node in rec.graph.nodes if node.op == "placeholder"]
-    tensors = [tensor.detach().to(device) for tensor in call.tensors()]
+    tensors = [tensor.detach().to(device, copy=True) for tensor in call.tensors()]
     return dict(zip(places, tensors, strict=True))
-
-
-def same_ops(first: Sequence[fx.Node], second: Sequence[fx.Node], when: str) -> None:
-    """Raise unless two records consist of the same ops in the same order.
-
-    Raises:
-        ModelError: names the first op that differs.
-    """
-    for number, (a, b) in enumerate(zip(first, second)):
-        if a.op != b.op or (a.op == "call_function" and a.target != b.target):
-            raise ModelError(
-                f"the forward pass runs other ops {when}: op {number} is {a.target} in "
-                f"{a.meta.get('module') or 'the model'}, and {b.target}"
-            )
-    if len(first) != len(second):
-        raise ModelError(f"the forward pass runs {len(first)} ops, and {len(second)} {when}")
 
 
 def last_uses(nodes: Sequence[fx.Node], held: Mapping[int, int]) -> Iterator[tuple[int, int]]:

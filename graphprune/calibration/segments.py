@@ -40,12 +40,12 @@ def segments(
     original: Replay, small: Replay, layers: Sequence[Layer]
 ) -> Iterator[tuple[Layer, Segment]]:
     """The segments of all layers that lost inputs."""
-    nodes = small.nodes[0]
+    nodes = small.reference
     numbers = {node: number for number, node in enumerate(nodes)}
     constant = constants(nodes)
     own = {nodes[layer.node]: (layer.weight, layer.bias) for layer in layers}
     for layer in layers:
-        if original.nodes[0][layer.source].meta["shape"] == nodes[layer.source].meta["shape"]:
+        if original.node(0, layer.source).meta["shape"] == nodes[layer.source].meta["shape"]:
             continue
         inside = _inside(layer, nodes, constant)
         moved = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,9 @@ from torch import Tensor
 
 _STEPS = 200  # of conjugate gradients
 _CLOSE = 1e-16  # of the squared residual: rounding
+Refit = Callable[["Sums"], tuple[Tensor, Tensor]]
+RIDGES = tuple(10.0**power for power in range(-5, 4))  # that are tried, from a middle one on
+_FIRST = 2
 
 
 @dataclass
@@ -53,29 +58,137 @@ class Sums(Errors):
     x: Tensor | float = 0.0
     e: Tensor | float = 0.0
 
+    @classmethod
+    def of(cls, parts: Iterable[Sums]) -> Sums:
+        """The sums of several parts of the data."""
+        total = cls()
+        for part in parts:
+            for name in ("error", "goal", "squares", "count", "xx", "xe", "x", "e"):
+                setattr(total, name, getattr(total, name) + getattr(part, name))
+        return total
+
+    def without(self, part: Sums) -> Sums:
+        """What the normal equations need, without a part of the data."""
+        names = ("count", "xx", "xe", "x", "e")
+        return Sums(**{name: getattr(self, name) - getattr(part, name) for name in names})
+
+    def read(self, rows: Tensor, e: Tensor, weights: bool) -> None:
+        """Windows of shape [places, groups, n], and errors of shape [places, groups, outputs]."""
+        columns = rows.permute(1, 2, 0).contiguous()
+        e = e.transpose(0, 1)
+        if weights:
+            self.xx = self.xx + (columns @ columns.mT).double()
+            self.xe = self.xe + (columns @ e).double()
+        self.x = self.x + columns.sum(-1).double()
+        self.e = self.e + e.sum(1).double()
+
+    def gain(self, change: Tensor, shift: Tensor, slope: Tensor) -> float:
+        """By how much the squared error falls, in units of the values at the end.
+
+        Args:
+            change: of the weights, [groups, outputs, n].
+            shift: of the bias, [groups, outputs].
+            slope: the factor between the output of the layer and these values, [channels].
+        """
+        x, e, xe = (torch.as_tensor(t) for t in (self.x, self.e, self.xe))
+        fit = shift * e
+        size = shift * self.count * shift
+        if isinstance(self.xx, Tensor):
+            fit = fit + (change * xe.mT).sum(-1)
+            size = size + 2 * shift * (change @ x[:, :, None])[:, :, 0]
+            size = size + ((change @ self.xx) * change).sum(-1)
+        return float((slope.square().reshape(shift.shape) * (2 * fit - size)).sum())
+
     def solve(
         self, ridge: float, centred: bool, weights: bool, free: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Changes of the weights, [groups, outputs, n], and of the bias, [groups, outputs].
 
         Args:
-            ridge: as for ``calibrate``.
+            ridge: as for ``calibrate``; infinite where the weights stay.
             centred: there is a bias.
             weights: otherwise only the bias changes.
             free: which weights may change, [groups, outputs, n]; all when absent.
         """
+        if not weights or math.isinf(ridge):
+            e = torch.as_tensor(self.e) / self.count
+            still = e.new_zeros(*e.shape, torch.as_tensor(self.x).shape[-1])
+            return still, e if centred else torch.zeros_like(e)
         xx, xe, x, e = (torch.as_tensor(t) / self.count for t in (self.xx, self.xe, self.x, self.e))
         if centred:
             xx = xx - x[:, :, None] * x[:, None, :]
             xe = xe - x[:, :, None] * e[:, None, :]
-        if not weights:
-            return torch.zeros_like(xe.mT), e
         size = xx.shape[-1]
         level = ridge * xx.diagonal(dim1=-2, dim2=-1).mean(-1)
         level = level.clamp_min(torch.finfo(torch.float64).tiny)
         xx = xx + level[:, None, None] * torch.eye(size, dtype=xx.dtype, device=xx.device)
-        change = torch.linalg.solve(xx, xe).mT if free is None else _solve_where(xx, xe.mT, free)
-        return change, e - (change @ x[:, :, None])[:, :, 0]
+        change = _solve(xx, xe).mT if free is None else _solve_where(xx, xe.mT, free)
+        shift = e - (change @ x[:, :, None])[:, :, 0]
+        return change, shift if centred else torch.zeros_like(shift)
+
+
+def held_out(folds: Sequence[Sums], slope: Tensor, refit: Refit) -> float:
+    """By how much a refit lowers the squared error of items that it has not seen.
+
+    Args:
+        folds: sums of parts of the items; each is held out in turn.
+        slope: as for :meth:`Sums.gain`.
+        refit: from the sums of the others to changes of weights and bias.
+    """
+    total = Sums.of(folds)
+    found = 0.0
+    for fold in folds:
+        change, shift = refit(total.without(fold))
+        found += fold.gain(change, shift, slope)
+    return found
+
+
+def choose(
+    gain: Callable[[float, bool], float], ridge: float | None, centred: bool, weights: bool
+) -> tuple[float, bool, float]:
+    """How strongly to hold the weights, and whether to move the bias, by the gain.
+
+    Args:
+        gain: by how much the error of items held out falls, given the two.
+        ridge: what the user asks for.
+        centred: there is a bias.
+        weights: otherwise only the bias may move.
+
+    Returns:
+        The ridge, infinite where weights stay; whether the bias moves; the gain.
+    """
+    best = math.inf, centred, gain(math.inf, centred)
+    for shifted in (True, False) if centred else (False,):
+        if weights and (shifted is centred or not best[2] > 0):
+            found = _search(gain, shifted) if ridge is None else (ridge, gain(ridge, shifted))
+            best = max(best, (found[0], shifted, found[1]), key=lambda option: option[2])
+    return best
+
+
+def _search(gain: Callable[[float, bool], float], shifted: bool) -> tuple[float, float]:
+    """The ridge with the largest gain, from the middle of ``RIDGES`` uphill; and the gain."""
+    known: dict[int, float] = {}
+
+    def at(place: int) -> float:
+        if not 0 <= place < len(RIDGES):
+            return -math.inf
+        if place not in known:
+            known[place] = gain(RIDGES[place], shifted)
+        return known[place]
+
+    best = _FIRST
+    step = 1 if at(best + 1) >= at(best) else -1
+    while at(best + step) > at(best):
+        best += step
+    return RIDGES[best], at(best)
+
+
+def _solve(matrix: Tensor, wanted: Tensor) -> Tensor:
+    """Of a symmetric positive matrix; the least solution where rounding has made it none."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    if bool((info != 0).any()):
+        return torch.linalg.pinv(matrix, rtol=1e-13, hermitian=True) @ wanted
+    return torch.cholesky_solve(wanted, factor)
 
 
 def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:

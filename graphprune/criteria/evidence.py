@@ -30,6 +30,7 @@ from graphprune.record.batches import (
     count_of,
     forward,
     loss_of,
+    told_apart,
 )
 from graphprune.record.masked_names import mask_hooks
 from graphprune.record.observe import Product, observing
@@ -239,6 +240,7 @@ class _Pass:
     ) -> None:
         self.model = model
         own = [c.loss for c in collectors if c.backward]
+        self.given = loss is not None
         self.loss = loss or (own[0] if own else None) or loss_of
         self.batches = 0
         self.differentiated = any(c.backward for c in collectors)
@@ -257,6 +259,7 @@ class _Pass:
 
     def _batches(self, data: Iterable[Any], progress: bool, step: Callable[[Any], Any]) -> None:
         found = batches(data)
+        found = found if self.given else told_apart(self.model, found)
         for batch in tracked(found, "calibration batches", count_of(data), progress):
             check_finite(batch, self.batches)
             step(batch)

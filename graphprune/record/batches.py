@@ -2,7 +2,8 @@
 
 A *batch* is a tensor (one positional input); a tuple or list whose first item is the input (a
 tensor, a tuple of positional inputs or a dict of keyword inputs) and whose other items are targets;
-or a dict of keyword inputs. *Data* is an iterable of batches: a list, a ``DataLoader``.
+or a dict of keyword inputs. A tuple or list of tensors, such as images of different sizes, is the
+one input of a model that takes it so. *Data* is an iterable of batches: a list, a ``DataLoader``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from graphprune.errors import InputError
 Loss = Callable[[nn.Module, Any], Tensor]
 _KINDS = "a tensor, a tuple (input, targets...) or a dict of keyword arguments"
 _TARGETS = re.compile("label|target")  # names of keyword arguments that are no inputs
+_FAILURES = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
 _IGNORED = -100  # the target that cross entropy leaves out
 
 
@@ -62,6 +64,47 @@ class Batch:
         return Batch(*moved)
 
 
+def told_apart(model: nn.Module, data: Iterable[Any]) -> Iterator[Any]:
+    """Batches of which :meth:`Batch.of` finds out how the model takes them.
+
+    Whether a list of tensors is one argument (images of different sizes) or several is told by the
+    first such batch: it is given to the model, as several first.
+
+    Args:
+        model: is left as it was.
+        data: batches.
+    """
+    whole: bool | None = None
+    for batch in data:
+        other = _as_one(batch)
+        if other is not None and whole is None:
+            whole = not _runs_on(model, batch) and _runs_on(model, other)
+        yield other if whole and other is not None else batch
+
+
+def _as_one(batch: Any) -> Any:
+    """The same batch with a list of tensors as one argument; ``None`` if there is none."""
+    if not isinstance(batch, tuple | list) or not batch:
+        return None
+    if _tensors(batch[0]):
+        return (([*batch[0]],), *batch[1:])
+    return (([*batch],),) if _tensors(batch) else None
+
+
+def _tensors(value: Any) -> bool:
+    sequence = isinstance(value, tuple | list) and len(value) > 0
+    return sequence and all(isinstance(item, Tensor) for item in value)
+
+
+def _runs_on(model: nn.Module, batch: Any) -> bool:
+    with torch.no_grad(), at_rest(model):
+        try:
+            forward(model, batch)
+        except InputError:
+            return False
+    return True
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer."""
     tensors = (*model.parameters(), *model.buffers())
@@ -74,14 +117,30 @@ def forward(model: nn.Module, batch: Any) -> Any:
     Raises:
         InputError: the batch is none of the accepted kinds, or the model does not run on it.
     """
-    parts = Batch.of(batch).to(device_of(model))
+    return run(model, Batch.of(batch), batch)
+
+
+def run(model: nn.Module, batch: Batch, shown: Any = None) -> Any:
+    """Run a model on a batch that was taken apart, on the model's device.
+
+    Args:
+        model: runs as it is.
+        batch: the inputs.
+        shown: in messages: what the user passed.
+
+    Raises:
+        InputError: the model does not run on it.
+    """
+    parts = batch.to(device_of(model))
     try:
         return model(*parts.args, **parts.kwargs)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except _FAILURES as error:
+        given = batch.kwargs or (batch.args if len(batch.args) > 1 else batch.args[0])
+        found = describe(given if shown is None else shown)
         raise InputError(
-            f"{type(model).__name__} does not run on a batch {describe(batch)}: {error}\n"
+            f"{type(model).__name__} does not run on a batch {found}: {error}\n"
             f"a batch must be {_KINDS}"
         ) from error
 

@@ -131,6 +131,25 @@ def infer(model: nn.Module, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
     ) from error
 
 
+def called(example_inputs: Any, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
+    """Example inputs as the model takes them, and what ``runs`` returned for them.
+
+    A list of tensors holds arguments, or is one (images of different sizes, for a detector).
+    """
+    call = Call.of(example_inputs)
+    try:
+        return call, runs(call)
+    except TraceError:
+        if not isinstance(example_inputs, tuple | list) or len(call.tensors()) < len(call.args):
+            raise
+        whole = Call(([*example_inputs],))
+        try:
+            return whole, runs(whole)
+        except TraceError:
+            pass
+        raise
+
+
 def resized(tensor: Tensor, call: Call, batch: bool, side: bool) -> tuple[int, ...] | None:
     """The shape at another batch size, and at another resolution for image-like floats."""
     shape = list(tensor.shape)

@@ -11,7 +11,7 @@ from torch import nn
 from graphprune.errors import InputError, ModelError
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.checks import check_model
-from graphprune.record.inputs import Call, infer
+from graphprune.record.inputs import Call, called, infer
 from graphprune.record.masked_names import masked_names
 from graphprune.record.recording import record
 from graphprune.text import render, shorten
@@ -111,11 +111,7 @@ def verify(
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
     if not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise InputError(f"tolerance must be a number of at least 0; got {tolerance!r}")
-    call = (
-        infer(model, lambda c: record(model, c, False, devices=("meta",)))[0]
-        if example_inputs is None
-        else Call.of(example_inputs)
-    )
+    call = _call(model, example_inputs)
     session = Session(model, small_or_plan, plan, dtype, tolerance, seed)
     checks = []
     variants = []
@@ -137,3 +133,11 @@ def verify(
     if dtype == torch.float64:
         checks += session.steps(variants)
     return Report(tuple(checks), tolerance, plan.exact)
+
+
+def _call(model: nn.Module, example_inputs: Any) -> Call:
+    if example_inputs is None:
+        return infer(model, lambda call: record(model, call, False, devices=("meta",)))[0]
+    if isinstance(example_inputs, list):  # of arguments, or the one argument
+        return called(example_inputs, lambda call: record(model, call, False))[0]
+    return Call.of(example_inputs)

@@ -52,7 +52,7 @@ def test_among_sparse_weights_it_is_the_best(bias):
     make_permanent(small)
     free = small[2].weight != 0
     assert 0.3 < float(free.double().mean()) < 0.7
-    calibrate(small, net, [X], ridge=0.0)
+    calibrate(small, net, [X], ridge=0.0, held_out=0)
     gap = (small(X) - net(X).detach()).square().sum()
     gradients = torch.autograd.grad(gap, [small[2].weight, *([small[2].bias] if bias else [])])
     assert float(gradients[0][free].abs().max()) < 1e-6 * float(gap.detach())
@@ -76,9 +76,9 @@ def test_masked_weights_are_refitted_under_their_masks(masked):
             make_permanent(small)
         pairs.append((small, net))
     (plain, plain_net), (small, net) = pairs
-    wanted = calibrate(plain, plain_net, [X])
+    wanted = calibrate(plain, plain_net, [X], held_out=0)
     before, original = copy.deepcopy(small.state_dict()), copy.deepcopy(net.state_dict())
-    report = calibrate(small, net, [X])
+    report = calibrate(small, net, [X], held_out=0)
     assert prune.is_pruned(small)
     assert report.changed == wanted.changed
     assert "2" in report.changed
@@ -125,7 +125,7 @@ def test_masks_of_other_kinds_are_left_alone(raw):
     net = Twice(raw).double().eval()
     small = graphprune.rebuild(net, 0.25, X[:1])
     before, weight = error(small, net), small.weight.detach().clone()
-    report = calibrate(small, net, [X])
+    report = calibrate(small, net, [X], held_out=0)
     assert torch.equal(small.weight, weight)
     assert report.changed == ("last",)
     assert error(small, net) < before
@@ -137,7 +137,7 @@ def test_masked_biases_are_left_alone():
         prune.l1_unstructured(layer, "bias", 0.5)
     small = graphprune.rebuild(net, 0.25, X[:1])
     before, biases = error(small, net), [small[n].bias_orig.detach().clone() for n in (2, 4)]
-    report = calibrate(small, net, [X])
+    report = calibrate(small, net, [X], held_out=0)
     assert all(torch.equal(small[n].bias_orig, b) for n, b in zip((2, 4), biases))
     assert error(small, net) < 0.5 * before
     shown = report.refits[-1].after * float(net(X).var(0, correction=0).mean().detach())
@@ -148,7 +148,7 @@ def test_computed_weights_are_in_the_report():
     net = mlp()
     parametrizations.weight_norm(net[2])
     small = graphprune.rebuild(net, 0.25, X[:1])
-    report = calibrate(small, net, [X])
+    report = calibrate(small, net, [X], held_out=0)
     notes = {refit.layer: refit.note for refit in report.refits}
     assert notes == {"0": "equal already", "2": "its weight is computed", "4": ""}
     assert "its weight is computed" in str(report)
@@ -168,7 +168,7 @@ def test_grouped_transposed_convolutions(columns):
     x = torch.randn(8, 3, 8, 8, dtype=D)
     small = graphprune.rebuild(net, 0.3, x[:1], columns=columns)
     before = error(small, net, x)
-    report = calibrate(small, net, [x], ridge=0.0)
+    report = calibrate(small, net, [x], ridge=0.0, held_out=0)
     assert report.changed == ("2", "4")
     assert error(small, net, x) < before
     kept = next(s.kept for s in small.graphprune_plan.slots if (s.tensor, s.dim) == ("2.weight", 1))

@@ -14,8 +14,8 @@ class Scaled(nn.Linear):
 
 def test_batches_of_one_shape_may_differ_in_numbers():
     net, x = Scaled(4, 2), torch.randn(3, 4)
-    replay = Replay.of(net, [Batch((x, by), {}, ()) for by in (1.0, 3.0)])
-    for number in range(len(replay.nodes[0])):
-        replay.step(number)
+    replay = Replay(net, [Batch((x, by), {}, ()) for by in (1.0, 3.0)])
+    last = len(replay.reference) - 2
     for which, by in enumerate((1.0, 3.0)):
-        assert torch.equal(replay.value(which, -2), net(x, by))
+        assert replay.advance(which, last)
+        assert torch.equal(replay.value(which, last), net(x, by))

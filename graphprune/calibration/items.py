@@ -1,0 +1,158 @@
+"""Which items a batch holds: images, texts. Rows of one item are not independent of each other."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphprune.record.batches import Batch
+
+FOLDS = 4  # parts of the items; each is held out from a fit in turn
+_MASK = re.compile(r"(^|_)mask$")
+_FEWEST = 4  # items that a check needs
+FEW = 16  # items from which some can be set apart for one
+
+
+def count(batch: Batch) -> int | None:
+    """How many items a batch has along the first dimension of all its tensors, if that is told."""
+    sizes = {
+        leaf.shape[0] if leaf.dim() else None
+        for leaf in pytree.tree_leaves((batch.args, batch.kwargs))
+        if isinstance(leaf, Tensor)
+    }
+    lists = any(isinstance(arg, tuple | list) for arg in (*batch.args, *batch.kwargs.values()))
+    return sizes.pop() if len(sizes) == 1 and not lists else None
+
+
+def part(batch: Batch, items: slice) -> Batch:
+    """Some items of a batch that tells how many it has."""
+    cut = pytree.tree_map_only(Tensor, lambda t: t[items], (batch.args, batch.kwargs))
+    return Batch(cut[0], cut[1], ())
+
+
+def set_apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """Set items apart that no layer is fitted to.
+
+    Whole batches where there are enough, evenly spaced; else the last items of every batch that
+    can be split.
+
+    Args:
+        batches: all there is.
+        share: of the items, at most one half.
+
+    Returns:
+        Batches for the fit, and batches for a check of its result; without any of these, there are
+        too few items for a check to mean anything.
+    """
+    total = sum(count(batch) or 1 for batch in batches)
+    if not share or total < FEW:
+        return list(batches), []
+    share = max(share, _FEWEST / total)
+    wanted = round(share * len(batches))
+    if wanted:
+        step = len(batches) / wanted
+        chosen = {int((number + 0.5) * step) for number in range(wanted)}
+        return (
+            [batch for number, batch in enumerate(batches) if number not in chosen],
+            [batches[number] for number in sorted(chosen)],
+        )
+    fit, check = [], []
+    for batch in batches:
+        items = count(batch) or 1
+        leave = min(math.ceil(share * items), items // 2)
+        fit.append(part(batch, slice(0, items - leave)) if leave else batch)
+        if leave:
+            check.append(part(batch, slice(items - leave, items)))
+    return fit, check
+
+
+def doubt(items: int) -> float:
+    """How far a mean of squares of so few items is from the truth, as a fraction; 0: not few."""
+    return 0.0 if items >= FEW else items**-0.5
+
+
+class Folds:
+    """Which part each row of an output belongs to, so that all rows of an item are in one part.
+
+    Args:
+        batches: that layers are fitted to.
+        seed: of the assignment.
+    """
+
+    def __init__(self, batches: Sequence[Batch], seed: int) -> None:
+        self.counts = [count(batch) for batch in batches]
+        sizes = [items or 1 for items in self.counts]
+        total = sum(sizes)
+        self.doubt = doubt(total)
+        self.whole = total < 2  # a single item: its rows are all there is
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(total, generator=generator) % min(FOLDS, max(total, 2))
+        self.parts = list(order.split(sizes))
+
+    def of(self, which: int, rows: Tensor, places: int) -> Tensor:
+        """The part of each of some rows of a batch.
+
+        Args:
+            which: number of the batch.
+            rows: numbers of rows.
+            places: how many rows the batch has in all.
+        """
+        items = self.counts[which]
+        if self.whole:  # in stretches
+            return rows * FOLDS // max(places, 1)
+        if items is None or places % items:
+            return self.parts[which][:1].expand(len(rows))
+        return self.parts[which][rows * items // places]
+
+
+def counted(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """Numbers of the rows of an output that count; ``None``: all of them.
+
+    Args:
+        mask: which positions of a batch are no padding.
+        shape: of the output, without its channels.
+    """
+    if mask is None or tuple(shape) != tuple(mask.shape):
+        return None
+    return mask.flatten().nonzero()[:, 0].cpu()
+
+
+def padding(batch: Batch) -> tuple[str, Tensor] | None:
+    """A mask of positions among keyword inputs: its name, and where it is not zero.
+
+    It holds zeroes and ones, has the shape of another input, [items, positions], and its two
+    sizes differ, so that nothing else can be taken for it.
+    """
+    inputs: Mapping[str, Any] = batch.kwargs
+    for name, value in inputs.items():
+        if not _MASK.search(name) or not isinstance(value, Tensor) or value.dim() != 2:
+            continue
+        if value.is_floating_point() or value.is_complex() or value.shape[0] == value.shape[1]:
+            continue
+        if bool(((value != 0) & (value != 1)).any()) or bool((value != 0).all()):
+            continue
+        alike = [t for key, t in inputs.items() if key != name and isinstance(t, Tensor)]
+        if any(t.shape[:2] == value.shape for t in alike):
+            return name, value != 0
+    return None
+
+
+def disturbed(batch: Batch, name: str, mask: Tensor) -> Batch:
+    """The batch with other values in padded positions: those of positions that count."""
+    first = mask.to(torch.int64).argmax(1)
+
+    def change(key: str, value: Any) -> Any:
+        if key == name or not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
+            return value
+        filling = value[torch.arange(len(value)), first][:, None]
+        shape = (*mask.shape, *[1] * (value.dim() - 2))
+        return torch.where(mask.reshape(shape), value, filling)
+
+    return replace(batch, kwargs={key: change(key, value) for key, value in batch.kwargs.items()})
