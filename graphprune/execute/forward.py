@@ -30,6 +30,7 @@ from graphprune.record.sites import (
     holders,
     lacks,
     spans_of,
+    start,
 )
 
 Edits = tuple[LiteralChange, ...]
@@ -102,7 +103,7 @@ def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
 def _own(edits: Iterable[LiteralChange]) -> Iterable[tuple[Step, ...]]:
     """The ways to all functions of the module itself that lead to an edit."""
     ways = (edit.site.steps[:n] for edit in edits for n in range(1, len(edit.site.steps) + 1))
-    return dict.fromkeys(way for way in ways if way[-1][0] != "global")
+    return dict.fromkeys(way for way in ways if way[-1][0] in ("method", "attribute"))
 
 
 def _at(module: nn.Module, steps: tuple[Step, ...]) -> Any:
@@ -113,33 +114,46 @@ def _at(module: nn.Module, steps: tuple[Step, ...]) -> Any:
 
 
 def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
-    """A function, and those that it calls by global names, with the edits made."""
+    """A function, and those that it calls or wraps, with the edits made."""
+    names = {**function.__globals__, "_put": put}
+    code: types.CodeType = function.__code__
+    cells = dict(zip(code.co_freevars, function.__closure__ or ()))
+    for way in dict.fromkeys(
+        e.site.steps[: len(steps) + 1] for e in edits if _leads(steps, e.site)
+    ):
+        kind, name = way[-1]
+        if kind == "global":
+            names[name] = compiled(names[name], way, edits, module)
+        elif kind == "closure":
+            cells[name] = types.CellType(compiled(cells[name].cell_contents, way, edits, module))
+    own = tuple(edit for edit in edits if edit.site.steps == steps)
+    code = _edited(function, own) if own else code
+    closure = tuple(cells[name] for name in code.co_freevars)
+    made = types.FunctionType(code, names, function.__name__, function.__defaults__, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
+
+
+def _edited(function: Any, edits: Edits) -> types.CodeType:
+    """The code of a function, compiled from its source with the edits made."""
     definition, kind = _definition(function)
-    names = dict(function.__globals__)
-    names["_put"] = put
+    first = start(function.__code__)
     for edit in edits:
-        if edit.site.steps == steps:
-            if edit.digest != digest(function.__code__):
-                raise PlanError(
-                    f"the source of {function.__qualname__} is not the one that the plan changes: "
-                    "make a new plan for this version"
-                )
-            first = function.__code__.co_firstlineno
-            change(definition, replace(edit.site, first=first), edit.path, edit.new)
-    calls = dict.fromkeys(e.site.steps[: len(steps) + 1] for e in edits if _leads(steps, e.site))
-    for way in calls:
-        if way[-1][0] == "global":
-            names[way[-1][1]] = compiled(function.__globals__[way[-1][1]], way, edits, module)
-    free = ", ".join(function.__code__.co_freevars)
-    body = ast.parse(f"def _factory({free}):\n    return {kind}")
+        if edit.digest != digest(function.__code__):
+            raise PlanError(
+                f"the source of {function.__qualname__} is not the one that the plan changes: "
+                "make a new plan for this version"
+            )
+        change(definition, replace(edit.site, first=first), edit.path, edit.new)
+    free = function.__code__.co_freevars
+    body = ast.parse(f"def _factory({', '.join(free)}):\n    return {kind}")
     factory: Any = body.body[0]
     factory.body.insert(0, definition)
     ast.fix_missing_locations(body)
+    names: dict[str, Any] = {}
     exec(compile(body, function.__code__.co_filename, "exec"), names)  # the model's own code
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    made = names["_factory"](*cells)
-    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return made
+    made: types.FunctionType = names["_factory"](*free)
+    return made.__code__
 
 
 def _leads(steps: tuple[Step, ...], site: Site) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,9 +193,29 @@ def _rescale(model: nn.Module, plan: Plan) -> None:
 
 def _resize(module: nn.Module, change: SizeChange) -> None:
     value = getattr(module, change.name)
-    if change.path:
-        items = list(value)
-        items[change.path[0]] = change.new
-        setattr(module, change.name, type(value)(items))
-    else:
-        setattr(module, change.name, change.new)
+    for other in _sources(module, value):  # a copy of the module may be made from it again
+        if len(change.path) == 2 and change.path[1] == 1:
+            _put(other, (value[change.path[0]][0],), change.new)
+    setattr(module, change.name, _put(value, change.path, change.new))
+
+
+def _sources(module: nn.Module, value: Any) -> list[dict[Any, Any]]:
+    """The dictionaries of a module whose items an attribute holds."""
+    if type(value) not in (tuple, list):
+        return []
+    known = [item for item in vars(module).values() if isinstance(item, dict) and item]
+    return [item for item in known if len(item) == len(value) and [*item.items()] == [*value]]
+
+
+def _put(value: Any, path: Sequence[Any], new: int) -> Any:
+    """A container with another number in it; those that can change stay themselves."""
+    if not path:
+        return new
+    first, *rest = path
+    item = _put(value[first], rest, new)
+    if isinstance(value, dict | list):
+        value[first] = item
+        return value
+    items = list(value)
+    items[first] = item
+    return type(value)(items)

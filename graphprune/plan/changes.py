@@ -130,11 +130,11 @@ def divisors(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class SizeChange:
-    """A size that a module remembers: ``path`` indexes into a tuple or list."""
+    """A size that a module remembers: ``path`` leads into a tuple, list or dictionary."""
 
     module: str
     name: str
-    path: tuple[int, ...]
+    path: tuple[int | str, ...]
     old: int
     new: int
 

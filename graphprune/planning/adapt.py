@@ -20,6 +20,7 @@ from graphprune.ops.given import args_of, ints_of, locate, paths_of
 from graphprune.ops.ids import Path
 from graphprune.ops.registry import op_of, packet_of
 from graphprune.planning.problems import Place, Problem, around
+from graphprune.record.recorder import Record
 from graphprune.record.sites import changeable, given, is_literal
 from graphprune.record.sizes import (
     COMPARISONS,
@@ -101,6 +102,7 @@ def changes(
     _settle_sizes(graph, found, list(_demands(graph, alive, trusted, found)), extent)
     _check_comparisons(graph, found, extent)
     _check_numbers(graph, found, extent)
+    found.unsure |= any(record.doubts for record in graph.records)
     found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
     found.values = {
         leaf: new
@@ -327,6 +329,9 @@ def _demands(
                         continue
                     assert place is not None
                     path = paths[place.start + offset]
+                    if isinstance(expr, int) and plain(size) in record.leaked:
+                        expr = _computed(record, node, path, plain(size))
+                        found.unsure |= not isinstance(expr, int)
                     before = _before(graph, node, [was]) if op.places else ()
                     yield Demand(node, was, now, expr, places[offset], path, record.leaks, before)
 
@@ -341,6 +346,15 @@ def _before(graph: Analysis, node: fx.Node, places: list[int]) -> tuple[Tensor, 
     dim, size = dim % value.ndim, value.shape[dim]
     start, stop = (0, places[0]) if places[0] >= 0 else (max(size + places[0], 0), size)
     return tuple(layer.narrow(dim, start, min(stop, size) - start) for layer in value.on(dim))
+
+
+def _computed(record: Record, node: fx.Node, path: Path, number: int) -> Expression:
+    """What a plain int was probably computed from; a run shows whether that is so."""
+    literal, formulas = _literal(node, path, number), record.leaked[number]
+    source = None if literal is None else given(literal.site, path)
+    if len(formulas) > 1 or source is None or is_literal(source):
+        return number
+    return next(iter(formulas))
 
 
 def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) -> bool:

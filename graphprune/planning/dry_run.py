@@ -15,11 +15,14 @@ from torch import Tensor, fx, nn
 from graphprune.channels.analysis import Analysis, Pruned
 from graphprune.errors import InputError, TraceError
 from graphprune.execute.shrink import hollow, shrink
+from graphprune.ops.given import locate, paths_of
 from graphprune.ops.ids import Shape, varying
+from graphprune.ops.registry import op_of
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import dry, run
+from graphprune.record.sizes import plain
 from graphprune.record.skeleton import skeleton
 
 aten = torch.ops.aten
@@ -47,6 +50,8 @@ def first_mismatch(
         bad = _first_difference(pruned, original, small)
         if bad is None and not complete:
             bad = min(len(small.ops), len(original.ops) - 1)
+        if bad is None and original.doubts and not plan.scales:
+            bad = _first_other_float(original, small)
         if not complete and any(map(_depends_on_values, original.ops[:bad])):
             continue  # boxes of other values, which the original may not take either
         if bad is not None:
@@ -107,11 +112,54 @@ def _first_difference(
             return None if unsteady else position  # other values take other ways
         if "shape" in node.meta and ("shape" not in other.meta or differs(node, other)):
             return position
+        if not unsteady and whole is None and _misplaced(pruned, node, other):
+            return position
         for index, item in results.items():
             small_item = other.meta.get("items", {}).get(index)
             if item.users and small_item is not None and differs(item, small_item):
                 return position
     return None
+
+
+def _first_other_float(original: Record, small: Record) -> int | None:
+    """The first op that is given another number: it was computed from a size."""
+    for position, (node, other) in enumerate(zip(original.ops, small.ops)):
+        if node.target != other.target:
+            return None
+        if _floats(node) != _floats(other):
+            return position
+    return None
+
+
+def _floats(node: fx.Node) -> list[float]:
+    return [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, float)]
+
+
+class _Foreseen:
+    """What ops ask for to tell which sizes they need, for one choice of ids."""
+
+    def __init__(self, pruned: Pruned) -> None:
+        self.pruned = pruned
+
+    def shape(self, node: fx.Node, alive: np.ndarray) -> Shape:
+        return self.pruned.shape(node)
+
+    def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
+        return self.pruned.positions(node, dim)
+
+
+def _misplaced(pruned: Pruned, node: fx.Node, other: fx.Node) -> bool:
+    """Whether an op was given the place of another channel: the shape does not show it."""
+    op = op_of(node)
+    if not op.places or op.given is None or not node.meta["numbers"]:
+        return False
+    numbers = dict(zip(other.meta["paths"], other.meta["numbers"]))
+    for old, new, kind, _ in op.given(_Foreseen(pruned), node, pruned.alive):
+        place = locate(node, old, kind)
+        found = paths_of(node)[place] if place is not None else []
+        if any(plain(numbers.get(path, size)) != size for path, size in zip(found, new)):
+            return True
+    return False
 
 
 def _values(record: Record) -> list[fx.Node]:

@@ -113,7 +113,9 @@ class Functions(TorchFunctionMode):
         if func in _SIZES:
             return self._size(func, args, kwargs)
         if func is torch.Tensor.__len__:
-            must_not_change(recorder.extents(args[0])[0])
+            rows = recorder.extents(args[0])[0]
+            must_not_change(rows)
+            int(rows)  # it goes on as a plain int
         caller, recorder.caller = recorder.caller, recorder.caller or sys._getframe(1)
         self._note(func, args, kwargs)
         try:
@@ -143,6 +145,8 @@ class Functions(TorchFunctionMode):
         """The numbers that the user's code gives to a function, and where they stand."""
         recorder = self.recorder
         found = [] if func in _CHUNKS else [*_numbers(args, ()), *_numbers(kwargs, ())]
+        if any(map(_is_float, args)) or any(map(_is_float, kwargs.values())):
+            recorder.doubt_floats()
         recorder.numbers = [_of_today(number) for number, _ in found]
         recorder.paths = [path for _, path in found]
         name = getattr(func, "__name__", "")
@@ -198,6 +202,12 @@ class Dispatch(TorchDispatchMode):
 def _special(types: Any) -> bool:
     """Whether a class of tensors wants to see the functions that act on it."""
     return any(kind.__torch_function__ is not _DISABLED and kind is not Tensor for kind in types)
+
+
+def _is_float(value: Any) -> bool:
+    """Whether it is a float that does not know what it was computed from."""
+    kind = type(value)
+    return kind is float or kind.__module__ == "numpy"
 
 
 def _of_today(number: Any) -> Any:

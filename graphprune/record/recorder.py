@@ -24,7 +24,7 @@ from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
 from graphprune.record.identity import Identity, storage_key
 from graphprune.record.modes import Dispatch, EvalFlag, Functions, lost
-from graphprune.record.sites import Site, find_site, forward_of
+from graphprune.record.sites import Site, computes_floats, find_site, forward_of
 from graphprune.record.sizes import (
     Comparison,
     Expression,
@@ -73,6 +73,7 @@ class Record:
     comparisons: list[Comparison] = field(default_factory=list)
     leaks: bool = False  # whether sizes were turned into plain ints
     leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
+    doubts: bool = False  # whether floats in the code may have been computed from sizes
     branches: bool = True  # whether code of the model may have looked at ``training``
 
     @property
@@ -357,6 +358,13 @@ class Recorder:
                 self.record.leaked.setdefault(plain(comparison.right), set()).add(comparison.left)
         else:
             self.record.comparisons.append(comparison)
+
+    def doubt_floats(self) -> None:
+        """A function is given floats: those computed in Python may come from sizes, unseen."""
+        caller = self.caller
+        torch_own = caller is None or caller.f_code.co_filename.startswith((_TORCH, PACKAGE))
+        if caller is not None and not torch_own and not self.record.doubts:
+            self.record.doubts = computes_floats(caller)
 
     def extents(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor, each size knowing where it comes from."""

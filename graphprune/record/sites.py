@@ -11,7 +11,6 @@ import ast
 import functools
 import hashlib
 import inspect
-import itertools
 import linecache
 import types
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from typing import Any
 from graphprune.ops.ids import Path
 
 Span = tuple[int, int, int, int]  # first line, last line, first column, last column
-Step = tuple[str, str]  # ("global" | "method" | "attribute", name)
+Step = tuple[str, str]  # ("global" | "method" | "attribute" | "closure", name)
 
 
 @dataclass(frozen=True)
@@ -61,46 +60,88 @@ def find_site(
     which they can be replaced.
     """
     function = forward_of(module, "run")
-    if function is None or function.__code__ is not frames[0][0] or not _editable(frames[0][0]):
+    if function is None or function.__code__ is not frames[0][0]:
         return None
     steps: list[Step] = []
-    for (caller, instruction), (code, _) in itertools.pairwise(frames):
-        if code in _inner(function.__code__):
+    place = 0
+    while place < len(frames) - 1:
+        (caller, instruction), (code, _) = frames[place : place + 2]
+        farther = range(len(frames) - 1, place, -1)
+        wrapped = ((n, enclosed(function, frames[n][0])) for n in farther)
+        place, way = next(((n, way) for n, way in wrapped if way), (place + 1, ()))
+        if not way and code in _inner(function.__code__):
             continue
-        call = _index(caller.co_filename).spans.get(_spans(caller)[instruction // 2])
-        step = _step(function, call, code, module)
-        if step is None or not _editable(code):
+        if not way:
+            call = _index(caller.co_filename).spans.get(_spans(caller)[instruction // 2])
+            way = _way(function, call, code, module)
+        for step in way:
+            steps.append(step)
+            function = follow(function, step, module, "run")
+        if not way:
             return None
-        steps.append(step)
-        function = follow(function, step, module, "run")
     code, instruction = frames[-1]
     span = _spans(code)[instruction // 2]
-    if None in span:
+    if None in span or not _editable(function.__code__):
         return None
-    first = function.__code__.co_firstlineno
+    first = start(function.__code__)
     span = (span[0] - first, span[1] - first, *span[2:])
-    place = code.co_filename, names, first, digest(function.__code__)
-    return Site(tuple(steps), span, method, count, *place)
+    known = code.co_filename, names, first, digest(function.__code__)
+    return Site(tuple(steps), span, method, count, *known)
 
 
-def _step(function: Any, call: Any, code: types.CodeType, module: Any) -> Step | None:
+def enclosed(function: Any, code: types.CodeType, depth: int = 4) -> tuple[Step, ...]:
+    """How a decorated function holds the one that runs ``code``: in variables of its closure."""
+    found = {
+        name: cell.cell_contents
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ())
+        if _filled(cell) and isinstance(cell.cell_contents, types.FunctionType)
+    }
+    for name, inner in found.items():
+        if inner.__code__ is code:
+            return (("closure", name),)
+    for name, inner in found.items() if depth else ():
+        rest = enclosed(inner, code, depth - 1) if inner is not function else ()
+        if rest:
+            return (("closure", name), *rest)
+    return ()
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _way(function: Any, call: Any, code: types.CodeType, module: Any) -> tuple[Step, ...]:
     """How a call reaches the function that runs ``code``: by a global name, or from ``self``."""
     reached = call.func if isinstance(call, ast.Call) else None
     caller: types.CodeType = function.__code__
     if isinstance(reached, ast.Name):
         local = (*caller.co_varnames, *caller.co_cellvars, *caller.co_freevars)
         found = None if reached.id in local else function.__globals__.get(reached.id)
-        return ("global", reached.id) if _code(found) is code else None
+        return _reaches(("global", reached.id), found, code)
     if not isinstance(reached, ast.Attribute) or not isinstance(reached.value, ast.Name):
-        return None
+        return ()
     if reached.value.id not in caller.co_varnames[:1]:
-        return None
+        return ()
     own = vars(module).get(reached.attr)
     if own is not None:
         kind = "attribute" if getattr(own, "free", True) else "method"
-        return (kind, reached.attr) if _code(getattr(own, "run", own)) is code else None
+        return _reaches((kind, reached.attr), getattr(own, "run", own), code)
     found = inspect.getattr_static(type(module), reached.attr, None)
-    return ("method", reached.attr) if _code(found) is code else None
+    return _reaches(("method", reached.attr), found, code)
+
+
+def _reaches(step: Step, found: Any, code: types.CodeType) -> tuple[Step, ...]:
+    """A step to a function that runs ``code``, itself or inside its decorators."""
+    if not isinstance(found, types.FunctionType):
+        return ()
+    if found.__code__ is code:
+        return (step,)
+    way = enclosed(found, code)
+    return (step, *way) if way else ()
 
 
 @functools.cache
@@ -130,12 +171,10 @@ def follow(function: Any, step: Step, module: Any, version: str = "function") ->
     kind, name = step
     if kind == "global":
         return function.__globals__[name]
+    if kind == "closure":
+        return function.__closure__[function.__code__.co_freevars.index(name)].cell_contents
     own = vars(module).get(name)
     return getattr(type(module), name) if own is None else getattr(own, version, own)
-
-
-def _code(value: Any) -> Any:
-    return value.__code__ if isinstance(value, types.FunctionType) else None
 
 
 @functools.cache
@@ -173,12 +212,12 @@ def _index(file: str) -> _Index:
     parsed, found = tree(file), _Index()
     for node in ast.walk(parsed) if parsed is not None else ():
         if isinstance(node, ast.Call | ast.BinOp | ast.Subscript | ast.AugAssign):
-            for span in spans_of(node):
-                found.spans[span] = node
+            found.spans.update(dict.fromkeys(spans_of(node), node))
         elif isinstance(node, ast.Lambda):
             found.lambdas.setdefault(span_of(node.body), node)
         elif isinstance(node, ast.FunctionDef):
-            found.functions.setdefault((node.name, _first(node)), node)
+            for line in (_first(node), node.lineno):  # compiled anew, it has no decorators
+                found.functions.setdefault((node.name, line), node)
     return found
 
 
@@ -192,6 +231,12 @@ def defined(code: types.CodeType) -> Any:
     if code.co_name == "<lambda>":
         return next((index.lambdas[span] for span in _spans(code) if span in index.lambdas), None)
     return index.functions.get((code.co_name, code.co_firstlineno))
+
+
+def start(code: types.CodeType) -> int:
+    """The line of ``def``: decorators come before it, and not in code that was compiled anew."""
+    node = defined(code)
+    return node.lineno if isinstance(node, ast.FunctionDef) else code.co_firstlineno
 
 
 @functools.cache
@@ -239,6 +284,26 @@ def _resolved(node: ast.AST, frame: types.FrameType) -> Any:
     if isinstance(node, ast.Attribute):
         return inspect.getattr_static(_resolved(node.value, frame), node.attr, None)
     return None
+
+
+def computes_floats(frame: types.FrameType) -> bool:
+    """Whether a float that a call in a frame is given may have been computed in Python."""
+    spans, place = _spans(frame.f_code), frame.f_lasti // 2
+    node = _index(frame.f_code.co_filename).spans.get(spans[place]) if place < len(spans) else None
+    if isinstance(node, ast.Call):
+        parts = [*node.args, *(keyword.value for keyword in node.keywords)]
+    elif isinstance(node, ast.BinOp):
+        parts = [node.left, node.right]
+    else:
+        return True
+    return not all(_is_given(part, frame) for part in parts)
+
+
+def _is_given(node: ast.expr, frame: types.FrameType) -> bool:
+    """A number in the code, an attribute, or a variable that holds no float."""
+    if isinstance(node, ast.Name):
+        return not isinstance(_resolved(node, frame), float)
+    return is_literal(node) or isinstance(node, ast.Attribute | ast.Constant)
 
 
 def given(site: Site, path: Path) -> ast.expr | None:

@@ -23,11 +23,11 @@ from graphprune.record.sites import Site, in_cached_call
 
 @dataclass(frozen=True)
 class Attribute:
-    """A module attribute: ``path`` holds the indices when it is a tuple or list of ints."""
+    """A module attribute: ``path`` leads to an int inside tuples, lists and dictionaries."""
 
     module: str
     name: str
-    path: tuple[int, ...] = ()
+    path: tuple[int | str, ...] = ()
     value: int = field(default=0, compare=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from graphprune.ops.ids import Shape
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
-from graphprune.record.sizes import Attribute, Size
+from graphprune.record.sizes import CONTAINERS, Attribute, Size
 
-_SEQUENCES = frozenset({tuple, list, torch.Size})
+_BOOKKEEPING = frozenset(vars(nn.Module()))  # what every module holds
+_DEPTH = 3  # of containers inside containers
 
 
 def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -79,13 +81,31 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
     for name, module in named_modules(clone):
         replace_attention(module)
         state = vars(module)
-        for key, value in state.items():
-            if type(value) is int:
-                state[key] = Size(value, Attribute(name, key, (), value))
-            elif type(value) in _SEQUENCES and value and all(type(i) is int for i in value):
-                marks = [Size(n, Attribute(name, key, (i,), n)) for i, n in enumerate(value)]
-                state[key] = type(value)(marks)
+        for key in state.keys() - _BOOKKEEPING:
+            state[key] = _marked(state[key], Attribute(name, key))
     return clone
+
+
+def _marked(value: Any, place: Attribute) -> Any:
+    """An attribute with sizes in the place of its ints; dictionaries and lists stay themselves."""
+    if type(value) is int:
+        return Size(value, replace(place, value=value))
+    if type(value) not in CONTAINERS:
+        return value
+    named = isinstance(value, dict)
+    keys = [*value] if named else range(len(value))
+    if len(place.path) > _DEPTH or not all(isinstance(key, int | str) for key in keys):
+        return value
+    items = {key: _marked(value[key], replace(place, path=(*place.path, key))) for key in keys}
+    if all(items[key] is value[key] for key in keys):
+        return value
+    if named:
+        value.update(items)
+    elif isinstance(value, list):
+        value[:] = items.values()
+    else:
+        return type(value)(items.values())
+    return value
 
 
 def without_weights(model: nn.Module, shapes: Mapping[str, Shape] | None = None) -> nn.Module:
