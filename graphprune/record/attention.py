@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+
+from graphprune.record import scope
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -77,6 +80,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        if scope.current() is not None:
+            self._mask_output()
         out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             out = out.squeeze(0)
@@ -85,6 +90,12 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             return out, None
         return out, weights if batched else weights.squeeze(0)
+
+    def _mask_output(self) -> None:
+        """Let a record show where a masked weight comes from: torch runs no hook of this layer."""
+        for hook in self.out_proj._forward_pre_hooks.values():
+            if isinstance(hook, prune.BasePruningMethod):
+                hook(self.out_proj, ())
 
     def _projections(
         self, query: Tensor, key: Tensor, value: Tensor, batched: bool

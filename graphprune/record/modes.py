@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -139,6 +141,7 @@ class Functions(TorchFunctionMode):
             recorder.call(aten.detach.default, args, {}, out)
         elif func in _LEAKS:
             recorder.call(leak, args[:1], {}, None)
+            recorder.last.meta["looks"] = in_hook(sys._getframe(1))
         return out
 
     def _note(self, func: Any, args: Any, kwargs: Any) -> None:
@@ -179,6 +182,20 @@ class Functions(TorchFunctionMode):
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             return self.recorder.constant(func(*args, **{**kwargs, "device": "cpu"}))
         return func(*args, **kwargs)
+
+
+def in_hook(frame: FrameType | None) -> bool:
+    """Whether the code of a frame was called by a hook of a module."""
+    while frame is not None and frame.f_back is not None:
+        before = frame.f_back
+        if before.f_globals.get("__name__") == "torch.nn.modules.module":
+            hook = before.f_locals.get("hook")
+            hook = getattr(hook, "func", hook)  # of functools.partial
+            call = inspect.getattr_static(type(hook), "__call__", None)
+            known = (hook, getattr(hook, "__func__", None), call)
+            return any(getattr(item, "__code__", None) is frame.f_code for item in known)
+        frame = before
+    return False
 
 
 class Dispatch(TorchDispatchMode):

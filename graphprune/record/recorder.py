@@ -180,6 +180,7 @@ class Recorder:
         node = self.record.graph.call_function(target, self.plain(args), self.plain(kwargs))
         line, frame = user_frame(self.caller)
         self._mark(node, self.numbers, line, frame)
+        self.last = node
         if isinstance(out, Tensor):
             self.register(node, out)
         elif isinstance(out, list | tuple):
@@ -365,6 +366,14 @@ class Recorder:
         torch_own = caller is None or caller.f_code.co_filename.startswith((_TORCH, PACKAGE))
         if caller is not None and not torch_own and not self.record.doubts:
             self.record.doubts = computes_floats(caller)
+
+    def forget_looks(self) -> None:
+        """Hooks may look at values outside of torch, if nothing can have come back from there."""
+        for node in reversed(self.record.graph.nodes):
+            if node.op == "get_attr" and str(node.target).startswith("constant_"):
+                return
+            if node.meta.get("looks"):
+                self.record.graph.erase_node(node)
 
     def extents(self, tensor: Tensor) -> torch.Size:
         """The shape of a tensor, each size knowing where it comes from."""

@@ -100,6 +100,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
         )
         failed.record = recorder.record
         raise failed from error
+    recorder.forget_looks()
     result = recorder.record
     leaves, result.output_spec = pytree.tree_flatten(_fields(out))
     for leaf in leaves:

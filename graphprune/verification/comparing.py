@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import GraphPruneError, ModelError, TraceError, VerificationError
+from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import cut, kept_indices, shrink
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.plan.plan import Plan
@@ -375,6 +376,8 @@ def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     for _, tensor in named_tensors(clone):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+    with torch.no_grad():  # torch does not run every module whose hook would do it
+        recompute_masked(clone)
     for module in clone.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
