@@ -25,7 +25,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.modes import leak, lost
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.skeleton import held_tensors
 
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]
@@ -86,7 +86,7 @@ class Replay:
     ) -> None:
         self.model = model
         self.device = device_of(model)
-        self.tensors = dict(named_tensors(model))
+        self.tensors = dict(held_tensors(model))
         self.masks: dict[str, str] = {}  # the mask of a parameter that is masked, by name
         self.watched: dict[int, int] = {}  # ops, and the value whose writes are counted there
         self.held: Mapping[int, int] = {}
@@ -109,7 +109,7 @@ class Replay:
         rec = record(self.model, call, training=False)
         if rec.device == "meta" and any(tensor.is_meta for tensor in rec.constants.values()):
             rec = record(self.model, call, training=False, devices=("cpu",))  # values are needed
-        self.masks |= _fold_masks(rec.graph, dict(named_tensors(self.model)))
+        self.masks |= _fold_masks(rec.graph, dict(held_tensors(self.model)))
         return rec
 
     def _run(self, rec: Record, call: Call) -> Run:
@@ -138,7 +138,7 @@ class Replay:
 
     def settle(self) -> None:
         """Give the model what became of its masked parameters; what is masked stays as it was."""
-        own = dict(named_tensors(self.model))
+        own = dict(held_tensors(self.model))
         with torch.no_grad():
             for name, mask in self.masks.items():
                 own[name].copy_(torch.where(own[mask] != 0, self.tensors[name], own[name]))

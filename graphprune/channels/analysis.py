@@ -21,7 +21,7 @@ from graphprune.plan.plan import fingerprint
 from graphprune.record.layers import remembered
 from graphprune.record.recorder import Record
 from graphprune.record.sizes import Comparison, attributes, expression
-from graphprune.record.skeleton import aliases, named_tensors, shared_by_modules
+from graphprune.record.skeleton import aliases, held_tensors, named_tensors, shared_by_modules
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Analysis:
                 for stays in way.frozen:
                     ties.freeze(stays, way.reason)
         parameters = {name for name, _ in model.named_parameters()}
-        return cls(
+        found = cls(
             fingerprint(model),
             tuple(records),
             walk.values,
@@ -172,10 +172,11 @@ class Analysis:
             walk,
             {
                 name: (tuple(t.shape), t.element_size(), name in parameters)
-                for name, t in named_tensors(model)
+                for name, t in held_tensors(model)
             },
             tuple(_remembered(model, records)),
         )
+        return found.derived(frozen=[*_tables(found)])
 
     def derived(self, ties: Pairs = (), frozen: Sequence[tuple[Tensor, Reason]] = ()) -> Analysis:
         """An analysis in which more is tied and frozen, for reasons found after the walk."""
@@ -296,7 +297,7 @@ def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Compari
 def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
     slots, values = [], {}
     parameters = {id(p) for p in model.parameters()}
-    for name, tensor in named_tensors(model):
+    for name, tensor in held_tensors(model):
         layers = []
         for dim, size in enumerate(tensor.shape):
             if size > 1:
@@ -306,6 +307,32 @@ def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Va
                 layers.append(along(ids, dim, tensor.dim()))
         values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True, linear=True)
     return tuple(slots), values
+
+
+def _tables(graph: Analysis) -> Iterator[tuple[Tensor, Reason]]:
+    """Columns that only a constant makes and that mean something, coordinates say: they stay.
+
+    A forward may compute the same table anew for other inputs. A constant that takes part in a
+    product as weights do makes channels like a parameter.
+    """
+    used = {str(n.target) for r in graph.records for n in r.graph.nodes if n.op == "get_attr"}
+    slots = [slot for slot in graph.slots if slot.tensor in used]
+    if all(slot.parameter for slot in slots):
+        return
+    makes = np.zeros(len(graph.units.labels), bool)
+    for slot in slots:
+        makes[slot.start : slot.start + slot.size] = slot.parameter
+    for ids in graph.walk.reads:
+        makes[ids.numpy()] = False
+    for ids in graph.walk.written:
+        makes[ids.numpy()] = True
+    made = np.zeros(len(graph.units.frozen), bool)
+    made[graph.units.labels[makes]] = True
+    for slot in slots:
+        ids = torch.arange(slot.start, slot.start + slot.size)
+        alone = ids[~made[graph.units.labels[ids.numpy()]]]
+        if not slot.parameter and len(alone):
+            yield alone, Reason("columns of a constant table", slot.module)
 
 
 def _weights(slots: Sequence[Slot]) -> list[list[tuple[int, int]]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.skeleton import held_tensors, named_modules
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def whole_or_not(model: nn.Module, written: Iterable[str] = ()) -> Iterator[None
     """
     modules = [_Module.of(module) for _, module in named_modules(model)]
     copied = set(written)
-    tensors = [_Values.of(tensor, name in copied) for name, tensor in named_tensors(model)]
+    tensors = [_Values.of(tensor, name in copied) for name, tensor in held_tensors(model)]
     try:
         yield
     except BaseException:

@@ -15,7 +15,7 @@ from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.layers import refresh
-from graphprune.record.skeleton import named_modules, named_tensors, without_weights
+from graphprune.record.skeleton import held_tensors, named_modules, without_weights
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Selection = tuple[int, Tensor]
@@ -58,7 +58,7 @@ def _carried_out(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     earlier = plan_of(model)
     kept, full = kept_indices(plan), merged(model, plan)
     if inplace:
-        for name, tensor in named_tensors(model):
+        for name, tensor in held_tensors(model):
             if name in full:
                 tensor.detach().copy_(full[name])
             if name in kept:
@@ -82,7 +82,7 @@ def hollow(model: nn.Module, plan: Plan) -> nn.Module:
         left.setdefault(slot.tensor, {})[slot.dim] = slot.width
     shapes = {
         name: tuple(left[name].get(dim, size) for dim, size in enumerate(tensor.shape))
-        for name, tensor in named_tensors(model)
+        for name, tensor in held_tensors(model)
         if name in left
     }
     clone = without_weights(model, shapes)
@@ -104,7 +104,7 @@ def _follow(model: nn.Module, plan: Plan) -> None:
 def _cut_copy(model: nn.Module, kept: Mapping[str, Kept], full: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model with smaller tensors."""
     memo: dict[int, Any] = {}
-    for name, tensor in named_tensors(model):
+    for name, tensor in held_tensors(model):
         small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
         if isinstance(tensor, nn.Parameter):
             small = _as_parameter(small, tensor)
@@ -183,7 +183,7 @@ def _cut_in_place(tensor: Tensor, kept: Kept) -> None:
 
 def _rescale(model: nn.Module, plan: Plan) -> None:
     """Let weights and eps make up for statistics over fewer channels."""
-    tensors = dict(named_tensors(model)) if plan.scales else {}
+    tensors = dict(held_tensors(model)) if plan.scales else {}
     for change in plan.scales:
         with torch.no_grad():
             tensors[change.tensor].mul_(change.factor)
@@ -195,8 +195,12 @@ def _resize(module: nn.Module, change: SizeChange) -> None:
     value = getattr(module, change.name)
     for other in _sources(module, value):  # a copy of the module may be made from it again
         if len(change.path) == 2 and change.path[1] == 1:
-            _put(other, (value[change.path[0]][0],), change.new)
-    setattr(module, change.name, _put(value, change.path, change.new))
+            other[value[change.path[0]][0]] = change.new
+    if change.path and isinstance(value, dict | list):
+        key: Any = change.path[0]
+        value[key] = _put(value[key], change.path[1:], change.new)
+    else:
+        setattr(module, change.name, _put(value, change.path, change.new))
 
 
 def _sources(module: nn.Module, value: Any) -> list[dict[Any, Any]]:
@@ -208,14 +212,10 @@ def _sources(module: nn.Module, value: Any) -> list[dict[Any, Any]]:
 
 
 def _put(value: Any, path: Sequence[Any], new: int) -> Any:
-    """A container with another number in it; those that can change stay themselves."""
+    """A copy of a container with another number in it."""
     if not path:
         return new
     first, *rest = path
-    item = _put(value[first], rest, new)
-    if isinstance(value, dict | list):
-        value[first] = item
-        return value
-    items = list(value)
-    items[first] = item
-    return type(value)(items)
+    items: Any = dict(value) if isinstance(value, dict) else list(value)
+    items[first] = _put(value[first], rest, new)
+    return items if isinstance(value, dict) else type(value)(items)

@@ -20,7 +20,7 @@ from graphprune.ops.fact import Fact, double, found, values
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import fact_rule
 from graphprune.record.recorder import Record
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.skeleton import held_tensors
 
 aten = torch.ops.aten
 Facts = Mapping[fx.Node, Any]  # a Fact, or a list of them
@@ -28,7 +28,7 @@ Facts = Mapping[fx.Node, Any]  # a Fact, or a list of them
 
 def real_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all parameters and buffers, on the CPU, floating point in double precision."""
-    return {name: _real(tensor) for name, tensor in named_tensors(model)}
+    return {name: _real(tensor) for name, tensor in held_tensors(model)}
 
 
 def _real(tensor: Tensor) -> Tensor:

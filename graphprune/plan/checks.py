@@ -40,13 +40,15 @@ from graphprune.record.sites import (
     holders,
     is_literal,
     lacks,
-    span_of,
+    spans_of,
+    start,
 )
-from graphprune.record.sizes import plain
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.sizes import CONTAINERS, plain
+from graphprune.record.skeleton import held_tensors, named_modules
 
 Shape = tuple[int, ...]
 MASK = "_mask"
+_BOOKKEEPING = frozenset(vars(nn.Module()))
 # The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
 SIZES = frozenset({
     "in_channels", "out_channels", "groups", "in_features", "out_features", "in1_features",
@@ -129,7 +131,7 @@ class Check:
     def __init__(self, plan: Any, model: nn.Module) -> None:
         self.plan, self.model = plan, model
         self.modules = dict(named_modules(model))
-        self.tensors = dict(named_tensors(model))
+        self.tensors = dict(held_tensors(model))
         sides = (side for tensor in self.tensors.values() for side in tensor.shape)
         self.largest = max(sides, default=1)
         self.widths = {slot.key: slot.width for slot in plan.slots}
@@ -186,10 +188,11 @@ class Check:
         module, where = self.module(change.module), f"{change.module}.{change.name}".lstrip(".")
         value = _remembered(module, change.name)
         self.need(_may_be_size(module, change.name), f"{where} is no size that a plan can change")
-        if change.path:
-            known = type(value) in (tuple, list, torch.Size) and len(change.path) == 1
-            self.need(known and 0 <= change.path[0] < len(value), f"{where} has no such place")
-            value = value[change.path[0]]
+        for key in change.path:
+            named = isinstance(value, dict) and key in value
+            placed = type(value) in CONTAINERS and type(key) is int and 0 <= key < len(value)
+            self.need(named or placed, f"{where} has no such place")
+            value = value[key]
         whole = isinstance(value, int) and not isinstance(value, bool)
         self.need(whole, f"{where} is no int")
         self.need(plain(value) == change.old, f"{where} is {plain(value)!r}, not {change.old}")
@@ -342,7 +345,7 @@ def _may_be_size(module: nn.Module, name: str) -> bool:
     if name in SIZES:
         return True
     kind = type(module)
-    if name.startswith("_") or kind.__module__.startswith("torch.nn"):
+    if name in _BOOKKEEPING or kind.__module__.startswith("torch.nn"):
         return False
     bases = (base for base in kind.__mro__ if base.__module__.startswith("torch.nn"))
     return not any(name in vars(base).get("__constants__", ()) for base in bases)
@@ -351,7 +354,7 @@ def _may_be_size(module: nn.Module, name: str) -> bool:
 def _calls(function: Any, name: str) -> bool:
     """Whether a function may call something by a name."""
     code = getattr(function, "__code__", None)
-    return isinstance(code, types.CodeType) and name in _names(code)
+    return isinstance(code, types.CodeType) and name in {*_names(code), *code.co_freevars}
 
 
 def _names(code: types.CodeType) -> set[str]:
@@ -361,10 +364,10 @@ def _names(code: types.CodeType) -> set[str]:
 
 def _written(function: Any, change: LiteralChange) -> Any:
     """The number that stands in the source; text for an expression or a default; else ``None``."""
-    site = replace(change.site, first=function.__code__.co_firstlineno)
+    site = replace(change.site, first=start(function.__code__))
     definition = defined(function.__code__)
     for node in ast.walk(definition) if definition is not None else ():
-        if span_of(node) != site.absolute:
+        if site.absolute not in spans_of(node):
             continue
         try:
             holder = next(holders(node, site, change.path), None)

@@ -210,9 +210,11 @@ class Dispatch(TorchDispatchMode):
         if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
             args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
         on_meta = recorder.device == "meta"
+        moves = torch.Tag.inplace_view in func.tags and not recorder.opaque
+        before = recorder.plain(args) if moves else None  # it is read where it was
         out = run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
         if not recorder.opaque and func.overloadpacket is not aten.set_:  # seen by its storage
-            recorder.call(func, args, kwargs, out)
+            recorder.call(func, args, kwargs, out, before)
         return out
 
 

@@ -35,7 +35,7 @@ from graphprune.record.sizes import (
     plain,
     sizes_in,
 )
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.skeleton import held_tensors, named_modules, named_tensors
 
 _functorch: Any = torch._C._functorch
 _TORCH = str(Path(torch.__file__).parent) + os.sep
@@ -107,8 +107,11 @@ class Recorder:
         self.names_of_args: tuple[str, ...] = ()
         self.opaque = False
         self.recording = True
-        for name, tensor in named_tensors(model):
+        own = {name for name, _ in named_tensors(model)}
+        for name, tensor in held_tensors(model):
             self.identity.put(tensor, name)
+            if name not in own:
+                self.attributes[name] = tensor
         for prefix, module in named_modules(model):
             for name, value in vars(module).items():
                 for size in sizes_in(value):
@@ -174,10 +177,13 @@ class Recorder:
         self.register(node, tensor)
         return node
 
-    def call(self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any) -> None:
-        """Append an op that has just run."""
+    def call(
+        self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any, before: Any = None
+    ) -> None:
+        """Append an op that has just run; ``before`` are its arguments if it moved them."""
         self._check_written(target, args, kwargs, out)
-        node = self.record.graph.call_function(target, self.plain(args), self.plain(kwargs))
+        given = self.plain(args) if before is None else before
+        node = self.record.graph.call_function(target, given, self.plain(kwargs))
         line, frame = user_frame(self.caller)
         self._mark(node, self.numbers, line, frame)
         self.last = node

@@ -50,6 +50,26 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                     yield (f"{prefix}.{name}" if prefix else name), tensor
 
 
+def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters, buffers, and tensors that are plain attributes: tables of positions, say."""
+    seen: set[int] = set()
+    for name, tensor in named_tensors(model):
+        seen.add(id(tensor))
+        yield name, tensor
+    for prefix, module in named_modules(model):
+        for name, tensor in vars(module).items():
+            if isinstance(tensor, Tensor) and id(tensor) not in seen and _is_made(module, name):
+                seen.add(id(tensor))
+                yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def _is_made(module: nn.Module, name: str) -> bool:
+    """Whether a tensor was put there once: hooks compute others anew from parameters."""
+    tensor = vars(module)[name]
+    sources = any(known.startswith(f"{name}_") for known in module._parameters)
+    return tensor.is_leaf and tensor.layout is torch.strided and not sources
+
+
 def aliases(model: nn.Module) -> dict[str, str]:
     """Every name of a parameter or buffer -> its first name (tied parameters share it)."""
     first: dict[int, str] = {}
@@ -115,7 +135,7 @@ def without_weights(model: nn.Module, shapes: Mapping[str, Shape] | None = None)
         model: what to copy.
         shapes: of parameters and buffers that get another one, by name.
     """
-    named = dict(named_tensors(model)) if shapes else {}
+    named = dict(held_tensors(model)) if shapes else {}
     other = {id(named[name]): shape for name, shape in (shapes or {}).items()}
 
     def empty(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from graphprune.plan.plan import Plan
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call, resized
 from graphprune.record.recording import record
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.skeleton import held_tensors
 from graphprune.verification.masked import MaskedForward, mask
 from graphprune.verification.reference import as_given, with_constants
 
@@ -356,12 +356,12 @@ def difference(wanted: Tensor, found: Tensor, floor: float = 0.0) -> float:
 
 def _unround(copied: nn.Module, small: nn.Module, original: nn.Module, plan: Plan) -> None:
     """Undo the rounding of weights that were rescaled or added to in a lower precision."""
-    kept, tensors = kept_indices(plan), dict(named_tensors(original))
-    given, promoted = dict(named_tensors(small)), dict(named_tensors(copied))
+    kept, tensors = kept_indices(plan), dict(held_tensors(original))
+    given, promoted = dict(held_tensors(small)), dict(held_tensors(copied))
     exacts = {
         change.tensor: tensors[change.tensor].detach() * change.factor for change in plan.scales
     }
-    constants = dict(named_tensors(with_constants(original, plan)))
+    constants = dict(held_tensors(with_constants(original, plan)))
     for name in [b.tensor for b in plan.biases] + [m.tensor for m in plan.merges]:
         exacts[name] = constants[name].detach()
     for name, whole in exacts.items():
@@ -373,7 +373,7 @@ def _unround(copied: nn.Module, small: nn.Module, original: nn.Module, plan: Pla
 
 def _copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     clone = copy_module(model, {})
-    for _, tensor in named_tensors(clone):
+    for _, tensor in held_tensors(clone):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
     with torch.no_grad():  # torch does not run every module whose hook would do it

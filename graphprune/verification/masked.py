@@ -29,7 +29,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.modes import leak
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.skeleton import held_tensors
 from graphprune.verification.reference import with_constants
 
 aten = torch.ops.aten
@@ -76,7 +76,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         template = copy_module(masked, {id(tensor): tensor for tensor in held})
         masked.forward = MaskedForward(template, masked, plan)
         return masked
-    tensors = dict(named_tensors(masked))
+    tensors = dict(held_tensors(masked))
     with torch.no_grad():
         for slot in plan.slots:
             tensor = tensors[slot.tensor]
@@ -179,7 +179,7 @@ class Masks:
 
 def _evaluate(module: nn.Module, rec: Record, masks: Masks, call: Call) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {}
-    tensors = masks.zeroed(dict(named_tensors(module)))
+    tensors = masks.zeroed(dict(held_tensors(module)))
     inputs = iter(call.tensors())
     device = next(iter(tensors.values())).device
     for node in rec.graph.nodes:

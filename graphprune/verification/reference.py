@@ -10,13 +10,13 @@ from torch import nn
 
 from graphprune.plan.plan import Plan
 from graphprune.record.copying import copy_module
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.skeleton import held_tensors
 
 
 def as_given(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the model in which only what a plan from masks turns off is zero."""
     copied = copy_module(model, {})
-    tensors = dict(named_tensors(copied))
+    tensors = dict(held_tensors(copied))
     with torch.no_grad():
         for slot in plan.zeroed:
             gone = sorted(set(range(slot.size)) - set(slot.kept))
@@ -28,7 +28,7 @@ def as_given(model: nn.Module, plan: Plan) -> nn.Module:
 def with_constants(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy of the model that holds the constants of a plan from masks where the plan says."""
     copied = as_given(model, plan)
-    tensors = dict(named_tensors(copied))
+    tensors = dict(held_tensors(copied))
     with torch.no_grad():
         for merge in plan.merges:
             weight = tensors[merge.tensor].transpose(0, merge.dim)

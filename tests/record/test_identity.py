@@ -161,3 +161,107 @@ class Turned(nn.Module):
 def test_strides_along_a_single_place_say_nothing(pool):
     graph = graphprune.trace(Turned(pool), torch.randn(2, 5, 3))
     assert [group.size for group in graph.groups] == [8]
+
+
+class Placed(nn.Module):
+    """A table of positions that is a plain attribute, read in one way or another."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.table, self.read = torch.randn(1, 5, 16, dtype=torch.float64), read
+
+    def forward(self, x):
+        y = self.a(x)
+        return self.b((y + self.read(self.table, y)).relu())
+
+
+READS = [
+    lambda t, y: t,
+    lambda t, y: t.detach(),
+    lambda t, y: t.type_as(y),
+    lambda t, y: t.to(device=y.device, copy=True),
+    lambda t, y: t.clone().detach(),
+    lambda t, y: t[:, : y.shape[1]],
+]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_plain_tensor_is_cut_like_a_buffer(read, tmp_path):
+    torch.manual_seed(0)
+    model, x = Placed(read).eval().double(), X.double()[:, None].expand(2, 5, 6)
+    with untouched(model), torch.no_grad():
+        small = graphprune.rebuild(model, 0.5, x)
+        graphprune.verify(model, small, x)
+        assert small.table.shape == (1, 5, 8)
+        graphprune.save(small, tmp_path / "small.safetensors")
+        loaded = graphprune.load(tmp_path / "small.safetensors", model)
+        assert torch.equal(loaded(x), small(x))
+        inplace = copy.deepcopy(model)
+        graphprune.rebuild(inplace, small.graphprune_plan, inplace=True)
+        assert torch.equal(inplace(x), small(x))
+
+
+def coordinates(count):
+    line = torch.arange(count, dtype=torch.float64) / count
+    return torch.stack(torch.meshgrid(line, line, indexing="ij"), -1).flatten(0, 1)
+
+
+class Biased(nn.Module):
+    """A bias from coordinates, which are made anew for other sizes."""
+
+    def __init__(self, features=None):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+        self.inner, self.outer = nn.Linear(2, 32), nn.Linear(32, 8)
+        self.register_buffer("table", coordinates(4))
+
+    def forward(self, x):
+        size = x.shape[-1]
+        table = self.table if size == 4 else coordinates(size)
+        bias = self.outer(self.inner(table).relu()).sum(0)
+        return self.b(self.a(x) + bias[:, None, None])
+
+
+def test_coordinates_stay():
+    torch.manual_seed(0)
+    model, x = Biased().eval().double(), torch.randn(1, 3, 4, 4, dtype=torch.float64)
+    with torch.no_grad():
+        small = graphprune.rebuild(model, 0.5, x)
+        graphprune.verify(model, small, x)
+    assert small.table.shape == (16, 2)
+    assert small.inner.out_features == 16
+    small(torch.randn(1, 3, 7, 7, dtype=torch.float64))
+
+
+def test_a_constant_that_is_used_as_a_weight_is_cut_like_one():
+    class Features(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("matrix", torch.randn(6, 16))
+            self.b = nn.Linear(16, 3)
+
+        def forward(self, x):
+            return self.b((x @ self.matrix).sin())
+
+    torch.manual_seed(0)
+    model = Features().eval().double()
+    small = graphprune.rebuild(model, 0.5, X.double())
+    assert small.matrix.shape == (6, 8)
+
+
+class Holder:
+    """An output of a class that nobody registered."""
+
+    def __init__(self, value):
+        self.value = value
+
+
+def test_outputs_inside_objects_keep_their_shape():
+    class Returning(Net):
+        def forward(self, x):
+            y = self.a(x)
+            return super().forward(x), (Holder([y]),)
+
+    model = Returning(lambda t: t).eval().double()
+    assert graphprune.trace(model, X.double()).group_of("a").frozen
