@@ -142,7 +142,7 @@ class Analysis:
     ) -> Analysis:
         """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
         ties = Ties()
-        slots, values = _slots(model, ties)
+        slots, values = slots_of(model, ties)
         integers = {
             name: tensor.detach().cpu()
             for name, tensor in named_tensors(model)
@@ -294,7 +294,8 @@ def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Compari
         yield from remembered(model, owners, nodes) if owners else ()
 
 
-def _slots(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
+def slots_of(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
+    """All dimensions of all parameters and buffers, with ids of their own for every slice."""
     slots, values = [], {}
     parameters = {id(p) for p in model.parameters()}
     for name, tensor in held_tensors(model):

@@ -270,9 +270,10 @@ def _macs(forms: Forms) -> Any:
 def _weights(forms: Forms, params: bool) -> Any:
     sizes = forms.slots()
     total: Any = 0
-    for name, (_, width, parameter) in forms.analysis.shapes.items():
+    for name, (shape, width, parameter) in forms.analysis.shapes.items():
         weight = int(parameter) if params else width
-        total = total + math.prod(sizes.get(name, ())) * weight
+        if 0 not in shape:
+            total = total + math.prod(sizes.get(name, ())) * weight
     return total
 
 
@@ -285,8 +286,8 @@ def cost(analysis: Analysis, alive: np.ndarray | None = None) -> Cost:
         if alive is not None:
             keep = int(alive[slot.start : slot.start + slot.size].sum())
         left.setdefault(slot.tensor, []).append(keep)
-    for name, (_, width, parameter) in analysis.shapes.items():
-        count = math.prod(left.get(name, ()))
+    for name, (shape, width, parameter) in analysis.shapes.items():
+        count = 0 if 0 in shape else math.prod(left.get(name, ()))
         params += count * parameter
         size += count * width
     first = analysis.records[0]

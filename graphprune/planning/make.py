@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from graphprune.channels.analysis import Analysis
 from graphprune.criteria import name_of
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
+from graphprune.ops.vanishing import breaks
 from graphprune.plan.plan import GroupPlan, Plan, fingerprint
 from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
 from graphprune.planning.costs import cost
@@ -165,13 +167,21 @@ def assemble(
         bare,
         groups=groups,
         scales=() if rescaling is None else rescaling.changes(alive),
-        evaluated=any(not alive[ids.numpy()].all() for layers in masked for ids in layers),
+        evaluated=any(not alive[ids.numpy()].all() for layers in masked for ids in layers)
+        or _broken(analysis, alive),
         before=cost(analysis),
         after=cost(analysis, alive),
         inputs=str(call),
         request={"attention": analysis.walk.attention, **(request or {})},
         notes=(*bare.notes, *_told((request or {}).get("latency")), *unread(analysis)),
     )
+
+
+def _broken(analysis: Analysis, alive: np.ndarray) -> bool:
+    """Whether an op divides by what would be zero in a masked model."""
+    divisors = [breaks(node) for record in analysis.records for node in record.ops]
+    layers = [layer for n in divisors if n is not None for layer in analysis.values[n].layers]
+    return any(not alive[layer.numpy()].all() for layer in layers)
 
 
 def _told(latency: Mapping[str, Any] | None) -> Iterator[str]:

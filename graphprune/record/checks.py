@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphprune.errors import ModelError
 from graphprune.record.skeleton import named_modules, named_tensors
@@ -52,6 +53,11 @@ def _check_tensor(path: str, tensor: torch.Tensor) -> None:
         raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
     if type(tensor).__name__ == "DTensor":
         raise ModelError(f"{path!r} is sharded over devices: prune the plain model, then shard it")
+    if is_traceable_wrapper_subclass(tensor):
+        raise ModelError(
+            f"{path!r} is a {type(tensor).__name__}, which holds its values in another form (as "
+            "quantized weights do): prune the plain model first, then convert it"
+        )
     if tensor.is_meta:
         raise ModelError(f"{path!r} is on the meta device: load the weights first")
     if tensor.is_quantized:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from graphprune.errors import InputError, ModelError
+from graphprune.errors import InputError, ModelError, warn
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
 from graphprune.record.masked_names import masked_names
 from graphprune.record.recording import record
 from graphprune.text import render, shorten
-from graphprune.verification.comparing import EXAMPLE, Check, Session
+from graphprune.verification.comparing import Session, first_line
+from graphprune.verification.models import Check, DoesNotRun
 
+EQUAL, NOT_DECIDED = "equal", "not decided"
 TOLERANCES = {
     torch.float64: 1e-10,
     torch.float32: 1e-5,
@@ -27,23 +29,41 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Report:
-    """All comparisons of one verification; every difference is within the tolerance."""
+    """All comparisons of one verification; no difference is larger than the tolerance allows.
+
+    ``verdict`` says whether they prove something: it is ``"equal"``, or ``"not decided"`` for the
+    ``reason`` given. (Models that differ raise ``VerificationError``.)
+    """
 
     checks: tuple[Check, ...]
     tolerance: float
     exact: bool
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """``"equal"`` or ``"not decided"``."""
+        return NOT_DECIDED if self.reason else EQUAL
 
     @property
     def difference(self) -> float:
         """The largest relative difference found."""
-        return max(check.difference for check in self.checks)
+        return max((check.difference for check in self.checks), default=0.0)
 
     def __str__(self) -> str:
         """A table of the comparisons."""
-        rows = [(c.name, c.inputs, f"{c.difference:.1e}") for c in self.checks]
+        rows = [
+            (c.name, c.inputs, f"{c.difference:.1e}" if c.decided else "-") for c in self.checks
+        ]
         kind = "exact" if self.exact else "statistics over the kept channels"
         title = f"small model equals the masked original ({kind}), tolerance {self.tolerance:.0e}"
-        return render(title, ("what", "inputs", "largest relative difference"), rows)
+        if self.reason:
+            title = f"not decided whether the small model equals the masked original: {self.reason}"
+        noted = [f"{check.name}: {check.note}" for check in self.checks if check.note]
+        noted = list(dict.fromkeys((*self.notes, *noted)))
+        table = render(title, ("what", "inputs", "largest relative difference"), rows)
+        return "\n".join([table, *noted])
 
 
 def verify(
@@ -112,27 +132,24 @@ def verify(
     if not isinstance(tolerance, int | float) or not tolerance >= 0:
         raise InputError(f"tolerance must be a number of at least 0; got {tolerance!r}")
     call = _call(model, example_inputs)
-    session = Session(model, small_or_plan, plan, dtype, tolerance, seed)
-    checks = []
-    variants = []
-    for name, inputs in session.variants(call):
-        try:
-            checks.append(session.outputs(f"output, {name}", inputs, training=False))
-            variants.append((name, inputs))
-        except ModelError:  # values that the original does not take
-            if name == EXAMPLE:
-                raise
-    if not variants:
-        variants = [session.unchanged(call)]
-        checks.append(session.outputs(f"output, {EXAMPLE}", variants[0][1], training=False))
-    request = plan.request
-    if request.get("masks") and request["fold"] != "approximate" and "after" not in request:
-        checks += [
-            session.given(f"the model as given, {name}", inputs) for name, inputs in variants
-        ]
-    if dtype == torch.float64:
-        checks += session.steps(variants)
-    return Report(tuple(checks), tolerance, plan.exact)
+    if plan.scales and not plan.exact:
+        reason = "it follows a renormalising plan by an exact one: verify them one by one"
+        return _warned(Report((), tolerance, plan.exact, reason))
+    pair = model, small_or_plan, plan
+    try:
+        return _warned(_report(Session(*pair, dtype, tolerance, seed), call))
+    except DoesNotRun as error:
+        if dtype is not torch.float64:
+            raise _refused(call, dtype, error) from error
+        refused = error
+    low = torch.float32
+    tolerance = max(tolerance, TOLERANCES[low])
+    try:
+        report = _report(Session(*pair, low, tolerance, seed), call)
+    except DoesNotRun as error:
+        raise _refused(call, dtype, refused) from error
+    note = f"compared in float32, within {tolerance:.0e}: in float64 the original does not run"
+    return _warned(replace(report, notes=(f"{note} ({first_line(refused)})", *report.notes)))
 
 
 def _call(model: nn.Module, example_inputs: Any) -> Call:
@@ -141,3 +158,29 @@ def _call(model: nn.Module, example_inputs: Any) -> Call:
     if isinstance(example_inputs, list):  # of arguments, or the one argument
         return called(example_inputs, lambda call: record(model, call, False))[0]
     return Call.of(example_inputs)
+
+
+def _report(session: Session, call: Call) -> Report:
+    """All comparisons in one precision."""
+    checks = [*session.all(call)]
+    request = session.plan.request
+    if request.get("masks") and request["fold"] != "approximate" and "after" not in request:
+        checks += session.as_given()
+    outputs = [check for check in checks if check.name.startswith("output")]
+    reason = session.constant()
+    if not any(check.decided for check in outputs):
+        reason = outputs[0].note if outputs else "nothing was compared"
+    return Report(tuple(checks), session.tolerance, session.plan.exact, reason)
+
+
+def _refused(call: Call, dtype: torch.dtype, error: DoesNotRun) -> ModelError:
+    return ModelError(
+        f"the original does not run on {call} in {dtype} ({error}): pass another dtype=, or "
+        "example_inputs="
+    )
+
+
+def _warned(report: Report) -> Report:
+    if report.reason:
+        warn(f"verify could not decide whether the small model is right: {report.reason}")
+    return report

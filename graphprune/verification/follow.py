@@ -1,0 +1,269 @@
+"""Follow channels through a model while it runs: ids of channels beside every tensor.
+
+The rules of the ops, which planning applies to a recorded graph, are applied here to each op as it
+runs on whatever inputs a model is given. So what stays of a tensor is known at other batch sizes
+and resolutions as well, and wherever the code goes for other values.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.channels.analysis import slots_of
+from graphprune.errors import GraphPruneError
+from graphprune.ops.ids import Alternatives, Ties
+from graphprune.ops.values import Value
+from graphprune.ops.walk import Walk
+from graphprune.plan.plan import Plan
+from graphprune.record.identity import Identity
+from graphprune.record.skeleton import held_tensors
+
+_UNKNOWN, _STAYS, _GONE = 0, 1, 2
+_functorch: Any = torch._C._functorch
+
+
+class Undecided(GraphPruneError, RuntimeError):
+    """What a plan means for a tensor cannot be told; the text says why."""
+
+
+class Fates:
+    """Which ids stay: those of parameters by the plan, those made on the way by what they join."""
+
+    def __init__(self, walk: Walk, plan: Plan, starts: dict[tuple[str, int], int]) -> None:
+        self.walk = walk
+        self.known = np.full(walk.first_fresh, _STAYS, np.int8)
+        for slot in plan.slots:
+            start = starts.get((slot.tensor, slot.dim))
+            if slot.blocks == 1 and start is not None:  # of blocks, what the weight reads is zeroed
+                gone = np.setdiff1d(np.arange(slot.size), slot.kept)
+                self.known[start + gone] = _GONE
+        self.guessed: set[int] = set()  # ids of no known fate that something depended on
+        self.clash = ""  # where ids that join have different fates: the plan means something else
+        self._open: list[tuple[np.ndarray, np.ndarray]] = []  # ties between ids of no known fate
+        self._ties = self._choices = self._frozen = 0
+
+    def stays(self, layer: Tensor) -> np.ndarray:
+        """For every position of a layer whether it stays."""
+        ids = layer.numpy()
+        if ids.size and int(ids.max()) >= self.walk.first_fresh:
+            self.update()
+            fates = self.known[ids]
+            self.guessed.update(ids[fates == _UNKNOWN].tolist())
+            return fates != _GONE
+        found: np.ndarray = self.known[ids] != _GONE
+        return found
+
+    def gone(self, ids: Tensor) -> np.ndarray:
+        """Those ids of parameters that leave."""
+        found = ids.reshape(-1).numpy()
+        found = found[found < self.walk.first_fresh]
+        left: np.ndarray = found[self.known[found] == _GONE]
+        return left
+
+    def update(self) -> None:
+        """Take in what was tied since the last time."""
+        ties = self.walk.ties
+        if ties.size > len(self.known):
+            more = np.zeros(ties.size - len(self.known), np.int8)
+            self.known = np.concatenate([self.known, more])
+        for left, right in zip(ties.left[self._ties :], ties.right[self._ties :]):
+            self._open.append((left.numpy(), right.numpy()))
+        self._ties = len(ties.left)
+        for ids, reason in ties.frozen[self._frozen :]:
+            if not self.clash and bool((self.known[ids.numpy()] == _GONE).any()):
+                self.clash = str(reason)
+        self._frozen = len(ties.frozen)
+        for choice in self.walk.choices[self._choices :]:
+            self._open += self._way(choice)
+        self._choices = len(self.walk.choices)
+        while self._spread():
+            pass
+
+    def _spread(self) -> bool:
+        """Hand fates on along ties; whether any was handed on."""
+        left_open, changed = [], False
+        for left, right in self._open:
+            a, b = self.known[left], self.known[right]
+            if not self.clash and bool(((a != b) & (a > 0) & (b > 0)).any()):
+                self.clash = "channels that stay meet channels that leave"
+            unknown = (a == _UNKNOWN) | (b == _UNKNOWN)
+            if not unknown.any():
+                continue
+            for ids, mine, other in ((left, a, b), (right, b, a)):
+                found = (mine == _UNKNOWN) & (other != _UNKNOWN)
+                changed |= bool(found.any())
+                self.known[ids[found]] = other[found]
+            still = (a == _UNKNOWN) & (b == _UNKNOWN)
+            if still.any():
+                left_open.append((left[still], right[still]))
+        self._open = left_open
+        return changed
+
+    def _way(self, choice: Alternatives) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The ties of the way to keep a grid rectangular that the plan has gone."""
+        for way in choice.ways:
+            flat = [
+                tuple(t.reshape(-1).numpy() for t in torch.broadcast_tensors(*p)) for p in way.ties
+            ]
+            fates = [(self.known[left], self.known[right]) for left, right in flat]
+            if all(((a == b) | (a == _UNKNOWN) | (b == _UNKNOWN)).all() for a, b in fates):
+                return [(left, right) for left, right in flat]
+        return []  # several plans in a row went several ways
+
+    def settled(self) -> bool:
+        """Whether all that was guessed on the way turned out as guessed: these ids stay."""
+        self.update()
+        return not any(self.known[number] == _GONE for number in self.guessed)
+
+
+class Follower:
+    """Nodes of a graph, and with them the ids of channels, for the tensors of a running model.
+
+    Args:
+        module: the model that runs.
+        plan: which of its channels stay.
+        guesses: fates of ids, from an earlier run in which they were known too late.
+    """
+
+    def __init__(self, module: nn.Module, plan: Plan, guesses: np.ndarray | None = None) -> None:
+        ties = Ties()
+        slots, values = slots_of(module, ties)
+        tensors = dict(held_tensors(module))
+        numbers = {
+            name: tensor.detach().cpu()
+            for name, tensor in tensors.items()
+            if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
+        }
+        attention = plan.request.get("attention", "heads")
+        self.walk = Walk(ties, values.get, attention, numbers.get)
+        starts = {(slot.tensor, slot.dim): slot.start for slot in slots}
+        self.fates = Fates(self.walk, plan, starts)
+        if guesses is not None:
+            fresh = guesses[self.walk.first_fresh :]
+            self.fates.known = np.concatenate([self.fates.known, fresh])
+        self.plain = bool(plan.scales)  # statistics of the masked values themselves
+        self.graph = fx.Graph()
+        self.identity = Identity()
+        self.count = 0
+        for name, tensor in tensors.items():
+            self.identity.put(tensor, name)
+        self._masks: dict[fx.Node, Tensor | None] = {}
+
+    def put(self, tensor: Tensor, node: fx.Node) -> None:
+        """Remember which node a tensor is."""
+        self.identity.put(tensor, node)
+
+    def find(self, tensor: Tensor) -> fx.Node | None:
+        """The node of a tensor that an op made or read before."""
+        source = self.identity.find(tensor)
+        return source if isinstance(source, fx.Node) else None
+
+    def input(self, tensor: Tensor) -> None:
+        """An input of the model."""
+        self.count += 1
+        node = self.graph.placeholder(f"input_{self.count}")
+        self._describe(node, tensor)
+        self.walk.values[node] = Value(node.meta["shape"], given=True)
+        self.put(tensor, node)
+
+    def node_of(self, tensor: Tensor) -> fx.Node:
+        """The node of a tensor; parameters and constants become ``get_attr`` nodes.
+
+        Raises:
+            Undecided: it shares memory with a known one in a way that no op told of.
+        """
+        while _functorch.is_functorch_wrapped_tensor(tensor):
+            tensor = _functorch.get_unwrapped(tensor)
+        source = self.identity.find(tensor)
+        if isinstance(source, fx.Node):
+            return source
+        if source is None:
+            known = [self.find(other) for other in self.identity.neighbours(tensor)]
+            if any(node is None or self.walk.values[node].layers for node in known):
+                raise Undecided("a tensor shares memory with another in a way that no op told of")
+            self.count += 1
+        node = self.graph.create_node("get_attr", source or f"constant_{self.count}")
+        self._describe(node, tensor)
+        value = self.walk.slots(source) if source else None
+        self.walk.values[node] = value or Value(node.meta["shape"], constant=True)
+        if not tensor.is_meta:
+            node.meta["tensor"] = tensor
+        self.put(tensor, node)
+        return node
+
+    def _describe(self, node: fx.Node, tensor: Tensor) -> None:
+        stride = tensor.stride() if tensor.layout is torch.strided else ()
+        node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=stride)
+
+    def op(self, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+        """An op that has run: its node, to which the rule of the op was applied."""
+        node = self.graph.call_function(target, self._plain(args), self._plain(kwargs))
+        node.meta.update(
+            numbers=[], paths=[], transformed=_functorch.peek_interpreter_stack() is not None
+        )
+        if isinstance(out, Tensor):
+            self._describe(node, out)
+            self.put(out, node)
+        elif isinstance(out, list | tuple):
+            node.meta["items"] = items = {}
+            for index, item in enumerate(out):
+                if isinstance(item, Tensor):
+                    items[index] = part = self.graph.call_function(operator.getitem, (node, index))
+                    self._describe(part, item)
+                    self.put(item, part)
+        frozen = self.walk.ties.frozen
+        before = len(frozen)
+        self.walk.apply(node)
+        if node not in self.walk.readers:
+            for ids, reason in frozen[before:]:
+                self._check_passed(node, ids, reason)
+        return node
+
+    def _check_passed(self, node: fx.Node, ids: Tensor, reason: object) -> None:
+        """Channels that an op mixes up here may have left where it does not, at other sizes."""
+        gone = self.fates.gone(ids)
+        if gone.size:
+            results = [node, *node.meta.get("items", {}).values()]
+            layers = [
+                i for r in results if r in self.walk.values for i in self.walk.values[r].layers
+            ]
+            if not any(np.isin(gone, layer.numpy()).all() for layer in layers):
+                raise Undecided(f"removed channels cannot be followed at these sizes: {reason}")
+
+    def _plain(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self.node_of(tree)
+        if isinstance(tree, tuple | list):
+            items = [self._plain(item) for item in tree]
+            return items if type(tree) is list else tuple(items)
+        if isinstance(tree, dict):
+            return {key: self._plain(value) for key, value in tree.items()}
+        return tree
+
+    def mask(self, node: fx.Node) -> Tensor | None:
+        """A boolean mask that broadcasts to the value of a node; ``None`` when all stays."""
+        if node not in self._masks:
+            found = None
+            for layer in self.walk.values[node].layers:
+                stays = self.fates.stays(layer)
+                if not stays.all():
+                    keep = torch.from_numpy(stays)
+                    found = keep if found is None else found & keep
+            self._masks[node] = found
+        return self._masks[node]
+
+    def kept(self, node: fx.Node) -> list[Tensor]:
+        """For each dimension of a value which of its positions stay."""
+        found = [torch.ones(size, dtype=torch.bool) for size in node.meta["shape"]]
+        for layer in self.walk.values[node].layers:
+            stays = self.fates.stays(layer)
+            for dim, size in enumerate(layer.shape):
+                if size > 1:
+                    rest = tuple(d for d in range(layer.dim()) if d != dim)
+                    found[dim] &= torch.from_numpy(stays.any(axis=rest))
+        return found
