@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.api import ChannelGraph, rebuild, trace
+from graphprune.arguments import is_int
 from graphprune.errors import CheckFailed, InputError, PruningWarning
 from graphprune.execute.checkpoint import load, save
 from graphprune.plan.plan import Plan
@@ -66,7 +67,7 @@ def plans(graph: ChannelGraph, *, rounds: int = 2) -> SearchStrategy[Plan]:
         >>> test_shapes()
     """
     st = _hypothesis().strategies
-    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+    if not is_int(rounds, 1):
         raise InputError(f"rounds must be a positive int, not {rounds!r}")
     if not graph.groups:
         reasons = shorten(dict.fromkeys(str(group.reason) for group in graph.frozen))
@@ -197,7 +198,7 @@ def check(
         5
     """
     hypothesis = _hypothesis()
-    if isinstance(plans, bool) or not isinstance(plans, int) or plans < 1:
+    if not is_int(plans, 1):
         raise InputError(f"plans must be a positive int, not {plans!r}")
     graph = trace(model, example_inputs, attention=attention)
     strategy = _plans(graph)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.arguments import is_int, is_number
 from graphprune.calibration.items import count, doubt, set_apart
 from graphprune.calibration.outcome import distance, masks_of
 from graphprune.calibration.repair import Refit, Repair, Settings
@@ -254,34 +255,26 @@ def _check(small: nn.Module, model: nn.Module, method: str) -> Plan:
 
 
 def _check_numbers(method: str, ridge: Any, rows: Any, sweeps: Any, seed: Any) -> None:
-    if ridge is not None and not (_number(ridge) and 0 <= ridge < 1e6):
+    if ridge is not None and not (is_number(ridge) and 0 <= ridge < 1e6):
         raise InputError(f"ridge must be a number of at least 0, such as 1e-3; got {ridge!r}")
-    if not _whole(rows) or rows < 1:
+    if not is_int(rows) or rows < 1:
         raise InputError(f"rows must be a positive int, such as 100000; got {rows!r}")
-    if not _whole(sweeps) or sweeps < 0:
+    if not is_int(sweeps) or sweeps < 0:
         raise InputError(f"sweeps must be an int of at least 0, such as 1; got {sweeps!r}")
     if sweeps and method != "repair":
         raise InputError(
             f'sweeps={sweeps} goes with method="repair" alone; got method {method!r}: leave it out'
         )
-    if not _whole(seed):
+    if not is_int(seed):
         raise InputError(f"seed must be an int, not {seed!r}")
 
 
 def _check_bounds(held_out: Any, memory: Any, seconds: Any) -> None:
-    if not _number(held_out) or not 0 <= held_out <= 0.5:
+    if not is_number(held_out) or not 0 <= held_out <= 0.5:
         raise InputError(
             f"held_out must be a share of the items from 0 to 0.5, such as 0.1; got {held_out!r}"
         )
-    if not _number(memory) or not memory > 0:
+    if not is_number(memory) or not memory > 0:
         raise InputError(f"memory must be a positive number of bytes, such as 4e9; got {memory!r}")
-    if seconds is not None and not (_number(seconds) and seconds > 0):
+    if seconds is not None and not (is_number(seconds) and seconds > 0):
         raise InputError(f"seconds must be a positive number, such as 300; got {seconds!r}")
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -38,7 +38,7 @@ from graphprune.errors import (
 from graphprune.execute.checkpoint import load, save
 from graphprune.measurement import measure
 from graphprune.plan.plan import Plan, plan_of
-from graphprune.planning.options import Options
+from graphprune.planning.options import Options, short
 from graphprune.testing import check as try_plans
 from graphprune.verification.report import Report
 from graphprune.verification.report import verify as compare
@@ -73,7 +73,7 @@ Inputs = Annotated[
 Attention = Annotated[
     str, typer.Option("--attention", help="heads: whole heads go; head_dim: all get narrower.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="For random weights and random criteria.")]
+Seed = Annotated[int, typer.Option("--seed", help=short("seed"))]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
@@ -100,22 +100,20 @@ def shrink(
     ] = None,
     target: Annotated[
         list[str],
-        typer.Option(help="What it may cost: macs=0.5, params=2M, bytes, memory, latency=8ms."),
+        typer.Option(help=short("target")),
     ] = [],
-    criterion: Annotated[
-        str, typer.Option(help="How channels are scored, from weights alone: l1, l2, lamp, ...")
-    ] = "l2",
+    criterion: Annotated[str, typer.Option(help=short("criterion"))] = "l2",
     scope: Annotated[
         str | None,
-        typer.Option(help="local: of every group; global: over all; isomorphic: of a kind."),
+        typer.Option(help=short("scope")),
     ] = None,
-    keep: Annotated[list[str], typer.Option(help="Layers that keep all channels (glob).")] = [],
-    ratios: Annotated[list[str], typer.Option(help="Of some layers: 'layer3.*=0.6'.")] = [],
-    min_kept: Annotated[float, typer.Option(help="Smallest fraction a group keeps.")] = 0.0,
-    max_kept: Annotated[float, typer.Option(help="Largest fraction a group keeps.")] = 1.0,
-    round_to: Annotated[int, typer.Option(help="Widths become multiples of this.")] = 1,
-    uniform: Annotated[bool, typer.Option(help="Repeated blocks keep equal widths.")] = False,
-    threads: Annotated[int | None, typer.Option(help="CPU threads for latencies.")] = None,
+    keep: Annotated[list[str], typer.Option(help=short("keep"))] = [],
+    ratios: Annotated[list[str], typer.Option(help=short("ratios"))] = [],
+    min_kept: Annotated[float, typer.Option(help=short("min_kept"))] = 0.0,
+    max_kept: Annotated[float, typer.Option(help=short("max_kept"))] = 1.0,
+    round_to: Annotated[int, typer.Option(help=short("round_to"))] = 1,
+    uniform: Annotated[bool, typer.Option(help=short("uniform"))] = False,
+    threads: Annotated[int | None, typer.Option(help=short("threads"))] = None,
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from enum import Enum, auto
 from numbers import Real
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from graphprune.arguments import is_int, is_number
 from graphprune.errors import InputError
 from graphprune.record.batches import check_loss
 
@@ -32,56 +35,9 @@ class Allocation(Protocol):
 
 
 class Options(TypedDict, total=False):
-    """The options of ``graph.plan`` and ``rebuild``.
+    """The options of ``graph.plan`` and ``rebuild``."""
 
-    Attributes:
-        criterion: how channels are scored: the name of a registered criterion (``"l2"``, see
-            ``graphprune.criteria``) or a callable.
-        scope: among which channels scores are compared. ``"local"``: within each group, every
-            group loses the same fraction. ``"global"``: all channels. ``"isomorphic"``: groups of
-            the same structure, every structure loses the same fraction (Fang et al., "Isomorphic
-            Pruning for Vision Models", ECCV 2024). With a target of latency and no scope, groups
-            lose channels first where that saves most time for the MACs it costs.
-        keep: glob patterns of layers whose output channels all stay.
-        ratios: fractions to remove by glob pattern of layers (``{"layer3.*": 0.6}``) or name of
-            a group; the last pattern that fits counts. Such groups do not take part in a search
-            for a target. Or the result of ``graph.sensitivity``, by which the channels leave
-            first from where that costs least.
-        target: what the small model may cost at most, any of ``"macs"``, ``"params"``,
-            ``"bytes"`` (of parameters and buffers), ``"memory"`` (peak bytes of activations) and
-            ``"latency"`` (milliseconds, on the device of the model). A number up to 1 is a
-            fraction of the original's, a larger one absolute; texts such as ``"1.2G"``,
-            ``"40 MB"``, ``"50%"`` or ``"0.8 ms"`` are understood.
-        min_kept: the smallest fraction of channels that every group keeps, or fractions by glob.
-            No group ever loses its last channel.
-        max_kept: the largest fraction of channels that a group keeps, or fractions by glob.
-        round_to: widths of layers, and widths inside heads and groups of convolutions, become
-            multiples of this; groups that have no such width stay whole.
-        uniform: groups of the same structure and size keep equally many channels.
-        aggregate: how scores of the slots of a group become one: ``"sum"``, ``"mean"``,
-            ``"max"``, ``"product"``, ``"norm"`` or ``"root"``; by default as the criterion says.
-        normalise: how scores of a group are made comparable with those of others: ``"none"``,
-            ``"mean"``, ``"max"``, ``"standard"`` or ``"macs"``; by default ``"mean"``, and
-            ``"none"`` for criteria whose scores are on one scale.
-        data: batches for criteria that need gradients or activations.
-        loss: ``loss(model, batch)`` for criteria that need gradients.
-        seed: for criteria that draw random numbers.
-        exact_only: take statistics as the masked model does: weight and eps of RMSNorm are
-            rescaled, groups under other norms over channels stay whole.
-        columns: where groups of a convolution, parts of a split or heads must keep equally many
-            channels: ``"aligned"`` removes the same ones from all of them, ``"free"`` chooses in
-            each, where nothing else ties them, and checks the result on the example inputs.
-        threads: CPU threads when a latency is measured; torch's current setting by default.
-        progress: show a progress bar while data is gone through.
-
-    Example:
-        >>> import torch, graphprune
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Linear(64, 2))
-        >>> options: graphprune.Options = {"target": {"params": 0.6}, "round_to": 8}
-        >>> graphprune.rebuild(net, **options)[0].out_features
-        32
-    """
-
+    # Types for checkers; what the options mean, and their defaults, is said once in Request.
     criterion: Any
     scope: str
     keep: str | Iterable[str]
@@ -114,30 +70,179 @@ class Target:
         return self.amount * before if self.fraction else self.amount
 
 
+class Told(Enum):
+    """Whether a plan says of an option how it was set."""
+
+    ALWAYS = auto()
+    CHANGED = auto()  # when it is not the default
+    NEVER = auto()
+
+
+def option(doc: str, short: str = "", told: Told = Told.CHANGED) -> dict[str, Any]:
+    """What is said of an option.
+
+    Args:
+        doc: what it means.
+        short: the same in a line, for the command line.
+        told: whether plans say how it was set.
+    """
+    return {"doc": doc, "short": short, "told": told}
+
+
 @dataclass(frozen=True)
 class Request:
-    """Checked options; the defaults of all of them are here."""
+    """Checked options: their defaults, what they mean and how they are told are said here."""
 
     ratio: float | None = None
-    criterion: Any = "l2"
-    scope: str | None = None
-    keep: tuple[str, ...] = ()
-    ratios: Mapping[str, float] = field(default_factory=dict)
     allocation: Allocation | None = None
-    target: Mapping[str, Target] = field(default_factory=dict)
-    min_kept: Mapping[str, float] = field(default_factory=dict)
-    max_kept: Mapping[str, float] = field(default_factory=dict)
-    round_to: int = 1
-    uniform: bool = False
-    aggregate: str | None = None
-    normalise: str | None = None
-    data: Any = None
-    loss: Callable[..., Any] | None = None
-    seed: int = 0
-    exact_only: bool = False
-    columns: str = "aligned"
-    threads: int | None = None
-    progress: bool = False
+    criterion: Any = field(
+        default="l2",
+        metadata=option(
+            'how channels are scored: the name of a registered criterion (``"l2"``, see '
+            "``graphprune.criteria``) or a callable.",
+            short="How channels are scored, from weights alone: l1, l2, lamp, ...",
+            told=Told.NEVER,
+        ),
+    )
+    scope: str | None = field(
+        default=None,
+        metadata=option(
+            'among which channels scores are compared. ``"local"``: within each group, every group '
+            'loses the same fraction. ``"global"``: all channels. ``"isomorphic"``: groups of the '
+            'same structure, every structure loses the same fraction (Fang et al., "Isomorphic '
+            'Pruning for Vision Models", ECCV 2024). With a target of latency and no scope, groups '
+            "lose channels first where that saves most time for the MACs it costs.",
+            short="local: of every group; global: over all; isomorphic: of a kind.",
+            told=Told.ALWAYS,
+        ),
+    )
+    keep: tuple[str, ...] = field(
+        default=(),
+        metadata=option(
+            "glob patterns of layers whose output channels all stay.",
+            short="Layers that keep all channels (glob).",
+        ),
+    )
+    ratios: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=option(
+            'fractions to remove by glob pattern of layers (``{"layer3.*": 0.6}``) or name of a '
+            "group; the last pattern that fits counts. Such groups do not take part in a search "
+            "for a target. Or the result of ``graph.sensitivity``, by which the channels leave "
+            "first from where that costs least.",
+            short="Of some layers: 'layer3.*=0.6'.",
+        ),
+    )
+    target: Mapping[str, Target] = field(
+        default_factory=dict,
+        metadata=option(
+            'what the small model may cost at most, any of ``"macs"``, ``"params"``, ``"bytes"`` '
+            '(of parameters and buffers), ``"memory"`` (peak bytes of activations) and '
+            '``"latency"`` (milliseconds, on the device of the model). A number up to 1 is a '
+            'fraction of the original\'s, a larger one absolute; texts such as ``"1.2G"``, ``"40 '
+            'MB"``, ``"50%"`` or ``"0.8 ms"`` are understood.',
+            short="What it may cost: macs=0.5, params=2M, bytes, memory, latency=8ms.",
+            told=Told.NEVER,
+        ),
+    )
+    min_kept: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=option(
+            "the smallest fraction of channels that every group keeps, or fractions by glob. No "
+            "group ever loses its last channel.",
+            short="Smallest fraction a group keeps.",
+        ),
+    )
+    max_kept: Mapping[str, float] = field(
+        default_factory=dict,
+        metadata=option(
+            "the largest fraction of channels that a group keeps, or fractions by glob.",
+            short="Largest fraction a group keeps.",
+        ),
+    )
+    round_to: int = field(
+        default=1,
+        metadata=option(
+            "widths of layers, and widths inside heads and groups of convolutions, become "
+            "multiples of this; groups that have no such width stay whole.",
+            short="Widths become multiples of this.",
+        ),
+    )
+    uniform: bool = field(
+        default=False,
+        metadata=option(
+            "groups of the same structure and size keep equally many channels.",
+            short="Repeated blocks keep equal widths.",
+        ),
+    )
+    aggregate: str | None = field(
+        default=None,
+        metadata=option(
+            'how scores of the slots of a group become one: ``"sum"``, ``"mean"``, ``"max"``, '
+            '``"product"``, ``"norm"`` or ``"root"``; by default as the criterion says.',
+        ),
+    )
+    normalise: str | None = field(
+        default=None,
+        metadata=option(
+            'how scores of a group are made comparable with those of others: ``"none"``, '
+            '``"mean"``, ``"max"``, ``"standard"`` or ``"macs"``; by default ``"mean"``, and '
+            '``"none"`` for criteria whose scores are on one scale.',
+        ),
+    )
+    data: Any = field(
+        default=None,
+        metadata=option(
+            "batches for criteria that need gradients or activations.",
+            told=Told.NEVER,
+        ),
+    )
+    loss: Callable[..., Any] | None = field(
+        default=None,
+        metadata=option(
+            "``loss(model, batch)`` for criteria that need gradients.",
+            told=Told.NEVER,
+        ),
+    )
+    seed: int = field(
+        default=0,
+        metadata=option(
+            "for criteria that draw random numbers.",
+            short="For random weights and random criteria.",
+            told=Told.ALWAYS,
+        ),
+    )
+    exact_only: bool = field(
+        default=False,
+        metadata=option(
+            "take statistics as the masked model does: weight and eps of RMSNorm are rescaled, "
+            "groups under other norms over channels stay whole.",
+            told=Told.ALWAYS,
+        ),
+    )
+    columns: str = field(
+        default="aligned",
+        metadata=option(
+            "where groups of a convolution, parts of a split or heads must keep equally many "
+            'channels: ``"aligned"`` removes the same ones from all of them, ``"free"`` chooses in '
+            "each, where nothing else ties them, and checks the result on the example inputs.",
+            told=Told.ALWAYS,
+        ),
+    )
+    threads: int | None = field(
+        default=None,
+        metadata=option(
+            "CPU threads when a latency is measured; torch's current setting by default.",
+            short="CPU threads for latencies.",
+        ),
+    )
+    progress: bool = field(
+        default=False,
+        metadata=option(
+            "show a progress bar while data is gone through.",
+            told=Told.NEVER,
+        ),
+    )
 
     @classmethod
     def of(cls, ratio: float | None, options: Mapping[str, Any]) -> Request:
@@ -169,17 +274,15 @@ class Request:
             raise InputError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
         if self.columns not in COLUMNS:
             raise InputError(f"columns must be one of {', '.join(COLUMNS)}, not {self.columns!r}")
-        if isinstance(self.round_to, bool) or not isinstance(self.round_to, int):
+        if not is_int(self.round_to, 1):
             raise InputError(f"round_to must be a positive int such as 8, not {self.round_to!r}")
-        if self.round_to < 1:
-            raise InputError(f"round_to must be a positive int such as 8, got {self.round_to}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+        if not is_int(self.seed):
             raise InputError(f"seed must be an int, not {self.seed!r}")
         for name in ("uniform", "exact_only", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
         check_loss(self.loss)
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
+        if self.threads is not None and not is_int(self.threads, 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
 
     def _check_amount(self) -> None:
@@ -203,18 +306,13 @@ class Request:
 
     def said(self) -> dict[str, Any]:
         """What a plan says of how it was made, as plain data."""
-        told: dict[str, Any] = {
-            "ratio": self.ratio,
-            "scope": self.scope or "local",
-            "seed": self.seed,
-            "exact_only": self.exact_only,
-            "columns": self.columns,
-        }
-        for name in ("keep", "ratios", "min_kept", "max_kept", "round_to", "uniform", "aggregate",
-                     "normalise", "threads"):  # fmt: skip
-            value = getattr(self, name)
-            if value != getattr(_DEFAULT, name):
-                told[name] = list(value) if isinstance(value, tuple) else value
+        told: dict[str, Any] = {"ratio": self.ratio}
+        for item in OPTIONS.values():
+            value, how = getattr(self, item.name), item.metadata["told"]
+            changed = value != getattr(_DEFAULT, item.name) and how is Told.CHANGED
+            if changed or how is Told.ALWAYS:
+                told[item.name] = list(value) if isinstance(value, tuple) else value
+        told["scope"] = self.scope or "local"
         if self.allocation is not None:
             told["ratios"] = type(self.allocation).__name__
         if self.target:
@@ -223,7 +321,35 @@ class Request:
 
 
 _DEFAULT = Request()
-_NAMES = tuple(Options.__annotations__)
+OPTIONS = {item.name: item for item in fields(Request) if item.metadata}
+_NAMES = tuple(OPTIONS)
+
+
+def short(name: str) -> str:
+    """What an option means, in a line."""
+    text: str = OPTIONS[name].metadata["short"]
+    return text
+
+
+def _described() -> str:
+    """What the options mean, as the docstring of ``Options``."""
+    lines = [Options.__doc__ or "", "", "    Attributes:"]
+    for name, item in OPTIONS.items():
+        text = f"{name}: {item.metadata['doc']}"
+        lines += textwrap.wrap(text, 100, initial_indent=" " * 8, subsequent_indent=" " * 12)
+    return "\n".join(lines) + _EXAMPLE
+
+
+_EXAMPLE = """
+
+    Example:
+        >>> import torch, graphprune
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 64), torch.nn.Linear(64, 2))
+        >>> options: graphprune.Options = {"target": {"params": 0.6}, "round_to": 8}
+        >>> graphprune.rebuild(net, **options)[0].out_features
+        32
+    """
+Options.__doc__ = _described()
 
 
 def check_ratio(ratio: Any, name: str = "ratio", other: str = " or a Plan") -> float:
@@ -291,8 +417,7 @@ def _ratios(given: Any) -> dict[str, float]:
 def _fractions(name: str, given: Any) -> dict[str, float]:
     by_glob = given if isinstance(given, Mapping) else {"*": given}
     for pattern, value in by_glob.items():
-        number = isinstance(value, Real) and not isinstance(value, bool)
-        if not isinstance(pattern, str) or not number or not 0 <= value <= 1:
+        if not isinstance(pattern, str) or not is_number(value, 0, 1):
             raise InputError(
                 f"{name} must be a fraction of the channels in [0, 1], or such fractions by glob "
                 f"pattern of layers; got {value!r} for {pattern!r}"
@@ -331,11 +456,9 @@ def _target(name: str, value: Any) -> Target:
         if unit == "%" and not 0 < amount <= 1:
             raise problem
         value = amount
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise problem
-    if value <= 0:
+    if not is_number(value) or not 0 < value < math.inf:
         raise problem
     return Target(float(value), value <= 1)
 
 
-assert {f.name for f in fields(Request)} == {"ratio", "allocation", *_NAMES}
+assert tuple(Options.__annotations__) == _NAMES

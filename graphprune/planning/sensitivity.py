@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from graphprune.arguments import is_number
 from graphprune.channels.analysis import Group
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
@@ -79,8 +80,7 @@ class Sensitivity:
         Raises:
             InputError: a negative limit.
         """
-        number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
-        if not number or not max_drop >= 0:
+        if not is_number(max_drop, 0):
             raise InputError(f"max_drop must be at least 0, got {max_drop!r}")
         found = {}
         for curve in self.curves:

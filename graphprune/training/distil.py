@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune.arguments import is_number
 from graphprune.errors import InputError
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.batches import Loss, check_loss, describe, device_of, forward, loss_of
@@ -271,8 +272,8 @@ def _resting(model: nn.Module) -> Iterator[None]:
 
 
 def _positive(name: str, value: Any, least: float | None = None) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not (value > 0 if least is None else value >= least) or value == float("inf"):
+    number = is_number(value, least or 0) and value != float("inf")
+    if not number or (least is None and value == 0):
         raise InputError(
             f"{name} must be a {'positive' if least is None else 'non-negative'} "
             f"number, got {value!r}"

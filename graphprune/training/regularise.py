@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import ChannelGraph
+from graphprune.arguments import is_number
 from graphprune.channels.analysis import Group, Member
 from graphprune.criteria.slots import by_channel, members
 from graphprune.errors import InputError
@@ -83,8 +84,7 @@ class Regulariser(ABC):
             InputError: it is negative or not finite.
         """
         value: Any = self.strength(self.steps) if callable(self.strength) else self.strength
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 <= value < math.inf:
+        if not is_number(value, 0) or value == math.inf:
             raise InputError(
                 f"strength must be a number of at least 0, or a function step -> such a number; "
                 f"got {value!r} at step {self.steps}"
@@ -215,8 +215,7 @@ class SparseLearning(GroupLasso):
 
     def __init__(self, graph: ChannelGraph, strength: Strength, alpha: float = 4.0) -> None:
         super().__init__(graph, strength)
-        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not number or not 0 <= alpha < math.inf:
+        if not is_number(alpha, 0) or alpha == math.inf:
             raise InputError(f"alpha must be a number of at least 0, such as 4; got {alpha!r}")
         self.alpha = alpha
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from graphprune.api import rebuild
+from graphprune.arguments import is_number
 from graphprune.errors import InputError, RoundError
 from graphprune.plan.plan import Plan, carry, fingerprint, plan_of
 from graphprune.planning.options import Options, Request
@@ -324,8 +324,7 @@ def _check(
     check_count("rounds", rounds, 1)
     check_count("retries", retries, 0)
     check_callables(train, evaluate)
-    number = isinstance(floor, int | float) and not isinstance(floor, bool)
-    if floor is not None and (not number or math.isnan(floor)):
+    if floor is not None and not is_number(floor):
         raise InputError(f"floor must be a number that evaluate may return, not {floor!r}")
     schedule = sparsity if callable(sparsity) else iterative(sparsity, rounds)
     found = [sparsity_at(schedule, number) for number in range(rounds)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from graphprune.arguments import is_int, is_number
 from graphprune.errors import InputError
 from graphprune.record.batches import takes
 from graphprune.text import new_figure, save_figure
@@ -147,8 +148,7 @@ class Polynomial(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number = isinstance(self.power, int | float) and not isinstance(self.power, bool)
-        if not number or not 0 < self.power < math.inf:
+        if not is_number(self.power) or not 0 < self.power < math.inf:
             raise InputError(f"power of {self.name} must be a positive number, not {self.power!r}")
 
     def _between(self, progress: float) -> float:
@@ -312,7 +312,7 @@ def as_schedule(schedule: Any) -> SparsityOf:
     Raises:
         InputError: neither, or nothing would be left in the end.
     """
-    if isinstance(schedule, int | float) and not isinstance(schedule, bool):
+    if is_number(schedule):
         schedule = one_shot(float(schedule))
     if isinstance(schedule, Schedule) and schedule.final == 1:
         raise InputError(f"nothing would be left, the final sparsity must be below 1: {schedule}")
@@ -367,5 +367,5 @@ def check_count(what: str, value: Any, least: int) -> None:
     Raises:
         InputError: says what it is, and what it should be.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if not is_int(value, least):
         raise InputError(f"{what} must be an int of at least {least}, got {value!r}")

@@ -36,7 +36,7 @@ def graph():
         ({"target": {"latency": "5 MB"}}, "target 'latency' must be .*0.8 ms"),
         ({"ratio": 0.5, "target": {"macs": 0.5}}, "both a ratio .* and a target"),
         ({}, "nothing says how much to remove"),
-        ({"ratio": 0.5, "round_to": 0}, "round_to must be a positive int such as 8, got 0"),
+        ({"ratio": 0.5, "round_to": 0}, "round_to must be a positive int such as 8, not 0"),
         ({"ratio": 0.5, "round_to": 8.0}, "round_to must be a positive int such as 8, not 8.0"),
         ({"ratio": 0.5, "min_kept": 2}, "min_kept must be a fraction .* got 2"),
         ({"ratio": 0.5, "max_kept": {"fc": "all"}}, "max_kept must be a fraction .* 'fc'"),
