@@ -27,6 +27,7 @@ from graphprune.planning.settle import Settled, analyse
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
 from graphprune.record.recording import record
+from graphprune.record.scope import without_modes
 from graphprune.text import render, shorten
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ R = TypeVar("R")
 
 
 def uncollected(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without cyclic garbage collection.
+    """Run a function without cyclic garbage collection, and outside of the user's modes.
 
     A recorded graph holds many small objects and frees none of them before it is done; each
     full collection in between would walk all objects of the process in vain.
@@ -49,7 +50,8 @@ def uncollected(function: Callable[P, R]) -> Callable[P, R]:
         enabled = gc.isenabled()
         try:
             gc.disable()
-            return function(*args, **kwargs)
+            with without_modes():
+                return function(*args, **kwargs)
         finally:
             if enabled:
                 gc.enable()
