@@ -8,7 +8,6 @@ is run and recorded again.
 from __future__ import annotations
 
 import difflib
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,10 +18,10 @@ from torch import Tensor, fx, nn
 from graphprune.calibration.choices import Choices
 from graphprune.errors import ModelError
 from graphprune.execute.fold import recompute_masked
-from graphprune.ops.registry import op_of
 from graphprune.record.batches import Batch, describe, device_of
+from graphprune.record.evaluate import evaluated
 from graphprune.record.inputs import Call
-from graphprune.record.modes import leak, lost
+from graphprune.record.modes import lost
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
 from graphprune.record.skeleton import held_tensors
@@ -195,22 +194,7 @@ class Replay:
 
     def compute(self, run: Run, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         """The value of one op, given those it reads."""
-        if node.target is leak:
-            return None
-        target: Any = node.target
-        args: Any
-        kwargs: Any
-        args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
-        if node.target is operator.getitem:
-            return args[0][args[1]]
-        if kwargs.get("device") == torch.device(run.record.device):
-            kwargs = {**kwargs, "device": self.device}
-        kernel = op_of(node).kernel
-        if kernel is not None:
-            return kernel(*args, **kwargs)
-        if node.target is aten.view.default:  # strides may differ from the recorded ones
-            return aten.reshape.default(*args)
-        return target(*args, **kwargs)
+        return evaluated(node, values, torch.device(run.record.device), self.device)
 
     def node(self, which: int, number: int) -> fx.Node:
         """A node in the record of a batch."""

@@ -19,6 +19,8 @@ from torch.utils import _pytree as pytree
 from graphprune.ops.fact import Fact, double, found, values
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import fact_rule
+from graphprune.record.evaluate import evaluated
+from graphprune.record.modes import leak
 from graphprune.record.recorder import Record
 from graphprune.record.skeleton import held_tensors
 
@@ -85,13 +87,15 @@ class Interpreter:
             return items[index] if isinstance(items, list) and index < len(items) else _any(node)
         if node.op != "call_function" or self.read:
             return _any(node)
-        args, kwargs = fx.map_arg((node.args, node.kwargs), known.__getitem__)
+        recorded = torch.device(self.record.device)
+        return evaluated(node, known, recorded, torch.device("cpu"), self.applied)
+
+    def applied(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """What an op makes of facts, and whether the code saw values that depend on the input."""
         if _reads(node) and not all(fact.constant for fact in found((args, kwargs))):
             self.read = True
             return _any(node)
         args, kwargs = pytree.tree_map_only(torch.dtype, double, (args, kwargs))
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
         result = apply(node, args, kwargs)
         if self.writes and getattr(node.target, "is_view", False):
             return self.viewed(node, found((args, kwargs)), result)
@@ -187,4 +191,4 @@ def _reads(node: fx.Node) -> bool:
     """Whether the code that called an op got to see values."""
     tags = getattr(node.target, "tags", ())
     seen = torch.Tag.data_dependent_output in tags or torch.Tag.dynamic_output_shape in tags
-    return seen or getattr(node.target, "__name__", "") == "leak"
+    return seen or node.target is leak
