@@ -15,7 +15,8 @@ import graphprune
 from graphprune import criteria, errors, testing, training
 from graphprune.channels import analysis
 from graphprune.measurement import Comparison
-from graphprune.ops import Op, declare
+from graphprune.ops import Op, check, declare, forget
+from graphprune.ops.samples import of
 from graphprune.planning.sensitivity import Sensitivity
 from graphprune.record.attention import MultiheadAttention
 from graphprune.training import callbacks
@@ -77,7 +78,7 @@ def reference() -> str:
             "Testing", "graphprune.testing", [testing.check, testing.plans, testing.CheckReport]
         ),
         *chapter("Layers", "graphprune.record.attention", [MultiheadAttention]),
-        *chapter("Ops", "graphprune.ops", [declare, Op]),
+        *chapter("Ops", "graphprune.ops", [declare, check, forget, Op, of]),
         *errors_chapter(tree),
     ]
     return "\n".join(parts).rstrip() + "\n"

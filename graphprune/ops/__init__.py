@@ -22,11 +22,12 @@ from graphprune.ops import (
     sources,
     spectral,
     sums,
+    systems,
 )
 from graphprune.ops.check import check
 from graphprune.ops.fact import Fact
 from graphprune.ops.factors import Factors
-from graphprune.ops.registry import Op, declare, free, op_of, zeroes
+from graphprune.ops.registry import Op, declare, forget, free, op_of, zeroes
 from graphprune.ops.values import Reason, Value
 from graphprune.ops.walk import Walk
 
@@ -43,6 +44,7 @@ __all__ = [
     "contraction",
     "convolution",
     "declare",
+    "forget",
     "free",
     "gathering",
     "joining",
@@ -56,5 +58,6 @@ __all__ = [
     "sources",
     "spectral",
     "sums",
+    "systems",
     "zeroes",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -151,3 +152,36 @@ def _grouped(
         whole, equal = Way(tuple(rows), tuple(short)), Way(tuple(columns), aligns=True)
         walk.choose(Alternatives(everything, (whole, equal), lightest=True))
     return [ids.reshape(-1) for ids in leaving]
+
+
+def deformed_macs(out: Any, x: Any, weight: Any, *_: Any) -> Any:
+    """Those of a convolution; places between pixels are not counted."""
+    return math.prod(out) * math.prod(weight[1:])
+
+
+@declare(
+    "torchvision.deform_conv2d",
+    macs=deformed_macs,
+    layer=True,
+    sample=of(
+        *((1, 3, 4, 4), (5, 3, 2, 2), (1, 8, 3, 3), (1, 4, 3, 3), (5,)),
+        *(1, 1, 0, 0, 1, 1, 1, 1, True),
+    ),
+)
+def deform_conv2d(
+    walk: Walk, node: fx.Node, x: Value, weight: Value, offset: Value, mask: Value, bias: Value,
+    *how: Any,
+) -> Layers:  # fmt: skip
+    """A convolution whose kernel reads at places that are computed: all of these stay."""
+    *_, groups, offset_groups, _ = how
+    for places in (offset, mask):
+        walk.freeze_value(places, walk.reason("places to read"))
+    if groups > 1:
+        return walk.refuse([x, weight, bias], "places to read by groups of channels")
+    mixed = {0, 2, 3} if offset_groups == 1 else {0, 1, 2, 3}
+    x = replace(x, layers=walk.settle(x, mixed, "convolution over channels"))
+    weight = replace(weight, layers=walk.settle(weight, {2, 3}, "kernel size"))
+    contract(walk, x, weight, 1, 1)
+    own = [along(layer.reshape(-1), 1, 4) for layer in free(weight, 1)]
+    shaped = Value((1, *bias.shape, 1, 1), tuple(along(ids, 1, 4) for ids in bias.layers))
+    return walk.broadcast([Value(node.meta["shape"], tuple(own)), shaped], 4)

@@ -102,6 +102,7 @@ def pad_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given
     given=slice_given,
     places=True,
     sample=of((2, 6), 1, 2, 5),
+    refused=of((7,), 0, 1, 7, 2),
 )
 def slice_(
     walk: Walk,
@@ -112,12 +113,22 @@ def slice_(
     end: int | None = None,
     step: int = 1,
 ) -> Layers:
-    """A slice; strided slices over channels would pick other channels after pruning."""
+    """A slice. Strided slices pick one of each block of channels, which leaves as a whole."""
     dim %= x.ndim
     if step != 1:
-        x = replace(x, layers=walk.settle(x, {dim}, "strided slice of channels"))
+        x = _in_strides(walk, x, dim, slice(start, end, step))
     _read(walk, x, dim, range(*slice(start, end).indices(x.shape[dim])))
     return tuple(_part(layer, dim, start, end, step) for layer in x.layers)
+
+
+def _in_strides(walk: Walk, x: Value, dim: int, taken: slice) -> Value:
+    """Blocks of as many channels as the stride is wide: gate and value side by side, say."""
+    first, last, step = taken.indices(x.shape[dim])
+    if first >= step or last != x.shape[dim] or last % step:
+        return replace(x, layers=walk.settle(x, {dim}, "strided slice of channels"))
+    for layer in x.on(dim):
+        walk.collapse(layer.unflatten(dim, (-1, step)), {dim + 1})
+    return x
 
 
 def _part(layer: Tensor, dim: int, start: Any, end: Any, step: int = 1) -> Tensor:
@@ -135,6 +146,12 @@ def _read(walk: Walk, x: Value, dim: int, positions: Sequence[int]) -> None:
     for layer in x.on(dim):
         read, others = (layer.index_select(dim, m.nonzero().flatten()) for m in (chosen, ~chosen))
         walk.read_part(read, others)
+
+
+@declare(aten.rot90, fact=moved_fact, linear=True, sample=of((2, 3, 4), 1, [1, 2]))
+def rot90(walk: Walk, node: fx.Node, x: Value, k: int = 1, dims: Any = (0, 1)) -> Layers:
+    """A turn of maps; channels stay where they are."""
+    return walk.settle(x, {d % x.ndim for d in dims}, "rotation of channels")
 
 
 @declare(aten.roll, fact=moved_fact, sample=of((2, 3), [1], [1]))

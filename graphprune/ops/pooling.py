@@ -37,6 +37,7 @@ def resampled_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
 
 
 _BOXES = torch.tensor([[0, 0, 0, 4, 4], [1, 1, 1, 5, 5]], dtype=torch.float64)
+_WINDOWED = ("aten.avg_pool", "aten.max_pool")  # given kernel, stride and padding
 _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name of an op
 
 
@@ -104,8 +105,21 @@ def spatial(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> A
         if isinstance(other, Value):
             walk.freeze_value(other, walk.reason("positions to pool"))
     count = next(n for name, n in _PLACES.items() if name in op_name(node))
-    kept = walk.settle(x, range(x.ndim - count, x.ndim), "pooled or resampled channels")
+    dims = list(range(x.ndim - count, x.ndim))
+    if any(name in op_name(node) for name in _WINDOWED):
+        dims = [dim for dim, moves in zip(dims, _moving(count, *args)) if moves]
+    kept = walk.settle(x, dims, "pooled or resampled channels")
     return [kept] * len(node.meta["items"]) if "items" in node.meta else kept
+
+
+def _moving(count: int, kernel: Any, stride: Any = (), padding: Any = 0, *_: Any) -> list[bool]:
+    """Along which dimensions a window of a pool is wider than a position, or moves by more."""
+    wide, step, pad = (
+        list(given) * count if len(given) == 1 else list(given)
+        for given in (part if isinstance(part, list | tuple) else [part] for part in
+                      (kernel, stride or kernel, padding))
+    )  # fmt: skip
+    return [k != 1 or s != 1 or p != 0 for k, s, p in zip(wide, step, pad)]
 
 
 @declare(aten.fractional_max_pool2d, sample=of((2, 3, 6, 6), [2, 2], [3, 3], shares(2, 3, 2)))

@@ -67,10 +67,13 @@ def reduced_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
     return [Fact.checked(part, unknown.reshape(part.shape)) for part in out]
 
 
-def along_fact(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> Fact:
+def along_fact(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> Any:
     """Every position depends on all others along a dimension."""
     out = op(x.filled(), dim, *args, **kwargs)
-    return Fact.checked(out, along_unknown(x.unknown, [dim]).expand(out.shape).clone())
+    several = isinstance(out, tuple)
+    unknown = along_unknown(x.unknown, [dim]).expand((out[0] if several else out).shape)
+    facts = [Fact.checked(part, unknown.clone()) for part in (out if several else (out,))]
+    return facts if several else facts[0]
 
 
 def of_sum(x: Any, *args: Any, **kwargs: Any) -> Factors:
@@ -368,6 +371,33 @@ def max_(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any) -> An
         kept = walk.settle(x, dims, "place of the maximum over channels")
         return [drop(kept, dims, node.meta["items"][i].meta["shape"]) for i in node.meta["items"]]
     return [_largest(walk, x, dims, value.meta["shape"], "maximum over channels")]
+
+
+@declare(aten.cummax, aten.cummin, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
+@declare(aten.logcumsumexp, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
+def running(walk: Walk, node: fx.Node, x: Value, dim: int) -> Any:
+    """Every position along one dimension depends on all before it."""
+    kept = walk.settle(x, {dim % x.ndim}, "order of channels")
+    return [kept] * len(node.meta["items"]) if "items" in node.meta else kept
+
+
+@declare(
+    aten.median,
+    aten.nanmedian,
+    aten.mode,
+    fact=reduced_fact,
+    sample=of((2, 5), 1),
+    refused=of((5,), 0),
+)
+@declare(aten.kthvalue, fact=reduced_fact, sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
+@declare(aten.aminmax, fact=reduced_fact, sample=of((2, 5), dim=1), refused=of((5,), dim=0))
+def ranked(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
+    """One of the values along a dimension is picked, by its rank among the others."""
+    dims = dims_of(arguments(node.target, (x, *args), kwargs).get("dim"), x.ndim)
+    kept = walk.settle(x, dims, "rank among channels")
+    results = list(node.meta.get("items", {0: node}).values())
+    layers = [drop(kept, dims, result.meta["shape"]) for result in results]
+    return layers if "items" in node.meta else layers[0]
 
 
 @declare(aten.cumsum, aten.cumprod, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))

@@ -107,12 +107,12 @@ def declare(*targets: Any, **views: Any) -> Callable[[View], View]:
             multiplies is never guessed. ``macs=free`` says that it does not.
 
     Example:
-        >>> import torch
-        >>> from graphprune.ops import declare, free
+        >>> from graphprune.ops import declare, forget, free
         >>> from graphprune.ops.samples import of
         >>> @declare("mylib.scale", macs=free, sample=of((2, 3), 0.5))
         ... def scale(walk, node, x, factor):
         ...     return x.layers  # the result has the channels of the input
+        >>> forget("mylib.scale")
     """
     unknown = sorted(views.keys() - _VIEWS | views.keys() & {"channels"})
     if unknown:
@@ -135,6 +135,23 @@ def declare(*targets: Any, **views: Any) -> Callable[[View], View]:
         return rule
 
     return decorate
+
+
+def forget(*targets: Any) -> None:
+    """Take back what was declared of ops.
+
+    Raises:
+        KeyError: nothing is declared of one.
+
+    Example:
+        >>> from graphprune.ops import declare, forget, free
+        >>> rule = declare("mylib.twice", macs=free)(lambda walk, node, x: x.layers)
+        >>> forget("mylib.twice")
+    """
+    for name in map(name_of, targets):
+        if name not in REGISTRY:
+            raise KeyError(f"{name} is not declared")
+        del REGISTRY[name]
 
 
 def name_of(target: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 import torchvision  # noqa: F401  (registers ops of its own)
 
 from graphprune.errors import OpError
-from graphprune.ops import batch_norm, check, declare, free, op_of
+from graphprune.ops import batch_norm, check, declare, forget, free, op_of
 from graphprune.ops.registry import REGISTRY, UNKNOWN
 from graphprune.ops.samples import of
 
@@ -123,3 +123,5 @@ def test_declarations_are_checked_when_they_are_made():
         declare(torch.mm, macs=free)
     with pytest.raises(KeyError, match=r"aten\.mm is declared already"):
         declare("aten.mm", macs=free)(lambda *_: ())
+    with pytest.raises(KeyError, match=r"aten\.renorm is not declared"):
+        forget(aten.renorm)
