@@ -6,9 +6,8 @@ expression behind the size says which attribute or literal to change for that.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,11 @@ from torch import Tensor, fx
 from graphprune.channels.analysis import Analysis
 from graphprune.ops.given import args_of, ints_of, locate, paths_of
 from graphprune.ops.ids import Path
-from graphprune.ops.registry import op_of, packet_of
+from graphprune.ops.registry import Op, op_of, packet_of
 from graphprune.planning.problems import Place, Problem, around
 from graphprune.record.recorder import Record
-from graphprune.record.sites import changeable, given, is_literal
+from graphprune.record.sites import changeable, is_literal
+from graphprune.record.sites import given as written
 from graphprune.record.sizes import (
     COMPARISONS,
     Attribute,
@@ -41,16 +41,15 @@ from graphprune.record.sizes import (
 )
 
 aten = torch.ops.aten
-ExtentOf = Callable[[Extent], int]
 
 
 @dataclass(frozen=True)
-class Demand:
+class Need:
     """A size that an op was given, and the one it needs."""
 
     node: fx.Node
-    old: int
-    new: int
+    given: int
+    needed: int
     expression: Expression
     place: Place | None = None  # what it measures
     path: Path | None = None  # where it stands in the arguments
@@ -58,27 +57,21 @@ class Demand:
     before: tuple[Tensor, ...] = ()  # what must stay if a place cannot be changed
 
     @property
-    def position(self) -> bool:
-        """Whether it is the place of a channel."""
-        return op_of(self.node).places
+    def literal(self) -> Literal | None:
+        """The number in the source, if it is known."""
+        return _literal(self.node, self.path, self.given)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Changes:
-    """New values of attributes and literals, and what could not be solved."""
+    """New values of attributes and literals, and what could not be solved.
 
-    values: dict[Settable, float] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    origin: dict[Settable, fx.Node] = field(default_factory=dict)
-    places: dict[Settable, Place] = field(default_factory=dict)
-    written: bool = False  # whether there are literals
-    unsure: bool = False  # whether a run must show that the code follows
+    ``unsure`` tells that a run must show whether the code follows.
+    """
 
-
-def sized(node: fx.Node) -> bool:
-    """Whether an op may be given a size."""
-    op = op_of(node)
-    return op.given is not None and (op.places or bool(node.meta.get("numbers")))
+    values: Mapping[Settable, float]
+    problems: tuple[Problem, ...]
+    unsure: bool
 
 
 def changes(
@@ -91,63 +84,266 @@ def changes(
         alive: for every id whether it stays.
         trusted: (record, node) positions of plain ints known to follow the shapes by themselves.
     """
-    found, pruned = Changes(), graph.pruned(alive)
-
-    @functools.cache
-    def extent(leaf: Extent) -> int:
-        return pruned.shape(leaf.node)[leaf.dim]
-
-    for known in graph.remembered:
-        _holds(graph, found, known, extent)
-    _settle_sizes(graph, found, list(_demands(graph, alive, trusted, found)), extent)
-    _check_comparisons(graph, found, extent)
-    _check_numbers(graph, found, extent)
-    found.unsure |= any(record.doubts for record in graph.records)
-    found.unsure |= any(_vanishes(graph, node, alive) for r in graph.records for node in r.ops)
-    found.values = {
-        leaf: new
-        for leaf, new in found.values.items()
-        if new != leaf.value or isinstance(leaf, Literal)
-    }
-    return found
+    return Solver(graph, alive, trusted).solved()
 
 
-def _settle_sizes(graph: Analysis, found: Changes, demands: list[Demand], extent: ExtentOf) -> None:
-    """Attributes first, then numbers in the source; what neither can change is a problem."""
+class Solver:
+    """Finds the values of attributes and literals, one after the other.
 
-    def now(demand: Demand) -> float:
-        return _current(found, demand, extent)
+    What is settled first is known to what comes later: attributes of torch's layers, then the sizes
+    that ops were given, then comparisons and numbers computed from sizes, which must come out as
+    before.
+    """
 
-    unsolved = False
-    demands.sort(key=lambda demand: not isinstance(demand.expression, Attribute))
-    for demand in demands:
-        expr, new = demand.expression, demand.new
+    def __init__(
+        self, graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]]
+    ) -> None:
+        self.graph, self.alive, self.trusted = graph, alive, trusted
+        self.pruned = graph.pruned(alive)
+        self.values: dict[Settable, float] = {}
+        self.problems: list[Problem] = []
+        self.origin: dict[Settable, fx.Node] = {}  # the op that is given an attribute
+        self.places: dict[Settable, Place] = {}  # what an attribute or literal measures
+        self.written = False  # whether there are literals
+        self.unsure = any(record.doubts for record in graph.records)
+
+    def solved(self) -> Changes:
+        """All changes of a plan."""
+        for comparison in self.graph.remembered:
+            self._holds(comparison)
+        self._settle(sorted(self._needs(), key=lambda n: not isinstance(n.expression, Attribute)))
+        self._check_comparisons()
+        self._check_scales()
+        self._check_scalars()
+        self.unsure |= any(self._vanishes(node) for r in self.graph.records for node in r.ops)
+        values = {
+            leaf: new
+            for leaf, new in self.values.items()
+            if new != leaf.value or isinstance(leaf, Literal)
+        }
+        return Changes(values, tuple(self.problems), self.unsure)
+
+    def extent(self, leaf: Extent) -> int:
+        """The new size of a dimension of a value."""
+        return self.pruned.shape(leaf.node)[leaf.dim]
+
+    def value(self, expr: Expression) -> float:
+        """The value of an expression with the changes found so far."""
+        return evaluate(expr, self.values, self.extent)
+
+    def _settle(self, needs: Sequence[Need]) -> None:
+        """Attributes first, then numbers in the source; what neither can change is a problem."""
+        unsolved = False
+        for need in needs:
+            expr = need.expression
+            for leaf in attributes(expr):
+                self.origin.setdefault(leaf, need.node)
+                if need.place is not None and need.needed != need.given:
+                    self.places.setdefault(leaf, need.place)
+            if isinstance(expr, Attribute) and expr not in self.values:
+                self.values[expr] = need.needed
+            elif not self._met(need) and not self._solve(expr, need.needed):
+                self._write(need)
+                unsolved |= not self._met(need)
+        if not unsolved and not self.written:  # only attributes can have changed since
+            needs = [need for need in needs if attributes(need.expression)]
+        for need in needs:  # what was settled later may have changed it
+            if not self._met(need):
+                self._write(need)
+        self.problems += [self._problem(need) for need in needs if not self._met(need)]
+
+    def _met(self, need: Need) -> bool:
+        """Whether an op would be given the size it needs, with the changes found so far."""
+        literal = need.literal if self.written else None
+        if literal is not None and literal in self.values:
+            return self.values[literal] == need.needed
+        return self.value(need.expression) == need.needed
+
+    def _solve(self, expr: Expression, needed: int) -> bool:
+        """Give one attribute of an expression the value that makes it right."""
         for leaf in attributes(expr):
-            found.origin.setdefault(leaf, demand.node)
-            if demand.place is not None and new != demand.old:
-                found.places.setdefault(leaf, demand.place)
-        if isinstance(expr, Attribute) and expr not in found.values:
-            found.values[expr] = new
-        elif now(demand) != new and not _solve(found, expr, new, extent):
-            _write(graph, found, demand)
-            unsolved |= now(demand) != new
-    if not unsolved and not found.written:  # only attributes can have changed since
-        demands = [demand for demand in demands if attributes(demand.expression)]
-    for demand in demands:  # what was settled later may have changed it
-        if now(demand) != demand.new:
-            _write(graph, found, demand)
-    for demand in demands:
-        if now(demand) != demand.new:
-            found.problems.append(_problem(found, demand))
+            if leaf in self.values:
+                continue
+            value = solve(expr, needed, leaf, self.values, self.extent)
+            if value is not None:
+                self.values[leaf] = value
+                if self.value(expr) == needed:
+                    return True
+                del self.values[leaf]
+        return False
 
+    def _write(self, need: Need) -> None:
+        """Change the number in the source, where that says the same for other inputs."""
+        literal, expr = need.literal, need.expression
+        if literal is None or literal in self.values or not _changeable(literal):
+            return
+        if isinstance(expr, int):
+            source = written(literal.site, literal.path)
+            if need.leaks and (source is None or not is_literal(source)):
+                return
+        elif not self._of_channels(expr):
+            return
+        self.values[literal] = need.needed
+        self.written = True
+        if need.place is not None:
+            self.places[literal] = need.place
 
-def _current(found: Changes, demand: Demand, extent: ExtentOf) -> float:
-    """The size that an op would be given with the changes found so far."""
-    if found.written:
-        literal = _literal(demand.node, demand.path, demand.old)
-        if literal is not None and literal in found.values:
-            return found.values[literal]
-    return evaluate(demand.expression, found.values, extent)
+    def _of_channels(self, expr: Expression) -> bool:
+        """Whether an expression depends on channels only: a literal would fix a batch size."""
+        return all(self.graph.values[leaf.node].on(leaf.dim) for leaf in extents(expr))
+
+    def _problem(self, need: Need) -> Problem:
+        leaves: list[Any] = [*attributes(need.expression), need.literal]
+        return Problem(
+            need.node,
+            need.given,
+            need.needed,
+            need.expression,
+            position=op_of(need.node).places,
+            place=need.place,
+            rivals=tuple(self.places[leaf] for leaf in leaves if leaf in self.places),
+            layers=need.before,
+        )
+
+    def _check_scales(self) -> None:
+        """Attention that takes its scale from a width that changes keeps it."""
+        for node in self._implicit_scales():
+            query = args_of(node)[0]
+            width = query.meta["shape"][-1]
+            literal = _literal(node, ("scale",), 0.0)
+            if literal is not None and _changeable(literal):
+                self.values[literal] = float(width) ** -0.5
+            else:
+                layers = self.graph.values[query].on(len(node.meta["shape"]) - 1)
+                self.problems.append(Problem(node, width, width, width, layers=tuple(layers)))
+
+    def _implicit_scales(self) -> Iterator[fx.Node]:
+        for record in self.graph.records:
+            for node in record.ops:
+                if packet_of(node) is aten.scaled_dot_product_attention:
+                    query: Any = node.args[0]
+                    dim = len(query.meta["shape"]) - 1
+                    moved = self.extent(Extent(query, dim)) != query.meta["shape"][dim]
+                    if moved and node.kwargs.get("scale") is None:
+                        yield node
+
+    def _check_scalars(self) -> None:
+        """Numbers computed from sizes that meet values keep their value."""
+        for node, number, path in _scalars(self.graph):
+            expr, literal = expression(number), _literal(node, path, number)
+            if literal is not None and literal in self.values:
+                if self.values[literal] == number:
+                    continue
+            elif self.value(expr) == number:
+                continue
+            elif literal is not None and self._of_channels(expr) and _changeable(literal):
+                fixed = float(number) if isinstance(number, float) else plain(number)
+                self.values[literal] = fixed
+                continue
+            self.problems.append(Problem(node, number, number, expr))
+
+    def _check_comparisons(self) -> None:
+        """Comparisons of sizes come out as before, or a run must show that it does not matter."""
+        for record in self.graph.records:
+            made = dict.fromkeys(record.comparisons)
+            for comparison in sorted(made, key=lambda comparison: comparison.op == "is"):
+                if self._holds(comparison):
+                    continue
+                leaves = attributes(comparison.left)
+                nodes = [leaf.node for leaf in extents(comparison.left)]
+                nodes += [self.origin[leaf] for leaf in leaves if leaf in self.origin]
+                if comparison.op == "is" and nodes:  # its value has left the sizes
+                    value = float(evaluate(comparison.right, {}, self.extent))
+                    rivals = tuple(self.places[leaf] for leaf in leaves if leaf in self.places)
+                    problem = Problem(nodes[0], value, value, comparison.left, rivals=rivals)
+                    self.problems.append(problem)
+                else:
+                    self.unsure = True
+
+    def _holds(self, comparison: Comparison) -> bool:
+        """Whether a comparison comes out as before; an equality can be solved for an attribute."""
+
+        def sides() -> tuple[float, float]:
+            return self.value(comparison.left), self.value(comparison.right)
+
+        compare = COMPARISONS[comparison.op]
+        left, right = sides()
+        if compare(left, right) == comparison.result:
+            return True
+        equal = (comparison.op == "eq") == comparison.result
+        if equal and not self._solve(comparison.left, int(right)):
+            self._solve(comparison.right, int(left))
+        return compare(*sides()) == comparison.result
+
+    def _vanishes(self, node: fx.Node) -> bool:
+        """Whether a squeeze would drop a dimension that shrinks to a single channel."""
+        if packet_of(node) is not aten.squeeze:
+            return False
+        source = args_of(node)[0]
+        return any(n > 1 == m for n, m in zip(source.meta["shape"], self.pruned.shape(source)))
+
+    def _needs(self) -> Iterator[Need]:
+        """The sizes that ops were given, and those they need."""
+        for number, record in enumerate(self.graph.records):
+            for position, node in enumerate(record.ops):
+                op = op_of(node)
+                if op.given is not None and (op.places or node.meta.get("numbers")):
+                    trust = (number, position) in self.trusted and not op.places
+                    yield from self._needs_of(record, node, op, trust)
+
+    def _needs_of(self, record: Record, node: fx.Node, op: Op, trust: bool) -> Iterator[Need]:
+        assert op.given is not None
+        ints, paths = ints_of(node), paths_of(node)
+        for given, needed, kind, dims in op.given(self.graph, node, self.alive):
+            where = locate(node, given, kind)
+            if where is None and op.places and given != needed:
+                before = self._before(node, given)
+                yield Need(node, given[0], needed[0], given[0], before=before)
+            self.unsure |= self._doubtful(node, where, record.leaks)
+            places = dims or [None] * len(given)
+            sizes = ints[where] if where is not None else []
+            for offset, (size, old, new) in enumerate(zip(sizes, given, needed)):
+                if old == new == -1 or (size == -1 and old != -1):
+                    continue  # inferred by the op
+                expr = expression(size)
+                if trust and isinstance(expr, int):
+                    continue
+                assert where is not None
+                path = paths[where.start + offset]
+                if isinstance(expr, int) and plain(size) in record.leaked:
+                    expr = _computed(record, node, path, plain(size))
+                    self.unsure |= not isinstance(expr, int)
+                before = self._before(node, [old]) if op.places else ()
+                yield Need(node, old, new, expr, places[offset], path, record.leaks, before)
+
+    def _before(self, node: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
+        """The ids before a place of a dimension, as slices and selections are given one."""
+        args = args_of(node)
+        source, dim = args[0], args[1] if len(args) > 1 else 0
+        if len(places) > 1 or not isinstance(dim, int):
+            return ()  # padding
+        value = self.graph.values[source]
+        dim, size = dim % value.ndim, value.shape[dim]
+        start, stop = (0, places[0]) if places[0] >= 0 else (max(size + places[0], 0), size)
+        return tuple(layer.narrow(dim, start, min(stop, size) - start) for layer in value.on(dim))
+
+    def _doubtful(self, node: fx.Node, where: slice | None, leaks: bool) -> bool:
+        """Whether sizes given to an op that carries channels are not fully understood.
+
+        Sizes of tensors are, and attributes; plain ints are when no size was turned into one.
+        """
+        ints = ints_of(node)
+        if where is None:  # computed inside a function of torch, from its ints or from shapes
+            results = (node, *node.meta.get("items", {}).values())
+            rank = max(len(result.meta.get("shape", ())) for result in results)
+            doubtful = [n for n in ints if abs(n) > rank]
+        elif op_of(node).layer:
+            doubtful = [n for n in ints[where] if not isinstance(expression(n), Attribute)]
+        else:
+            doubtful = [n for n in ints[where] if isinstance(expression(n), int) and abs(n) > 1]
+            doubtful = doubtful if leaks else []
+        fresh = self.graph.walk.is_fresh
+        return bool(doubtful) and any(not fresh(layer) for layer in around(self.graph, node))
 
 
 def _literal(node: fx.Node, path: Path | None, value: float) -> Literal | None:
@@ -158,218 +354,29 @@ def _literal(node: fx.Node, path: Path | None, value: float) -> Literal | None:
     return Literal(str(node.meta["module"]), site, path, value)
 
 
-def _write(graph: Analysis, found: Changes, demand: Demand) -> None:
-    """Change the number in the source, where that says the same for other inputs."""
-    literal, expr = _literal(demand.node, demand.path, demand.old), demand.expression
-    if literal is None or literal in found.values or not changeable(literal.site, literal.path):
-        return
-    if isinstance(expr, int):
-        source = given(literal.site, literal.path)
-        if demand.leaks and (source is None or not is_literal(source)):
-            return
-    elif not _carried(graph, expr):
-        return
-    found.values[literal] = demand.new
-    found.written = True
-    if demand.place is not None:
-        found.places[literal] = demand.place
-
-
-def _problem(found: Changes, demand: Demand) -> Problem:
-    leaves: list[Any] = [*attributes(demand.expression)]
-    leaves.append(_literal(demand.node, demand.path, demand.old))
-    rivals = tuple(found.places[leaf] for leaf in leaves if leaf in found.places)
-    node, old, new = demand.node, demand.old, demand.new
-    return Problem(
-        node, old, new, demand.expression, demand.position, demand.place, rivals, demand.before
-    )
-
-
-def _check_numbers(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
-    """Numbers computed from sizes keep their value."""
-    for node in _implicit_scales(graph, extent):
-        query = args_of(node)[0]
-        width = query.meta["shape"][-1]
-        literal = _literal(node, ("scale",), 0.0)
-        if literal is not None and changeable(literal.site, literal.path):
-            found.values[literal] = float(width) ** -0.5
-        else:
-            layers = graph.values[query].on(len(node.meta["shape"]) - 1)
-            found.problems.append(Problem(node, width, width, width, layers=tuple(layers)))
-    for node, number, path in _scalars(graph):
-        expr, literal = expression(number), _literal(node, path, number)
-        if literal is not None and literal in found.values:
-            if found.values[literal] == number:
-                continue
-        elif evaluate(expr, found.values, extent) == number:
-            continue
-        elif literal is not None and _carried(graph, expr) and changeable(literal.site, path):
-            found.values[literal] = float(number) if isinstance(number, float) else plain(number)
-            continue
-        found.problems.append(Problem(node, number, number, expr))
-
-
-def _check_comparisons(graph: Analysis, found: Changes, extent: ExtentOf) -> None:
-    """Comparisons of sizes come out as before, or a run must show that it does not matter."""
-    for record in graph.records:
-        made = dict.fromkeys(record.comparisons)
-        for comparison in sorted(made, key=lambda comparison: comparison.op == "is"):
-            if _holds(graph, found, comparison, extent):
-                continue
-            places = [leaf.node for leaf in extents(comparison.left)]
-            leaves = attributes(comparison.left)
-            places += [found.origin[leaf] for leaf in leaves if leaf in found.origin]
-            if comparison.op == "is" and places:  # its value has left the sizes
-                value = float(evaluate(comparison.right, {}, extent))
-                rivals = tuple(found.places[leaf] for leaf in leaves if leaf in found.places)
-                problem = Problem(places[0], value, value, comparison.left, rivals=rivals)
-                found.problems.append(problem)
-            else:
-                found.unsure = True
-
-
-def _carried(graph: Analysis, expr: Expression) -> bool:
-    """Whether an expression depends on channels only: a literal would fix a batch size."""
-    return all(
-        any(layer.shape[leaf.dim] > 1 for layer in graph.values[leaf.node].layers)
-        for leaf in extents(expr)
-    )
-
-
-def _solve(found: Changes, expr: Expression, want: int, extent: ExtentOf) -> bool:
-    """Give one attribute of an expression the value that makes it right."""
-    for leaf in attributes(expr):
-        if leaf in found.values:
-            continue
-        value = solve(expr, want, leaf, found.values, extent)
-        if value is not None:
-            found.values[leaf] = value
-            if evaluate(expr, found.values, extent) == want:
-                return True
-            del found.values[leaf]
-    return False
-
-
-def _vanishes(graph: Analysis, node: fx.Node, alive: np.ndarray) -> bool:
-    """Whether a squeeze would drop a dimension that shrinks to a single channel."""
-    if packet_of(node) is not aten.squeeze:
-        return False
-    source = args_of(node)[0]
-    return any(n > 1 == m for n, m in zip(source.meta["shape"], graph.shape(source, alive)))
-
-
-def _implicit_scales(graph: Analysis, extent: ExtentOf) -> Iterator[fx.Node]:
-    """Attention that takes its scale from a width that changes."""
-    for record in graph.records:
-        for node in record.ops:
-            if packet_of(node) is aten.scaled_dot_product_attention:
-                query: Any = node.args[0]
-                dim = len(query.meta["shape"]) - 1
-                width = query.meta["shape"][dim]
-                if node.kwargs.get("scale") is None and extent(Extent(query, dim)) != width:
-                    yield node
-
-
-def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:
-    """Numbers computed from sizes that meet values, such as ``1 / sqrt(width)``: they stay."""
-    for record in graph.records:
-        for node in record.ops:
-            numbers = node.meta.get("numbers")
-            filled = op_of(node).fills
-            tags = getattr(node.target, "tags", ())
-            scaled = isinstance(node.kwargs.get("scale"), float)
-            if numbers and (filled or scaled or torch.Tag.pointwise in tags):
-                arguments = (*node.args, *node.kwargs.values())
-                scalars = {arg for arg in arguments if isinstance(arg, int | float)}
-                for number, path in zip(numbers, node.meta["paths"]):
-                    if isinstance(number, Size | Scale) and float(number) in scalars:
-                        yield node, number, path
-
-
-def _holds(graph: Analysis, found: Changes, comparison: Comparison, extent: ExtentOf) -> bool:
-    """Whether a comparison comes out as before; an equality can be solved for an attribute."""
-
-    def sides() -> tuple[float, float]:
-        left, right = comparison.left, comparison.right
-        return evaluate(left, found.values, extent), evaluate(right, found.values, extent)
-
-    compare = COMPARISONS[comparison.op]
-    left, right = sides()
-    if compare(left, right) == comparison.result:
-        return True
-    equal = (comparison.op == "eq") == comparison.result
-    if equal and not _solve(found, comparison.left, int(right), extent):
-        _solve(found, comparison.right, int(left), extent)
-    return compare(*sides()) == comparison.result
-
-
-def _demands(
-    graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]], found: Changes
-) -> Iterator[Demand]:
-    for number, record in enumerate(graph.records):
-        for position, node in enumerate(record.ops):
-            if not sized(node):
-                continue
-            op = op_of(node)
-            assert op.given is not None
-            ints, paths = ints_of(node), paths_of(node)
-            for old, new, kind, dims in op.given(graph, node, alive):
-                place = locate(node, old, kind)
-                if place is None and op.places and old != new:
-                    yield Demand(node, old[0], new[0], old[0], before=_before(graph, node, old))
-                found.unsure |= _unsure(graph, node, place, record.leaks)
-                places = dims or [None] * len(old)
-                sizes = ints[place] if place is not None else []
-                trust = (number, position) in trusted and not op.places
-                for offset, (size, was, now) in enumerate(zip(sizes, old, new)):
-                    if was == now == -1 or (size == -1 and was != -1):
-                        continue  # inferred by the op
-                    expr = expression(size)
-                    if trust and isinstance(expr, int):
-                        continue
-                    assert place is not None
-                    path = paths[place.start + offset]
-                    if isinstance(expr, int) and plain(size) in record.leaked:
-                        expr = _computed(record, node, path, plain(size))
-                        found.unsure |= not isinstance(expr, int)
-                    before = _before(graph, node, [was]) if op.places else ()
-                    yield Demand(node, was, now, expr, places[offset], path, record.leaks, before)
-
-
-def _before(graph: Analysis, node: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
-    """The ids before a place of a dimension, as slices and selections are given one."""
-    args = args_of(node)
-    source, dim = args[0], args[1] if len(args) > 1 else 0
-    if len(places) > 1 or not isinstance(dim, int):
-        return ()  # padding
-    value = graph.values[source]
-    dim, size = dim % value.ndim, value.shape[dim]
-    start, stop = (0, places[0]) if places[0] >= 0 else (max(size + places[0], 0), size)
-    return tuple(layer.narrow(dim, start, min(stop, size) - start) for layer in value.on(dim))
+def _changeable(literal: Literal) -> bool:
+    return changeable(literal.site, literal.path)
 
 
 def _computed(record: Record, node: fx.Node, path: Path, number: int) -> Expression:
     """What a plain int was probably computed from; a run shows whether that is so."""
     literal, formulas = _literal(node, path, number), record.leaked[number]
-    source = None if literal is None else given(literal.site, path)
+    source = None if literal is None else written(literal.site, path)
     if len(formulas) > 1 or source is None or is_literal(source):
         return number
     return next(iter(formulas))
 
 
-def _unsure(graph: Analysis, node: fx.Node, place: slice | None, leaks: bool) -> bool:
-    """Whether sizes given to an op that carries channels are not fully understood.
-
-    Sizes of tensors are, and attributes; plain ints are when no size was turned into one.
-    """
-    ints = ints_of(node)
-    if place is None:  # computed inside a function of torch, from its ints or from shapes
-        results = (node, *node.meta.get("items", {}).values())
-        rank = max(len(result.meta.get("shape", ())) for result in results)
-        doubtful = [n for n in ints if abs(n) > rank]
-    elif op_of(node).layer:
-        doubtful = [n for n in ints[place] if not isinstance(expression(n), Attribute)]
-    else:
-        doubtful = [n for n in ints[place] if isinstance(expression(n), int) and abs(n) > 1]
-        doubtful = doubtful if leaks else []
-    return bool(doubtful) and any(not graph.walk.is_fresh(layer) for layer in around(graph, node))
+def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:
+    """Numbers computed from sizes that meet values, such as ``1 / sqrt(width)``."""
+    for record in graph.records:
+        for node in record.ops:
+            numbers = node.meta.get("numbers")
+            tags = getattr(node.target, "tags", ())
+            scaled = isinstance(node.kwargs.get("scale"), float)
+            if numbers and (op_of(node).fills or scaled or torch.Tag.pointwise in tags):
+                arguments = (*node.args, *node.kwargs.values())
+                scalars = {arg for arg in arguments if isinstance(arg, int | float)}
+                for number, path in zip(numbers, node.meta["paths"]):
+                    if isinstance(number, Size | Scale) and float(number) in scalars:
+                        yield node, number, path

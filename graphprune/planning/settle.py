@@ -92,7 +92,7 @@ def follow(
     analysis = settled.analysis
     alive = analysis.alive(kept)
     solved = settled.changes(alive)
-    problems = solved.problems
+    problems = list(solved.problems)
     unclear = [problem for problem in problems if problem.literal]
     if unclear and len(unclear) == len(problems):
         place = _mismatch(model, call, analysis, alive)
