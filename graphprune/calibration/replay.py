@@ -23,7 +23,7 @@ from graphprune.record.evaluate import evaluated
 from graphprune.record.inputs import Call
 from graphprune.record.modes import lost
 from graphprune.record.recorder import Record
-from graphprune.record.recording import record
+from graphprune.record.recording import record_values
 from graphprune.record.skeleton import held_tensors
 
 aten = torch.ops.aten
@@ -105,9 +105,7 @@ class Replay:
         self.runs = [self._run(rec, call) for rec, call in zip(records, calls)]
 
     def _recorded(self, call: Call) -> Record:
-        rec = record(self.model, call, training=False)
-        if rec.device == "meta" and any(tensor.is_meta for tensor in rec.constants.values()):
-            rec = record(self.model, call, training=False, devices=("cpu",))  # values are needed
+        rec = record_values(self.model, call)
         self.masks |= _fold_masks(rec.graph, dict(held_tensors(self.model)))
         return rec
 

@@ -338,11 +338,11 @@ def _tables(graph: Analysis) -> Iterator[tuple[Tensor, Reason]]:
 
 def _weights(slots: Sequence[Slot]) -> list[list[tuple[int, int]]]:
     """For each parameter the first id and the size of its dimensions."""
-    found: dict[str, list[tuple[int, int]]] = {}
+    dims: dict[str, list[tuple[int, int]]] = {}
     for slot in slots:
         if slot.parameter:
-            found.setdefault(slot.tensor, []).append((slot.start, slot.size))
-    return list(found.values())
+            dims.setdefault(slot.tensor, []).append((slot.start, slot.size))
+    return list(dims.values())
 
 
 def _groups(graph: Analysis) -> Iterator[Group]:
@@ -371,7 +371,7 @@ def _groups(graph: Analysis) -> Iterator[Group]:
     signature[units.frozen] ^= np.uint64(1)
     order = np.lexsort((position, owner, label, signature[label]))
     owner, position, label = owner[order], position[order], label[order]
-    found: list[tuple[int, Group]] = []
+    placed: list[tuple[int, Group]] = []
     bounds = np.flatnonzero(np.diff(signature[label])) + 1
     starts = np.concatenate([[0], bounds, [len(label)]])
     for start, stop in itertools.pairwise(starts.tolist()):
@@ -398,9 +398,9 @@ def _groups(graph: Analysis) -> Iterator[Group]:
             reason if units.frozen[first] else None,
             changes.get(first),
         )
-        found.append((members[0].slot.start + int(members[0].index[by_place[0], 0]), group))
-    found.sort(key=lambda item: item[0])
-    for number, (_, group) in enumerate(found):
+        placed.append((members[0].slot.start + int(members[0].index[by_place[0], 0]), group))
+    placed.sort(key=lambda item: item[0])
+    for number, (_, group) in enumerate(placed):
         name = f"g{number}"
         yield Group(name, group.members, group.units, group.reason, group.renormalising)
 

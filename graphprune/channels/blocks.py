@@ -76,22 +76,22 @@ def blocks(graph: Analysis, group: Group, labels: np.ndarray) -> Blocks | None:
             shared.append(mine[0][0])
         else:
             parts.append((first[kind], mine))
-    found = []
+    joint = []
     for member in shared:
         rows = _rows(member, shared_slots[member.slot.tensor, member.slot.dim], labels)
         own = rows and _matched(rows, [table[:, column] for column, _ in parts])
         if not own:
             return None
-        found.append(Shared(member, own))
+        joint.append(Shared(member, own))
     groups = tuple(_part(group, mine) for _, mine in parts)
-    return Blocks(groups, tuple(found)) if len(groups) > 1 else None
+    return Blocks(groups, tuple(joint)) if len(groups) > 1 else None
 
 
 def _part(group: Group, columns: Sequence[tuple[Member, int]]) -> Group:
     places: dict[int, tuple[Member, list[int]]] = {}
     for member, place in columns:
         places.setdefault(id(member), (member, []))[1].append(place)
-    members = tuple(Member(m.slot, m.index[:, found], m.reads) for m, found in places.values())
+    members = tuple(Member(m.slot, m.index[:, own], m.reads) for m, own in places.values())
     return Group(group.name, members, group.units)
 
 
@@ -100,7 +100,7 @@ Grids = list[np.ndarray]  # [groups of the convolution, channels in each]: ids
 
 def _shared_slots(graph: Analysis) -> Iterator[tuple[tuple[str, int], Grids]]:
     """Dimension 1 of the weights of grouped convolutions, with the channels that meet it."""
-    found: dict[tuple[str, int], Grids] = {}
+    slots: dict[tuple[str, int], Grids] = {}
     for record in graph.records:
         for node in record.ops:
             args: Any = node.args
@@ -109,9 +109,9 @@ def _shared_slots(graph: Analysis) -> Iterator[tuple[tuple[str, int], Grids]]:
             if args[1].op == "get_attr":
                 value: fx.Node = node if args[6] else args[0]
                 layers = [i for i in graph.values[value].layers if varying(i) == {1}]
-                grids = found.setdefault((str(args[1].target), 1), [])
+                grids = slots.setdefault((str(args[1].target), 1), [])
                 grids += [layer.reshape(int(args[8]), -1).numpy() for layer in layers[:1]]
-    yield from found.items()
+    yield from slots.items()
 
 
 def _rows(member: Member, grids: Grids, labels: np.ndarray) -> list[np.ndarray]:
@@ -148,15 +148,15 @@ def choose(
     rows: dict[Slot, np.ndarray] = {}
     for group in graph.groups:
         count = len(kept.get(group.name, group.units))
-        found = blocks(graph, group, labels) if count < group.size and group.name in names else None
-        if found is None:
+        own = blocks(graph, group, labels) if count < group.size and group.name in names else None
+        if own is None:
             continue
-        stays = np.zeros((len(found.parts), group.size), bool)
-        for mine, part in zip(stays, found.parts):
+        stays = np.zeros((len(own.parts), group.size), bool)
+        for mine, part in zip(stays, own.parts):
             mine[list(best(part, count))] = True
             for member in part.members:
                 alive[member.slot.start + member.index] = mine[:, None]
-        for shared in found.shared:
+        for shared in own.shared:
             slot = shared.member.slot
             whole = alive[slot.start : slot.start + slot.size]
             table = rows.setdefault(slot, np.tile(whole, (len(shared.parts), 1)))

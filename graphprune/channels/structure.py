@@ -33,7 +33,7 @@ def least(analysis: Analysis) -> dict[str, int]:
     owner = np.zeros(len(analysis.units.frozen), np.int64)  # 0: always stays
     for number, group in enumerate(analysis.groups):
         owner[group.units] = number + 1
-    found = {}
+    fewest = {}
     for ids, _, node in analysis.walk.renormalising:
         labels, places = np.unique(analysis.units.labels[ids.numpy()], return_counts=True)
         groups = np.unique(owner[labels])
@@ -41,8 +41,8 @@ def least(analysis: Analysis) -> dict[str, int]:
             continue  # statistics over the places of an image, or over what always stays
         group = analysis.groups[groups[0] - 1]
         if places.min() == 1 < group.size:
-            found[group.name] = 2
-    return found
+            fewest[group.name] = 2
+    return fewest
 
 
 def multiple(group: Group, round_to: int) -> int:
@@ -53,18 +53,18 @@ def multiple(group: Group, round_to: int) -> int:
     which the channels lie side by side (one head, one group), unless it was no multiple before:
     then that of the layer.
     """
-    found = 1
+    step = 1
     if round_to == 1:
-        return found
+        return step
     tensors = [member.slot.tensor for member in group.members]
     for member in group.members:
         channels, positions = member.index.shape
         run = _run(member.index[0])
         if channels * run % round_to == 0:
-            found = math.lcm(found, round_to // math.gcd(round_to, run))
+            step = math.lcm(step, round_to // math.gcd(round_to, run))
         elif tensors.count(member.slot.tensor) == 1 or member.slot.dim == 0:
-            found = math.lcm(found, round_to // math.gcd(round_to, positions))
-    return found
+            step = math.lcm(step, round_to // math.gcd(round_to, positions))
+    return step
 
 
 def _run(places: np.ndarray) -> int:

@@ -115,15 +115,15 @@ class Forms:
         """The shape of a recorded value: ints, and sums where channels can leave."""
         if node not in self._sizes:
             value = self.analysis.values[node]
-            found: dict[int, list[np.ndarray]] = {}
+            grids: dict[int, list[np.ndarray]] = {}
             for layer in value.layers:
                 labels = self.analysis.units.labels[layer.numpy()]
                 for dim, extent in enumerate(layer.shape):
                     if extent > 1:
                         grid = np.moveaxis(labels, dim, 0).reshape(extent, -1)
-                        found.setdefault(dim, []).append(self._line(grid))
+                        grids.setdefault(dim, []).append(self._line(grid))
             self._sizes[node] = tuple(
-                self.size(found[dim], extent) if dim in found else extent
+                self.size(grids[dim], extent) if dim in grids else extent
                 for dim, extent in enumerate(value.shape)
             )
         return self._sizes[node]
@@ -149,11 +149,11 @@ class Forms:
     def slots(self) -> dict[str, list[Any]]:
         """The sizes of every parameter and buffer that has dimensions."""
         labels = self.analysis.units.labels
-        found: dict[str, list[Any]] = {}
+        sizes: dict[str, list[Any]] = {}
         for slot in self.analysis.slots:
             units = labels[slot.start : slot.start + slot.size]
-            found.setdefault(slot.tensor, []).append(self.size((units,), slot.size))
-        return found
+            sizes.setdefault(slot.tensor, []).append(self.size((units,), slot.size))
+        return sizes
 
     def matrix(self) -> np.ndarray:
         """All forms, and a last one that is always 1; shape [forms + 1, 1 + groups]."""

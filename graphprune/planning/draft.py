@@ -123,8 +123,8 @@ class Draft:
             first = members[0]
             if first.name in fixed:
                 removed = int(fixed[first.name] * first.size + 1e-9)
-                wanted = min(counts, key=lambda n: abs(n - (first.size - removed)))
-                counts = (wanted,)
+                nearest = min(counts, key=lambda n: abs(n - (first.size - removed)))
+                counts = (nearest,)
             level = np.mean([turns[group.name] for group in members], axis=0)
             lanes.append(Lane(tuple(numbers[g.name] for g in members), counts, level))
         full = np.array([group.size for group in groups.values()], float)
@@ -152,12 +152,12 @@ class Draft:
             pools = dict.fromkeys(self.scores)
         elif self.request.scope == "isomorphic":
             pools = {name: signature(self.analysis, groups[name]) for name in self.scores}
-        found = levels(self.scores, pools)
+        ranked = levels(self.scores, pools)
         if self.request.allocation is None:
-            return found
+            return ranked
         known = {
             name: self.request.allocation.levels(groups[name].slots, groups[name].size)
-            for name in found
+            for name in ranked
         }
         measured = [level[np.isfinite(level)] for level in known.values() if level is not None]
         last = np.concatenate([np.zeros(1), *measured]).max() + 1
@@ -171,11 +171,11 @@ class Draft:
         return levels(costs, dict.fromkeys(costs))
 
     def _by_pattern(self, values: Mapping[str, float], what: str) -> dict[str, float]:
-        found: dict[str, float] = {}
+        by_group: dict[str, float] = {}
         for pattern, value in values.items():
             for group in matching(self.analysis, pattern, what):
-                found[group.name] = value
-        return found
+                by_group[group.name] = value
+        return by_group
 
     def warn(self, plan: Plan) -> None:
         """Warn when less is removed than the ratios say, or much less than the ratio."""

@@ -148,10 +148,10 @@ def assemble(
     """
     analysis = settled.analysis
     alive = analysis.alive(chosen)
-    found = settled.changes(alive)
-    if found.problems:
-        raise InputError(f"these channels cannot leave: {found.problems[0].reason}")
-    bare = bare_plan(analysis, alive, found)
+    solved = settled.changes(alive)
+    if solved.problems:
+        raise InputError(f"these channels cannot leave: {solved.problems[0].reason}")
+    bare = bare_plan(analysis, alive, solved)
     masked = analysis.walk.masked.values()
     groups = tuple(
         GroupPlan(
@@ -197,20 +197,20 @@ def _told(latency: Mapping[str, Any] | None) -> Iterator[str]:
         )
 
 
-def check_kept(settled: Settled, wanted: Mapping[str, Iterable[int]]) -> Kept:
+def check_kept(settled: Settled, asked: Mapping[str, Iterable[int]]) -> Kept:
     """Kept channels of a user's own choice, sorted.
 
     Raises:
         InputError: an unknown or emptied group, or channels it does not have.
     """
-    if not isinstance(wanted, Mapping):
+    if not isinstance(asked, Mapping):
         raise InputError(
             'kept must map groups to the channels that stay, such as {"g0": [0, 2]}; '
-            f"got {type(wanted).__name__}"
+            f"got {type(asked).__name__}"
         )
     by_name = {group.name: group for group in settled.analysis.groups}
     chosen: Kept = {}
-    for name, channels in wanted.items():
+    for name, channels in asked.items():
         if name not in by_name:
             raise InputError(f"no removable group {name!r}; groups: {shorten(by_name, 12)}")
         chosen[name] = _numbers(name, channels)
@@ -223,13 +223,13 @@ def check_kept(settled: Settled, wanted: Mapping[str, Iterable[int]]) -> Kept:
 
 def _numbers(name: str, channels: Any) -> tuple[int, ...]:
     """Numbers of channels, sorted."""
-    found = np.asarray(channels.tolist() if hasattr(channels, "tolist") else list(channels))
-    if found.ndim != 1 or (found.size and found.dtype.kind not in "iu"):
+    given = np.asarray(channels.tolist() if hasattr(channels, "tolist") else list(channels))
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "iu"):
         raise InputError(
-            f"group {name} must keep channels by number, such as [0, 2]; got {found.dtype} of "
-            f"shape {list(found.shape)} (of a boolean mask: mask.nonzero().flatten())"
+            f"group {name} must keep channels by number, such as [0, 2]; got {given.dtype} of "
+            f"shape {list(given.shape)} (of a boolean mask: mask.nonzero().flatten())"
         )
-    return tuple(np.unique(found).tolist())
+    return tuple(np.unique(given).tolist())
 
 
 def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept, plan: Plan) -> None:

@@ -145,8 +145,8 @@ def sensitivity(
         raise InputError(f"evaluate must be a function model -> number, not {evaluate!r}")
     if not isinstance(fractions, Iterable):
         raise InputError(f"fractions must be several numbers in (0, 1), not {fractions!r}")
-    wanted = tuple(sorted(check_ratio(fraction, "each of fractions", "") for fraction in fractions))
-    if not wanted or wanted[0] == 0 or len(set(wanted)) < len(wanted):
+    asked = tuple(sorted(check_ratio(fraction, "each of fractions", "") for fraction in fractions))
+    if not asked or asked[0] == 0 or len(set(asked)) < len(asked):
         raise InputError(f"fractions must be different numbers in (0, 1), got {list(fractions)}")
     if fingerprint(model) != settled.analysis.architecture:
         raise InputError("the model is not of the architecture that was traced: trace it first")
@@ -155,11 +155,11 @@ def sensitivity(
     groups = [group for group in settled.analysis.groups if group.name in draft.scores]
     curves = []
     for group in tracked(groups, "groups", len(groups), request.progress):
-        found: dict[float, float] = {}
-        for ratio in wanted:
+        drops: dict[float, float] = {}
+        for ratio in asked:
             removed = min(int(ratio * group.size + 1e-9), group.size - 1)
             exact = removed / group.size
-            if not removed or exact in found:
+            if not removed or exact in drops:
                 continue
             counts = np.array([other.size for other in settled.analysis.groups], float)
             counts[settled.analysis.groups.index(group)] -= removed
@@ -169,15 +169,15 @@ def sensitivity(
                 continue  # the code of the model ties it to what stays
             plan = assemble(call, finding.settled, chosen, rescaling=draft.rescaling)
             small = shrink(model, plan)
-            found[exact] = base - _number(evaluate(small))
-        if found:
+            drops[exact] = base - _number(evaluate(small))
+        if drops:
             curves.append(
                 Curve(
                     _key(group, groups),
                     group.layers,
                     group.size,
-                    tuple(found),
-                    tuple(found.values()),
+                    tuple(drops),
+                    tuple(drops.values()),
                     group.slots,
                 )
             )

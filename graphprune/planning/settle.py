@@ -48,9 +48,9 @@ class Settled:
             self._solved[key] = adapt.changes(self.analysis, alive, self.trusted)
         return self._solved[key]
 
-    def without(self, found: Obstacles) -> Settled:
+    def without(self, obstacle: Obstacles) -> Settled:
         """The same where what stood in the way is tied or stays."""
-        return Settled(self.analysis.derived(found.ties, found.frozen), self.trusted)
+        return Settled(self.analysis.derived(obstacle.ties, obstacle.frozen), self.trusted)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def _change(leaf: Literal, new: float) -> LiteralChange:
     return LiteralChange(leaf.module, site, leaf.path, leaf.value, new, leaf.site.digest)
 
 
-def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Plan:
+def bare_plan(analysis: Analysis, alive: np.ndarray, solved: adapt.Changes) -> Plan:
     """The slots and sizes of a plan, without its report."""
     slots = []
     for slot in analysis.slots:
@@ -217,11 +217,11 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, found: adapt.Changes) -> Pl
             slots.append(SlotPlan(slot.tensor, slot.dim, slot.size, kept))
     sizes = [
         SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, int(new))
-        for leaf, new in found.values.items()
+        for leaf, new in solved.values.items()
         if isinstance(leaf, Attribute)
     ]
     literals = [
-        _change(leaf, new) for leaf, new in found.values.items() if isinstance(leaf, Literal)
+        _change(leaf, new) for leaf, new in solved.values.items() if isinstance(leaf, Literal)
     ]
     indices = [
         IndexChange(name, tuple(values.tolist()), tuple(np.flatnonzero(alive[ids]).tolist()))

@@ -52,6 +52,21 @@ def record(
     raise failure
 
 
+def record_values(model: nn.Module, call: Call) -> Record:
+    """Record a model in eval mode with the values of all its constants.
+
+    They are kept on ``meta`` where code makes them of numbers; where it does not say them, the
+    model is recorded again on the CPU.
+
+    Raises:
+        TraceError: the model does not run on these inputs.
+    """
+    found = record(model, call, training=False)
+    if found.device == "meta" and any(tensor.is_meta for tensor in found.constants.values()):
+        found = record(model, call, training=False, devices=("cpu",))
+    return found
+
+
 def _record(
     model: nn.Module,
     call: Call,

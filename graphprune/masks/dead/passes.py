@@ -26,7 +26,7 @@ from graphprune.ops.registry import op_of, packet_of
 from graphprune.ops.values import Value
 from graphprune.ops.views import factors_of, matrix_of, norm_of
 from graphprune.record.inputs import Call
-from graphprune.record.recording import record
+from graphprune.record.recording import record_values
 
 aten = torch.ops.aten
 
@@ -45,9 +45,7 @@ class Pass:
     """
 
     def __init__(self, model: nn.Module, call: Call, attention: str, fold: str) -> None:
-        rec = record(model, call, training=False)
-        if any(tensor.is_meta for tensor in rec.constants.values()):  # their values are needed
-            rec = record(model, call, training=False, devices=("cpu",))
+        rec = record_values(model, call)
         self.model, self.call, self.fold = model, call, fold
         self.analysis = Analysis.build(model, [rec], attention)
         tensors = real_tensors(model)
