@@ -27,7 +27,6 @@ from graphprune.planning.settle import Settled, analyse
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
 from graphprune.record.recording import record
-from graphprune.record.scope import without_modes
 from graphprune.text import render, shorten
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ R = TypeVar("R")
 
 
 def uncollected(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without cyclic garbage collection, and outside of the user's modes.
+    """Run a function without cyclic garbage collection.
 
     A recorded graph holds many small objects and frees none of them before it is done; each
     full collection in between would walk all objects of the process in vain.
@@ -50,8 +49,7 @@ def uncollected(function: Callable[P, R]) -> Callable[P, R]:
         enabled = gc.isenabled()
         try:
             gc.disable()
-            with without_modes():
-                return function(*args, **kwargs)
+            return function(*args, **kwargs)
         finally:
             if enabled:
                 gc.enable()

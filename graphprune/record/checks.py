@@ -6,8 +6,6 @@ import math
 
 import torch
 from torch import nn
-from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -30,8 +28,6 @@ def check_model(model: object, *, values: bool = True) -> None:
     """
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    if detect_fake_mode() is not None:
-        raise ModelError("a FakeTensorMode is active: leave it before graphprune is called")
     name = type(model).__name__
     if name in _WRAPPERS:
         raise ModelError(f"the model is wrapped in {name}: pass model.module, and wrap the result")
@@ -62,8 +58,6 @@ def _check_tensor(path: str, tensor: torch.Tensor) -> None:
             f"{path!r} is a {type(tensor).__name__}, which holds its values in another form (as "
             "quantized weights do): prune the plain model first, then convert it"
         )
-    if isinstance(tensor, FakeTensor):
-        raise ModelError(f"{path!r} is a fake tensor: make the model outside of the fake mode")
     if tensor.is_meta:
         raise ModelError(f"{path!r} is on the meta device: load the weights first")
     if tensor.is_quantized:

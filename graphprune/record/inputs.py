@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError, TraceError
@@ -43,10 +42,6 @@ class Call:
             call = cls(tuple(example_inputs))
         else:
             call = cls((example_inputs,))
-        if any(isinstance(tensor, FakeTensor) for tensor in call.tensors()):
-            raise InputError(
-                "example_inputs holds fake tensors: pass real ones; nothing is computed with them"
-            )
         if not call.tensors():
             raise InputError(
                 f"example_inputs holds no tensor (found {type(example_inputs).__name__}); pass a "

@@ -104,7 +104,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
             recorder.placeholder(tensor)
     grad = torch.no_grad()
     try:
-        with grad, scope.random_state(), scope.users_modes(), recorder:
+        with grad, recorder:
             out = clone(*args, **kwargs)
     except Exception as error:
         failed = TraceError(
@@ -151,13 +151,7 @@ class _Shapes(TorchDispatchMode):
 def dry(clone: nn.Module, call: Call) -> list[Any]:
     """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own."""
     args, kwargs = call.on("meta")
-    with (
-        torch.no_grad(),
-        scope.random_state(),
-        scope.users_modes(),
-        scope.recording(None),
-        _Shapes(),
-    ):
+    with torch.no_grad(), scope.recording(None), _Shapes():
         return pytree.tree_leaves(_fields(clone(*args, **kwargs)))
 
 

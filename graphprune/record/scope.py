@@ -12,17 +12,14 @@ import contextlib
 import copy
 import functools
 import math
-import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.modules.module as nn_module
 from torch import Tensor, nn
-from torch.overrides import _pop_mode, _push_mode
 
 from graphprune.record.sizes import MATH, Operation, Scale, Size, expression, must_not_change, plain
 
@@ -63,45 +60,6 @@ def recording(recorder: Any) -> Iterator[None]:
             _open -= 1
             if not _open:
                 _undo.close()
-
-
-@contextlib.contextmanager
-def random_state() -> Iterator[None]:
-    """Draw what one likes inside: the user's random numbers go on as if nothing had been drawn."""
-    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(states[0])
-        random.setstate(states[1])
-        np.random.set_state(states[2])
-
-
-@contextlib.contextmanager
-def without_modes() -> Iterator[None]:
-    """Outside of the function modes of the user, such as a default device: they are for models."""
-    aside = _local.__dict__.setdefault("aside", [])
-    modes = [_pop_mode() for _ in range(torch._C._len_torch_function_stack())]
-    aside.append(modes)
-    try:
-        yield
-    finally:
-        aside.remove(modes)
-        for mode in reversed(modes):
-            _push_mode(mode)
-
-
-@contextlib.contextmanager
-def users_modes() -> Iterator[None]:
-    """Inside of them again, to run the code of a model."""
-    modes = [mode for modes in getattr(_local, "aside", ()) for mode in reversed(modes)]
-    for mode in modes:
-        _push_mode(mode)
-    try:
-        yield
-    finally:
-        for _ in modes:
-            _pop_mode()
 
 
 def _change() -> None:

@@ -1,6 +1,8 @@
 """Models that are built from a config: the config of a small model says its sizes."""
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,7 +124,7 @@ def test_transformers_round_trip(tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        intermediate_size=48, vocab_size=64,
+        intermediate_size=48, vocab_size=64, use_cache=False,  # of old ones, an output
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(config).eval()
     small = graphprune.rebuild(model, 0.5, {"input_ids": X})
@@ -130,6 +132,36 @@ def test_transformers_round_trip(tmp_path):
     small.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(again(X).logits, small(X).logits)
+
+
+class Forgetful(Config):
+    """A config with a setting that its own file does not hold, as older libraries have them."""
+
+    def __init__(self, kernel="slow", **fields):
+        super().__init__(**fields)
+        self._kernel = kernel
+
+    def save_pretrained(self, folder):
+        fields = {key: value for key, value in vars(self).items() if key != "_kernel"}
+        (Path(folder) / "config.json").write_text(json.dumps(fields))
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        return cls(**json.loads((Path(folder) / "config.json").read_text()))
+
+
+class Kernels(Model):
+    """Remembers the setting; no size and no value follows from it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.kernel = config._kernel
+
+
+def test_what_the_file_of_the_config_forgets_anyway_is_no_obstacle():
+    model = Kernels(Forgetful("fast")).eval()
+    small = graphprune.rebuild(model, 0.5, X)
+    assert (small.config.width, small.config._kernel, small.kernel) == (8, "fast", "fast")
 
 
 # --- a config changes only when what it builds is the small model --------------------------------

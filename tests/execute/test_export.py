@@ -110,7 +110,7 @@ class Logits(nn.Module):
         self.model = model
 
     def forward(self, words: Tensor) -> Tensor:
-        return self.model(input_ids=words, use_cache=False).logits
+        return self.model(input_ids=words).logits
 
 
 def words() -> Tensor:
@@ -143,7 +143,7 @@ def language(kind: str, task: str, **options: int) -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, f"{kind}Config")(
         vocab_size=30, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=4, **options,
+        num_attention_heads=4, use_cache=False, **options,
     )  # fmt: skip
     return Logits(getattr(transformers, f"{kind}For{task}")(config))
 
