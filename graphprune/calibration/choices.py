@@ -12,18 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from graphprune.ops.registry import op_of
 from graphprune.record.modes import leak
-
-aten = torch.ops.aten
-_PICKS = {  # the first argument is read at places that the others name
-    *(aten.index, aten.index_select, aten.gather, aten.take, aten.masked_select, aten.embedding),
-}
-_ORDERS = {aten.topk, aten.sort, aten.nonzero, aten.argsort, aten.unique_consecutive}
-_WRITES = {  # places of the first argument are written to: its rows stay where they are
-    *(aten.index_put, aten.index_put_, aten._index_put_impl_, aten.index_add, aten.index_add_),
-    *(aten.index_copy, aten.index_copy_, aten.masked_scatter, aten.masked_scatter_, aten.scatter),
-    *(aten.scatter_, aten.scatter_add, aten.scatter_add_, aten.scatter_reduce),
-}
 
 
 class Choices:
@@ -74,8 +64,7 @@ class Choices:
         }
         found: set[fx.Node] = set()
         for node in next(iter(first)).graph.nodes if first else ():
-            packet = getattr(node.target, "overloadpacket", None)
-            sources = node.all_input_nodes[:1] if packet in _WRITES else node.all_input_nodes
+            sources = node.all_input_nodes[: 1 if op_of(node).rows == "written" else None]
             if node in first or not found.isdisjoint(sources):
                 found.add(node)
         return found
@@ -90,9 +79,10 @@ def _choosers(node: fx.Node, given: set[fx.Node]) -> tuple[fx.Node, ...] | None:
     """What tells an op which rows of an activation to pick; ``None`` if it picks none."""
     packet = getattr(node.target, "overloadpacket", None)
     sources = node.all_input_nodes
-    if packet in _ORDERS or (packet is not None and not str(packet).startswith("aten")):
+    rows = op_of(node).rows
+    if rows == "ordered" or (packet is not None and not str(packet).startswith("aten")):
         return (node,)
-    if packet not in _PICKS or node.args[0] not in given:  # a table is read where it is asked
+    if rows != "picked" or node.args[0] not in given:  # a table is read where it is asked
         return None
     return tuple(source for source in sources if source is not node.args[0])
 

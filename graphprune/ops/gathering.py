@@ -25,6 +25,7 @@ from graphprune.ops.walk import Walk
 aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 PICKED = "channels picked by index"
+_AT = torch.tensor([0, 3])
 
 
 def picked_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
@@ -64,7 +65,7 @@ def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
     return walk.broadcast(sides, ndim)
 
 
-@declare(aten.gather, fact=picked_fact, sample=of((2, 5), 1, places(5, 2, 3)))
+@declare(aten.gather, fact=picked_fact, rows="picked", sample=of((2, 5), 1, places(5, 2, 3)))
 def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Layers:
     """Each position of the index has its own place to read along ``dim``."""
     return _beside(walk, [x, index], dim)
@@ -75,11 +76,13 @@ def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any
     aten.scatter_,
     aten.scatter_add,
     aten.scatter_add_,
+    rows="written",
     sample=of((2, 5), 1, places(5, 2, 3), (2, 3)),
 )
 @declare(
     aten.scatter_reduce,
     aten.scatter_reduce_,
+    rows="written",
     sample=of((2, 5), 1, places(5, 2, 3), (2, 3), "sum"),
 )
 def scatter(
@@ -94,7 +97,8 @@ def scatter(
     aten.index_add_,
     aten.index_copy,
     aten.index_copy_,
-    sample=of((2, 5), 1, torch.tensor([0, 3]), (2, 2)),
+    rows="written",
+    sample=of((2, 5), 1, _AT, (2, 2)),
 )
 def index_add(
     walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Value, **_: Any
@@ -117,14 +121,14 @@ def slice_scatter(
     return _beside(walk, [x, source], dim)
 
 
-@declare(aten.index_fill, aten.index_fill_, sample=of((2, 5), 1, torch.tensor([0, 3]), 0.5))
+@declare(aten.index_fill, aten.index_fill_, sample=of((2, 5), 1, _AT, 0.5))
 def index_fill(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, value: Any) -> Layers:
     """Slices at places of ``dim`` are filled with one number."""
     walk.freeze_value(index, walk.reason("positions to write"))
     return _beside(walk, [x], dim)
 
 
-@declare(aten.index_select, fact=picked_fact, sample=of((2, 5), 1, torch.tensor([0, 3])))
+@declare(aten.index_select, fact=picked_fact, rows="picked", sample=of((2, 5), 1, _AT))
 def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
     """Positions picked by an index, which must then stay unless they are known."""
     source: Any = node.args[2]
@@ -186,8 +190,8 @@ def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, 
     return walk.settle(x, picked, PICKED), items
 
 
-@declare(aten.index, fact=picked_fact, sample=of((2, 5), [None, torch.tensor([0, 3])]))
-@declare(aten._unsafe_index, sample=of((2, 5), [None, torch.tensor([0, 3])]))
+@declare(aten.index, fact=picked_fact, rows="picked", sample=of((2, 5), [None, _AT]))
+@declare(aten._unsafe_index, sample=of((2, 5), [None, _AT]))
 def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
     sources: Any = node.args[1]
@@ -203,8 +207,10 @@ def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
 @declare(
     aten.index_put,
     aten.index_put_,
+    aten._index_put_impl_,
     aten._unsafe_index_put,
-    sample=of((2, 5), [None, torch.tensor([0, 3])], (2, 2)),
+    rows="written",
+    sample=of((2, 5), [None, _AT], (2, 2)),
 )
 def index_put(
     walk: Walk, node: fx.Node, x: Value, indices: Any, values: Value, *args: Any
@@ -223,7 +229,12 @@ def index_put(
     return layers
 
 
-@declare(aten.masked_scatter, aten.masked_scatter_, refused=of((2, 5), bits(2, 5), (2, 5)))
+@declare(
+    aten.masked_scatter,
+    aten.masked_scatter_,
+    rows="written",
+    refused=of((2, 5), bits(2, 5), (2, 5)),
+)
 def masked_scatter(walk: Walk, node: fx.Node, x: Value, mask: Value, source: Value) -> Layers:
     """Rows of the source, one after the other, replace those rows that the mask names whole."""
     last = {x.ndim - 1}
@@ -250,7 +261,12 @@ def _same_along_rows(mask: Any) -> bool:
     return bool(mask.args[0].meta["shape"][-1:] == (1,))
 
 
-@declare(aten.embedding, fact=embedding_fact, sample=of((5, 3), torch.tensor([[0, 4], [2, 2]])))
+@declare(
+    aten.embedding,
+    fact=embedding_fact,
+    rows="picked",
+    sample=of((5, 3), torch.tensor([[0, 4], [2, 2]])),
+)
 def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
     """Rows of a table: which rows are read is known only at run time."""
     layers = walk.settle(weight, {0}, Natural.TABLE)
@@ -267,3 +283,12 @@ def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: A
 def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
     """Sums or means of rows of a table."""
     return [walk.settle(weight, {0}, Natural.TABLE)]
+
+
+@declare(aten.take, rows="picked", refused=of((2, 5), places(5, 3)))
+@declare(aten.masked_select, rows="picked", refused=of((2, 5), bits(2, 5)))
+@declare(aten.nonzero, aten.unique_consecutive, rows="ordered", refused=of((2, 5)))
+@declare(aten.argsort, rows="ordered", refused=of((5,), 0))
+def chosen(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+    """As many as there are, which only values tell: all that is read stays."""
+    return walk.refuse([arg for arg in args if isinstance(arg, Value)])

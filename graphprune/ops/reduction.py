@@ -401,8 +401,8 @@ def ranked(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> An
 
 
 @declare(aten.cumsum, aten.cumprod, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
-@declare(aten.sort, sample=of((2, 5), 1), refused=of((5,), 0))
-@declare(aten.topk, sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
+@declare(aten.sort, rows="ordered", sample=of((2, 5), 1), refused=of((5,), 0))
+@declare(aten.topk, rows="ordered", sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
 def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
     """Ops along one dimension whose result depends on all of its positions."""
     op: Any = node.target

@@ -56,6 +56,8 @@ class Op:
         places: the numbers it is given are places of channels: a wrong one has the right shape.
         layer: it belongs to a layer of torch, whose attributes it is given.
         fills: a number it is given becomes the value of a tensor.
+        rows: how it chooses rows: ``"picked"`` at places that other arguments name, ``"ordered"``
+            by values, ``"written"`` over in their place.
         functions: functions of torch that are recorded as this op, whatever they are made of.
         scaled: it takes a scale from a width when it is given none.
         saves: its results but the first are saved for the backward, and hardly ever read.
@@ -81,6 +83,7 @@ class Op:
     layer: bool = False
     fills: bool = False
     activation: bool = False
+    rows: str = ""
     functions: tuple[Any, ...] = ()
     scaled: bool = False
     saves: bool = False

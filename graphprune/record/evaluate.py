@@ -12,6 +12,9 @@ from torch import fx
 from graphprune.ops.registry import op_of
 from graphprune.record.modes import leak
 
+aten = torch.ops.aten
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+
 
 def evaluated(
     node: fx.Node,
@@ -44,6 +47,6 @@ def run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     target: Any = node.target
     if target is leak:
         return None
-    if target is torch.ops.aten.view.default:
-        return torch.ops.aten.reshape.default(*args)
+    if target in _VIEWS:
+        return aten.reshape.default(*args)
     return (op_of(target).kernel or target)(*args, **kwargs)

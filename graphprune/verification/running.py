@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.ops.views import run_on_meta
+from graphprune.record.evaluate import run as run_op
 from graphprune.verification.follow import Follower, Undecided
 
 aten = torch.ops.aten
@@ -276,7 +277,6 @@ class Functions(TorchFunctionMode):
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs = {**kwargs, "device": device}
-        op: Any = node.target
         if reads and not self.follower.plain:
             rule = op_of(node).masked
             keep = self.follower.mask(node.all_input_nodes[0])
@@ -284,9 +284,7 @@ class Functions(TorchFunctionMode):
                 out = rule(keep.to(args[0].device), *args, **kwargs)
                 if out is not NotImplemented:
                     return out
-        if op in _SHAPED:  # strides may differ from those on meta
-            return aten.reshape.default(*args)
-        return (op_of(node).kernel or op)(*args, **kwargs)
+        return run_op(node, args, kwargs)
 
     def _match(self, told: Any, real: Any) -> None:
         """What a function returned is what it was said to return."""
@@ -300,9 +298,6 @@ class Functions(TorchFunctionMode):
             node = self.follower.find(told_leaf)
             if node is not None:
                 self.follower.put(leaf, node)
-
-
-_SHAPED = {aten.view.default, aten._unsafe_view.default}
 
 
 def _changes(node: fx.Node) -> bool:
