@@ -6,7 +6,7 @@ import contextlib
 import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
 
@@ -26,6 +26,7 @@ from graphprune.planning.sensitivity import Sensitivity, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
+from graphprune.record.outputs import Outputs
 from graphprune.record.recording import record
 from graphprune.text import render, shorten
 
@@ -59,7 +60,11 @@ def uncollected(function: Callable[P, R]) -> Callable[P, R]:
 
 @uncollected
 def trace(
-    model: nn.Module, example_inputs: Any = None, *, attention: str = "heads"
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    attention: str = "heads",
+    outputs: Any = None,
 ) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
@@ -71,13 +76,18 @@ def trace(
         attention: ``"heads"`` removes whole attention heads; ``"head_dim"`` keeps all heads and
             makes them narrower: queries and keys together, values and the output projection
             together, rotary pairs together. The scale of the scores stays the original's.
+        outputs: which outputs count; all by default. A key, an attribute or a place of the output
+            (``"logits"``, ``0``), several of them, tuples that lead into nested ones; or a function
+            of the output, such as a loss: what its result is made of counts. Other outputs may
+            lose channels, and ``verify`` does not compare them.
 
     Returns:
         The channel graph; ``print`` it to see the groups.
 
     Raises:
         ModelError: the model is quantized, scripted, compiled, wrapped, lazy or not finite.
-        InputError: no example inputs could be inferred, or ``attention`` is neither of the two.
+        InputError: no example inputs could be inferred, ``attention`` is neither of the two, or
+            ``outputs`` names what the output lacks.
         TraceError: the model does not run on the example inputs.
 
     Example:
@@ -90,10 +100,14 @@ def trace(
     check_model(model)
     if attention not in ATTENTION:
         raise InputError(f"attention must be one of {', '.join(ATTENTION)}, not {attention!r}")
+    counted = Outputs.of(outputs)
     if example_inputs is None:
         call, first = infer(model, lambda c: record(model, c, False, devices=("meta",)))
     else:
         call, first = called(example_inputs, lambda c: record(model, c, training=False))
+    if counted is not None:
+        call = replace(call, outputs=counted)
+        first = record(model, call, training=False)
     return ChannelGraph(model, call, analyse(model, call, first, attention), attention)
 
 
@@ -280,6 +294,7 @@ def rebuild(
     *,
     inplace: bool = False,
     attention: str = "heads",
+    outputs: Any = None,
     **options: Unpack[Options],
 ) -> nn.Module:
     """Make a genuinely smaller model whose output equals the masked original.
@@ -292,6 +307,7 @@ def rebuild(
             arguments; inferred from the first layer when absent. Not needed with a plan.
         inplace: change ``model`` itself; its parameters stay the same objects.
         attention: ``"heads"`` removes whole attention heads, ``"head_dim"`` makes all narrower.
+        outputs: which outputs count: see :func:`trace`; all by default.
         options: criterion, scope, targets and constraints: see :class:`graphprune.Options`.
 
     Returns:
@@ -325,7 +341,7 @@ def rebuild(
         call = None if example_inputs is None else Call.of(example_inputs)
         return _shrunk(model, ratio_or_plan, call, inplace)
     Request.of(ratio_or_plan, options)  # a wrong option is told before anything long is done
-    graph = trace(model, example_inputs, attention=attention)
+    graph = trace(model, example_inputs, attention=attention, outputs=outputs)
     return _shrunk(model, graph.plan(ratio_or_plan, **options), graph.call, inplace)
 
 

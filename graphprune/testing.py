@@ -26,6 +26,7 @@ from graphprune.errors import CheckFailed, InputError, PruningWarning
 from graphprune.execute.checkpoint import load, save
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
+from graphprune.record.outputs import fields
 from graphprune.record.skeleton import named_modules, named_tensors
 from graphprune.text import render, shorten
 from graphprune.verification.report import verify
@@ -231,7 +232,6 @@ class _Attempts:
         self, graph: ChannelGraph, report: CheckReport, dtype: torch.dtype, most: int
     ) -> None:
         self.graph, self.report, self.dtype, self.left = graph, report, dtype, most
-        self.wanted = _shapes(graph.model, graph.call)
         self.failed: dict[str, CheckFailed] = {}
         self.before = _state(graph.model)
 
@@ -261,8 +261,9 @@ class _Attempts:
             yield "rebuild"
             small = rebuild(model, plan)
             yield "run"
-            found = _shapes(small, call)
-            assert found == self.wanted, f"outputs are {found}, those of the original {self.wanted}"
+            found = _shapes(small, call, plan)
+            wanted = _shapes(model, call, plan)
+            assert found == wanted, f"outputs are {found}, those of the original {wanted}"
             yield "verify"
             self._verify(small, call)
             yield "plan as JSON"
@@ -293,8 +294,8 @@ def _kind(plan: Plan) -> str:
     return "with columns of their own" if plan.free_columns else "of one round"
 
 
-def _shapes(model: nn.Module, call: Call) -> list[tuple[int, ...]]:
-    """The shapes of the outputs in eval mode, on the device of the model."""
+def _shapes(model: nn.Module, call: Call, plan: Plan) -> list[tuple[int, ...]]:
+    """The shapes of the outputs that count, in eval mode, on the device of the model."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     args, kwargs = call.on(device)
     modes = [(module, module.training) for _, module in named_modules(model)]
@@ -304,8 +305,8 @@ def _shapes(model: nn.Module, call: Call) -> list[tuple[int, ...]]:
         finally:
             for module, training in modes:
                 module.training = training
-    leaves = pytree.tree_leaves(out if isinstance(out, Tensor | tuple | list | dict) else vars(out))
-    return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+    leaves = [leaf for leaf in pytree.tree_leaves(fields(out)) if isinstance(leaf, Tensor)]
+    return [tuple(leaves[place].shape) for place in plan.counted(len(leaves))]
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], list[bool]]:

@@ -90,6 +90,16 @@ class Plan:
             request = request.get("after")
         return False
 
+    def counted(self, places: int, training: bool = False) -> list[int]:
+        """Which of ``places`` tensors of an output must equal those of the masked model."""
+        left, request = set(range(places)), self.request
+        while request:
+            modes = request.get("outputs", {})
+            told = modes.get("train", modes.get("eval")) if training else modes.get("eval")
+            left &= set(range(places) if told is None else told)
+            request = request.get("after") or {}
+        return sorted(left)
+
     @property
     def removed(self) -> int:
         """How many channels leave."""

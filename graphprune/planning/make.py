@@ -172,7 +172,7 @@ def assemble(
         before=cost(analysis),
         after=cost(analysis, alive),
         inputs=str(call),
-        request={"attention": analysis.walk.attention, **(request or {})},
+        request={"attention": analysis.walk.attention, **_counted(analysis), **(request or {})},
         notes=(*bare.notes, *_told((request or {}).get("latency")), *unread(analysis)),
     )
 
@@ -182,6 +182,16 @@ def _broken(analysis: Analysis, alive: np.ndarray) -> bool:
     divisors = [breaks(node) for record in analysis.records for node in record.ops]
     layers = [layer for n in divisors if n is not None for layer in analysis.values[n].layers]
     return any(not alive[layer.numpy()].all() for layer in layers)
+
+
+def _counted(analysis: Analysis) -> dict[str, Any]:
+    """Which outputs count, as places among the tensors of the output, by mode."""
+    modes = {
+        "train" if record.training else "eval": sorted(record.counted)
+        for record in analysis.records
+        if record.counted is not None
+    }
+    return {"outputs": modes} if modes else {}
 
 
 def _told(latency: Mapping[str, Any] | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError, TraceError
 from graphprune.record.batches import describe
+from graphprune.record.outputs import Outputs
 
 _SIDES = (224, 32, 28, 64, 96, 128, 256, 299, 16, 8, 512)
 _VOLUMES = ((16, 112, 112), (16, 224, 224), (8, 32, 32), (16, 16, 16), (4, 8, 8))
@@ -24,10 +25,11 @@ _CONVOLUTIONS = {
 
 @dataclass(frozen=True)
 class Call:
-    """The positional and keyword arguments of one forward pass."""
+    """The arguments of one forward pass, and which of its outputs count."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any] = field(default_factory=dict)
+    outputs: Outputs | None = None  # which outputs count; all
 
     @classmethod
     def of(cls, example_inputs: Any) -> Call:
@@ -58,7 +60,7 @@ class Call:
     def map(self, change: Callable[[Tensor], Tensor]) -> Call:
         """The call with every tensor changed."""
         args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, self.kwargs))
-        return Call(args, kwargs)
+        return replace(self, args=args, kwargs=kwargs)
 
     def on(self, device: str | torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Fresh copies of the arguments on a device."""

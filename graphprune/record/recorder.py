@@ -66,6 +66,7 @@ class Record:
     graph: fx.Graph = field(default_factory=fx.Graph)
     constants: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[fx.Node] = field(default_factory=list)
+    counted: frozenset[int] | None = None  # places of those that count; all
     output_spec: Any = None
     output_leaves: list[Any] = field(default_factory=list)  # the class Tensor where one goes
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.errors import TraceError
+from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
 from graphprune.record.inputs import Call
+from graphprune.record.outputs import Outputs, fields
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
 
@@ -117,24 +118,36 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
         raise failed from error
     recorder.forget_looks()
     result = recorder.record
-    leaves, result.output_spec = pytree.tree_flatten(_fields(out))
+    leaves, result.output_spec = pytree.tree_flatten(fields(out))
     for leaf in leaves:
         result.output_leaves.append(Tensor if isinstance(leaf, Tensor) else leaf)
         if isinstance(leaf, Tensor):
             result.outputs.append(recorder.node_of(leaf))
-    inside = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
+    counted = result.outputs
+    if call.outputs is not None:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        result.counted = _counted(call.outputs, out, tensors, clone.training)
+        if result.counted is not None:
+            counted = [result.outputs[place] for place in sorted(result.counted)]
+    hidden = leaves if result.counted is None else ()  # of these, too, all count
+    inside = [recorder.node_of(t) for leaf in hidden for t in _tensors_in(leaf, set())]
     # what the model itself reads again, such as a cache of keys and values, is state: the small
     # model makes its own
-    result.graph.output((*result.outputs, *(node for node in inside if not node.users)))
+    result.graph.output((*counted, *(node for node in inside if not node.users)))
     result.graph.lint()
     return result
 
 
-def _fields(out: Any) -> Any:
-    """Outputs that pytree does not know (dataclasses, plain objects) as dictionaries."""
-    if isinstance(out, Tensor | tuple | list | dict):
-        return out
-    return vars(out) if hasattr(out, "__dict__") else out
+def _counted(
+    outputs: Outputs, out: Any, tensors: list[Tensor], training: bool
+) -> frozenset[int] | None:
+    """The outputs that count; all of them in a train mode that returns something else."""
+    try:
+        return outputs.counted(out, tensors)
+    except InputError:
+        if training:
+            return None
+        raise
 
 
 class _Shapes(TorchDispatchMode):
@@ -152,7 +165,7 @@ def dry(clone: nn.Module, call: Call) -> list[Any]:
     """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own."""
     args, kwargs = call.on("meta")
     with torch.no_grad(), scope.recording(None), _Shapes():
-        return pytree.tree_leaves(_fields(clone(*args, **kwargs)))
+        return pytree.tree_leaves(fields(clone(*args, **kwargs)))
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.execute.shrink import cut, kept_indices, shrink
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
+from graphprune.record.outputs import fields
 from graphprune.record.skeleton import held_tensors
 from graphprune.verification.follow import Undecided
 from graphprune.verification.masked import MaskedForward, mask, run_masked
@@ -46,14 +47,9 @@ class DoesNotRun(GraphPruneError):
 class Result:
     """What one run of a model left."""
 
-    out: Any
+    outputs: list[Tensor]  # those that count
     grads: dict[str, Tensor | None] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        """The tensors of the output."""
-        return tensors_of(self.out)
 
 
 @dataclass(frozen=True)
@@ -147,9 +143,9 @@ class Models:
                 entered.enter_context(torch.set_grad_enabled(trial.backward))
                 for mode in (Precision(self.dtype), *modes):
                     entered.enter_context(mode)
-                out = model(*args, **kwargs)
+                outputs = self._counted(model(*args, **kwargs), trial.training)
             if trial.backward:
-                self._backward(out)
+                self._backward(outputs)
                 grads = {name: p.grad for name, p in model.named_parameters()}
             buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         finally:
@@ -160,14 +156,19 @@ class Models:
                 for buffer, value in values:
                     if not torch.equal(buffer, value):  # others may be held for a backward
                         buffer.copy_(value)
-        return Result(out, grads, buffers)
+        return Result(outputs, grads, buffers)
 
-    def _backward(self, out: Any) -> None:
-        """Gradients of a random weighting of all outputs."""
+    def _counted(self, out: Any, training: bool) -> list[Tensor]:
+        """The tensors of an output that must be equal."""
+        found = tensors_of(out)
+        return [found[place] for place in self.plan.counted(len(found), training)]
+
+    def _backward(self, outputs: list[Tensor]) -> None:
+        """Gradients of a random weighting of the outputs."""
         generator = torch.Generator().manual_seed(self.seed)
         loss = sum(
             (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
-            for t in tensors_of(out)
+            for t in outputs
             if t.is_floating_point() and t.requires_grad
         )
         if isinstance(loss, Tensor):
@@ -263,9 +264,7 @@ def _peak(tensors: Any) -> float:
 
 def tensors_of(out: Any) -> list[Tensor]:
     """The tensors of an output, whatever holds them."""
-    if not isinstance(out, Tensor | tuple | list | dict) and hasattr(out, "__dict__"):
-        out = vars(out)
-    return [leaf for leaf in pytree.tree_leaves(out) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(fields(out)) if isinstance(leaf, Tensor)]
 
 
 def _unround(copied: nn.Module, small: nn.Module, original: nn.Module, plan: Plan) -> None:

@@ -1,0 +1,144 @@
+"""Which outputs of a model count: the others may lose channels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphprune.errors import InputError
+
+Name = str | int | tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What the user says of the outputs: names, or a function that reads them.
+
+    Attributes:
+        names: keys, attributes or places of the output; a tuple leads into nested ones.
+        reads: a function of the output; what its result is made of counts.
+    """
+
+    names: tuple[Name, ...] = ()
+    reads: Callable[[Any], Any] | None = None
+
+    @classmethod
+    def of(cls, spec: Any) -> Outputs | None:
+        """What ``outputs=`` of ``trace`` may be.
+
+        Raises:
+            InputError: it is neither a name, nor names, nor a function.
+        """
+        if spec is None or isinstance(spec, cls):
+            return spec
+        if callable(spec):
+            return cls(reads=spec)
+        if isinstance(spec, str) or _is_place(spec):
+            return cls((spec,))
+        names = tuple(spec) if isinstance(spec, list | tuple | set | frozenset) else ()
+        if not names or not all(map(_is_name, names)):
+            raise InputError(
+                "outputs must be names or places of the model's outputs, such as 'logits', 0 or "
+                f"['boxes', ('aux', 1)], or a function of the output; got {spec!r}"
+            )
+        return cls(names)
+
+    def counted(self, out: Any, leaves: list[Tensor]) -> frozenset[int]:
+        """The places of the tensors that count among all tensors of an output.
+
+        Raises:
+            InputError: there is no output of a name, or the function reads none.
+        """
+        chosen = [self._named(out, name) for name in self.names]
+        ids = {id(t) for t in pytree.tree_leaves([fields(part) for part in chosen])}
+        found = {place for place, leaf in enumerate(leaves) if id(leaf) in ids}
+        if self.reads is not None:
+            found |= _read(self.reads, out, leaves)
+        if not found:
+            raise InputError("outputs names nothing of the output that is a tensor")
+        return frozenset(found)
+
+    def _named(self, out: Any, name: Name) -> Any:
+        for key in name if isinstance(name, tuple) else (name,):
+            try:
+                known = isinstance(out, Mapping) or isinstance(key, int)
+                out = out[key] if known else getattr(out, str(key))
+            except (KeyError, IndexError, TypeError, AttributeError):
+                raise InputError(
+                    f"outputs names {name!r}, which the output lacks; it has {_names(out)}"
+                ) from None
+        return out
+
+
+def fields(out: Any) -> Any:
+    """Outputs that pytree does not know (dataclasses, plain objects) as dictionaries."""
+    if isinstance(out, Tensor | tuple | list | dict):
+        return out
+    return vars(out) if hasattr(out, "__dict__") else out
+
+
+def _is_place(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_name(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return bool(value) and all(map(_is_name, value))
+    return isinstance(value, str) or _is_place(value)
+
+
+def _names(out: Any) -> str:
+    if isinstance(out, Tensor):
+        return "no parts: it is a tensor"
+    if isinstance(out, list | tuple) and not hasattr(out, "_fields"):
+        return f"the places 0 to {len(out) - 1}"
+    found: Iterable[Any] = getattr(out, "_fields", None) or fields(out)
+    return ", ".join(map(repr, found)) if isinstance(found, Mapping | tuple) else type(out).__name__
+
+
+def _read(function: Callable[[Any], Any], out: Any, leaves: list[Tensor]) -> set[int]:
+    """Which tensors of an output the result of a function is made of, as autograd sees it.
+
+    It is run on made-up values on the CPU: a loss may hold targets there.
+    """
+    generator = torch.Generator().manual_seed(0)
+    copies: dict[int, Tensor] = {}
+    for leaf in leaves:
+        made = torch.rand(leaf.shape, generator=generator).to(leaf.dtype)
+        smooth = leaf.is_floating_point() or leaf.is_complex()
+        copies.setdefault(id(leaf), made.requires_grad_(smooth))
+
+    def swap(leaf: Tensor) -> Tensor:
+        return copies.get(id(leaf), leaf)
+
+    if fields(out) is out:
+        given = pytree.tree_map_only(Tensor, swap, out)
+    else:
+        given = copy.copy(out)
+        state: dict[str, Any] = given.__dict__
+        state.update(pytree.tree_map_only(Tensor, swap, vars(out)))
+    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            result = function(given)
+        except Exception as error:
+            raise InputError(
+                "the function given as outputs fails on the output: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+    results = [t for t in pytree.tree_leaves(fields(result)) if isinstance(t, Tensor)]
+    places = {id(copies[id(leaf)]): place for place, leaf in enumerate(leaves)}
+    found = {places[id(tensor)] for tensor in results if id(tensor) in places}
+    computed = [t for t in results if t.requires_grad and id(t) not in places]
+    smooth_ones = [tensor for tensor in copies.values() if tensor.requires_grad]
+    if computed and smooth_ones:
+        grads = torch.autograd.grad([t.sum() for t in computed], smooth_ones, allow_unused=True)
+        found |= {places[id(t)] for t, grad in zip(smooth_ones, grads) if grad is not None}
+    if not found:
+        raise InputError("the function given as outputs returns nothing made of the outputs")
+    return found
