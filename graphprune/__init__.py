@@ -4,6 +4,7 @@ from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.calibration import calibrate
 from graphprune.execute.checkpoint import load, save
 from graphprune.measurement import Measurement, measure
+from graphprune.moved import find_moved
 from graphprune.plan.plan import Plan
 from graphprune.planning.options import Options
 from graphprune.verification.masked import mask
@@ -24,6 +25,9 @@ __all__ = [  # and __version__, which a star does not import
     "trace",
     "verify",
 ]
+
+find_moved()
+del find_moved
 
 
 def __dir__() -> list[str]:

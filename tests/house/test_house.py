@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 import graphprune
 from graphprune import errors
 from graphprune.criteria import criteria, register_criterion
+from graphprune.moved import MOVED
 from graphprune.ops import declare, free
 from graphprune.ops.registry import REGISTRY
 
@@ -24,7 +26,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A package or file at the top imports from the floors below its own, never from its own floor or
 # above it. Files of one package share a room, in which they may see each other.
 FLOORS = (
-    {"arguments", "errors", "version"},
+    {"arguments", "errors", "moved", "version"},
     {"ops", "text"},
     {"record"},
     {"plan", "measurement"},
@@ -223,3 +225,16 @@ def test_importing_the_package_loads_nothing_heavy():
     heavy = {"matplotlib", "networkx", "rich", "scipy", "torchvision", "typer", "sklearn"}
     assert "graphprune" in done.stdout
     assert not heavy & set(done.stdout.split())
+
+
+@pytest.mark.parametrize("old", MOVED)
+def test_modules_that_moved_are_found_by_their_old_names(old):
+    new = f"graphprune.{MOVED[old]}"
+    for name in [name for name in sys.modules if name.startswith(f"graphprune.{old}")]:
+        del sys.modules[name]
+    with pytest.warns(DeprecationWarning, match=f"graphprune.{old} is {new} since"):
+        found = importlib.import_module(f"graphprune.{old}")
+    assert found is importlib.import_module(new)
+    assert found.__spec__.name == found.__name__ == new
+    assert old not in graphprune.__all__
+    assert importlib.util.find_spec(f"graphprune.{old}x") is None
