@@ -155,11 +155,12 @@ class Repair:
         """Run the first batches to the end of a layer, and refit it."""
         if time.monotonic() > self.deadline:
             return Refit(layer.name, note="the time was spent")
+        inside = (layer.node, *layer.chain)
         self.active = [
             which
             for which in range(count)
-            if self.small.advance(which, layer.end)
-            and self.original.advance(which, layer.end)
+            if self.small.advance(which, layer.end, inside)
+            and self.original.advance(which, layer.end, inside)
             and self._corresponds(which, layer)
         ]
         if not self.active:

@@ -28,6 +28,7 @@ from graphprune.record.skeleton import held_tensors
 
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]
+_NEEDED = ("shape", "dtype", "module")
 
 
 class Stale(Exception):
@@ -107,7 +108,9 @@ class Replay:
     def _recorded(self, call: Call) -> Record:
         rec = record_values(self.model, call)
         self.masks |= _fold_masks(rec.graph, dict(held_tensors(self.model)))
-        return rec
+        for node in rec.graph.nodes:  # what else there is holds all that was computed
+            node.meta = {key: node.meta[key] for key in _NEEDED if key in node.meta}
+        return Record(False, rec.device, rec.graph, rec.constants)
 
     def _run(self, rec: Record, call: Call) -> Run:
         nodes = list(rec.graph.nodes)
@@ -123,7 +126,13 @@ class Replay:
             self._schedule(run)
 
     def _schedule(self, run: Run) -> None:
-        """When each value of a run is forgotten."""
+        """When each value of a run is forgotten, and what is watched in it."""
+        numbers = {node: number for number, node in enumerate(run.nodes)}
+        for op, value in self.watched.items():  # its input, whatever made it here
+            if op in run.place:
+                where = self.reference[op].all_input_nodes.index(self.reference[value])
+                inputs = run.nodes[run.place[op]].all_input_nodes
+                run.place[value] = numbers[inputs[where]]
         held = {
             run.place[number]: run.place[until]
             for number, until in self.held.items()
@@ -142,15 +151,20 @@ class Replay:
         if self.masks:
             recompute_masked(self.model)
 
-    def advance(self, which: int, number: int) -> bool:
+    def advance(self, which: int, number: int, needed: Sequence[int] = ()) -> bool:
         """Run a batch up to an op.
 
+        Args:
+            which: number of the batch.
+            number: of the op.
+            needed: numbers of others that it must have as well.
+
         Returns:
-            Whether it has this op, and its value is there.
+            Whether it has these ops, and the value of the first is there.
         """
         run = self.runs[which]
         for _ in range(2):
-            if number not in run.place:
+            if not run.place.keys() >= {number, *needed}:
                 return False
             try:
                 self._go(run, run.place[number])

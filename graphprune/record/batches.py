@@ -56,10 +56,10 @@ class Batch:
             return cls(tuple(inputs), {}, targets)
         raise InputError(f"a batch must be {_KINDS}; found {describe(batch)}")
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with all its tensors on a device."""
+    def to(self, device: torch.device, copy: bool = False) -> Batch:
+        """The same batch with all its tensors on a device, copied where a model may write."""
         moved = pytree.tree_map_only(
-            Tensor, lambda t: t.to(device), (self.args, self.kwargs, self.targets)
+            Tensor, lambda t: t.to(device, copy=copy), (self.args, self.kwargs, self.targets)
         )
         return Batch(*moved)
 
@@ -131,7 +131,7 @@ def run(model: nn.Module, batch: Batch, shown: Any = None) -> Any:
     Raises:
         InputError: the model does not run on it.
     """
-    parts = batch.to(device_of(model))
+    parts = batch.to(device_of(model), copy=True)
     try:
         return model(*parts.args, **parts.kwargs)
     except torch.OutOfMemoryError:

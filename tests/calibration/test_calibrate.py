@@ -146,15 +146,26 @@ def test_a_transformer_layer():
     assert error(small, layer, x) < 0.9 * before
 
 
-def test_wide_layers_are_refitted_block_by_block(monkeypatch):
-    x = torch.randn(400, 6, dtype=D)
-    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
-    net, small = small_of(net, x, criterion="random")
-    whole, start = copy.deepcopy(small), error(small, net, x)
-    calibrate(whole, net, [x])
+@pytest.mark.parametrize("ridge", [1e-3, None])
+@pytest.mark.parametrize(
+    "last", [nn.Linear(16, 3), nn.Conv1d(16, 3, 3), nn.Conv1d(16, 3, 1, bias=False)]
+)
+def test_wide_layers_are_refitted_from_products_of_rows(monkeypatch, last, ridge):
+    """The same regression, solved the other way round."""
+    spatial = isinstance(last, nn.Conv1d)
+    x = torch.randn(40, 6, 9, dtype=D) if spatial else torch.randn(200, 6, dtype=D)
+    first = nn.Conv1d(6, 16, 3) if spatial else nn.Linear(6, 16)
+    net, small = small_of(nn.Sequential(first, nn.Tanh(), last), x, criterion="random")
+    other, start = copy.deepcopy(small), error(small, net, x)
+    plain = calibrate(other, net, list(x.split(20)), ridge=ridge)
     monkeypatch.setattr(repair, "WIDEST", 3)
-    calibrate(small, net, [x])
-    assert error(whole, net, x) <= error(small, net, x) < 0.9 * start
+    monkeypatch.setattr(repair, "BLOCK", 4)
+    wide = calibrate(small, net, list(x.split(20)), ridge=ridge)
+    assert error(small, net, x) < 0.9 * start
+    torch.testing.assert_close(small[2].weight, other[2].weight)
+    for one, two in zip(plain.refits[1:], wide.refits[1:]):
+        assert one.ridge == two.ridge
+        assert (one.after, one.held) == pytest.approx((two.after, two.held))
 
 
 # --- the other methods --------------------------------------------------------------------------
