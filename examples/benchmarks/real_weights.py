@@ -103,7 +103,8 @@ def image_rows(place: Path, few: int, many: int) -> Iterator[Row]:
     model = efficientnet(place)
     order = np.random.default_rng(0).permutation(600)
     x, y = photographs(order[:many])
-    data = list(photographs(order[300 : 300 + few])[0].split(16))
+    seen = photographs(order[300 : 300 + few])[0]
+    data = list(seen.split(16))
 
     @torch.inference_mode()
     def right(network: nn.Module) -> Tensor:
@@ -115,7 +116,7 @@ def image_rows(place: Path, few: int, many: int) -> Iterator[Row]:
         scope="global",
         normalise="macs",
         target={"macs": BUDGET},
-        data=data,
+        data=list(seen.split(32)),
     )
     methods = {"before": None, "BatchNorm": "batchnorm", "calibrated": "repair"}
     yield from rows("EfficientNet-Lite0", "reconstruction", model, plan, data, methods, right)
