@@ -17,6 +17,7 @@ from graphprune.calibration.repair import Refit, Repair, Settings
 from graphprune.calibration.replay import Replay, check_batches
 from graphprune.calibration.statistics import reestimate
 from graphprune.errors import InputError
+from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import kept_indices
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.batches import (
@@ -237,6 +238,7 @@ class _Judge:
         with torch.no_grad():
             for tensor, value in self.known:
                 tensor.detach().copy_(value)
+        recompute_masked(self.small)
 
 
 def _check(small: nn.Module, model: nn.Module, method: str) -> Plan:
