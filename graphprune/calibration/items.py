@@ -17,6 +17,7 @@ from graphprune.record.batches import Batch
 FOLDS = 4  # parts of the items; each is held out from a fit in turn
 _MASK = re.compile(r"(^|_)mask$")
 _FEWEST = 4  # items that a check needs
+_MOST = 128  # and more than it needs
 FEW = 16  # items from which some can be set apart for one
 
 
@@ -54,7 +55,7 @@ def set_apart(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list
     total = sum(count(batch) or 1 for batch in batches)
     if not share or total < FEW:
         return list(batches), []
-    share = max(share, _FEWEST / total)
+    share = max(min(share, _MOST / total), _FEWEST / total)
     wanted = round(share * len(batches))
     if wanted:
         step = len(batches) / wanted

@@ -21,6 +21,7 @@ from graphprune.calibration.sums import Errors
 
 RATE = 1e-3  # of the first step
 _EIGHTH = 8
+_JUDGES = 4  # batches that are enough to tell
 _SAME = 1e-4  # of the largest value: rounding
 
 
@@ -29,8 +30,8 @@ class Joint:
 
     Args:
         keep: the channels of the original that the small model has at the end.
-        active: numbers of the batches; with eight or more, every eighth is held out: it tells
-            whether anything was gained.
+        active: numbers of the batches; with eight or more, every eighth, four at most, is held
+            out: they tell whether anything was gained.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class Joint:
     ) -> None:
         self.original, self.small, self.segment, self.keep = original, small, segment, keep
         self.active = active
-        self.judges = active[_EIGHTH - 1 :: _EIGHTH] or active
+        self.judges = active[_EIGHTH - 1 :: _EIGHTH][:_JUDGES] or active
         self.taught = [which for which in active if which not in self.judges] or active
         self.start = {n: small.tensors[name].detach() for n, name in segment.moved.items()}
         self.zeroes = {n: t == 0 for n, t in self.start.items() if t.dim() > 1}

@@ -126,8 +126,8 @@ def calibrate(
         rows: how many places (pixels, tokens) of all batches a layer is fitted to, at most.
         sweeps: for ``"repair"``: how many times the layers of a segment are moved together over
             all batches, behind every layer that lost inputs; 0 for least squares alone.
-        held_out: for ``"repair"``: the share of the items that no layer is fitted to, and that the
-            outputs are compared on; at 0 they are compared on all items.
+        held_out: for ``"repair"``: the share of the items, 128 at most, that no layer is fitted to,
+            and that the outputs are compared on; at 0 they are compared on all items.
         memory: for ``"repair"`` and ``"bias"``: bytes of activations that are held at once, for all
             batches together. Early layers are fitted to fewer batches where all would hold more.
         seconds: stop refitting after this time; layers that were not reached stay as they are.
