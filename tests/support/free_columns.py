@@ -35,6 +35,7 @@ class Gated(Split):
     def __init__(self):
         super().__init__()
         self.c = nn.Conv2d(8, 4, 1)
+        del self.m
 
     def forward(self, x):
         a, b = self.a(x).chunk(2, 1)
