@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.errors import PACKAGE
 from graphprune.ops.ids import Path as ArgumentPath
@@ -49,6 +50,9 @@ _SHAPES_ONLY = {  # read the shape of their input
     for name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
                  "randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
 }  # fmt: skip
+
+
+_made: Any = WeakTensorKeyDictionary()  # constants of all recordings, and the nodes behind them
 
 
 @dataclass
@@ -96,6 +100,7 @@ class Recorder:
         self.names = {id(module): name for name, module in named_modules(model)}
         self.identity = Identity()
         self.attributes: dict[str, Tensor] = {}  # that are neither parameters nor buffers
+        self.unasked: set[fx.Node] = set()  # what the code makes of nothing but numbers
         self.unwritten: set[int] = set()  # storages that hold what was in memory before
         self.inputs = 0
         self.stack: list[str] = []
@@ -134,6 +139,11 @@ class Recorder:
             shape, stride = tuple(tensor.shape), _stride(tensor)
         node.meta.update(shape=shape, dtype=tensor.dtype, stride=stride)
         self.identity.put(tensor, node)
+        if _is_pure(node) and self.unasked.issuperset(node.all_input_nodes):
+            self.unasked.add(node)
+            _made[tensor] = node
+        else:
+            _made.pop(tensor, None)
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; parameters and constants become ``get_attr`` nodes."""
@@ -154,12 +164,24 @@ class Recorder:
         if neighbours:  # looked at by other ways than by views
             found = [other for other in neighbours if self.identity.find(other) is not None]
             return self.lost(tensor, [self.node_of(other) for other in found] or None)
+        made = _made.get(tensor)
+        if made is not None:
+            node = self._again(made)
+            self.register(node, tensor)
+            return node
         if is_traceable_wrapper_subclass(tensor) or (self.device == "meta" and tensor.is_meta):
             return self.lost(tensor)
         name = f"constant_{len(self.record.constants)}"
         self.record.constants[name] = tensor
         node = self.record.graph.create_node("get_attr", name)
         self.register(node, tensor)
+        return node
+
+    def _again(self, made: fx.Node) -> fx.Node:
+        """What made a constant in an earlier recording, which a cache of the user kept."""
+        node = self.record.graph.node_copy(made, self._again)
+        node.meta["numbers"] = [plain(number) for number in made.meta["numbers"]]
+        self.unasked.add(node)
         return node
 
     def lost(self, tensor: Tensor, sources: list[fx.Node] | None = None) -> fx.Node:
@@ -428,6 +450,12 @@ def _unwrapped(tensor: Tensor) -> Tensor:
     while _functorch.is_functorch_wrapped_tensor(tensor):
         tensor = _functorch.get_unwrapped(tensor)
     return tensor
+
+
+def _is_pure(node: fx.Node) -> bool:
+    """Whether a value is made by an op of torch that changes nothing."""
+    target: Any = node.target
+    return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
 
 
 def _stride(tensor: Tensor) -> tuple[int, ...]:

@@ -205,6 +205,23 @@ def test_a_table_by_shape_that_a_recording_filled_is_not_read_afterwards():
     graphprune.verify(model, graphprune.rebuild(model, 0.5, X), X)
 
 
+def test_a_table_that_a_cache_kept_from_an_earlier_recording_means_the_same():
+    @functools.lru_cache(8)
+    def ramp(count, device):
+        return torch.arange(count, device=device).double() / count
+
+    class Ramped(Attention):
+        def forward(self, x):
+            y = self.attend(self.first(x))
+            return self.last((y * ramp(5, x.device)[:, None]).relu())
+
+    model = build(Ramped)
+    plans = [graphprune.trace(model, X).plan(0.5) for _ in range(3)]
+    assert plans[0].removed > 0
+    assert plans == plans[:1] * 3
+    assert checked(model) == (16, 48, 16)
+
+
 def test_a_mode_of_the_user_may_be_active():
     model = build(OverLines)
     with Quiet():
