@@ -20,6 +20,7 @@ from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import Outputs, fields
+from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
 
@@ -105,7 +106,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
             recorder.placeholder(tensor)
     grad = torch.no_grad()
     try:
-        with grad, recorder:
+        with same_numbers(), grad, recorder:
             out = clone(*args, **kwargs)
     except Exception as error:
         failed = TraceError(
@@ -164,7 +165,7 @@ class _Shapes(TorchDispatchMode):
 def dry(clone: nn.Module, call: Call) -> list[Any]:
     """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own."""
     args, kwargs = call.on("meta")
-    with torch.no_grad(), scope.recording(None), _Shapes():
+    with same_numbers(), torch.no_grad(), scope.recording(None), _Shapes():
         return pytree.tree_leaves(fields(clone(*args, **kwargs)))
 
 

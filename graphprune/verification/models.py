@@ -17,11 +17,12 @@ from graphprune.execute.shrink import cut, kept_indices, shrink
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
+from graphprune.record.random_numbers import same_numbers
 from graphprune.record.skeleton import held_tensors
 from graphprune.verification.follow import Undecided
 from graphprune.verification.masked import MaskedForward, mask, run_masked
 from graphprune.verification.reference import with_constants
-from graphprune.verification.setting import Precision, copied, same_numbers
+from graphprune.verification.setting import Precision, copied
 
 
 @dataclass(frozen=True)

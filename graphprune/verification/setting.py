@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -49,22 +46,6 @@ def copied(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     with torch.no_grad():
         recompute_masked(twin)  # computed by torch.nn.utils.prune in the other precision
     return twin
-
-
-@contextlib.contextmanager
-def same_numbers(seed: int, device: torch.device) -> Iterator[None]:
-    """The same random numbers for every model, from torch, numpy and ``random``; then as before."""
-    devices = [device] if device.type == "cuda" else []
-    others = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            np.random.seed(seed)
-            random.seed(seed)
-            yield
-    finally:
-        random.setstate(others[0])
-        np.random.set_state(others[1])
 
 
 class Precision(TorchFunctionMode):

@@ -1,0 +1,26 @@
+"""The same random numbers whenever a model runs, from torch, numpy and ``random``."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+
+@contextlib.contextmanager
+def same_numbers(seed: int = 0, device: torch.device | None = None) -> Iterator[None]:
+    """Random numbers that depend on ``seed`` alone; afterwards all goes on as if none was drawn."""
+    devices = [device] if device is not None and device.type == "cuda" else []
+    others = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            np.random.seed(seed)
+            random.seed(seed)
+            yield
+    finally:
+        random.setstate(others[0])
+        np.random.set_state(others[1])
