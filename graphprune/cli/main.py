@@ -419,6 +419,9 @@ def _say_verified(session: _Session, report: Report | None) -> None:
     if report is None:
         session.print("[yellow]not verified[/]")
         return
+    if report.verdict != "equal":
+        session.print(f"[yellow]not decided[/]: {report.reason}")
+        return
     reference = "" if report.exact else " (statistics over the kept channels)"
     session.print(
         f"[green]verified[/]: the small model equals the masked original{reference}, largest "

@@ -7,7 +7,9 @@ and resolutions as well, and wherever the code goes for other values.
 
 from __future__ import annotations
 
+import contextlib
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,13 @@ from graphprune.record.skeleton import held_tensors
 
 _UNKNOWN, _STAYS, _GONE = 0, 1, 2
 _functorch: Any = torch._C._functorch
+
+
+@contextlib.contextmanager
+def aside() -> Iterator[None]:
+    """What runs here is none of the model's: no mode sees it."""
+    with torch._C.DisableTorchFunction(), torch._C._DisableTorchDispatch():
+        yield
 
 
 class Undecided(GraphPruneError, RuntimeError):
@@ -163,6 +172,7 @@ class Follower:
         source = self.identity.find(tensor)
         return source if isinstance(source, fx.Node) else None
 
+    @aside()
     def input(self, tensor: Tensor) -> None:
         """An input of the model."""
         self.count += 1
@@ -200,6 +210,7 @@ class Follower:
         stride = tensor.stride() if tensor.layout is torch.strided else ()
         node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=stride)
 
+    @aside()
     def op(self, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
         """An op that has run: its node, to which the rule of the op was applied."""
         node = self.graph.call_function(target, self._plain(args), self._plain(kwargs))
@@ -245,6 +256,7 @@ class Follower:
             return {key: self._plain(value) for key, value in tree.items()}
         return tree
 
+    @aside()
     def mask(self, node: fx.Node) -> Tensor | None:
         """A boolean mask that broadcasts to the value of a node; ``None`` when all stays."""
         if node not in self._masks:
@@ -257,6 +269,7 @@ class Follower:
             self._masks[node] = found
         return self._masks[node]
 
+    @aside()
     def kept(self, node: fx.Node) -> list[Tensor]:
         """For each dimension of a value which of its positions stay."""
         found = [torch.ones(size, dtype=torch.bool) for size in node.meta["shape"]]

@@ -75,13 +75,19 @@ def verify(
     tolerance: float | None = None,
     seed: int = 0,
 ) -> Report:
-    """Prove on random inputs that a small model equals the masked original.
+    """Prove that a small model equals the masked original.
 
-    Compared are the outputs in eval mode at another batch size and, where the model allows one,
-    at another resolution; in float64 also, in eval and in train mode (dropout off), the gradient
-    of every kept weight, and the buffers after a step in train mode. (In lower precision
-    gradients through ReLU and batch statistics differ by more than rounding even between two
-    runs of the same model.)
+    Compared are the outputs in eval mode on the values of the example inputs, and on random ones at
+    another batch size and, where the model allows one, at another resolution; in float64 also, in
+    eval and in train mode (dropout off), the gradient of every kept weight, and the buffers after a
+    step in train mode. (In lower precision gradients through ReLU and batch statistics differ by
+    more than rounding even between two runs of the same model.)
+
+    Where the models differ it looks twice: random numbers in shapes that shrink are drawn as in the
+    original; a difference no larger than what rounding does to the masked model itself is none.
+    What cannot be decided is said in the report, beside what was; where nothing was, the verdict
+    is ``"not decided"``, and a ``PruningWarning`` says so. A model that does not run in
+    float64 is compared in float32, which the report says.
 
     A plan :meth:`Plan.from_masks` is compared with the masked model that holds the same constants
     in its biases and, in eval mode, with the model as it is given.
@@ -95,10 +101,11 @@ def verify(
         seed: for the random inputs.
 
     Returns:
-        A report; ``print`` it.
+        A report, whose ``verdict`` is ``"equal"`` or ``"not decided"``; ``print`` it.
 
     Raises:
-        VerificationError: names the first module that differs.
+        VerificationError: the models differ; names the first module that does.
+        ModelError: the original does not run on the example inputs.
         InputError: ``small_or_plan`` is neither a plan nor a model that carries one, or ``dtype``
             or ``tolerance`` is wrong.
         PlanError: the plan does not belong to ``model``.

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record.evaluate import run as run_op
-from graphprune.verification.follow import Follower, Undecided
+from graphprune.verification.follow import Follower, Undecided, aside
 
 aten = torch.ops.aten
 _functorch: Any = torch._C._functorch
@@ -197,6 +197,7 @@ class Functions(TorchFunctionMode):
         self._match(told, out)
         return out
 
+    @aside()
     def _twins(self, tree: Any) -> Any:
         """Arguments with a tensor on ``meta`` for each tensor; ``None`` when there is none."""
         twins: dict[int, Tensor] = {}
@@ -286,6 +287,7 @@ class Functions(TorchFunctionMode):
                     return out
         return run_op(node, args, kwargs)
 
+    @aside()
     def _match(self, told: Any, real: Any) -> None:
         """What a function returned is what it was said to return."""
         left, right = (

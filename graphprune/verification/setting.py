@@ -65,8 +65,10 @@ class Precision(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.dtype is torch.float64:
             func = torch.Tensor.double if func is torch.Tensor.float else func
-            args = tuple(self.dtype if arg is torch.float32 else arg for arg in args)
-            kwargs = {k: self.dtype if v is torch.float32 else v for k, v in kwargs.items()}
+            if any(arg is torch.float32 for arg in args):
+                args = tuple(self.dtype if arg is torch.float32 else arg for arg in args)
+            if kwargs:
+                kwargs = {k: self.dtype if v is torch.float32 else v for k, v in kwargs.items()}
         if getattr(func, "__name__", "") in self.names:
             return args[0] if args else kwargs["input"]
         if func is F.multi_head_attention_forward:
@@ -74,8 +76,7 @@ class Precision(TorchFunctionMode):
                 args = (*args[:_DROPOUT_OF_HEADS], 0.0, *args[_DROPOUT_OF_HEADS + 1 :])
             else:
                 kwargs = {**kwargs, "dropout_p": 0.0}
-        kernel = op_of(WHOLE.get(func, func)).kernel
-        if kernel is not None:
+        if func in WHOLE and (kernel := op_of(WHOLE[func]).kernel) is not None:
             return kernel(*args, **kwargs)
         if func in _ATTENTION:
             if len(args) > 4:
