@@ -60,7 +60,7 @@ def run(
         warnings.simplefilter("always", graphprune.errors.PruningWarning)
         model = stage("build", case.model)
         x = case.draw(case.batch)
-        graph = model and stage("trace", lambda: traced(case, model, x))
+        graph = model and stage("trace", lambda: graphprune.trace(model, x))
         plan = graph and stage("plan", lambda: graph.plan(ratio, scope=scope))
         small = plan and stage("rebuild", lambda: graphprune.rebuild(model, plan))
     pruning = [w for w in caught if issubclass(w.category, graphprune.errors.PruningWarning)]
@@ -83,13 +83,6 @@ def run(
         row["checks"] = [check for result in (full, batch) if result for check in result[1]]
         row["verify32"] = single and single[0]
     return row
-
-
-def traced(case: Case, model: nn.Module, x: Any) -> graphprune.ChannelGraph:
-    """The graph of a model whose outputs for further use are named by its case."""
-    if not case.outputs:
-        return graphprune.trace(model, x)
-    return graphprune.trace(model, x, outputs=case.outputs)
 
 
 def frozen(graph: graphprune.ChannelGraph) -> dict[str, int]:

@@ -46,12 +46,14 @@ class Case:
     size: str = ""  # what the table shows of the inputs
     batch: int = 1
     head_names: tuple[str, ...] = ()  # glob patterns of further last layers
-    outputs: tuple[str, ...] = ()  # the outputs that count, where a model has others as well
+    counts: Callable[[Any], Any] | None = None  # the part of the outputs that is used
 
     def model(self, seed: int = 0) -> nn.Module:
         """The model in eval mode, all parameters and statistics away from their initial state."""
         torch.manual_seed(seed)
         model = self.build()
+        if self.counts is not None:
+            model = Used(model, self.counts)
         unsettle(model, self.draw(2), self.trains)
         return model.eval()
 
@@ -68,6 +70,23 @@ class Case:
             or (isinstance(module, nn.Conv2d) and module.out_channels == self.classes)
             or any(fnmatch.fnmatchcase(name, pattern) for pattern in self.head_names)
         ]
+
+
+class Used(nn.Module):
+    """A model of which a part of the outputs is used: all others would keep their channels."""
+
+    def __init__(self, model: nn.Module, counts: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.model, self.counts = model, counts
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What counts of the outputs."""
+        return self.counts(self.model(*args, **kwargs))
+
+
+def named(*names: str) -> Callable[[Any], Any]:
+    """Takes outputs by their names."""
+    return lambda out: tuple(out[name] for name in names)
 
 
 def tensor(*shape: int) -> Callable[[int], Tensor]:

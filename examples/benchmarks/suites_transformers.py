@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import transformers
-from suites import Case
+from suites import Case, named
 from torch import nn
 
 VOCABULARY = 101  # a number that no other layer has, so that heads are found by it
@@ -17,6 +17,9 @@ WIDE, DEEP, HEADS, INNER = 64, 2, 4, 128
 SIDE, PATCH = 32, 8
 
 Draw = Callable[[int], dict[str, Any]]
+Counts = Callable[[Any], Any] | None
+SCORES = named("logits_per_image", "logits_per_text")
+LOGITS, BOXES = named("logits"), named("logits", "pred_boxes")
 ENCODER = {
     "vocab_size": VOCABULARY,
     "hidden_size": WIDE,
@@ -121,8 +124,10 @@ def configure(name: str, options: dict[str, Any]) -> Any:
     return getattr(transformers, name)(**{**special, **common, **nested})
 
 
-def case(name: str, kind: str, model: str, config: str, draw: Draw, **options: Any) -> Case:
-    """A model of transformers, by the names of its class and of its configuration\'s."""
+def case(
+    name: str, kind: str, model: str, config: str, draw: Draw, counts: Counts = None, **options: Any
+) -> Case:
+    """A model of transformers, by the names of its class and of its configuration's."""
 
     def build() -> nn.Module:
         return getattr(transformers, model)(configure(config, options))
@@ -142,6 +147,7 @@ def case(name: str, kind: str, model: str, config: str, draw: Draw, **options: A
         size=", ".join(shapes),
         batch=2,
         head_names=("*.class_labels_classifier", "*.bbox_predictor.layers.2", "*_projection"),
+        counts=counts,
     )
 
 
@@ -220,12 +226,12 @@ def _sequences() -> list[Case]:
     whisper = {**SEQ2SEQ, **start, "num_mel_bins": 16, "max_source_positions": 20,
                "max_target_positions": 16}  # fmt: skip
     return [
-        case("T5", kind, "T5ForConditionalGeneration", "T5Config", pair, **t5),
-        case("BART", kind, bart, "BartConfig", pair, **SEQ2SEQ, **start),
-        case("Pegasus", kind, pegasus, "PegasusConfig", pair, **SEQ2SEQ, **start),
+        case("T5", kind, "T5ForConditionalGeneration", "T5Config", pair, LOGITS, **t5),
+        case("BART", kind, bart, "BartConfig", pair, LOGITS, **SEQ2SEQ, **start),
+        case("Pegasus", kind, pegasus, "PegasusConfig", pair, LOGITS, **SEQ2SEQ, **start),
         case(
             "Whisper", "speech", "WhisperForConditionalGeneration", "WhisperConfig", _spectrum,
-            **whisper,
+            LOGITS, **whisper,
         ),
         case("Wav2Vec2", "speech", "Wav2Vec2ForCTC", "Wav2Vec2Config", waves, **SPEECH),
         case("HuBERT", "speech", "HubertForCTC", "HubertConfig", waves, **SPEECH),
@@ -259,7 +265,7 @@ def _vision() -> list[Case]:
 def _detr() -> Case:
     options = {key: value for key, value in SEQ2SEQ.items() if key != "vocab_size"}
     return case(
-        "DETR", "detection", "DetrForObjectDetection", "DetrConfig", pixels(64),
+        "DETR", "detection", "DetrForObjectDetection", "DetrConfig", pixels(64), BOXES,
         use_timm_backbone=False, backbone=None, use_pretrained_backbone=False,
         backbone_config=("ResNetConfig", RESNET), num_queries=5, **options,
     )  # fmt: skip
@@ -268,9 +274,9 @@ def _detr() -> Case:
 def _contrastive() -> list[Case]:
     kind = "contrastive"
     return [
-        case("CLIP", kind, "CLIPModel", "CLIPConfig", _both, projection_dim=48,
+        case("CLIP", kind, "CLIPModel", "CLIPConfig", _both, SCORES, projection_dim=48,
               text_config=TEXT, vision_config=VISION),
-        case("SigLIP", kind, "SiglipModel", "SiglipConfig", _both,
+        case("SigLIP", kind, "SiglipModel", "SiglipConfig", _both, SCORES,
               text_config=TEXT, vision_config=VISION),
     ]  # fmt: skip
 

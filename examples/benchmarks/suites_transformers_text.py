@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
-from suites import Case
-from suites_transformers import VOCABULARY, Draw, case, masked, pair, tokens
+from suites import Case, named
+from suites_transformers import LOGITS, VOCABULARY, Counts, Draw, case, masked, pair, tokens
 
 SMALL = {
     # one width, two layers, four heads, under the names that configurations give them
@@ -38,10 +38,10 @@ def small(config: str, **options: Any) -> dict[str, Any]:
     return {name: value for name, value in SMALL.items() if name in fields} | options
 
 
-def row(stem: str, head: str, kind: str, draw: Draw, name: str = "", **options: Any) -> Case:
+def row(stem: str, head: str, kind: str, draw: Draw, counts: Counts = None, **options: Any) -> Case:
     """A model whose class and configuration share the first part of their name."""
     config = f"{stem}Config"
-    return case(name or stem, kind, f"{stem}{head}", config, draw, **small(config, **options))
+    return case(stem, kind, f"{stem}{head}", config, draw, counts, **small(config, **options))
 
 
 ENCODERS: dict[str, dict[str, Any]] = {
@@ -65,7 +65,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "NomicBert": {},
     "EuroBert": {},
     "Ernie": {},
-    "LayoutLM": {},
+    "LayoutLM": {"max_2d_position_embeddings": 16},
     "IBert": {},
     "Deberta": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"],
                 "max_relative_positions": 16},
@@ -162,6 +162,7 @@ PAIRS: dict[str, dict[str, Any]] = {
     "PegasusX": {"block_size": 4, "num_global_tokens": 4},
 }  # fmt: skip
 
+STATES = dict.fromkeys(("XLNet", "Rwkv"), LOGITS)  # others return theirs in an object
 START = {"decoder_start_token_id": 2}
 
 
@@ -169,15 +170,16 @@ def suite() -> list[Case]:
     """All cases."""
     encoders = [
         row(stem, "Model" if stem == "JinaEmbeddingsV3" else "ForMaskedLM", "encoder", masked,
-            **options)
+            named("pooler_output") if stem == "JinaEmbeddingsV3" else None, **options)
         for stem, options in ENCODERS.items()
     ]  # fmt: skip
     decoders = [
-        row(stem, head, "decoder", tokens, **options) for stem, (head, options) in DECODERS.items()
+        row(stem, head, "decoder", tokens, STATES.get(stem), **options)
+        for stem, (head, options) in DECODERS.items()
     ]
     pairs = [
         row(stem, "MTModel" if stem == "Marian" else "ForConditionalGeneration",
-            "encoder-decoder", pair, **START | options)
+            "encoder-decoder", pair, LOGITS, **START | options)
         for stem, options in PAIRS.items()
     ]  # fmt: skip
     return [*encoders, *decoders, *pairs]

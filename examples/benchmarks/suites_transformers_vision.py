@@ -6,8 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from suites import Case
-from suites_transformers import LABELS, SIDE, SPEECH, VOCABULARY, Draw, case, pixels, tokens, waves
+from suites import Case, named
+from suites_transformers import (
+    BOXES,
+    LABELS,
+    LOGITS,
+    SCORES,
+    SIDE,
+    SPEECH,
+    VOCABULARY,
+    Draw,
+    case,
+    pixels,
+    tokens,
+    waves,
+)
 from suites_transformers_text import SMALL, row, small
 
 LARGE = 64
@@ -119,6 +132,9 @@ MORE: tuple[Row, ...] = (
 )  # fmt: skip
 
 
+USED = {"Mask2Former": named("class_queries_logits", "masks_queries_logits")}
+
+
 def _draw(**fields: Callable[[int], torch.Tensor]) -> Draw:
     return lambda batch: {name: function(batch) for name, function in fields.items()}
 
@@ -152,7 +168,7 @@ def _llava() -> Case:
         "image_token_id": VOCABULARY - 1, "image_seq_length": 4,
     }  # fmt: skip
     return case("Llava", "vision-text", "LlavaForConditionalGeneration", "LlavaConfig",
-                _captions, **options)  # fmt: skip
+                _captions, LOGITS, **options)  # fmt: skip
 
 
 def _spectra() -> list[Case]:
@@ -166,7 +182,7 @@ def _spectra() -> list[Case]:
         case("AST", "speech", "ASTForAudioClassification", "ASTConfig",
              _draw(input_values=_normal(32, 16)), **tree),
         case("Speech2Text", "speech", "Speech2TextForConditionalGeneration", "Speech2TextConfig",
-             words, **speech),
+             words, LOGITS, **speech),
     ]  # fmt: skip
 
 
@@ -178,13 +194,14 @@ def _pairs() -> list[Case]:
     vilt = small("ViltConfig", **PATCHES, type_vocab_size=2, modality_type_vocab_size=2,
                  num_labels=LABELS)  # fmt: skip
     return [
-        case("ChineseCLIP", "contrastive", "ChineseCLIPModel", "ChineseCLIPConfig", both,
+        case("ChineseCLIP", "contrastive", "ChineseCLIPModel", "ChineseCLIPConfig", both, SCORES,
              text_config=small("ChineseCLIPTextConfig"), vision_config=vision, projection_dim=48),
-        case("CLIPSeg", "vision-text", "CLIPSegForImageSegmentation", "CLIPSegConfig", ended,
+        case("CLIPSeg", "vision-text", "CLIPSegForImageSegmentation", "CLIPSegConfig",
+             ended, LOGITS,
              text_config=text | marks, vision_config=vision, projection_dim=48, reduce_dim=16,
              extract_layers=[0, 1], decoder_num_attention_heads=2, decoder_intermediate_size=32),
         case("Vilt", "vision-text", "ViltForQuestionAnswering", "ViltConfig", both, **vilt),
-        case("Blip", "vision-text", "BlipForConditionalGeneration", "BlipConfig", both,
+        case("Blip", "vision-text", "BlipForConditionalGeneration", "BlipConfig", both, LOGITS,
              text_config=small("BlipTextConfig", encoder_hidden_size=64),
              vision_config=small("BlipVisionConfig", **PATCHES), projection_dim=48),
         case("Git", "vision-text", "GitForCausalLM", "GitConfig", both,
@@ -201,9 +218,10 @@ def _series() -> list[Case]:
         case("PatchTST", "series", "PatchTSTForPrediction", "PatchTSTConfig", past,
              **small("PatchTSTConfig", **patches)),
         case("PatchTSMixer", "series", "PatchTSMixerForPrediction", "PatchTSMixerConfig", past,
+             named("prediction_outputs"),
              **small("PatchTSMixerConfig", **patches)),
         case("DecisionTransformer", "series", "DecisionTransformerModel",
-             "DecisionTransformerConfig", _episode,
+             "DecisionTransformerConfig", _episode, named("action_preds"),
              **small("DecisionTransformerConfig", state_dim=5, act_dim=3, max_ep_len=20)
              | {"hidden_size": SMALL["hidden_size"]}),
     ]  # fmt: skip
@@ -226,5 +244,15 @@ def suite() -> list[Case]:
         row(stem, "ForImageClassification", "vision", pixels(side), **options)
         for stem, (side, options) in IMAGES.items()
     ]
-    more = [row(stem, head, kind, draw, **options) for stem, head, kind, draw, options in MORE]
+    more = [
+        row(
+            stem,
+            head,
+            kind,
+            draw,
+            USED.get(stem, BOXES if kind == "detection" else None),
+            **options,
+        )
+        for stem, head, kind, draw, options in MORE
+    ]
     return [*images, *more, *_spectra(), *_pairs(), *_series()]

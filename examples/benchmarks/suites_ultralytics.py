@@ -38,6 +38,13 @@ ROWS = (  # yaml, class of ultralytics.nn.tasks, side
 )
 
 
+def _heads(out: Any) -> Any:
+    """The predictions: in train mode those that the loss reads, without the features."""
+    if isinstance(out, dict):
+        return {name: _heads(value) for name, value in out.items() if name != "feats"}
+    return out[0] if isinstance(out, tuple | list) else out
+
+
 def _case(file: str, name: str, side: int) -> Case:
     def build() -> nn.Module:
         tasks: Any = importlib.import_module("ultralytics.nn.tasks")
@@ -52,6 +59,7 @@ def _case(file: str, name: str, side: int) -> Case:
         CLASSES,
         size=f"{side}x{side}",
         batch=2,
+        counts=_heads,
     )
 
 

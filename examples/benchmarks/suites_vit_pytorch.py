@@ -26,7 +26,6 @@ SAME = {  # module: class, where all take the options of a plain vision transfor
     "deepvit": "DeepViT",
     "normalized_vit": "nViT",
     "parallel_vit": "ViT",
-    "rvt": "RvT",
     "simple_flash_attn_vit": "SimpleViT",
     "simple_vit_attn_residual": "SimpleViTAttnResidual",
     "simple_vit_orthog_residual_update": "SimpleViT",
@@ -46,6 +45,7 @@ OTHER: dict[str, tuple[str, Options, tuple[int, ...]]] = {
     "simple_uvit": ("SimpleUViT", {**PLAIN, "depth": 4}, IMAGE),
     "cait": ("CaiT", {**PLAIN, "cls_depth": 1}, IMAGE),
     "xcit": ("XCiT", {**PLAIN, "cls_depth": 1}, IMAGE),
+    "rvt": ("RvT", {**PLAIN, "dim_head": 8}, IMAGE),  # queries of the width of the tokens tie both
     "cct": ("CCT", {
         "img_size": 32, "embedding_dim": 64, "num_layers": 2, "num_heads": 4, "mlp_ratio": 2.0,
         "num_classes": CLASSES,
@@ -113,14 +113,6 @@ OTHER: dict[str, tuple[str, Options, tuple[int, ...]]] = {
         "seq_len": 64, "patch_size": 8, "num_classes": CLASSES, **BODY, "dim_head": 16,
     }, (3, 64)),
     "vit_3d": ("ViT", {**CLIP, "depth": 2}, (3, 4, 32, 32)),
-    "vit_nd": ("ViTND", {
-        "ndim": 2, "input_shape": 32, "patch_size": 8, "num_classes": CLASSES, **BODY,
-        "dim_head": 16,
-    }, IMAGE),
-    "vit_nd_rotary": ("ViTND", {
-        "ndim": 2, "input_shape": 32, "patch_size": 8, "num_classes": CLASSES, **BODY,
-        "dim_head": 16,
-    }, IMAGE),
     "vit_with_patch_merger": ("ViT", {**PLAIN, "patch_merge_num_tokens": 4}, IMAGE),
     "vivit": ("ViViT", {**CLIP, "spatial_depth": 1, "temporal_depth": 1}, (3, 4, 32, 32)),
 }  # fmt: skip
