@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from datetime import date
 from typing import Any
+
+from coverage_shares import USUAL, load, versions
 
 Row = dict[str, Any]
 MAIN = (0.5, "local")
@@ -54,28 +56,57 @@ def summary(rows: Sequence[Row]) -> str:
     """How many of the models pass, here and with the peer."""
     good = [row for row in rows if row["status"] == "ok"]
     large = sum(_large(row) for row in good)
+    proven = sum(_verified(row) for row in good)
     text = f"{len(good)} of {len(rows)} models shrunk and verified"
+    if proven < len(good):
+        text = f"{len(good)} of {len(rows)} models shrunk, {proven} of them verified"
     text += f", {large} of them above {100 * LIMIT:.0f} % of their parameters" if large else ""
     tried = [row["peer"] for row in rows if "peer" in row]
     runs = sum(state == "runs" for state in tried)
     return f"{text}; the peer's result runs for {runs} of {len(tried)}" if tried else text
 
 
-def document(order: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> str:
+def _verified(row: Row) -> bool:
+    return row.get("verify64") is not None or row.get("verify32") is not None
+
+
+def document(
+    order: Mapping[str, Sequence[str]],
+    rows: Sequence[Row],
+    before: str = "",
+    reasons: Mapping[str, Mapping[str, str]] | None = None,
+) -> str:
     """The whole of docs/coverage.md.
 
     Args:
         order: the names of the models of each suite, in the order to show.
         rows: all cached rows.
+        before: the page as it is; sections of suites without rows stay as they are.
+        reasons: why models keep more than usual, by suite and name.
     """
     parts = [_intro()]
-    for suite, names in order.items():
-        place = {name: number for number, name in enumerate(names)}
+    old = dict(re.findall(r"^## (\w+)\n\n(.*?)(?=\n^## |\Z)", before, re.M | re.S))
+    for suite in order:
+        place = {name: number for number, name in enumerate(order[suite])}
         mine = [row for row in rows if row["suite"] == suite and row["name"] in place]
         mine.sort(key=lambda row: place[row["name"]])
         if mine:
-            parts += [f"## {suite}", *_suite(mine)]
+            measured = f"Measured on {date.today()} with {_versions()}."
+            parts += [
+                f"## {suite}",
+                measured,
+                *_suite(mine),
+                _reasons((reasons or {}).get(suite, {})),
+            ]
+        elif suite in old:
+            parts += [f"## {suite}", old[suite].strip()]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _reasons(known: Mapping[str, str]) -> str:
+    """Why models keep more than usual."""
+    lines = [f"- {name}: {text}" for name, text in sorted(known.items())]
+    return "\n".join(["Why these keep more than 45 %:\n", *lines]) if lines else ""
 
 
 def _suite(rows: Sequence[Row]) -> list[str]:
@@ -94,25 +125,39 @@ def _local_first(setting: tuple[float, str]) -> tuple[bool, float]:
 
 
 def _versions() -> str:
-    found = []
-    for name in ("torch", "torchvision", "timm", "transformers", "torch-pruning"):
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    found = [f"Python {platform.python_version()}"]
+    return ", ".join(found + [f"{name} {text}" for name, text in versions().items()])
+
+
+def _counts() -> str:
+    stored = load()["shares"]
+    shares = [share for models in stored.values() for share in models.values()]
+    usual = sum(share < USUAL for share in shares)
+    return (
+        f"At ratio 0.5, {usual} of {len(shares)} models keep less than {100 * USUAL:.0f} % of "
+        "their parameters."
+    )
 
 
 def _intro() -> str:
     return f"""# What graphprune shrinks
 
-Written by `examples/benchmarks/coverage.py --suite torchvision|timm|transformers|recurrent`
-(Python {platform.python_version()}, {_versions()}, one thread).
+Written by `examples/benchmarks/coverage.py --suite SUITE --write docs/coverage.md`, one thread. The
+share of parameters that each model keeps stands in `examples/benchmarks/coverage_shares.json`;
+`coverage.py --suite SUITE --check` exits with 1 where a model keeps more than that, fails or is
+refused. {_counts()}
 
 - **torchvision**: every model of `list_models()` that is not quantized, and the ResNets for CIFAR.
 - **timm**: the smallest model of every architecture module.
 - **transformers**: architectures from small configurations (width 64, two layers, four heads).
 - **recurrent**: four models written for this table, in `examples/benchmarks/recurrent.py`.
+- **transformers_text**, **transformers_vision**: more architectures of transformers, as small.
+- **vit_pytorch**, **segmentation_models**, **diffusers**, **ultralytics**: small models of these
+  libraries, none of which is needed otherwise. Ultralytics is under AGPL-3.0.
+
+Where a model has outputs that are not used further (states of the encoder, hidden states, features
+of a detector), the suite names those that are, as a loss does; all others would keep their
+channels.
 
 Every model starts from random weights, with random BatchNorm statistics and no parameter left
 constant. It is traced, planned and rebuilt without any hint, and compared with the masked original
