@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import graphprune
 from support.zoo import randomise
+from support.zoo.spellings import SPELLED
 from support.zoo.steps import SPELLINGS, STEPS
 
 WIDTHS = (1, 2, 3, 4, 5, 6, 7, 8, 11, 12, 13)
@@ -141,6 +142,7 @@ class _Drawing:
             found["grouped_transposed"] = lambda: self.transposed(self.pick(_divisors(c)))
         if c + 3 <= MOST:
             found["pad"] = lambda: self.pad(self.pick([0, 1, 2]), self.pick([0, 1]))
+        self.spellings(found)
         if side >= 4:
             found["pool"] = lambda: self.put("Pool", c, self.pick(["max", "avg"]), side=side // 2)
         if side >= 4 and 4 * c <= MOST:
@@ -148,6 +150,35 @@ class _Drawing:
         if side <= 4 and c % 4 == 0:
             found["pixel_shuffle"] = lambda: self.put("Pixels", c // 4, False, side=2 * side)
         return found
+
+    def spellings(self, found: dict[str, Callable[[], None]]) -> None:
+        """The steps of support.zoo.spellings that fit."""
+        c = self.widths[-1]
+        found["narrow"] = lambda: self.narrow(self.pick(range(1, c + 1)))
+        if c > 1:
+            found["by_ratio"] = lambda: self.put("ByRatio", c, c, self.pick([0.5, 0.75]))
+        if c > 2:
+            found["tensor_split"] = lambda: self.tensor_split(self.pick(range(1, c)))
+            found["unequal_chunk"] = lambda: self.put("UnequalChunk", c, self.pick(range(2, c)))
+            found["unfolded"] = lambda: self.unfolded(self.pick(range(2, min(c, 4) + 1)))
+        if c % 2 == 0:
+            found["interleaved"] = lambda: self.put("Interleaved", c // 2)
+        if _divisors(c):
+            groups = _divisors(c)
+            found["spelled"] = lambda: self.put("Spelled", c, self.pick(groups), self.pick(SPELLED))
+
+    def narrow(self, width: int) -> None:
+        out = self.pick(WIDTHS)
+        self.put("Narrow", out, self.widths[-1], width, out)
+
+    def tensor_split(self, at: int) -> None:
+        at_or_places = self.pick([max(at, 2), (at,), tuple(sorted({1, at}))])
+        form = self.pick(["function", "negative"])
+        self.put("TensorSplit", self.widths[-1], at_or_places, form)
+
+    def unfolded(self, size: int) -> None:
+        stride = self.pick(range(1, size + 1))
+        self.put("Unfolded", (self.widths[-1] - size) // stride + 1, size, stride)
 
     def add(self, other: int) -> None:
         c = self.widths[-1]
