@@ -24,6 +24,7 @@ from graphprune.planning.make import assemble, check_follows, check_kept, make_p
 from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, sensitivity
 from graphprune.planning.settle import Settled, analyse
+from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
 from graphprune.record.outputs import Outputs
@@ -202,7 +203,8 @@ class ChannelGraph:
             >>> graph.plan(target={"params": 0.7}).after.params
             37
         """
-        return make_plan(self.model, self.call, self.settled, Request.of(ratio, options))
+        plan = make_plan(self.model, self.call, self.settled, Request.of(ratio, options))
+        return with_unread(self.model, self.call, self.analysis, plan)
 
     def plan_of(
         self,
@@ -226,6 +228,7 @@ class ChannelGraph:
         plan = assemble(self.call, self.settled, chosen, request)
         if check:
             check_follows(self.model, self.call, self.settled, chosen, plan)
+            plan = with_unread(self.model, self.call, self.analysis, plan)
         return plan
 
     def sensitivity(
@@ -364,7 +367,8 @@ def _from_masks(
     """What stands behind :meth:`graphprune.Plan.from_masks`."""
     check_request(masks, fold)
     graph = trace(model, example_inputs, attention=attention)
-    return dead_channels(model, graph.call, graph.settled, masks or {}, fold, attention)
+    plan = dead_channels(model, graph.call, graph.settled, masks or {}, fold, attention)
+    return with_unread(model, graph.call, graph.analysis, plan)
 
 
 MAKERS["from_masks"] = _from_masks

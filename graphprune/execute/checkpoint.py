@@ -292,6 +292,9 @@ def _read(path: Path) -> _Content:
         plan = Plan.from_text(metadata["plan"], f"the plan in {name}")
     except PlanError as error:
         raise CheckpointError(f"the metadata of {name} is damaged: {error}") from error
+    lost = set(extra["aliases"].values()) - tensors.keys() or extra["aliases"].keys() & tensors
+    if lost:
+        raise CheckpointError(f"the metadata of {name} is damaged: it ties {sorted(lost)[0]!r}")
     return _Content(name, plan, tensors, **extra)
 
 

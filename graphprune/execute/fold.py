@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from graphprune.errors import PlanError
 from graphprune.plan.plan import BiasChange, Plan
@@ -75,7 +77,14 @@ def _new_bias(model: nn.Module, change: BiasChange, weight: Tensor) -> None:
 
 
 def recompute_masked(model: nn.Module) -> None:
-    """Weights that hooks of ``torch.nn.utils.prune`` compute from ``weight_orig`` and its mask."""
+    """Weights that hooks compute: of ``torch.nn.utils.prune``, and of the norms before those."""
     for _, module in named_modules(model):
         for hook in mask_hooks(module):
             setattr(module, hook._tensor_name, hook.apply_mask(module))
+        for norm in module._forward_pre_hooks.values():
+            with torch.no_grad():
+                if isinstance(norm, WeightNorm):
+                    setattr(module, norm.name, norm.compute_weight(module))
+                elif isinstance(norm, SpectralNorm):
+                    weight = norm.compute_weight(module, do_power_iteration=False)
+                    setattr(module, norm.name, weight)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphprune.errors import GraphPruneError, PlanError
 from graphprune.execute.fold import fold, merged, recompute_masked
 from graphprune.execute.forward import rewrite_forward
 from graphprune.execute.rollback import replace_data, whole_or_not
@@ -41,10 +43,16 @@ def shrink(model: nn.Module, plan: Plan, *, inplace: bool = False) -> nn.Module:
     Whatever is raised, an interruption included, the model is then as it was.
     """
     plan.check(model)
-    if not inplace:
-        return _carried_out(model, plan, inplace=False)
-    with whole_or_not(model, written(plan)):
-        return _carried_out(model, plan, inplace=True)
+    with whole_or_not(model, written(plan)) if inplace else contextlib.nullcontext():
+        try:
+            return _carried_out(model, plan, inplace)
+        except (GraphPruneError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # nothing that a plan made for this model leads to
+            told = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise PlanError(
+                f"the plan cannot be carried out on this model ({told}); trace this model anew"
+            ) from error
 
 
 def written(plan: Plan) -> set[str]:

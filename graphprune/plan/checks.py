@@ -94,7 +94,8 @@ def _problems(plan: Any) -> Iterator[str]:
 def _wrong_values(plan: Any) -> Iterator[str]:
     for index in plan.indices:
         largest = max(index.values, default=-1)
-        if min(index.values, default=-1) < 0 or not _increasing(index.kept, largest + 1):
+        known = min(index.values, default=-1) >= 0 and index.kept
+        if not known or not _increasing(index.kept, largest + 1):
             yield f"the channels that {index.tensor!r} numbers"
     for scale in plan.scales:
         if scale.factor <= 0 or scale.new < 0:
@@ -302,6 +303,9 @@ class Check:
                 self.need(
                     shapes["bias"] == (out,), f"{owner!r} would have a bias of another length"
                 )
+            for leaf in [leaf for leaf in shapes if leaf.endswith(MASK)]:
+                masked = shapes.get(f"{leaf.removesuffix(MASK)}_orig", shapes[leaf])
+                self.need(masked == shapes[leaf], f"the mask of {owner!r} would have another shape")
             if isinstance(layer, _NormBase):
                 vectors = {shape for shape in shapes.values() if len(shape) == 1}
                 self.need(len(vectors) <= 1, f"{owner!r} would have vectors of different lengths")

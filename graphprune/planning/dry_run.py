@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from graphprune.channels.analysis import Analysis, Pruned
 from graphprune.errors import InputError, TraceError
@@ -184,6 +185,32 @@ _RESHAPES = {aten.view.default, aten._unsafe_view.default}
 
 def _compared(node: fx.Node) -> bool:
     return node.target is not aten.clone.default
+
+
+def what_runs(
+    model: nn.Module, call: Call, analysis: Analysis, plan: Plan
+) -> list[list[str]] | None:
+    """Every op that the small model of a plan runs, and the numbers that it is given.
+
+    ``None`` when it does not run.
+    """
+    found: list[list[str]] = []
+    for original in analysis.records:
+        batch, ran = _batch(original, call), list[str]()
+        if original.device == "meta":
+            try:
+                dry(hollow(model, plan).train(original.training), batch, ran)
+            except Exception:  # whatever the code of a model raises
+                return None
+        else:
+            small, complete = _recorded(model, batch, original, plan)
+            if not complete:
+                return None
+            for node in small.ops:
+                numbers = [a for a in pytree.tree_leaves(node.args) if not isinstance(a, fx.Node)]
+                ran.append(f"{node.target} {numbers} {node.meta.get('shape')}")
+        found.append(ran)
+    return found
 
 
 @torch.inference_mode(False)

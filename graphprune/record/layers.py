@@ -18,8 +18,15 @@ from graphprune.record.skeleton import named_modules
 Refresh = Callable[[Any], dict[str, Any]]
 
 
+def _shape(layer: Any) -> tuple[int, ...]:
+    """That of a weight, which hooks may compute from another parameter."""
+    names = ("weight", "weight_v", "weight_orig")
+    name = next((name for name in names if name in layer._parameters), "weight")
+    return tuple(getattr(layer, name).shape)
+
+
 def _convolution(layer: Any) -> dict[str, Any]:
-    near, far = layer.weight.shape[0], layer.weight.shape[1] * layer.groups
+    near, far = _shape(layer)[0], _shape(layer)[1] * layer.groups
     out, into = (far, near) if layer.transposed else (near, far)
     return {"in_channels": into, "out_channels": out}
 
@@ -54,10 +61,10 @@ def _encoder(stack: Any) -> dict[str, Any]:
 
 TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (_ConvNd, _convolution),
-    (nn.Linear, lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]}),
+    (nn.Linear, lambda m: dict(zip(("out_features", "in_features"), _shape(m)))),
     (
         nn.Bilinear,
-        lambda m: dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape)),
+        lambda m: dict(zip(("out_features", "in1_features", "in2_features"), _shape(m))),
     ),
     (_NormBase, _norm),
     (nn.GroupNorm, _affine("num_channels")),
@@ -67,7 +74,7 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (nn.PReLU, lambda m: {"num_parameters": m.weight.numel()}),
     (
         (nn.Embedding, nn.EmbeddingBag),
-        lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]},
+        lambda m: dict(zip(("num_embeddings", "embedding_dim"), _shape(m))),
     ),
 )
 

@@ -152,20 +152,31 @@ def _counted(
 
 
 class _Shapes(TorchDispatchMode):
-    """Runs ops on ``meta``, the quick way where there is one."""
+    """Runs ops on ``meta``, the quick way where there is one, and lists what they were given."""
 
-    def __init__(self) -> None:
+    def __init__(self, ran: list[str] | None) -> None:
         TorchDispatchMode.__init__(self)
+        self.ran = ran
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.ran is not None:
+            leaves = pytree.tree_leaves((args, kwargs))
+            given = [tuple(i.shape) if isinstance(i, Tensor) else i for i in leaves]
+            self.ran.append(f"{func} {given}")
         return run_on_meta(func, args, kwargs or {})
 
 
 @torch.inference_mode(False)
-def dry(clone: nn.Module, call: Call) -> list[Any]:
-    """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own."""
+def dry(clone: nn.Module, call: Call, ran: list[str] | None = None) -> list[Any]:
+    """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own.
+
+    Args:
+        clone: the copy.
+        call: the inputs.
+        ran: gets a line for every op and what it was given, when there is a list for it.
+    """
     args, kwargs = call.on("meta")
-    with same_numbers(), torch.no_grad(), scope.recording(None), _Shapes():
+    with same_numbers(), torch.no_grad(), scope.recording(None), _Shapes(ran):
         return pytree.tree_leaves(fields(clone(*args, **kwargs)))
 
 

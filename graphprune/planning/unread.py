@@ -1,0 +1,202 @@
+"""Attributes that no forward reads but users do: a remembered width, such as ``num_features``.
+
+Nothing says what such a number means, so that it follows only when it equals a size that changed
+wherever it can come from: what goes into its module and the parts of it, and what comes out, became
+the same other size, and inside of it no dimension, width of a layer, number of parts or size of an
+input has kept that value. Where that is not certain, the plan says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.channels.analysis import Analysis
+from graphprune.execute.shrink import hollow
+from graphprune.plan.plan import Plan, SizeChange
+from graphprune.planning.dry_run import what_runs
+from graphprune.record.inputs import Call
+from graphprune.record.recording import dry
+from graphprune.record.sizes import Attribute, attributes, expression, plain
+from graphprune.record.skeleton import named_modules, without_weights
+from graphprune.text import shorten
+
+_LEAST = 3  # smaller numbers are seldom widths
+_ALONE = 12  # attributes that are tried one by one
+_LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+Became = dict[int, set[int]]  # sizes before, and what they became
+
+
+def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) -> Plan:
+    """A plan in which attributes follow that nobody reads, as far as that is certain.
+
+    Args:
+        model: the model of the plan; it is not touched.
+        call: inputs it runs on.
+        analysis: what the plan was made of.
+        plan: with all other changes.
+    """
+    if not plan.slots:
+        return plan
+    inside = _inside(model, call, plan)
+    passing = _passing(model, call, analysis, plan)
+    read = _read(analysis) | {change.key for change in plan.sizes}
+    certain, doubtful = [], []
+    for leaf in _remembered(model):
+        near = passing[leaf.module].get(leaf.value, set())
+        within = inside[leaf.module].get(leaf.value, set())
+        found = (near or within) - {leaf.value}
+        if leaf in read or not found:
+            continue
+        if len(found) == 1 and leaf.value not in near | within:
+            new = next(iter(found))
+            certain.append(SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, new))
+        elif near or not passing[leaf.module]:
+            doubtful.append(leaf)
+    followed = _harmless(model, call, analysis, plan, certain)
+    return replace(followed, notes=(*plan.notes, *_told(doubtful)))
+
+
+def _harmless(
+    model: nn.Module, call: Call, analysis: Analysis, plan: Plan, changes: list[SizeChange]
+) -> Plan:
+    """The plan with those changes that leave all that runs as it is."""
+    if not changes:
+        return plan
+    before = what_runs(model, call, analysis, plan)
+
+    def tried(more: list[SizeChange]) -> bool:
+        other = replace(plan, sizes=(*plan.sizes, *more))
+        return before is not None and what_runs(model, call, analysis, other) == before
+
+    if not tried(changes):
+        changes = [change for change in changes[:_ALONE] if tried([change])]
+        changes = changes if tried(changes) else []
+    return replace(plan, sizes=(*plan.sizes, *changes))
+
+
+def _told(doubtful: list[Attribute]) -> Iterator[str]:
+    if doubtful:
+        names = [f"{leaf.module}.{leaf.name} ({leaf.value})".lstrip(".") for leaf in doubtful]
+        yield (
+            "attributes that keep their value, although some sizes of that value change: "
+            f"{shorten(dict.fromkeys(names), 6)}"
+        )
+
+
+def _remembered(model: nn.Module) -> Iterator[Attribute]:
+    """The ints that modules remember, apart from those that torch's layers have."""
+    for name, module in named_modules(model):
+        bases = [base for base in type(module).__mro__ if base.__module__.startswith("torch.nn")]
+        if type(module) in bases:
+            continue
+        known = {key for base in bases for key in vars(base).get("__constants__", ())}
+        for key, value in vars(module).items():
+            listed = type(value) in (tuple, list)
+            for place, item in enumerate(value if listed else (value,)):
+                number = type(item) is int and item >= _LEAST
+                if number and not key.startswith("_") and key not in known:
+                    yield Attribute(name, key, (place,) if listed else (), item)
+
+
+def _read(analysis: Analysis) -> set[Attribute]:
+    """The attributes that a recorded forward gave to an op, or compared."""
+    found: set[Attribute] = set()
+    for record in analysis.records:
+        sides: list[Any] = [side for c in record.comparisons for side in (c.left, c.right)]
+        for node in record.graph.nodes:
+            sides += map(expression, node.meta.get("numbers", ()))
+        found.update(leaf for side in sides for leaf in attributes(side))
+    return found
+
+
+def _sides() -> defaultdict[str, Became]:
+    return defaultdict(lambda: defaultdict(set))
+
+
+def _inside(model: nn.Module, call: Call, plan: Plan) -> defaultdict[str, Became]:
+    """For every module what the sizes inside it became; those that stayed are in it, too."""
+    found = _sides()
+    changed = {(change.module, change.name) for change in plan.sizes}
+    small = dict(named_modules(hollow(model, plan)))
+    given = {side for tensor in call.tensors() for side in tensor.shape[1:]}
+    for name, module in named_modules(model):
+        for side in given:
+            found[name][side].add(side)
+        for old, new in _sizes(name, module, small[name], changed):
+            for around in (name, *_around(name)):
+                found[around][old].add(new)
+    return found
+
+
+def _passing(
+    model: nn.Module, call: Call, analysis: Analysis, plan: Plan
+) -> defaultdict[str, Became]:
+    """For every module what the sizes became that go into it and its parts, and come out."""
+    found = _sides()
+    if analysis.records[0].device != "meta":
+        return found
+    before = _shapes(without_weights(model), call)
+    after = _shapes(hollow(model, plan), call)
+    for name in before.keys() & after.keys():
+        for old, new in zip(before[name], after[name]):
+            for holder in (name, *itertools.islice(_around(name), 1)):
+                for was, now in zip(old[1:], new[1:]):
+                    if was != now or holder == name:
+                        found[holder][was].add(now)
+    return found
+
+
+def _shapes(clone: nn.Module, call: Call) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of what every module of a copy on ``meta`` takes and returns, in order."""
+    found: dict[str, list[tuple[int, ...]]] = {}
+
+    def see(name: str, values: Any) -> None:
+        leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
+        found.setdefault(name, []).extend(tuple(leaf.shape) for leaf in leaves)
+
+    for name, module in named_modules(clone):
+        module.register_forward_hook(
+            lambda _, args, kwargs, out, name=name: see(name, (args, kwargs, out)), with_kwargs=True
+        )
+    try:
+        dry(clone.eval(), call)
+    except Exception:  # whatever the code of a model raises
+        return {}
+    return found
+
+
+def _sizes(
+    name: str, module: nn.Module, small: nn.Module, changed: set[tuple[str, str]]
+) -> Iterator[tuple[int, int]]:
+    """The sizes of a module itself, before and after."""
+    for members in ("_parameters", "_buffers"):
+        for key, tensor in vars(module)[members].items():
+            other = vars(small)[members].get(key)
+            if tensor is not None and other is not None:
+                yield from zip(tensor.shape, other.shape)
+    if isinstance(module, _LISTS):
+        yield len(module), len(module)
+    torchs = type(module).__module__.startswith("torch.nn")
+    for key, value in vars(module).items():
+        if torchs or (name, key) in changed:
+            olds, news = (
+                v if isinstance(v, tuple | list) else (v,) for v in (value, vars(small)[key])
+            )
+            for old, new in zip(olds, news):
+                if isinstance(old, int) and not isinstance(old, bool):
+                    yield plain(old), plain(new)
+
+
+def _around(name: str) -> Iterator[str]:
+    """The modules that one is inside of, the nearest first."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
