@@ -18,7 +18,7 @@ from graphprune.errors import InputError
 from graphprune.execute.config import Before, follow_config
 from graphprune.execute.rollback import whole_or_not
 from graphprune.execute.shrink import shrink, written
-from graphprune.masks.plans import check_request, dead_channels
+from graphprune.masks.plans import check_request, dead_channels, told_of_nothing
 from graphprune.plan.plan import CELL, MAKERS, Plan
 from graphprune.planning.make import assemble, check_follows, check_kept, make_plan
 from graphprune.planning.options import Options, Request
@@ -368,6 +368,7 @@ def _from_masks(
     check_request(masks, fold)
     graph = trace(model, example_inputs, attention=attention)
     plan = dead_channels(model, graph.call, graph.settled, masks or {}, fold, attention)
+    plan = told_of_nothing(model, plan)
     return with_unread(model, graph.call, graph.analysis, plan)
 
 

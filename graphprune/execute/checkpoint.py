@@ -10,7 +10,7 @@ import platform
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -363,7 +363,6 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
         for name, shape in expected.items()
         if name in found and found[name] != shape and not name.endswith("_extra_state")
     ]
-    shapes += _other_kinds(content, original)
     parts = [
         _listed("missing in the file", [name for name in expected if name not in found]),
         _listed("not in the model", [name for name in found if name not in expected]),
@@ -375,17 +374,6 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
             f"{content.path} does not fit {type(original).__name__}: {text}. "
             "Pass the architecture that was pruned"
         )
-
-
-def _other_kinds(content: _Content, original: nn.Module) -> Iterator[str]:
-    """Tensors that are floats in the one and not in the other, or integers of another size."""
-    for name, old in original.state_dict(keep_vars=True).items():
-        new = content.tensors.get(content.aliases.get(name, name))
-        if new is None or not isinstance(old, Tensor) or old.dtype == new.dtype:
-            continue
-        if not (old.is_floating_point() and new.is_floating_point()):
-            found, wanted = _dtype_name(new.dtype), _dtype_name(old.dtype)
-            yield f"{name} is {found} in the file, {wanted} in the model"
 
 
 def _listed(title: str, names: Iterable[str]) -> str:
@@ -414,6 +402,12 @@ def _fill(small: nn.Module, content: _Content, devices: Mapping[str, torch.devic
 def _ready(content: _Content, name: str, old: Any, device: torch.device | None) -> Tensor:
     """A tensor of the file in the place's device, layout and kind."""
     tensor = content.tensors[name]
+    floats = tensor.is_floating_point() and old.is_floating_point()
+    if not floats and tensor.dtype != old.dtype and not name.endswith("_extra_state"):
+        found, wanted = _dtype_name(tensor.dtype), _dtype_name(old.dtype)
+        raise CheckpointError(
+            f"{content.path} does not fit: {name} is {found} in the file, {wanted} in the model"
+        )
     if device is not None and device.type not in ("meta", "cpu"):
         tensor = tensor.to(device)
     layout = _LAYOUTS.get(content.layouts.get(name, ""))

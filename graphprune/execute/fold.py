@@ -76,15 +76,18 @@ def _new_bias(model: nn.Module, change: BiasChange, weight: Tensor) -> None:
     layer.register_parameter(name, nn.Parameter(zeros, requires_grad=weight.requires_grad))
 
 
+@torch.no_grad()
 def recompute_masked(model: nn.Module) -> None:
-    """Weights that hooks compute: of ``torch.nn.utils.prune``, and of the norms before those."""
+    """Weights that hooks compute: of ``torch.nn.utils.prune``, of the old norms of weights.
+
+    They are computed anew in every forward; until then they are leaves, which can be copied.
+    """
     for _, module in named_modules(model):
         for hook in mask_hooks(module):
             setattr(module, hook._tensor_name, hook.apply_mask(module))
         for norm in module._forward_pre_hooks.values():
-            with torch.no_grad():
-                if isinstance(norm, WeightNorm):
-                    setattr(module, norm.name, norm.compute_weight(module))
-                elif isinstance(norm, SpectralNorm):
-                    weight = norm.compute_weight(module, do_power_iteration=False)
-                    setattr(module, norm.name, weight)
+            if isinstance(norm, WeightNorm):
+                setattr(module, norm.name, norm.compute_weight(module))
+            elif isinstance(norm, SpectralNorm):
+                weight = norm.compute_weight(module, do_power_iteration=False)
+                setattr(module, norm.name, weight)

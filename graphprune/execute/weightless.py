@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from graphprune.errors import CheckpointError, InputError, ModelError
+from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,7 @@ def weightless(source: nn.Module | Callable[[], nn.Module]) -> Original:
 
 
 def _emptied_from(factory: Callable[[], nn.Module]) -> tuple[Original, int]:
-    if not callable(factory):
-        raise InputError(
-            f"expected a model or a function that makes one, got {type(factory).__name__}"
-        )
+    _check_callable(factory)
     with torch.random.fork_rng([]):
         try:
             with torch.device("meta"), warnings.catch_warnings():
@@ -63,7 +61,14 @@ def _emptied_from(factory: Callable[[], nn.Module]) -> tuple[Original, int]:
                 return original, 0
         except Exception:  # it reads values; a mistake shows again when it is made for real
             pass
-        return _emptied(_made(factory))
+        try:
+            return _emptied(_made(factory))
+        except GraphPruneError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the function that makes the model fails ({type(error).__name__}: {error})"
+            ) from error
 
 
 def _made(factory: Callable[[], nn.Module]) -> nn.Module:
@@ -71,6 +76,30 @@ def _made(factory: Callable[[], nn.Module]) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputError(f"the factory returned a {type(model).__name__} instead of a module")
     return model
+
+
+def _check_callable(factory: Any) -> None:
+    """Raise unless it can be called without arguments, as far as that can be told."""
+    if not callable(factory):
+        raise InputError(
+            f"expected a model or a function that makes one, got {type(factory).__name__}"
+        )
+    name = getattr(factory, "__name__", type(factory).__name__)
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):  # no signature to be had
+        return
+    needed = [
+        parameter.name
+        for parameter in parameters
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if needed:
+        raise InputError(
+            f"{name} needs {', '.join(needed)}: pass a function without arguments that makes the "
+            f"original model, such as lambda: {name}(...)"
+        )
 
 
 def _emptied(model: nn.Module) -> tuple[Original, int]:

@@ -17,10 +17,12 @@ from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.settle import Settled, follow
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call, resized
+from graphprune.record.masked_names import masked_names
 from graphprune.record.skeleton import aliases, mark, named_modules, named_tensors
 from graphprune.text import shorten
 
 FOLDS = ("exact", "approximate", "none")
+_FEW = 0.01  # of the weights: fewer zeros than these say nothing of pruning
 
 
 def check_request(masks: Any, fold: str) -> None:
@@ -70,6 +72,28 @@ def dead_channels(
         notes=(*search.notes(), *search.approximated()),
         after=_with_biases(plan, biases, model),
     )
+
+
+def told_of_nothing(model: nn.Module, plan: Plan) -> Plan:
+    """A plan that removes nothing, and names no channel that stays, with a note that says so."""
+    if plan.slots or plan.zeroed or plan.notes:
+        return plan
+    tensors, masked = dict(named_tensors(model)), masked_names(model)
+    masks = [tensors[f"{name}_mask"] for name in masked if f"{name}_mask" in tensors]
+    looked = masks or [tensor for tensor in tensors.values() if tensor.dim() > 1]
+    zeros = sum(int((tensor == 0).sum()) for tensor in looked)
+    part = zeros / max(sum(tensor.numel() for tensor in looked), 1)
+    note = (
+        "no channel of this model is dead: its weights are not zero, and no mask hides them. Pass "
+        "a pruned model, or masks= by layer; graphprune.rebuild(model, ratio) chooses by itself"
+    )
+    if part >= _FEW:
+        note = (
+            f"no channel of this model is dead: {part:.0%} of its weights are zero, one by one, "
+            "but no whole filter is: no layer becomes smaller. Prune whole channels instead: "
+            "graphprune.rebuild(model, ratio), or prune.ln_structured with dim=0 before from_masks"
+        )
+    return replace(plan, notes=(note,))
 
 
 def _passes(model: nn.Module, call: Call, attention: str, fold: str) -> list[Pass]:

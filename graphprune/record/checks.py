@@ -60,6 +60,11 @@ def _check_tensor(path: str, tensor: torch.Tensor) -> None:
         )
     if tensor.is_meta:
         raise ModelError(f"{path!r} is on the meta device: load the weights first")
+    if hasattr(tensor, "__tensor_flatten__"):
+        raise ModelError(
+            f"{path!r} is a {type(tensor).__name__}, which packs its values, as quantized weights "
+            "do: prune the float model first, then quantize; a small model is saved before that"
+        )
     if tensor.is_quantized:
         raise ModelError(f"{path!r} is quantized: prune the float model first, then quantize")
 

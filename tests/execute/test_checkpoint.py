@@ -292,3 +292,15 @@ def test_the_metadata_is_plain_json(tmp_path: Path) -> None:
         metadata = file.metadata()
     assert json.loads(metadata["aliases"]) == {"out.weight": "embed.weight"}
     assert graphprune.Plan.from_json(metadata["plan"]) == small.graphprune_plan
+
+
+def test_a_factory_that_needs_arguments_is_told(tmp_path: Path) -> None:
+    path = save(graphprune.rebuild(mlp(), 0.5), tmp_path / "s")
+    with pytest.raises(InputError, match=r"Linear needs in_features, out_features: .*lambda"):
+        load(path, nn.Linear)  # type: ignore[arg-type]
+
+    def broken() -> nn.Module:
+        raise RuntimeError("no weights here")
+
+    with pytest.raises(InputError, match=r"the function that makes the model fails .*no weights"):
+        load(path, broken)
