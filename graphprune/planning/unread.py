@@ -130,7 +130,8 @@ def _inside(model: nn.Module, call: Call, plan: Plan) -> defaultdict[str, Became
     for name, module in named_modules(model):
         for side in given:
             found[name][side].add(side)
-        for old, new in _sizes(name, module, small[name], changed):
+        other = small.get(name)  # what was compiled is plain in the copy
+        for old, new in _sizes(name, module, other, changed) if other is not None else ():
             for around in (name, *_around(name)):
                 found[around][old].add(new)
     return found
