@@ -188,11 +188,10 @@ def _sizes(
     torchs = type(module).__module__.startswith("torch.nn")
     for key, value in vars(module).items():
         if torchs or (name, key) in changed:
-            olds, news = (
-                v if isinstance(v, tuple | list) else (v,) for v in (value, vars(small)[key])
-            )
+            both = (value, vars(small).get(key))
+            olds, news = (v if isinstance(v, tuple | list) else (v,) for v in both)
             for old, new in zip(olds, news):
-                if isinstance(old, int) and not isinstance(old, bool):
+                if isinstance(new, int) and isinstance(old, int) and not isinstance(old, bool):
                     yield plain(old), plain(new)
 
 
