@@ -59,7 +59,7 @@ def summary(rows: Sequence[Row]) -> str:
     proven = sum(_verified(row) for row in good)
     text = f"{len(good)} of {len(rows)} models shrunk and verified"
     if proven < len(good):
-        text = f"{len(good)} of {len(rows)} models shrunk, {proven} of them verified"
+        text = f"{len(good)} of {len(rows)} models planned, {proven} of them shrunk and verified"
     text += f", {large} of them above {100 * LIMIT:.0f} % of their parameters" if large else ""
     tried = [row["peer"] for row in rows if "peer" in row]
     runs = sum(state == "runs" for state in tried)
