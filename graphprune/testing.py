@@ -278,6 +278,8 @@ class _Attempts:
     def _verify(self, small: nn.Module, call: Call) -> None:
         report = verify(self.graph.model, small, call, dtype=self.dtype)
         self.report.difference = max(self.report.difference, report.difference)
+        if report.verdict != "equal" and not self.failed:
+            self.report.undecided[report.reason] += 1
 
 
 def _failure(report: CheckReport, step: str, plan: Plan, error: BaseException) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.conv import _ConvNd
 
 from graphprune.channels.resolve import Units, resolve
 from graphprune.ops.ids import Pairs, Shape, Ties, along
@@ -21,7 +22,13 @@ from graphprune.plan.plan import fingerprint
 from graphprune.record.layers import remembered
 from graphprune.record.recorder import Record
 from graphprune.record.sizes import Comparison, attributes, expression
-from graphprune.record.skeleton import aliases, held_tensors, named_tensors, shared_by_modules
+from graphprune.record.skeleton import (
+    aliases,
+    held_tensors,
+    named_modules,
+    named_tensors,
+    shared_by_modules,
+)
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ class Analysis:
         )  # ids made from here on belong to no parameter
         for record in records:
             walk.run(record.graph)
+        _tie_unread(model, records, values, ties)
         units = resolve(ties, walk.choices, walk.grids, walk.aligned, _weights(slots))
         for ids, way in units.chosen:
             if isinstance(way.statistics, Reason):
@@ -282,6 +290,23 @@ class Pruned:
             rest = tuple(d for d in range(layer.dim()) if d != dim)
             self._lines[key] = self.alive[layer.numpy()].any(axis=rest)
         return self._lines[key]
+
+
+def _tie_unread(
+    model: nn.Module, records: Sequence[Record], values: Mapping[str, Value], ties: Ties
+) -> None:
+    """Biases that nothing reads go with the outputs of their weight: a layer fits itself."""
+    read = {str(n.target) for r in records for n in r.graph.nodes if n.op == "get_attr"}
+    for name, module in named_modules(model):
+        weight, bias = (f"{name}.{leaf}".lstrip(".") for leaf in ("weight", "bias"))
+        known = isinstance(module, nn.Linear | _ConvNd) and {weight, bias} <= values.keys()
+        if not known or weight not in read or bias in read:
+            continue
+        turned = isinstance(module, _ConvNd) and module.transposed
+        outputs = values[weight].on(1 if turned else 0)
+        for layer in values[bias].layers if outputs else ():
+            if layer.numel() == outputs[0].numel():
+                ties.tie(layer.reshape(-1), outputs[0].reshape(-1))
 
 
 def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Comparison]:
