@@ -8,7 +8,9 @@ input has kept that value. Where that is not certain, the plan says so.
 
 from __future__ import annotations
 
+import inspect
 import itertools
+import types
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
@@ -48,12 +50,13 @@ def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) ->
     inside = _inside(model, call, plan)
     passing = _passing(model, call, analysis, plan)
     read = _read(analysis) | {change.key for change in plan.sizes}
+    mentioned = _mentioned(model)
     certain, doubtful = [], []
     for leaf in _remembered(model):
         near = passing[leaf.module].get(leaf.value, set())
         within = inside[leaf.module].get(leaf.value, set())
         found = (near or within) - {leaf.value}
-        if leaf in read or not found:
+        if leaf in read or leaf.name in mentioned or not found:
             continue
         if len(found) == 1 and leaf.value not in near | within:
             new = next(iter(found))
@@ -104,6 +107,53 @@ def _remembered(model: nn.Module) -> Iterator[Attribute]:
                 number = type(item) is int and item >= _LEAST
                 if number and not key.startswith("_") and key not in known:
                     yield Attribute(name, key, (place,) if listed else (), item)
+
+
+def _mentioned(model: nn.Module) -> set[str]:
+    """The names in all code that a forward can reach.
+
+    An attribute of such a name may be read where no one sees it: as an index into a list, say.
+    """
+    found: set[str] = set()
+    seen: set[types.CodeType] = set()
+    waiting: list[tuple[Any, type]] = []
+    for _, module in named_modules(model):
+        if not type(module).__module__.startswith("torch.nn."):
+            own = vars(module).get("forward")
+            waiting += [(type(module).forward, type(module)), (own, type(module))]
+            waiting.append((getattr(own, "function", None), type(module)))
+    while waiting:
+        thing, kind = waiting.pop()
+        thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
+        code = getattr(thing, "__code__", None)
+        if code is None or code in seen:
+            continue
+        seen.add(code)
+        names = _names(code)
+        found |= names
+        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+        waiting += [(inspect.getattr_static(kind, name, None), kind) for name in names]
+        others = [*(thing.__globals__.get(name) for name in names), *held]
+        waiting += [
+            (other, kind)
+            for other in others
+            if isinstance(other, types.FunctionType) and not other.__module__.startswith("torch.")
+        ]
+    return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """Names and texts of a function and of those inside it."""
+    found = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
+    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
+    return found.union(*map(_names, inner))
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:  # a name that is not bound yet
+        return False
 
 
 def _read(analysis: Analysis) -> set[Attribute]:

@@ -98,9 +98,16 @@ class Counting(nn.Module):
         return self.last(x)
 
 
+class Silent(Counting):
+    """Remembers its width, and mentions it nowhere in its forward."""
+
+    def forward(self, x):
+        return self.last(self.first(x))
+
+
 @pytest.mark.parametrize("use", ["range", "value", "list", "nothing"])
 def test_a_number_that_the_forward_uses_stays(use):
-    model, x = Counting(use).eval(), torch.randn(3, 4)
+    model, x = (Silent if use == "nothing" else Counting)(use).eval(), torch.randn(3, 4)
     small = graphprune.rebuild(model, 0.5, x)
     assert small.first.out_features == 4
     assert small.width == (4 if use == "nothing" else 8)
@@ -135,3 +142,27 @@ def test_normed_layers_know_their_sizes(norm, kind):
     assert (small[0].out_channels, small[2].in_channels, small[2].out_channels) == (16, 16, 8)
     assert small[2].weight.shape == ((8, 16, 3) if kind is nn.Conv1d else (16, 8, 3))
     small(x)
+
+
+class Remembers(nn.Module):
+    """Takes an earlier value by its place: a number that happens to equal a width."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+        self.place, self.head = 4, nn.Linear(4, 2)
+
+    def forward(self, x):
+        values = [x]
+        for layer in self.layers:
+            values.append(layer(values[-1]).relu())
+        return self.head(values[self.place] * values[-1])
+
+
+def test_a_place_that_equals_a_width_is_no_width():
+    model, x = Remembers().double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.25, x)
+    assert small.place == 4
+    assert small.layers[0].out_features == 3
+    assert graphprune.verify(model, small, x).difference < 1e-10
