@@ -259,7 +259,7 @@ class Pruner:
             "keep": [*keep, *(_pattern(group, graph.groups) for group in spared)],
         }
         with warnings.catch_warnings():
-            if quiet:  # at low sparsities small groups are too small to lose a channel
+            if quiet or spared:  # small groups at low sparsities; what waits for the finish
                 warnings.simplefilter("ignore", PruningWarning)
             return graph.plan(sparsity, **asked)
 

@@ -118,7 +118,7 @@ def test_inputs_of_every_reader():
         )
     evidence = gather(net, "wanda", graph.groups, data)
     mean = scores(MeanActivation(), graph.groups, evidence, 0)
-    x = {name: torch.cat(parts[: len(data)]).transpose(0, 1) for name, parts in seen.items()}
+    x = {name: torch.cat(parts[-len(data) :]).transpose(0, 1) for name, parts in seen.items()}
     assert graph.group_of("inner.0").name == "g2"
     close(mean["g2"], x["back"].abs().flatten(1).mean(1))
     stream = x["inner.0"].abs().flatten(1).mean(1)
