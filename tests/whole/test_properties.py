@@ -169,7 +169,7 @@ def test_small_models_survive_files(spec, data):
 @given(specs())
 @settings(max_examples=10)
 def test_more_ratio_never_means_more_parameters(spec):
-    """Where a run decides what the code can follow (``int(width * ratio)``), each plan is tried alone."""
+    """Where a run decides what the code follows (``int(width * ratio)``), plans are tried alone."""
     assume(not any(name == "ByRatio" for name, _ in spec.steps))
     _, _, graph = prepared(spec)
     for scope in ("local", "global"):
