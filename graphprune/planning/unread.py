@@ -125,11 +125,10 @@ def _mentioned(model: nn.Module) -> set[str]:
     while waiting:
         thing, kind = waiting.pop()
         thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
-        code = getattr(thing, "__code__", None)
-        if code is None or code in seen:
+        if not isinstance(thing, types.FunctionType) or thing.__code__ in seen:
             continue
-        seen.add(code)
-        names = _names(code)
+        seen.add(thing.__code__)
+        names = _names(thing.__code__)
         found |= names
         held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
         waiting += [(inspect.getattr_static(kind, name, None), kind) for name in names]

@@ -275,7 +275,9 @@ def test_verify_notices_a_wrong_constant():
 def test_nothing_dead():
     model, x = lenet()
     plan, _ = shrunk(model, x)
-    assert (plan.removed, plan.notes, plan.biases, plan.weights) == (0, (), (), None)
+    assert (plan.removed, plan.biases, plan.weights) == (0, (), None)
+    assert len(plan.notes) == 1
+    assert "no channel of this model is dead" in plan.notes[0]
     assert plan.before == plan.after
 
 
