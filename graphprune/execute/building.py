@@ -145,8 +145,8 @@ def put(holder: Any, path: Field, value: float) -> Any:
         return value
     first, rest = path[0], path[1:]
     if isinstance(holder, Mapping):
-        items = {**holder, first: put(holder[first], rest, value)}
-        return items if type(holder) is dict else type(holder)(items)  # type: ignore[call-arg]
+        kind: Any = type(holder)  # made of a dict, as all mappings of configs are
+        return kind({**holder, first: put(holder[first], rest, value)})
     if isinstance(holder, list | tuple) and isinstance(first, int):
         inside = list(holder)
         inside[first] = put(inside[first], rest, value)
