@@ -288,7 +288,9 @@ class Pruned:
         key = id(layer), dim
         if key not in self._lines:
             rest = tuple(d for d in range(layer.dim()) if d != dim)
-            self._lines[key] = self.alive[layer.numpy()].any(axis=rest)
+            empty = any(layer.shape[d] == 0 for d in rest)  # no id says which positions stay
+            line = np.ones(layer.shape[dim], bool)
+            self._lines[key] = line if empty else self.alive[layer.numpy()].any(axis=rest)
         return self._lines[key]
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from graphprune.errors import PlanError, RewriteError
 from graphprune.plan.plan import LiteralChange
+from graphprune.record.attention import INNER, multi_head_attention_forward
 from graphprune.record.sites import (
     Site,
     Step,
@@ -28,6 +29,7 @@ from graphprune.record.sites import (
     follow,
     forward_of,
     holders,
+    is_attention,
     lacks,
     spans_of,
     start,
@@ -115,7 +117,7 @@ def _at(module: nn.Module, steps: tuple[Step, ...]) -> Any:
 
 def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
     """A function, and those that it calls or wraps, with the edits made."""
-    names = {**function.__globals__, "_put": put}
+    names = {**function.__globals__, "_put": put, "_attention": multi_head_attention_forward}
     code: types.CodeType = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or ()))
     for way in dict.fromkeys(
@@ -138,13 +140,18 @@ def _edited(function: Any, edits: Edits) -> types.CodeType:
     """The code of a function, compiled from its source with the edits made."""
     definition, kind = _definition(function)
     first = start(function.__code__)
+    attentions: list[ast.Call] = []
     for edit in edits:
         if edit.digest != digest(function.__code__):
             raise PlanError(
                 f"the source of {function.__qualname__} is not the one that the plan changes: "
                 "make a new plan for this version"
             )
-        change(definition, replace(edit.site, first=first), edit.path, edit.new)
+        node = change(definition, replace(edit.site, first=first), edit.path, edit.new)
+        if edit.path[0] in INNER and isinstance(node, ast.Call) and is_attention(node):
+            attentions.append(node)
+    for call in attentions:  # torch's own takes no such sizes
+        call.func = ast.copy_location(ast.Name("_attention", ast.Load()), call.func)
     free = function.__code__.co_freevars
     body = ast.parse(f"def _factory({', '.join(free)}):\n    return {kind}")
     factory: Any = body.body[0]
@@ -189,14 +196,14 @@ def _bare(node: Any) -> Any:
     return node
 
 
-def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
-    """Put a number where an expression takes one from."""
+def change(definition: ast.AST, site: Site, path: Any, new: float) -> ast.AST:
+    """Put a number where an expression takes one from, and return that expression."""
     for node in ast.walk(definition):
         if site.absolute not in spans_of(node):
             continue
         if isinstance(node, ast.Call) and lacks(node, site, path):
             node.keywords.append(ast.keyword(str(path[0]), ast.Constant(new)))
-            return
+            return node
         for holder in holders(node, site, path):
             old = holder.expression
             value: ast.expr = ast.Constant(new)
@@ -205,7 +212,7 @@ def change(definition: ast.AST, site: Site, path: Any, new: float) -> None:
                 rest = ast.parse(repr(holder.rest), mode="eval").body
                 value = ast.Call(name, [old, rest, value], [])
             holder.put(ast.copy_location(value, old))
-            return
+            return node
     raise RewriteError(f"no expression at {site.span} takes a number")
 
 

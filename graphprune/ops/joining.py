@@ -261,7 +261,9 @@ def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""
     ndim = len(node.meta["shape"])
     dim %= ndim
-    parts = _whole_rows(walk, [value for value in tensors if value.ndim == ndim], dim)
+    some = [value for value in tensors if value.ndim == ndim]
+    some = [value for value in some if value.shape[dim]] or some
+    parts = _whole_rows(walk, some, dim)  # a part without columns holds no channels
     across = [
         Value(
             tuple(1 if d == dim else n for d, n in enumerate(value.shape)),

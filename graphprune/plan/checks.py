@@ -33,6 +33,7 @@ from graphprune.plan.changes import (
     SlotPlan,
 )
 from graphprune.record.sites import (
+    INNER_SIZES,
     defined,
     digest,
     follow,
@@ -48,6 +49,7 @@ from graphprune.record.skeleton import held_tensors, named_modules
 
 Shape = tuple[int, ...]
 MASK = "_mask"
+_DEFAULTS = {(name,) for name in ("scale", *INNER_SIZES)}
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 # The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
 SIZES = frozenset({
@@ -380,7 +382,7 @@ def _written(function: Any, change: LiteralChange) -> Any:
                 plain_number = not holder.rest and is_literal(expression)
                 return ast.literal_eval(expression) if plain_number else "an expression"
             if isinstance(node, ast.Call) and lacks(node, site, change.path):
-                return "a default" if change.path == ("scale",) else None
+                return "a default" if change.path in _DEFAULTS else None
         except (AttributeError, IndexError, KeyError, TypeError):  # a place that is not there
             return None
     return None

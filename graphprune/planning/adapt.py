@@ -111,8 +111,10 @@ class Solver:
         """All changes of a plan."""
         for comparison in self.graph.remembered:
             self._holds(comparison)
-        self._settle(sorted(self._needs(), key=lambda n: not isinstance(n.expression, Attribute)))
+        needs = sorted(self._needs(), key=lambda n: not isinstance(n.expression, Attribute))
+        self._settle(needs)
         self._check_comparisons()
+        self._keep(needs)
         self._check_scales()
         self._check_scalars()
         self.unsure |= any(self._vanishes(node) for r in self.graph.records for node in r.ops)
@@ -152,6 +154,15 @@ class Solver:
                 self._write(need)
         self.problems += [self._problem(need) for need in needs if not self._met(need)]
 
+    def _keep(self, needs: Sequence[Need]) -> None:
+        """What was met must not have changed with an attribute that a comparison was solved for."""
+        known = {problem.node for problem in self.problems}
+        for need in needs:
+            if need.node not in known and not self._met(need):
+                self._write(need)
+                if not self._met(need):
+                    self.problems.append(self._problem(need))
+
     def _met(self, need: Need) -> bool:
         """Whether an op would be given the size it needs, with the changes found so far."""
         literal = need.literal if self.written else None
@@ -179,7 +190,7 @@ class Solver:
             return
         if isinstance(expr, int):
             source = written(literal.site, literal.path)
-            if need.leaks and (source is None or not is_literal(source)):
+            if need.leaks and source is not None and not is_literal(source):
                 return
         elif not self._of_channels(expr):
             return

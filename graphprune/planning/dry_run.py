@@ -98,6 +98,8 @@ def _first_difference(
 
     def differs(node: fx.Node, other: fx.Node) -> bool:
         foreseen, found = pruned.shape(node), other.meta["shape"]
+        if 0 in node.meta["shape"] and 0 in found:
+            return len(foreseen) != len(found)  # nothing in it tells its channels
         if node in scaled:
             foreseen = _at_batch(foreseen, node.meta["shape"], scaled[node].meta["shape"])
         if not unsteady:

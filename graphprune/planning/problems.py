@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor, fx
 
 from graphprune.channels.analysis import Analysis
-from graphprune.errors import RewriteError
 from graphprune.ops.values import Reason
 from graphprune.record.sizes import Expression, extents
 
@@ -59,8 +60,7 @@ class Obstacles:
 def obstacles(graph: Analysis, problems: Sequence[Problem]) -> Obstacles:
     """The channels that stand in the way of sizes that cannot be changed.
 
-    Raises:
-        RewriteError: all channels that the sizes depend on stay already.
+    Where all of those that the sizes depend on stay already, everything else does.
     """
     certain = [problem for problem in problems if not problem.literal] or problems
     ties = tuple(pair for problem in certain if (pair := _united(graph, problem)) is not None)
@@ -70,7 +70,8 @@ def obstacles(graph: Analysis, problems: Sequence[Problem]) -> Obstacles:
         frozen = tuple((ids, problem.reason) for problem in certain for ids in find(graph, problem))
         if frozen:
             return Obstacles(frozen=frozen)
-    raise RewriteError(f"{certain[0].reason}, but no channel it depends on is left to freeze")
+    left = np.flatnonzero(~graph.units.frozen[graph.units.labels])
+    return Obstacles(frozen=((torch.from_numpy(left), certain[0].reason),))
 
 
 def around(graph: Analysis, node: fx.Node) -> list[Tensor]:

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import fx, nn
 
 from graphprune.channels.analysis import Analysis
-from graphprune.errors import RewriteError, TraceError
+from graphprune.errors import TraceError
 from graphprune.ops.values import Reason
 from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.planning import adapt
@@ -91,6 +92,8 @@ def follow(
     """Whether the code can follow kept channels; if not, what is left without the obstacle."""
     analysis = settled.analysis
     alive = analysis.alive(kept)
+    if alive.all():
+        return Finding(settled, True)  # nothing leaves
     solved = settled.changes(alive)
     problems = list(solved.problems)
     unclear = [problem for problem in problems if problem.literal]
@@ -126,17 +129,20 @@ def _mismatch(model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarra
 
 
 def _in_the_way(analysis: Analysis, place: Place, alive: np.ndarray) -> Obstacles:
-    """What shrinks at an op that fails, or else what shrank last before it."""
-    before = analysis.records[place.record].ops[: place.position + 1]
-    node = before[-1]
+    """What shrinks at an op that fails, or else what shrank last before it, or next after it.
+
+    Code may look at an attribute before anything that it measures has been computed.
+    """
+    ops = analysis.records[place.record].ops
+    node = ops[place.position]
     reason = Reason(
         f"the code around {node.target} does not follow", node.meta["module"], node.meta["line"]
     )
-    for node in reversed(before):
+    for node in (*ops[place.position :: -1], *ops[place.position + 1 :]):
         ids = around(analysis, node)
         if not all(alive[layer.numpy()].all() for layer in ids):
             return Obstacles(frozen=tuple((layer, reason) for layer in ids))
-    raise RewriteError(f"the shrunk model would not run: {reason}; please report this")
+    return Obstacles(frozen=((torch.arange(len(alive))[~torch.from_numpy(alive)], reason),))
 
 
 def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:

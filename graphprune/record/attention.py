@@ -1,12 +1,16 @@
-"""``nn.MultiheadAttention`` with an inner size of its own.
+"""Multi-head attention of torch with an inner size of its own, as a layer and as a function.
 
-Torch's layer computes the size of a head as ``embed_dim // num_heads``, which does not hold when
-heads are removed or the stream that it reads is cut. While a model is recorded, and in small
-models where something of it was cut, a layer of torch is run by the class of this file.
+Torch computes the size of a head as ``embed_dim // num_heads``, which does not hold when
+heads are removed or the stream that they read is cut. While a model is recorded, and in small
+models where something of it was cut, a layer of torch is run by the class of this file, and a call
+of ``torch.nn.functional.multi_head_attention_forward`` by its function of that name.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 from graphprune.record import scope
+from graphprune.record.sites import INNER_SIZES
+from graphprune.record.sizes import told_apart
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -57,39 +63,18 @@ class MultiheadAttention(nn.MultiheadAttention):
         """As ``nn.MultiheadAttention.forward``; ``is_causal`` is a hint and needs ``attn_mask``."""
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
-        batched = query.dim() == 3
-        q, k, v = self._projections(query, key, value, batched)
-        mask = self._mask(attn_mask, key_padding_mask, q)
-        if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(k.shape[0], -1, -1)], 1)
-            v = torch.cat([v, self.bias_v.expand(v.shape[0], -1, -1)], 1)
-        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        k = k.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
-        v = v.unflatten(-1, (self.num_heads, self.value_dim)).transpose(1, 2)
-        if self.add_zero_attn:
-            k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        added = k.shape[2] - (key.shape[1 if self.batch_first and batched else 0])
-        if mask is not None and added:
-            mask = F.pad(mask, (0, added))
-        dropout = self.dropout if self.training else 0.0
-        if need_weights:
-            scores = (q * self.scale) @ k.transpose(2, 3)
-            weights = torch.softmax(scores if mask is None else scores + mask, -1)
-            weights = F.dropout(weights, dropout)
-            out = weights @ v
-            weights = weights.mean(1) if average_attn_weights else weights
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=self.scale)
+        inputs = _batch_first((query, key, value), self.batch_first)
+        out, weights = _attend(
+            _projections(self, inputs, query is key and key is value),
+            _mask(attn_mask, key_padding_mask, inputs[0], self.num_heads),
+            self,
+            self.dropout if self.training else 0.0,
+            need_weights,
+        )
         if scope.current() is not None:
             self._mask_output()
-        out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
-        if not batched:
-            out = out.squeeze(0)
-        elif not self.batch_first:
-            out = out.transpose(0, 1)
-        if not need_weights:
-            return out, None
-        return out, weights if batched else weights.squeeze(0)
+        out = F.linear(out, self.out_proj.weight, self.out_proj.bias)
+        return _as_given(out, weights, query, self.batch_first, average_attn_weights)
 
     def _mask_output(self) -> None:
         """Let a record show where a masked weight comes from: torch runs no hook of this layer."""
@@ -97,39 +82,82 @@ class MultiheadAttention(nn.MultiheadAttention):
             if isinstance(hook, prune.BasePruningMethod):
                 hook(self.out_proj, ())
 
-    def _projections(
-        self, query: Tensor, key: Tensor, value: Tensor, batched: bool
-    ) -> tuple[Tensor, ...]:
-        """Queries, keys and values ``[batch, length, heads * width]``."""
-        keys, values = self.num_heads * self.head_dim, self.num_heads * self.value_dim
-        sizes = [keys, keys, values]
-        inputs = [query, key, value]
-        same = query is key and key is value
-        if not batched:
-            inputs = [x.unsqueeze(0) for x in inputs]
-        elif not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
-        bias = self.in_proj_bias
-        if same and self.in_proj_weight is not None:
-            return torch.split(F.linear(inputs[0], self.in_proj_weight, bias), sizes, -1)
-        weights: Any = [self.q_proj_weight, self.k_proj_weight, self.v_proj_weight]
-        if self.in_proj_weight is not None:
-            weights = torch.split(self.in_proj_weight, sizes)
-        biases = [None] * 3 if bias is None else torch.split(bias, sizes)
-        return tuple(map(F.linear, inputs, weights, biases))
 
-    def _mask(self, mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
-        """What is added to the scores, broadcast to ``[batch, heads, length, length]``."""
-        masks = []
-        if mask is not None:
-            mask = _additive(mask, q.dtype)
-            if mask.dim() == 3:
-                mask = mask.unflatten(0, (q.shape[0], self.num_heads))
-            masks.append(mask)
-        if padding is not None:
-            padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
-            masks.append(_additive(padding, q.dtype)[:, None, None, :])
-        return sum(masks[1:], masks[0]) if masks else None
+def _batch_first(inputs: Sequence[Tensor], are: bool) -> list[Tensor]:
+    """Queries, keys and values as ``[batch, length, width]``."""
+    if inputs[0].dim() == 2:
+        return [x.unsqueeze(0) for x in inputs]
+    return [x if are else x.transpose(0, 1) for x in inputs]
+
+
+def _projections(layer: Any, inputs: Sequence[Tensor], same: bool) -> tuple[Tensor, ...]:
+    """Queries, keys and values ``[batch, length, heads * width]``."""
+    keys, values = layer.num_heads * layer.head_dim, layer.num_heads * layer.value_dim
+    sizes = [keys, keys, values]
+    bias = layer.in_proj_bias
+    if same and layer.in_proj_weight is not None:
+        return torch.split(F.linear(inputs[0], layer.in_proj_weight, bias), sizes, -1)
+    weights: Any = [layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight]
+    if layer.in_proj_weight is not None:
+        weights = torch.split(layer.in_proj_weight, sizes)
+    biases = [None] * 3 if bias is None else torch.split(bias, sizes)
+    return tuple(map(F.linear, inputs, weights, biases))
+
+
+def _mask(mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:
+    """What is added to the scores, broadcast to ``[batch, heads, length, length]``."""
+    masks = []
+    if mask is not None:
+        mask = _additive(mask, q.dtype)
+        if mask.dim() == 3:
+            mask = mask.unflatten(0, (q.shape[0], heads))
+        masks.append(mask)
+    if padding is not None:
+        padding = padding if padding.dim() == 2 else padding.unsqueeze(0)
+        masks.append(_additive(padding, q.dtype)[:, None, None, :])
+    return sum(masks[1:], masks[0]) if masks else None
+
+
+def _attend(
+    projected: Sequence[Tensor],
+    mask: Tensor | None,
+    layer: Any,
+    dropout: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """What the heads read, ``[batch, length, heads * width]``, and the weights if needed."""
+    q, k, v = projected
+    length = k.shape[1]
+    if layer.bias_k is not None and layer.bias_v is not None:
+        k = torch.cat([k, layer.bias_k.expand(k.shape[0], -1, -1)], 1)
+        v = torch.cat([v, layer.bias_v.expand(v.shape[0], -1, -1)], 1)
+    q = q.unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2)
+    k = k.unflatten(-1, (layer.num_heads, layer.head_dim)).transpose(1, 2)
+    v = v.unflatten(-1, (layer.num_heads, layer.value_dim)).transpose(1, 2)
+    if layer.add_zero_attn:
+        k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
+    added = k.shape[2] - length
+    if mask is not None and added:
+        mask = F.pad(mask, (0, added))
+    if not need_weights:
+        out = F.scaled_dot_product_attention(q, k, v, mask, dropout, scale=layer.scale)
+        return out.transpose(1, 2).flatten(2), None
+    scores = (q * layer.scale) @ k.transpose(2, 3)
+    weights = F.dropout(torch.softmax(scores if mask is None else scores + mask, -1), dropout)
+    return (weights @ v).transpose(1, 2).flatten(2), weights
+
+
+def _as_given(
+    out: Tensor, weights: Tensor | None, query: Tensor, batch_first: bool, average: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Results in the layout of the query."""
+    batched = query.dim() == 3
+    if weights is not None:
+        weights = weights.mean(1) if average else weights
+        weights = weights if batched else weights.squeeze(0)
+    if not batched:
+        out = out.squeeze(0)
+    return out if batch_first or not batched else out.transpose(0, 1), weights
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -145,3 +173,53 @@ def replace_attention(module: nn.Module) -> None:
         head = module.embed_dim // module.num_heads
         module.__class__ = MultiheadAttention
         vars(module).update(head_dim=head, value_dim=head, scale=float(head) ** -0.5)
+
+
+_SIGNATURE = inspect.signature(F.multi_head_attention_forward)
+INNER = (*INNER_SIZES, "scale")  # what the function of this file takes besides
+
+
+def multi_head_attention_forward(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """As the function of torch, for heads that need not add up to the embedding.
+
+    Args:
+        args: as that of torch.
+        kwargs: as that of torch; besides ``head_dim`` and ``value_dim``, the width of a head of
+            queries and keys, and of values, and ``scale``, what the products are multiplied with.
+            Absent they are those of torch.
+    """
+    inner = {name: kwargs.pop(name, None) for name in INNER}
+    bound = _SIGNATURE.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = SimpleNamespace(**bound.arguments)
+    head = abs(given.embed_dim_to_check // given.num_heads)  # no size to solve either of them for
+    defaults = {"head_dim": head, "value_dim": head, "scale": head**-0.5}
+    sizes = {name: defaults[name] if size is None else size for name, size in inner.items()}
+    sizes |= {name: getattr(given, name) for name in ("num_heads", "embed_dim_to_check")}
+    absent = {name for name, size in inner.items() if size is None}
+    recorder = scope.current()
+    if recorder is None:
+        return _functional(SimpleNamespace(**{**vars(given), **sizes}))
+    recorder.sizes = sizes = told_apart(sizes, absent)
+    try:
+        return _functional(SimpleNamespace(**{**vars(given), **sizes}))
+    finally:
+        recorder.sizes = {}
+
+
+def _functional(given: Any) -> tuple[Tensor, Tensor | None]:
+    """Attention with everything that it needs as attributes of an object."""
+    if given.use_separate_proj_weight:
+        given.in_proj_weight = None
+    [query] = given.query.split(given.embed_dim_to_check, -1)  # all of it, or it raises
+    inputs = _batch_first((query, given.key, given.value), False)
+    same = given.query is given.key and given.key is given.value
+    out, weights = _attend(
+        _projections(given, inputs, same),
+        _mask(given.attn_mask, given.key_padding_mask, inputs[0], given.num_heads),
+        given,
+        given.dropout_p if given.training else 0.0,
+        given.need_weights,
+    )
+    out = F.linear(out, given.out_proj_weight, given.out_proj_bias)
+    return _as_given(out, weights, given.query, False, given.average_attn_weights)

@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphprune.errors import PACKAGE
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import run_on_meta
+from graphprune.record import attention
 from graphprune.record.sizes import Scale, Size, is_live, must_not_change, plain
 
 aten = torch.ops.aten
+TORCH = str(Path(torch.__file__).parent) + os.sep
 _TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 _SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
 _CHUNKS = {torch.chunk, torch.Tensor.chunk}
@@ -80,8 +86,12 @@ def _sections(
     return (input, plain(count), plain(dim)) if isinstance(count, int) else None
 
 
-def _without_flags(value: Any) -> Any:
-    return False if type(value) is EvalFlag else value
+def _without_flags(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments in which flags are plain."""
+    if EvalFlag in map(type, args) or EvalFlag in map(type, kwargs.values()):
+        args = tuple(False if type(value) is EvalFlag else value for value in args)
+        kwargs = {k: False if type(value) is EvalFlag else value for k, value in kwargs.items()}
+    return args, kwargs
 
 
 def leak(tensor: Tensor) -> None:
@@ -107,13 +117,14 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         recorder, kwargs = self.recorder, kwargs or {}
-        if EvalFlag in map(type, args) or EvalFlag in map(type, kwargs.values()):
-            args = tuple(map(_without_flags, args))
-            kwargs = {key: _without_flags(value) for key, value in kwargs.items()}
+        args, kwargs = _without_flags(args, kwargs)
         if recorder.opaque:
             return func(*args, **kwargs)
         if func in _SIZES:
             return self._size(func, args, kwargs)
+        if _replaced(func, types, kwargs):
+            with self:
+                return attention.multi_head_attention_forward(*args, **kwargs)
         if func is torch.Tensor.__len__:
             rows = recorder.extents(args[0])[0]
             must_not_change(rows)
@@ -150,6 +161,8 @@ class Functions(TorchFunctionMode):
         found = [] if func in _CHUNKS else [*_numbers(args, ()), *_numbers(kwargs, ())]
         if any(map(_is_float, args)) or any(map(_is_float, kwargs.values())):
             recorder.doubt_floats()
+        if recorder.sizes:
+            found = self._of_caller(found)
         recorder.numbers = [_of_today(number) for number, _ in found]
         recorder.paths = [path for _, path in found]
         name = getattr(func, "__name__", "")
@@ -157,6 +170,14 @@ class Functions(TorchFunctionMode):
         reflected = name.startswith("__r") and hasattr(torch.Tensor, f"__{name[3:]}")
         recorder.count = -1 if reflected else len(args)
         recorder.names_of_args = _names(func)
+        if recorder.sizes:
+            recorder.method, recorder.count = False, 0
+            recorder.names_of_args = _names(F.multi_head_attention_forward)
+
+    def _of_caller(self, found: Any) -> list[tuple[float, Any]]:
+        """Of numbers that a function standing for one of torch gives, those it was given itself."""
+        places = {id(size): (name,) for name, size in self.recorder.sizes.items()}
+        return [(number, places[id(number)]) for number, _ in found if id(number) in places]
 
     def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A shape, a size or a number of elements that knows where it comes from."""
@@ -216,6 +237,16 @@ class Dispatch(TorchDispatchMode):
         if not recorder.opaque and func.overloadpacket is not aten.set_:  # seen by its storage
             recorder.call(func, args, kwargs, out, before)
         return out
+
+
+def _replaced(func: Any, types: Any, kwargs: Any) -> bool:
+    """Whether the user's own code calls attention as a function, with nothing out of the common."""
+    if func is not F.multi_head_attention_forward:
+        return False
+    caller = sys._getframe(4)  # of the function of torch, which asked for the mode
+    static = kwargs.get("static_k") is not None or kwargs.get("static_v") is not None
+    own = not caller.f_code.co_filename.startswith((TORCH, PACKAGE))
+    return own and not static and not _special(types)
 
 
 def _special(types: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import operator
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
 from graphprune.record.identity import Identity, storage_key
-from graphprune.record.modes import Dispatch, EvalFlag, Functions, lost
+from graphprune.record.modes import TORCH, Dispatch, EvalFlag, Functions, lost
 from graphprune.record.sites import Site, computes_floats, find_site, forward_of
 from graphprune.record.sizes import (
     Comparison,
@@ -39,7 +38,6 @@ from graphprune.record.sizes import (
 from graphprune.record.skeleton import held_tensors, named_modules, named_tensors
 
 _functorch: Any = torch._C._functorch
-_TORCH = str(Path(torch.__file__).parent) + os.sep
 _RUNS = str(Path(__file__).with_name("recording.py"))
 _EMPTY = {
     getattr(torch.ops.aten, name)
@@ -111,6 +109,7 @@ class Recorder:
         self.caller: FrameType | None = None  # who called the torch function that runs
         self.method, self.count = False, 0
         self.names_of_args: tuple[str, ...] = ()
+        self.sizes: dict[str, Any] = {}  # given to a function that stands for torch's, by name
         self.opaque = False
         self.recording = True
         own = {name for name, _ in named_tensors(model)}
@@ -365,7 +364,7 @@ class Recorder:
         forward = own and getattr(forward_of(module, "run"), "__code__", None)
         while frame is not None and forward is not None:
             name = frame.f_code.co_filename
-            if not name.startswith((_TORCH, PACKAGE)) or frame.f_code is forward:
+            if not name.startswith((TORCH, PACKAGE)) or frame.f_code is forward:
                 frames.append((frame.f_code, frame.f_lasti))
             if frame.f_code is forward:
                 return find_site(frames[::-1], module, self.method, self.count, self.names_of_args)
@@ -392,7 +391,7 @@ class Recorder:
     def doubt_floats(self) -> None:
         """A function is given floats: those computed in Python may come from sizes, unseen."""
         caller = self.caller
-        torch_own = caller is None or caller.f_code.co_filename.startswith((_TORCH, PACKAGE))
+        torch_own = caller is None or caller.f_code.co_filename.startswith((TORCH, PACKAGE))
         if caller is not None and not torch_own and not self.record.doubts:
             self.record.doubts = computes_floats(caller)
 
@@ -473,7 +472,7 @@ def user_frame(caller: FrameType | None = None) -> tuple[str | None, Any]:
         name = frame.f_code.co_filename
         if name == _RUNS:
             return None, None
-        if not name.startswith((_TORCH, PACKAGE, "<")):
+        if not name.startswith((TORCH, PACKAGE, "<")):
             return f"{name}:{frame.f_lineno}", frame
         frame = frame.f_back
     return None, None

@@ -20,6 +20,7 @@ from typing import Any
 from graphprune.ops.ids import Path
 
 Span = tuple[int, int, int, int]  # first line, last line, first column, last column
+INNER_SIZES = ("head_dim", "value_dim")  # of attention, which torch computes from others
 Step = tuple[str, str]  # ("global" | "method" | "attribute" | "closure", name)
 
 
@@ -391,9 +392,17 @@ def _inside(parent: Any, key: Any, rest: Path) -> Holder:
 
 def lacks(node: ast.Call, site: Site, path: Path) -> bool:
     """Whether a call leaves out a keyword argument."""
+    if path[0] in INNER_SIZES and not is_attention(node):
+        return False
     names = {keyword.arg for keyword in node.keywords}
     named = isinstance(path[0], str) and path[0] not in names and None not in names
     return named and next(holders(node, site, path), None) is None
+
+
+def is_attention(node: ast.Call) -> bool:
+    """Whether a call is one of torch's attention as a function, which may get sizes of its own."""
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    return bool(name == "multi_head_attention_forward")
 
 
 def changeable(site: Site, path: Path) -> bool:

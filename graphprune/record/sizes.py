@@ -60,6 +60,7 @@ class Operation:
 
 Settable = Attribute | Literal
 Expression = Attribute | Extent | Operation | int | float
+UNKNOWN = Operation("mul", 0, 0)  # of a size that is never known to come out as it has to
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,25 @@ COMPARISONS["is"] = operator.eq  # a value that left the sizes: nothing may chan
 def expression(value: Any) -> Expression:
     """The expression behind an int."""
     return value.expression if isinstance(value, Size | Scale) else value
+
+
+def told_apart(sizes: Mapping[str, Any], absent: set[str]) -> dict[str, Size | Scale]:
+    """Sizes given to a function, as objects that can be told from all other numbers.
+
+    Args:
+        sizes: by the name of the argument that gives them.
+        absent: those that the caller leaves to be computed, of which it has to give all if one
+            that they are computed from is a number in the code, which may change.
+    """
+    literal = not all(isinstance(sizes[name], Size | Scale) for name in sizes.keys() - absent)
+
+    def known(name: str, size: Any) -> Size | Scale:
+        kind: Any = Scale if isinstance(size, float) else Size
+        formula = UNKNOWN if literal and name in absent else expression(size)
+        made: Size | Scale = kind(plain(size), formula, getattr(size, "observer", None))
+        return made
+
+    return {name: known(name, size) for name, size in sizes.items()}
 
 
 def evaluate(

@@ -306,3 +306,61 @@ def test_a_number_in_a_method_changes_a_second_time():
     once = graphprune.rebuild(InAMethod().eval(), 0.5, X)
     twice = graphprune.rebuild(once, 0.5, X)
     assert (twice.stem.out_channels, twice.conv.out_channels) == (2, 4)
+
+
+class Pool(nn.Module):
+    """Attention called as a function of torch, which knows one size of heads only."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(16, 16) for _ in range(4))
+        self.heads = heads
+
+    def forward(self, x):
+        return F.multi_head_attention_forward(
+            x, x, x, x.shape[-1], self.heads, None,
+            torch.cat([self.q.bias, self.k.bias, self.v.bias]), None, None, False, 0.0,
+            self.o.weight, self.o.bias, need_weights=False, use_separate_proj_weight=True,
+            q_proj_weight=self.q.weight, k_proj_weight=self.k.weight,
+            v_proj_weight=self.v.weight)[0]  # fmt: skip
+
+
+@pytest.mark.parametrize("attention", ["heads", "head_dim"])
+def test_attention_as_a_function_gets_sizes_of_its_own(attention):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), Pool(), nn.Linear(16, 3)).eval()
+    x = torch.randn(5, 2, 6)
+    once = graphprune.rebuild(model, 0.3, x, attention=attention)
+    assert attention == "heads" or isinstance(once[1].forward, RewrittenForward)
+    assert once[1].q.out_features == 12
+    assert once[1].q.in_features == once[0].out_features == 12
+    assert graphprune.verify(model, once, x).difference < 1e-10
+    again = graphprune.rebuild(copy.deepcopy(once), 0.5, x, attention=attention)
+    assert again[1].q.out_features == 8
+    assert graphprune.verify(model, again, x).difference < 1e-10
+
+
+def test_attention_that_torch_calls_is_torchs():
+    """Inside a class of its own that takes the forward of torch's layer, no code can be changed."""
+
+    class Own(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    model = nn.Sequential(nn.Linear(6, 16), Own(16, 4), nn.Linear(16, 3)).eval()
+    x = torch.randn(5, 2, 6)
+    small = graphprune.rebuild(nn.Sequential(*model, nn.Linear(3, 8), nn.Linear(8, 2)), 0.5, x)
+    assert small[3].out_features == 4
+    assert small[1].num_heads == 4
+
+
+def test_a_plan_adds_no_sizes_to_other_calls():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), Pool(), nn.Linear(16, 3)).eval()
+    plan = graphprune.trace(model, torch.randn(5, 2, 6)).plan(0.2)
+    change = next(change for change in plan.literals if change.path == ("head_dim",))
+    first, last, *columns = change.site.span
+    other = dataclasses.replace(change.site, span=(first + 2, last - 4, *columns))
+    changed = dataclasses.replace(change, site=other)
+    with pytest.raises(PlanError, match="is not there"):
+        graphprune.rebuild(model, dataclasses.replace(plan, literals=(changed,)))

@@ -186,3 +186,26 @@ def test_tensor_split_in_every_form(sections):
         small = graphprune.rebuild(model, ratio, x)
         assert graphprune.verify(model, small, x).difference < 1e-10
         assert small.stem.out_features < 6
+
+
+class Guarded(nn.Module):
+    """Looks at a size of its own before anything that it measures was computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.width = 8
+        self.inp, self.other, self.head = nn.Linear(3, 8), nn.Linear(3, 12), nn.Linear(20, 2)
+
+    def forward(self, x):
+        if self.width != 8:
+            raise ValueError("another width")
+        x = x.sin()
+        wide = self.inp(x).reshape(-1, self.width)
+        return self.head(torch.cat([wide, self.other(x)], 1))
+
+
+def test_what_looks_at_a_size_too_early_freezes_what_comes_next():
+    model, x = Guarded().eval(), torch.randn(4, 3)
+    plan = graphprune.trace(model, x).plan(0.5)
+    assert [(group.size, len(group.kept)) for group in plan.groups] == [(12, 6)]
+    assert graphprune.rebuild(model, plan)(x).shape == (4, 2)

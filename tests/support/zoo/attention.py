@@ -347,3 +347,27 @@ class WordsAndPositions(nn.Module):
     def forward(self, tokens):
         x = self.words(tokens) * math.sqrt(8) + self.places(torch.arange(tokens.shape[1]))
         return self.head(x + self.attention(x))
+
+
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def a_rotation_that_leaves_no_part_of_the_heads():
+    """Code for rotations of a part, where the part is all: the rest has no columns."""
+
+    class Rotated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.o, self.heads = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH), 4
+
+        def forward(self, x):
+            b, n, _ = x.shape
+            parts = (
+                t.reshape(b, n, self.heads, -1).transpose(1, 2) for t in self.qkv(x).chunk(3, -1)
+            )
+            q, k, v = parts
+            angles = torch.arange(n, dtype=x.dtype)[:, None] * torch.ones(3, dtype=x.dtype)
+            part = angles.shape[-1]
+            q, k = (torch.cat((t[..., :part] * angles.cos(), t[..., part:]), -1) for t in (q, k))
+            y = (q @ k.transpose(2, 3)).softmax(-1) @ v
+            return self.o(y.transpose(1, 2).reshape(b, n, -1))
+
+    return stream(Rotated())

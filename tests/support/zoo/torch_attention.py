@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from support.zoo.registry import awkward
 from support.zoo.streams import HEADS, TOKENS, WIDTH, stream, varied
@@ -170,3 +171,76 @@ class WholeTransformer(nn.Module):
     def forward(self, x, y):
         mask = self.transformer.generate_square_subsequent_mask(y.shape[1], dtype=y.dtype)
         return self.head(self.transformer(self.source(x), self.target(y), tgt_mask=mask))
+
+
+class Functional(nn.Module):
+    """Attention that the code calls as a function, with weights of its own for each projection."""
+
+    def __init__(self, weights=True):
+        super().__init__()
+        self.embed_dim, self.num_heads, self.weights = WIDTH, HEADS, weights
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        x = x.transpose(0, 1)
+        _, _, width = x.size()
+        assert width == self.embed_dim
+        y, _ = F.multi_head_attention_forward(
+            x, x, x, self.embed_dim, self.num_heads, torch.empty([0]),
+            torch.cat((self.q.bias, self.k.bias, self.v.bias)), None, None, True, 0.1,
+            self.o.weight, self.o.bias, self.training, None, self.weights, None,
+            use_separate_proj_weight=True, q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight, v_proj_weight=self.v.weight)  # fmt: skip
+        return y.transpose(0, 1)
+
+
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def attention_as_a_function():
+    return stream(Functional())
+
+
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def attention_as_a_function_without_weights():
+    return stream(Functional(weights=False))
+
+
+@awkward((2, 3, 4, 4), removable=8 + HEADS)
+class AttentionPool(nn.Module):
+    """A mean of the places asks them all; the output has another width (CLIP)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.place = nn.Conv2d(3, 8, 1), nn.Parameter(torch.randn(17, 8))
+        self.q, self.k, self.v, self.o = (nn.Linear(8, out) for out in (8, 8, 8, 5))
+        varied(self)
+
+    def forward(self, x):
+        x = self.inp(x).flatten(2).permute(2, 0, 1)
+        x = torch.cat([x.mean(0, keepdim=True), x]) + self.place[:, None]
+        bias = torch.cat([self.q.bias, self.k.bias, self.v.bias])
+        return F.multi_head_attention_forward(
+            query=x[:1], key=x, value=x, embed_dim_to_check=x.shape[-1], num_heads=4,
+            in_proj_weight=None, in_proj_bias=bias, bias_k=None, bias_v=None,
+            add_zero_attn=False, dropout_p=0.0, out_proj_weight=self.o.weight,
+            out_proj_bias=self.o.bias, training=self.training, need_weights=False,
+            use_separate_proj_weight=True, q_proj_weight=self.q.weight,
+            k_proj_weight=self.k.weight, v_proj_weight=self.v.weight)[0].squeeze(0)  # fmt: skip
+
+
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def attention_as_a_function_of_one_weight():
+    class Packed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3 * WIDTH, WIDTH) / 3)
+            self.bias = nn.Parameter(torch.randn(3 * WIDTH))
+            self.key, self.value = (nn.Parameter(torch.randn(1, 1, WIDTH)) for _ in range(2))
+            self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            return F.multi_head_attention_forward(
+                x, x, x, 12, 4, self.weight, self.bias, self.key, self.value, False, 0.0,
+                self.o.weight, None, self.training)[0].transpose(0, 1)  # fmt: skip
+
+    return stream(Packed())
