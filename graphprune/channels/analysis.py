@@ -315,7 +315,7 @@ def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Compari
     for record in records:
         read = [side for c in record.comparisons for side in (c.left, c.right)]
         for node in record.graph.nodes:
-            read += map(expression, node.meta.get("numbers", ()))
+            read += [expression(number.value) for number in node.meta.get("numbers", ())]
         owners = {leaf.module for item in read for leaf in attributes(item)}
         nodes = {str(node.target): node for node in record.graph.nodes if node.op == "get_attr"}
         yield from remembered(model, owners, nodes) if owners else ()

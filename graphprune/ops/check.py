@@ -12,7 +12,7 @@ from typing import Any
 
 from graphprune.errors import OpError
 from graphprune.ops.claims import CLAIMS
-from graphprune.ops.given import locate, paths_of
+from graphprune.ops.given import numbers_for
 from graphprune.ops.registry import REGISTRY, Op, name_of
 from graphprune.ops.samples import Random, Sample
 from graphprune.ops.tiny import Cut, Tiny, close, overload_of, run
@@ -114,14 +114,12 @@ def _adapted(tiny: Tiny, cut: Cut, args: tuple[Any, Any]) -> tuple[Any, Any]:
     if rule is None:
         return args
     positional, named = list(args[0]), dict(args[1])
-    paths = paths_of(tiny.node)
     for given in rule(cut, tiny.node, cut.alive):
-        place = locate(tiny.node, given.old, given.kind)
-        for path, new in zip(paths[place] if place is not None else (), given.new):
-            first, *rest = path
+        for place, number in numbers_for(tiny.node, given).items():
+            first, *rest = number.path
             holder: Any = positional if isinstance(first, int) else named
             if isinstance(holder[first], list):
                 holder[first] = list(holder[first])
                 holder, first = holder[first], rest[0]
-            holder[first] = new
+            holder[first] = given.new[place]
     return positional, named

@@ -48,7 +48,7 @@ def groups_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Gi
     groups = int(args_of(node)[8])
     if groups > 1:
         keep = graph.positions(node, 1, alive).reshape(groups, -1)
-        yield Given([groups], [int(keep.any(1).sum())], "last")
+        yield Given([groups], [int(keep.any(1).sum())], "groups")
 
 
 @declare(

@@ -10,18 +10,41 @@ from torch import fx
 
 from graphprune.ops.ids import Path, Shape
 
+_ALONG = {"start", "end", "length", "index"}  # places of a dimension
+_RENAMED = {
+    "shape": "size",
+    "num_groups": "group",
+    "split_sizes": "split_size",
+    "split_size_or_sections": "split_size",
+    "indices_or_sections": "indices",
+}
+
 
 class Given(NamedTuple):
     """Sizes that an op was given, and those it needs.
 
-    ``kind`` tells which of several equal ints is meant, see :func:`locate`; ``places`` are the
-    dimensions that they measure, as (value, dimension), where that is known.
+    ``argument`` is the name of theirs in the schema of the op, ``first`` the place of the first
+    one: in a list, or the dimension that it is a place of; ``places`` are the dimensions that they
+    measure, as (value, dimension), where that is known.
     """
 
     old: list[int]
     new: list[int]
-    kind: str = ""
+    argument: str
+    first: int = 0
     places: Sequence[tuple[fx.Node, int]] | None = None
+
+
+class Number(NamedTuple):
+    """A number that the user's code gave to a function, and where it stands in the arguments.
+
+    ``argument`` and ``place`` say which one of an op it is, as in :class:`Given`.
+    """
+
+    value: float
+    path: Path
+    argument: str = ""
+    place: int = 0
 
 
 class Pruned(Protocol):
@@ -39,46 +62,28 @@ def args_of(node: fx.Node) -> Any:
     return node.args
 
 
+def meant(name: str, place: int, dim: int) -> tuple[str, int]:
+    """What an argument of a function that acts along ``dim`` is called, and its place, in ops."""
+    if name == "sizes":  # of unflatten: part of a shape
+        return "size", dim + place
+    return (name, dim) if name in _ALONG else (_RENAMED.get(name, name), place)
+
+
 def ints_of(node: fx.Node) -> list[int]:
     """The ints given to the function that called an op."""
-    return [number for number in node.meta["numbers"] if isinstance(number, int)]
+    return [n.value for n in node.meta["numbers"] if isinstance(n.value, int)]
 
 
-def paths_of(node: fx.Node) -> list[Path]:
-    """Where these ints stand in the arguments."""
-    pairs = zip(node.meta["numbers"], node.meta["paths"])
-    return [path for number, path in pairs if isinstance(number, int)]
+def numbers_for(node: fx.Node, given: Given) -> dict[int, Number]:
+    """The numbers of the call that sizes of an op are, by the places of these sizes.
 
-
-def locate(node: fx.Node, old: Sequence[int], kind: str = "") -> slice | None:
-    """Where the sizes that an op was given stand among the ints of the call that ran it.
-
-    ``kind`` tells which of several equal ints is meant: the ``start`` or ``stop`` of a slice, the
-    ``length`` of ``narrow``, or the ``last`` one.
+    There are none where the sizes were computed inside a function of torch.
     """
-    ints = ints_of(node)
-    if kind in ("start", "stop", "length"):
-        return _end_of_slice(node, old[0], kind)
-    places = range(len(ints) - len(old) + 1)
-    for start in reversed(places) if kind == "last" else places:
-        part = ints[start : start + len(old)]
-        if all(a == b or a == -1 for a, b in zip(part, old)):
-            return slice(start, start + len(old))
-    return None
-
-
-def _end_of_slice(node: fx.Node, old: int, kind: str) -> slice | None:
-    ints, paths = ints_of(node), paths_of(node)
-    named = [place for place, path in enumerate(paths) if path[-1] == kind and ints[place] == old]
-    if named:
-        dim = args_of(node)[1] if len(args_of(node)) > 1 else 0
-        named.sort(key=lambda place: dim not in paths[place][1:2])
-        return slice(named[0], named[0] + 1)
-    listed = [place for place, path in enumerate(paths) if type(path[-1]) is int and path[1:]]
-    listed = [place for place in listed if ints[place] == old and kind != "length"]
-    if listed:  # of tensor_split
-        return slice(listed[0], listed[0] + 1)
-    narrowed = {"start": 1, "length": 2}.get(kind, 3)
-    if len(ints) == 3 and "start" not in {path[-1] for path in paths} and narrowed < 3:
-        return slice(narrowed, narrowed + 1) if ints[narrowed] == old else None
-    return None
+    found: dict[int, Number] = {}
+    for number in node.meta["numbers"]:
+        place = number.place - given.first
+        if number.argument == given.argument and 0 <= place < len(given.old):
+            if number.value not in (given.old[place], -1):
+                return {}
+            found[place] = number
+    return found

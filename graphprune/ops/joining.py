@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.fact import Fact, moved_fact, moved_numbers_fact
-from graphprune.ops.given import Given, Pruned, args_of, locate
+from graphprune.ops.given import Given, Pruned, args_of
 from graphprune.ops.ids import KEPT, Layers, along, compact, spread, varying
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
@@ -40,7 +40,7 @@ def parts_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
     several = isinstance(given, list | tuple)
     given, new = (list(given), new) if several else ([given], new[:1])
     places = [(items[n], dim % len(items[n].meta["shape"])) for n in range(len(given))]
-    yield Given(given, new, places=places)
+    yield Given(given, new, "split_size", places=places)
 
 
 def slice_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
@@ -54,12 +54,23 @@ def slice_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
     first = 0 if start is None else _clip(start, size)
     last = size if end is None else _clip(end, size)
     begin, stop = int(keep[:first].sum()), int(keep[:last].sum())
+    dim %= len(node.meta["shape"])
     if start:
-        yield Given([start], [start if keep.all() else _place(start, begin, new_size)], "start")
-    if locate(node, [last - first], "length") is not None:  # narrow
-        yield Given([last - first], [stop - begin], "length")
+        needed = start if keep.all() else _place(start, begin, new_size)
+        yield Given([start], [needed], *_end(node, start, "start", dim))
+    if any(number.argument == "length" for number in node.meta["numbers"]):  # narrow
+        yield Given([last - first], [stop - begin], "length", dim)
     elif end is not None and end < size:
-        yield Given([end], [end if keep.all() else _place(end, stop, new_size)], "stop")
+        needed = end if keep.all() else _place(end, stop, new_size)
+        yield Given([end], [needed], *_end(node, end, "end", dim))
+
+
+def _end(node: fx.Node, given: int, name: str, dim: int) -> tuple[str, int]:
+    """How an end of a slice was given: as such, or among the places of ``tensor_split``."""
+    for number in node.meta["numbers"]:
+        if number.argument == "indices" and number.value == given:
+            return "indices", number.place
+    return name, dim
 
 
 def _place(old: int, new: int, size: int) -> int:
@@ -77,7 +88,8 @@ def select_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Gi
     keep = graph.positions(x, dim, alive)
     new = int(keep[: index % len(keep)].sum())
     if new != index % len(keep):
-        yield Given([index], [new if index >= 0 else new - int(keep.sum())], "last")
+        needed = new if index >= 0 else new - int(keep.sum())
+        yield Given([index], [needed], "index", dim % len(x.meta["shape"]))
 
 
 def pad_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
@@ -92,7 +104,7 @@ def pad_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given
         new[i] = int(keep[:before].sum() if before > 0 else -source[:-before].sum())
         end = len(keep) - after
         new[i + 1] = int(keep[end:].sum() if after > 0 else -source[len(source) + after :].sum())
-    yield Given(pad, new)
+    yield Given(pad, new, "pad")
 
 
 @declare(

@@ -83,7 +83,8 @@ def layer_norm_meta(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -
 def shape_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
     """The normalised shape."""
     given = list(args_of(node)[1])
-    yield Given(given, list(graph.shape(node.meta["items"][0], alive))[-len(given) :])
+    new = list(graph.shape(node.meta["items"][0], alive))[-len(given) :]
+    yield Given(given, new, "normalized_shape")
 
 
 @declare(
@@ -188,7 +189,7 @@ def group_norm_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterato
     groups = int(args_of(node)[6])
     if groups > 1:
         keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
-        yield Given([groups], [int(keep.any(1).sum())])
+        yield Given([groups], [int(keep.any(1).sum())], "group")
 
 
 @declare(

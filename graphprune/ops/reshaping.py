@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.fact import Fact, Unfollowed, moved_fact, moved_numbers_fact
-from graphprune.ops.given import Given, Pruned, args_of, ints_of, locate
+from graphprune.ops.given import Given, Pruned, args_of
 from graphprune.ops.ids import (
     Layers,
     align,
@@ -42,52 +42,12 @@ def view_fact(op: Any, x: Fact, size: Any, *args: Any) -> Fact:
 
 
 def sizes_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
-    """The sizes of the result, or those of them that the call named."""
+    """The sizes of the result; those it has of a dimension split in two, say."""
     given = args_of(node)[1] if len(args_of(node)) > 1 else node.kwargs.get("size")
     if isinstance(given, list | tuple):
-        new = list(graph.shape(node, alive))[-len(given) :] if given else []
-        new = [n if g != -1 else -1 for g, n in zip(given, new)]
-        if locate(node, given) is not None:
-            yield _measuring(node, list(given), new)
-        elif (dims := _unflattened(node, given)) is not None:
-            yield _measuring(node, list(given[dims]), new[dims], "last")
-        else:
-            yield _measuring(node, *_part(node, given, new))
-
-
-def _unflattened(node: fx.Node, given: Any) -> slice | None:
-    """The dimensions made of one by ``unflatten``, which is given that one and their sizes."""
-    first: Any = node.all_input_nodes[0] if node.all_input_nodes else None
-    dim, *sizes = ints_of(node) or [0]
-    source = list(first.meta["shape"]) if first is not None else []
-    if not sizes or not -len(source) <= dim < len(source):
-        return None
-    dim %= len(source)
-    shape = source[:dim] + sizes + source[dim + 1 :]
-    fits = len(shape) == len(given) and all(a in (b, -1) for a, b in zip(shape, given))
-    return slice(dim, dim + len(sizes)) if fits else None
-
-
-def _part(node: fx.Node, given: Any, new: list[int]) -> tuple[Any, list[int]]:
-    """The part of a shape that ends the ints of a call."""
-    ints = ints_of(node)
-    for width in range(len(ints), 1, -1):
-        tail = ints[-width:]
-        for start in range(len(given) - width + 1):
-            if all(a in (b, -1) for a, b in zip(tail, given[start : start + width])):
-                return list(given[start : start + width]), new[start : start + width]
-    return list(given), new
-
-
-def _measuring(node: fx.Node, old: list[int], new: list[int], kind: str = "") -> Given:
-    """With the dimensions of the result that the sizes measure."""
-    sizes = args_of(node)[1] if len(args_of(node)) > 1 else None
-    sizes = sizes if isinstance(sizes, list | tuple) else []
-    for start in range(len(sizes) - len(old) + 1):
-        if list(sizes[start : start + len(old)]) == old:
-            first = len(node.meta["shape"]) - len(sizes) + start
-            return Given(old, new, kind, [(node, first + n) for n in range(len(old))])
-    return Given(old, new, kind)
+        shape = graph.shape(node, alive)
+        new = [size if old != -1 else -1 for old, size in zip(given, shape)]
+        yield Given(list(given), new, "size", places=[(node, dim) for dim in range(len(given))])
 
 
 @declare(aten.permute, linear=True, fact=moved_fact, sample=of((2, 3, 4), [2, 0, 1]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import fx
 
-from graphprune.ops.given import Given, Pruned, args_of, ints_of, locate
+from graphprune.ops.given import Given, Pruned, args_of
 from graphprune.ops.ids import Layers
 from graphprune.ops.pointwise import made_fact
 from graphprune.ops.registry import declare as _declare
@@ -26,18 +25,8 @@ declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
 def factory_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
-    """All sizes, or those that are no tensors."""
-    given, new = list(args_of(node)[0]), list(graph.shape(node, alive))
-    if locate(node, given) is None:  # some sizes were tensors
-        ints = ints_of(node)
-        found = {
-            tuple(new[dim] for dim in dims)
-            for dims in itertools.combinations(range(len(given)), len(ints))
-            if [given[dim] for dim in dims] == ints
-        }
-        if len(found) == 1:
-            given, new = list(ints), list(*found)
-    yield Given(given, new)
+    """All sizes; some of them may have been tensors."""
+    yield Given(list(args_of(node)[0]), list(graph.shape(node, alive)), "size")
 
 
 @declare(aten.zeros, aten.ones, given=factory_given, makes=True, sample=of([2, 3]))

@@ -12,7 +12,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import OpError
-from graphprune.ops.ids import Path, Shape, Ties, along, varying
+from graphprune.ops.given import Number, meant
+from graphprune.ops.ids import Shape, Ties, along, varying
 from graphprune.ops.registry import Op
 from graphprune.ops.samples import Random, Sample
 from graphprune.ops.values import Value
@@ -100,13 +101,8 @@ class Tiny:
 
     def _results(self, out: list[Any]) -> list[fx.Node | None]:
         """The nodes of the results, which something reads."""
-        numbers = list(_numbers(self.target, self.sample.args, self.sample.kwargs))
-        self.node.meta.update(
-            numbers=[n for n, _ in numbers],
-            paths=[path for _, path in numbers],
-            module="",
-            line=None,
-        )
+        numbers = list(_numbers(self.node, self.sample.args, self.sample.kwargs))
+        self.node.meta.update(numbers=numbers, module="", line=None)
         if len(out) == 1 and isinstance(out[0], Tensor) and not _lists(self.target):
             _describe(self.node, out[0])
             self.graph.output(self.node)
@@ -253,17 +249,20 @@ def _lists(target: Any) -> bool:
     return len(returns) > 1 or "[]" in str(returns[0].type)
 
 
-def _numbers(target: Any, args: Any, kwargs: Any) -> Iterator[tuple[int, Path]]:
-    """The ints among arguments, and where they stand; ends of slices have names."""
-    names = [argument.name for argument in target._schema.arguments]
-    pairs = [*enumerate(args), *kwargs.items()]
-    for place, arg in pairs:
-        name = names[place] if isinstance(place, int) else place
+def _numbers(node: fx.Node, args: Any, kwargs: Any) -> Iterator[Number]:
+    """The ints among arguments, and where they stand."""
+    op: Any = node.target
+    names = [argument.name for argument in op._schema.arguments]
+    pairs = {**dict(zip(names, enumerate(args))), **{k: (k, v) for k, v in kwargs.items()}}
+    ndim = len(node.all_input_nodes[0].meta["shape"]) if node.all_input_nodes else 1
+    dim = pairs["dim"][1] % max(ndim, 1) if type(pairs.get("dim", (0, None))[1]) is int else 0
+    for name, (place, arg) in pairs.items():
         if type(arg) is int:
-            named = {"start": "start", "end": "stop"}.get(name)
-            yield arg, (place, named) if named else (place,)
+            yield Number(arg, (place,), *meant(name, 0, dim))
         elif isinstance(arg, list):
-            yield from ((n, (place, i)) for i, n in enumerate(arg) if type(n) is int)
+            for at, number in enumerate(arg):
+                if type(number) is int:
+                    yield Number(number, (place, at), *meant(name, at, dim))
 
 
 def _is_tensor(part: Any) -> bool:

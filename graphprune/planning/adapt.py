@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.channels.analysis import Analysis
-from graphprune.ops.given import args_of, ints_of, locate, paths_of
+from graphprune.ops.given import Number, args_of, ints_of, numbers_for
 from graphprune.ops.ids import Path
 from graphprune.ops.registry import Op, op_of, packet_of
 from graphprune.planning.problems import Place, Problem, around
@@ -304,28 +304,25 @@ class Solver:
 
     def _needs_of(self, record: Record, node: fx.Node, op: Op, trust: bool) -> Iterator[Need]:
         assert op.given is not None
-        ints, paths = ints_of(node), paths_of(node)
-        for given, needed, kind, dims in op.given(self.graph, node, self.alive):
-            where = locate(node, given, kind)
-            if where is None and op.places and given != needed:
-                before = self._before(node, given)
-                yield Need(node, given[0], needed[0], given[0], before=before)
-            self.unsure |= self._doubtful(node, where, record.leaks)
-            places = dims or [None] * len(given)
-            sizes = ints[where] if where is not None else []
-            for offset, (size, old, new) in enumerate(zip(sizes, given, needed)):
+        for given in op.given(self.graph, node, self.alive):
+            bound = numbers_for(node, given)
+            if not bound and op.places and given.old != given.new:
+                before = self._before(node, given.old)
+                yield Need(node, given.old[0], given.new[0], given.old[0], before=before)
+            self.unsure |= self._doubtful(node, [*bound.values()], record.leaks)
+            for offset, (size, path, *_) in bound.items():
+                old, new = given.old[offset], given.new[offset]
                 if old == new == -1 or (size == -1 and old != -1):
                     continue  # inferred by the op
                 expr = expression(size)
                 if trust and isinstance(expr, int):
                     continue
-                assert where is not None
-                path = paths[where.start + offset]
                 if isinstance(expr, int) and plain(size) in record.leaked:
                     expr = _computed(record, node, path, plain(size))
                     self.unsure |= not isinstance(expr, int)
                 before = self._before(node, [old]) if op.places else ()
-                yield Need(node, old, new, expr, places[offset], path, record.leaks, before)
+                place = given.places[offset] if given.places else None
+                yield Need(node, old, new, expr, place, path, record.leaks, before)
 
     def _before(self, node: fx.Node, places: list[int]) -> tuple[Tensor, ...]:
         """The ids before a place of a dimension, as slices and selections are given one."""
@@ -338,20 +335,20 @@ class Solver:
         start, stop = (0, places[0]) if places[0] >= 0 else (max(size + places[0], 0), size)
         return tuple(layer.narrow(dim, start, min(stop, size) - start) for layer in value.on(dim))
 
-    def _doubtful(self, node: fx.Node, where: slice | None, leaks: bool) -> bool:
+    def _doubtful(self, node: fx.Node, bound: Sequence[Number], leaks: bool) -> bool:
         """Whether sizes given to an op that carries channels are not fully understood.
 
         Sizes of tensors are, and attributes; plain ints are when no size was turned into one.
         """
-        ints = ints_of(node)
-        if where is None:  # computed inside a function of torch, from its ints or from shapes
+        ints = [n.value for n in bound if isinstance(n.value, int)]
+        if not bound:  # computed inside a function of torch, from its ints or from shapes
             results = (node, *node.meta.get("items", {}).values())
             rank = max(len(result.meta.get("shape", ())) for result in results)
-            doubtful = [n for n in ints if abs(n) > rank]
+            doubtful = [n for n in ints_of(node) if abs(n) > rank]
         elif op_of(node).layer:
-            doubtful = [n for n in ints[where] if not isinstance(expression(n), Attribute)]
+            doubtful = [n for n in ints if not isinstance(expression(n), Attribute)]
         else:
-            doubtful = [n for n in ints[where] if isinstance(expression(n), int) and abs(n) > 1]
+            doubtful = [n for n in ints if isinstance(expression(n), int) and abs(n) > 1]
             doubtful = doubtful if leaks else []
         fresh = self.graph.walk.is_fresh
         return bool(doubtful) and any(not fresh(layer) for layer in around(self.graph, node))
@@ -388,6 +385,6 @@ def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:
             if numbers and (op_of(node).fills or scaled or torch.Tag.pointwise in tags):
                 arguments = (*node.args, *node.kwargs.values())
                 scalars = {arg for arg in arguments if isinstance(arg, int | float)}
-                for number, path in zip(numbers, node.meta["paths"]):
+                for number, path, *_ in numbers:
                     if isinstance(number, Size | Scale) and float(number) in scalars:
                         yield node, number, path

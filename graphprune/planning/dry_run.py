@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from graphprune.channels.analysis import Analysis, Pruned
 from graphprune.errors import InputError, TraceError
 from graphprune.execute.shrink import hollow, shrink
-from graphprune.ops.given import locate, paths_of
+from graphprune.ops.given import numbers_for
 from graphprune.ops.ids import Shape, varying
 from graphprune.ops.registry import op_of
 from graphprune.plan.plan import Plan
@@ -156,12 +156,12 @@ def _misplaced(pruned: Pruned, node: fx.Node, other: fx.Node) -> bool:
     op = op_of(node)
     if not op.places or op.given is None or not node.meta["numbers"]:
         return False
-    numbers = dict(zip(other.meta["paths"], other.meta["numbers"]))
-    for old, new, kind, _ in op.given(_Foreseen(pruned), node, pruned.alive):
-        place = locate(node, old, kind)
-        found = paths_of(node)[place] if place is not None else []
-        if any(plain(numbers.get(path, size)) != size for path, size in zip(found, new)):
-            return True
+    numbers = {number.path: number.value for number in other.meta["numbers"]}
+    for given in op.given(_Foreseen(pruned), node, pruned.alive):
+        for place, number in numbers_for(node, given).items():
+            needed = given.new[place]
+            if plain(numbers.get(number.path, needed)) != needed:
+                return True
     return False
 
 

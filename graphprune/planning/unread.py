@@ -161,7 +161,7 @@ def _read(analysis: Analysis) -> set[Attribute]:
     for record in analysis.records:
         sides: list[Any] = [side for c in record.comparisons for side in (c.left, c.right)]
         for node in record.graph.nodes:
-            sides += map(expression, node.meta.get("numbers", ()))
+            sides += (expression(number.value) for number in node.meta.get("numbers", ()))
         found.update(leaf for side in sides for leaf in attributes(side))
     return found
 

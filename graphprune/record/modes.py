@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,9 +20,11 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import PACKAGE
+from graphprune.ops.given import Number
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import run_on_meta
 from graphprune.record import attention
+from graphprune.record.binding import INDEXING, numbers_given
 from graphprune.record.sizes import Scale, Size, is_live, must_not_change, plain
 
 aten = torch.ops.aten
@@ -32,7 +34,6 @@ _SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
 _CHUNKS = {torch.chunk, torch.Tensor.chunk}
 _SECTIONS = {torch.tensor_split, torch.Tensor.tensor_split}  # also at given places
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
-_INDEXING = {torch.Tensor.__getitem__, torch.Tensor.__setitem__}
 _VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 _DISABLED = torch._C._disabled_torch_function_impl
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
@@ -138,15 +139,15 @@ class Functions(TorchFunctionMode):
                 tensors = args[1] if isinstance(args[1], list | tuple) else args[1:]
                 return recorder.whole(aten.einsum.default, (args[0], [*tensors]), kwargs)
             if func in _SECTIONS and (sections := _sections(*args, **kwargs)) is not None:
-                recorder.numbers = recorder.paths = []  # parts of any width: all sizes follow
+                recorder.numbers = []  # parts of any width: all sizes follow
                 return recorder.whole(aten.tensor_split.sections, sections, {})
             if func in WHOLE and not _special(types):
                 return recorder.whole(WHOLE[func], args, kwargs)
-            if func in _INDEXING:
+            if func in INDEXING:
                 args = (args[0], _with_tensors(args[1]), *args[2:])
             out = func(*args, **kwargs)
         finally:
-            recorder.numbers = recorder.paths = []
+            recorder.numbers = []
             recorder.caller = caller
         if func is _TENSOR.data.__get__:
             recorder.call(aten.detach.default, args, {}, out)
@@ -158,13 +159,12 @@ class Functions(TorchFunctionMode):
     def _note(self, func: Any, args: Any, kwargs: Any) -> None:
         """The numbers that the user's code gives to a function, and where they stand."""
         recorder = self.recorder
-        found = [] if func in _CHUNKS else [*_numbers(args, ()), *_numbers(kwargs, ())]
         if any(map(_is_float, args)) or any(map(_is_float, kwargs.values())):
             recorder.doubt_floats()
+        found = [] if func in _CHUNKS else numbers_given(func, args, kwargs)
         if recorder.sizes:
             found = self._of_caller(found)
-        recorder.numbers = [_of_today(number) for number, _ in found]
-        recorder.paths = [path for _, path in found]
+        recorder.numbers = [n._replace(value=_of_today(n.value)) for n in found]
         name = getattr(func, "__name__", "")
         recorder.method = getattr(torch.Tensor, name, None) is func
         reflected = name.startswith("__r") and hasattr(torch.Tensor, f"__{name[3:]}")
@@ -174,10 +174,10 @@ class Functions(TorchFunctionMode):
             recorder.method, recorder.count = False, 0
             recorder.names_of_args = _names(F.multi_head_attention_forward)
 
-    def _of_caller(self, found: Any) -> list[tuple[float, Any]]:
+    def _of_caller(self, found: Sequence[Number]) -> list[Number]:
         """Of numbers that a function standing for one of torch gives, those it was given itself."""
         places = {id(size): (name,) for name, size in self.recorder.sizes.items()}
-        return [(number, places[id(number)]) for number, _ in found if id(number) in places]
+        return [n._replace(path=places[id(n.value)]) for n in found if id(n.value) in places]
 
     def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A shape, a size or a number of elements that knows where it comes from."""
@@ -196,7 +196,7 @@ class Functions(TorchFunctionMode):
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((given, kwargs))):
             return func(*args, **kwargs)
         for number in self.recorder.numbers:
-            must_not_change(number)
+            must_not_change(number.value)
         if func is torch.Tensor.new_tensor:
             like = {"dtype": args[0].dtype, "device": args[0].device}
             func, args, kwargs = torch.tensor, args[1:], {**like, **kwargs}
@@ -314,17 +314,3 @@ def _plain() -> Iterator[None]:
     """Outside all modes."""
     with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
         yield
-
-
-def _numbers(tree: Any, path: tuple[int | str, ...]) -> Iterator[tuple[float, Any]]:
-    if isinstance(tree, Scale) or (isinstance(tree, int) and not isinstance(tree, bool)):
-        yield tree, path
-    elif isinstance(tree, tuple | list):
-        for index, item in enumerate(tree):
-            yield from _numbers(item, (*path, index))
-    elif isinstance(tree, dict):
-        for key, item in tree.items():
-            yield from _numbers(item, (*path, key))
-    elif isinstance(tree, slice):
-        for key in ("start", "stop", "step"):
-            yield from _numbers(getattr(tree, key), (*path, key))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.errors import PACKAGE
-from graphprune.ops.ids import Path as ArgumentPath
+from graphprune.ops.given import Number
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
@@ -104,8 +104,7 @@ class Recorder:
         self.stack: list[str] = []
         self.running: list[nn.Module] = []
         self.innermost: str | None = None
-        self.numbers: list[float] = []
-        self.paths: list[ArgumentPath] = []
+        self.numbers: list[Number] = []
         self.caller: FrameType | None = None  # who called the torch function that runs
         self.method, self.count = False, 0
         self.names_of_args: tuple[str, ...] = ()
@@ -179,7 +178,8 @@ class Recorder:
     def _again(self, made: fx.Node) -> fx.Node:
         """What made a constant in an earlier recording, which a cache of the user kept."""
         node = self.record.graph.node_copy(made, self._again)
-        node.meta["numbers"] = [plain(number) for number in made.meta["numbers"]]
+        numbers = made.meta["numbers"]
+        node.meta["numbers"] = [n._replace(value=plain(n.value)) for n in numbers]
         self.unasked.add(node)
         return node
 
@@ -221,13 +221,12 @@ class Recorder:
                         self.part(item, node, index)
 
     def _mark(
-        self, node: fx.Node, numbers: list[float], line: str | None, frame: Any = None
+        self, node: fx.Node, numbers: list[Number], line: str | None, frame: Any = None
     ) -> None:
         node.meta.update(
             module=self.stack[-1] if self.stack else "",
             line=line,
             numbers=numbers,
-            paths=self.paths,
             site=self.site(frame) if numbers or op_of(node.target).scaled else None,
             transformed=_functorch.peek_interpreter_stack() is not None,
         )

@@ -214,9 +214,7 @@ class Follower:
     def op(self, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
         """An op that has run: its node, to which the rule of the op was applied."""
         node = self.graph.call_function(target, self._plain(args), self._plain(kwargs))
-        node.meta.update(
-            numbers=[], paths=[], transformed=_functorch.peek_interpreter_stack() is not None
-        )
+        node.meta.update(numbers=[], transformed=_functorch.peek_interpreter_stack() is not None)
         if isinstance(out, Tensor):
             self._describe(node, out)
             self.put(out, node)
