@@ -14,10 +14,6 @@ from torch.nn import functional as F
 import graphprune
 from graphprune.record.attention import MultiheadAttention, replace_attention
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:Support for mismatched",  # torch's own, of a bool mask with one that is added
-    "ignore:enable_nested_tensor is True, but:UserWarning",
-)
 WIDTH, HEADS, BATCH, QUERIES, KEYS = 8, 2, 3, 4, 5
 LAYERS = [
     {"batch_first": first, "add_bias_kv": kv, "add_zero_attn": zero, **sizes}

@@ -23,7 +23,6 @@ import graphprune
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inside torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
-    pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm"),  # of LSTMs of torch
 ]
 
 

@@ -13,7 +13,6 @@ from graphprune.record.recording import record
 
 aten = torch.ops.aten
 # Ops that torch's counter does not know, or counts as one way to compute them.
-pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
 APART = {aten._trilinear, aten.einsum, aten.mv, aten.dot, aten.vdot, aten.addmv, aten._grouped_mm}
 
 

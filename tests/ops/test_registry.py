@@ -21,7 +21,6 @@ ELSEWHERE = {
 BY_TAG = {"pointwise", "pointwise_"}
 
 
-@pytest.mark.filterwarnings("ignore:Casting complex values")
 @pytest.mark.parametrize("name", sorted(REGISTRY.keys() - BY_TAG - ELSEWHERE.keys()))
 def test_what_is_declared_of_an_op_holds(name):
     check(name)

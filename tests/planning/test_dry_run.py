@@ -37,7 +37,6 @@ def test_windows_over_channels_never_break_a_model(ratio, size, step):
     assert small.stem.out_features == 6 - int(6 * ratio), "what the windows do not touch leaves"
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 @pytest.mark.parametrize(("hidden", "projected"), [(4, 3), (6, 4), (8, 3)])
 def test_an_lstm_is_not_cut_to_the_size_of_its_projection(hidden, projected):
     class Net(nn.Module):

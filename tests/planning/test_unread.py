@@ -129,7 +129,7 @@ NORMS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", [nn.Conv1d, nn.ConvTranspose1d])
 def test_normed_layers_know_their_sizes(norm, kind):

@@ -145,7 +145,6 @@ LAYERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", LAYERS)
 def test_windows_times_matrix_is_the_output(kind):
     make, shape = LAYERS[kind]

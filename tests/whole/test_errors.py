@@ -203,7 +203,6 @@ def test_meta():
         graphprune.rebuild(Small().to("meta"), 0.5, X)
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules")
 def test_lazy():
     with pytest.raises(ModelError, match="not initialised"):
         graphprune.rebuild(nn.Sequential(nn.LazyConv2d(4, 3)), 0.5, X)

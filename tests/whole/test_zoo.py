@@ -10,10 +10,7 @@ from support.zoo import ZOO
 
 import graphprune
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning"),
-    pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning"),  # torch's own
-]
+pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
 GRAPHS = {}
 FROZEN = Path(__file__).parents[1] / "support" / "zoo" / "frozen.json"
 USUAL = ("model output", "reads a model input", "rows of an embedding table")
