@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from graphprune.channels.resolve import Units, resolve
 from graphprune.ops.ids import Pairs, Shape, Ties, along
+from graphprune.ops.marks import Marks, Statistics
 from graphprune.ops.values import Natural, Reason, Value
 from graphprune.ops.walk import Walk
 from graphprune.plan.plan import fingerprint
@@ -137,7 +138,11 @@ class Analysis:
     names: Mapping[str, str]
     shared: frozenset[str]  # tensors that several modules hold
     units: Units
-    walk: Walk = field(repr=False)
+    ties: Ties = field(repr=False)
+    marks: Marks = field(repr=False)  # what else the rules of the ops said of channels
+    attention: str  # which channels of attention leave: "heads" or "head_dim"
+    own: int  # how many ids belong to parameters: they come first
+    integers: Mapping[str, Tensor] = field(repr=False)  # vectors of them in buffers
     shapes: Mapping[str, tuple[Shape, int, bool]] = field(repr=False)
     remembered: tuple[Comparison, ...] = ()  # sizes of torch's layers that code of the model reads
     later: Later = Later()
@@ -155,16 +160,15 @@ class Analysis:
             for name, tensor in named_tensors(model)
             if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
         }
-        walk = Walk(
-            ties, values.get, attention, integers.get
-        )  # ids made from here on belong to no parameter
+        walk = Walk(ties, values.get, attention, integers.get)  # all further ids are no parameter's
         for record in records:
             walk.run(record.graph)
         _tie_unread(model, records, values, ties)
-        units = resolve(ties, walk.choices, walk.grids, walk.aligned, _weights(slots))
+        marks = walk.marks
+        units = resolve(ties, marks.choices, marks.grids, marks.aligned, _weights(slots))
         for ids, way in units.chosen:
             if isinstance(way.statistics, Reason):
-                walk.renormalising.append((ids, way.statistics, None))
+                marks.statistics.append(Statistics(ids, way.statistics, None))
             if way.reason is not None:
                 for stays in way.frozen:
                     ties.freeze(stays, way.reason)
@@ -177,7 +181,11 @@ class Analysis:
             aliases(model),
             shared_by_modules(model),
             units,
-            walk,
+            ties,
+            marks,
+            attention,
+            walk.first_fresh,
+            integers,
             {
                 name: (tuple(t.shape), t.element_size(), name in parameters)
                 for name, t in held_tensors(model)
@@ -198,6 +206,10 @@ class Analysis:
     def stays(self, ids: Tensor) -> bool:
         """Whether all of some ids are frozen."""
         return bool(self.units.frozen[self.units.labels[ids.numpy()]].all())
+
+    def is_own(self, ids: Tensor) -> bool:
+        """Whether some ids belong to parameters."""
+        return bool((ids < self.own).any())
 
     @cached_property
     def all_groups(self) -> tuple[Group, ...]:
@@ -350,9 +362,9 @@ def _tables(graph: Analysis) -> Iterator[tuple[Tensor, Reason]]:
     makes = np.zeros(len(graph.units.labels), bool)
     for slot in slots:
         makes[slot.start : slot.start + slot.size] = slot.parameter
-    for ids in graph.walk.reads:
+    for ids in graph.marks.reads:
         makes[ids.numpy()] = False
-    for ids in graph.walk.written:
+    for ids in graph.marks.written:
         makes[ids.numpy()] = True
     made = np.zeros(len(graph.units.frozen), bool)
     made[graph.units.labels[makes]] = True
@@ -386,15 +398,9 @@ def _groups(graph: Analysis) -> Iterator[Group]:
     keys = np.random.default_rng(0).integers(1, 2**63, len(slots), dtype=np.uint64)
     signature = np.zeros(len(units.frozen), np.uint64)
     np.add.at(signature, label, keys[owner])
-    reasons = _first_reason(units, [*graph.walk.ties.frozen, *graph.later.frozen])
-    changes = _first_reason(units, [mark[:2] for mark in graph.walk.renormalising])
-    reads = np.zeros(graph.walk.ties.size, bool)
-    for ids in graph.walk.reads:
-        reads[ids.reshape(-1).numpy()] = True
-    for layers in reversed(graph.walk.combined):
-        if any(reads[ids.numpy()].all() for ids in layers):
-            for ids in layers:
-                reads[ids.numpy()] = True
+    reasons = _first_reason(units, [*graph.ties.frozen, *graph.later.frozen])
+    changes = _first_reason(units, [mark[:2] for mark in graph.marks.statistics])
+    reads = graph.marks.read_ids(graph.ties.size)
     signature[units.frozen] ^= np.uint64(1)
     order = np.lexsort((position, owner, label, signature[label]))
     owner, position, label = owner[order], position[order], label[order]

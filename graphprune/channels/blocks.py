@@ -26,7 +26,7 @@ aten = torch.ops.aten
 
 def fine_labels(graph: Analysis) -> np.ndarray:
     """The component label of every id when blocks need not keep equal columns."""
-    units = Units.of(graph.walk.ties)
+    units = Units.of(graph.ties)
     for pairs in (*graph.units.firm, graph.later.ties):
         units.tie(pairs)
     return units.labels
@@ -53,7 +53,7 @@ class Blocks:
 
 def blocks(graph: Analysis, group: Group, labels: np.ndarray) -> Blocks | None:
     """The blocks of a group, if nothing but their number of channels ties them."""
-    renumbered = [graph.units.labels[i.numpy()] for i in graph.walk.renumbered.values()]
+    renumbered = [graph.units.labels[i.numpy()] for i in graph.marks.renumbered.values()]
     if not group.exact or any(np.isin(ids, group.units).any() for ids in renumbered):
         return None
     columns = [

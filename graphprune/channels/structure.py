@@ -34,7 +34,7 @@ def least(analysis: Analysis) -> dict[str, int]:
     for number, group in enumerate(analysis.groups):
         owner[group.units] = number + 1
     fewest = {}
-    for ids, _, node in analysis.walk.renormalising:
+    for ids, _, node in analysis.marks.statistics:
         labels, places = np.unique(analysis.units.labels[ids.numpy()], return_counts=True)
         groups = np.unique(owner[labels])
         if node is None or len(groups) > 1 or not groups[0]:

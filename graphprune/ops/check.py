@@ -68,7 +68,7 @@ def _channels(target: Any, op: Op, sample: Sample) -> Iterator[str]:
     removable = 0
     for constant in (False, True):
         tiny = Tiny(target, op, sample, constant)
-        for way in range(2 if tiny.walk.choices else 1):
+        for way in range(2 if tiny.walk.marks.choices else 1):
             for units in tiny.removals(way, _MOST):
                 removable += 1
                 yield from _removal(tiny, tiny.cut(units))

@@ -158,7 +158,7 @@ def _known(walk: Walk, x: Value, dim: int, index: Value, source: fx.Node) -> Lay
     if not len(values) or int(values.min()) < 0:
         return None
     line, name = lines[0], str(source.target)
-    known = walk.renumbered.setdefault(name, line.flatten())
+    known = walk.renumber(name, line.flatten())
     walk.tie(known, line.flatten())
     picked = line.index_select(dim, values)
     walk.tie(index.layers[0].flatten(), picked.flatten())

@@ -191,7 +191,7 @@ def select(walk: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Layers:
 def _one(walk: Walk, x: Value, dim: int, index: int) -> Layers:
     for layer in x.on(dim):
         if len(varying(layer)) > 1:
-            walk.grids.append((layer, frozenset({dim})))
+            walk.keep_grid(layer, {dim})
     return tuple(
         compact(layer.select(dim, index if layer.shape[dim] > 1 else 0)) for layer in x.layers
     )

@@ -201,7 +201,7 @@ def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
     if all(operand.constant for operand in operands):  # a weight and its mask, say
         for dim in range(-len(node.meta["shape"]), 0):
             layers = [i for operand in operands if operand.ndim >= -dim for i in operand.on(dim)]
-            walk.combined.append([i.reshape(-1) for i in layers if i.numel() == i.shape[dim]])
+            walk.combine(i for i in layers if i.numel() == i.shape[dim])
     return walk.broadcast(operands, len(node.meta["shape"]))
 
 

@@ -78,7 +78,7 @@ class Tiny:
             Tensor, lambda tensor: self._operand(tensor, next(drawn)), (self.args, self.kwargs)
         )
         self.walk.first_fresh = self.ties.size
-        self.walk.written = [i for value in self.walk.values.values() for i in value.layers]
+        self.walk.marks.written = [i for value in self.walk.values.values() for i in value.layers]
         self.node = self.graph.call_function(target, tuple(args), kwargs)
         self.outputs = self._results(run(target, self.args, self.kwargs))
         self.walk.apply(self.node)
@@ -119,15 +119,15 @@ class Tiny:
     def resolved(self, way: int) -> tuple[np.ndarray, np.ndarray]:
         """The component of every id, and which of them stay, when choices are taken one way."""
         ties = Ties(self.ties.size, [*self.ties.left], [*self.ties.right], [*self.ties.frozen])
-        for choice in self.walk.choices:
+        for choice in self.walk.marks.choices:
             taken = choice.ways[min(way, len(choice.ways) - 1)]
             for a, b in taken.ties:
                 ties.tie(a, b)
             for ids in taken.frozen:
                 ties.freeze(ids, None)
-        for first, layer in self.walk.aligned:
+        for first, layer in self.walk.marks.aligned:
             ties.tie(first, layer)
-        grids = [layer for layer, _ in self.walk.grids]
+        grids = [layer for layer, _ in self.walk.marks.grids]
         grids += [i for value in self.walk.values.values() for i in value.layers]
         for grid in grids:  # rows leave
             ties.collapse(grid, sorted(varying(grid))[1:])
@@ -208,7 +208,7 @@ class Cut:
     def reference(self) -> list[Any]:
         """The results for the whole operands, at the positions that stay; zeroes where it sums."""
         tiny = self.tiny
-        reads = tiny.node in tiny.walk.readers
+        reads = tiny.walk.marks.sums(tiny.node)
 
         def zeroed(node: fx.Node, tensor: Tensor) -> Tensor:
             return torch.where(self.mask(node), tensor, tensor.new_zeros(())) if reads else tensor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, Way, align, along, varying
+from graphprune.ops.marks import Marks, Statistics
 from graphprune.ops.registry import Op, op_name, op_of
 from graphprune.ops.values import Natural, Reason, Value
 
@@ -42,28 +43,15 @@ def _is_linear(op: Op, inputs: Sequence[Value]) -> bool:
 
 @dataclass
 class Walk:
-    """What the rules write to, while they are applied node by node."""
+    """What rules are applied with, node by node: they write to its ties and its marks."""
 
     ties: Ties
     slots: Callable[[str], Value | None]
     attention: str = "heads"
     numbers: Callable[[str], Tensor | None] = lambda name: None
     values: dict[fx.Node, Value] = field(default_factory=dict)
-    grids: list[tuple[Tensor, frozenset[int]]] = field(default_factory=list)
-    aligned: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # equal parts
-    choices: list[Alternatives] = field(default_factory=list)
-    reads: list[Tensor] = field(default_factory=list)
-    combined: list[list[Tensor]] = field(default_factory=list)  # of parameters: read together
-    renormalising: list[tuple[Tensor, Reason, fx.Node | None]] = field(default_factory=list)
-    unread: list[tuple[Tensor, Reason]] = field(default_factory=list)
-    partly_read: list[Tensor] = field(default_factory=list)
+    marks: Marks = field(default_factory=Marks)
     copied: list[tuple[int, int]] = field(default_factory=list)
-    renumbered: dict[str, Tensor] = field(default_factory=dict)  # ids that an index buffer names
-    shared: list[tuple[Tensor, Reason]] = field(default_factory=list)
-    written: list[Tensor] = field(default_factory=list)
-    stacked: list[Tensor] = field(default_factory=list)
-    masked: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
-    readers: set[fx.Node] = field(default_factory=set)
     unused: set[fx.Node] = field(default_factory=set)
     node: fx.Node | None = None
 
@@ -92,29 +80,7 @@ class Walk:
 
     def finish(self) -> None:
         """What is known only when all ops were seen."""
-        self._keep_unread()
-        self._keep_routers()
-
-    def _keep_routers(self) -> None:
-        """A softmax runs over the kept channels; positions and the experts of a router stay."""
-        if not self.shared:
-            return
-        labels = torch.from_numpy(self.ties.components())
-        channels, experts = (
-            labels[torch.cat([torch.zeros(1, dtype=torch.int64), *(i.flatten() for i in found)])]
-            for found in (self.written, self.stacked)
-        )
-        for layer, reason in self.shared:
-            ids = layer.flatten()
-            free = torch.isin(labels[ids], channels) & ~torch.isin(labels[ids], experts)
-            self.ties.freeze(ids[~free], reason)
-
-    def _keep_unread(self) -> None:
-        parts = torch.cat([torch.zeros(0, dtype=torch.int64), *self.partly_read])
-        for ids, reason in self.unread:
-            left = ids[torch.isin(ids, parts, invert=True)]
-            if left.numel():
-                self.ties.freeze(left, reason)
+        self.marks.finish(self.ties)
 
     def apply(self, node: fx.Node) -> None:
         """Apply the rule of one op to the values that it reads."""
@@ -124,7 +90,7 @@ class Walk:
         op = op_of(node)
         if len(inputs) > 1 and not op.layer:
             many = [v.layers for v in inputs if v.constant and len(v.layers) > 2]
-            self.stacked.extend(layer for layers in many for layer in layers)
+            self.marks.stacked.extend(layer for layers in many for layer in layers)
         constant = bool(inputs) and all(value.constant for value in inputs)
         rule = None if unruly(node) else op.channels
         if not op.makes and not any(value.layers for value in inputs):
@@ -173,7 +139,7 @@ class Walk:
             else:
                 kept.append(layer)
                 if len(dims) > 1:
-                    self.grids.append((layer, frozenset()))
+                    self.keep_grid(layer)
         return tuple(kept)
 
     def copies(self, count: int) -> Tensor:
@@ -211,7 +177,7 @@ class Walk:
         first = layer
         for dim in dims:
             first = first.narrow(dim, 0, 1)
-        self.aligned.append((first, layer))
+        self.marks.aligned.append((first, layer))
 
     def freeze(self, layer: Tensor, text: str) -> None:
         """Ids that must stay."""
@@ -355,35 +321,47 @@ class Walk:
             found.append((index, layer, shape, varying(layer)))
         return found
 
+    def keep_grid(self, layer: Tensor, dims: Iterable[int] = ()) -> None:
+        """A layer that varies along several dimensions; along ``dims`` no row leaves alone."""
+        self.marks.grids.append((layer, frozenset(dims)))
+
     def choose(self, choice: Alternatives) -> None:
         """Leave a decision between several ways to tie until the walk is over."""
-        self.choices.append(choice)
+        self.marks.choices.append(choice)
+
+    def combine(self, layers: Iterable[Tensor]) -> None:
+        """Ids of parameters along one dimension that are read together, or not."""
+        self.marks.combined.append([layer.reshape(-1) for layer in layers])
+
+    def renumber(self, buffer: str, ids: Tensor) -> Tensor:
+        """The numbers in a buffer name these ids: those that were said first are returned."""
+        return self.marks.renumbered.setdefault(buffer, ids)
 
     def read(self, *layers: Tensor) -> None:
         """Ids of a parameter that is contracted away: a reading slot."""
-        self.reads.extend(layers)
+        self.marks.reads.extend(layers)
 
     def read_part(self, parts: Tensor, others: Tensor) -> None:
         """A slice of a table is read; what no slice reads may be read for other inputs."""
-        self.partly_read.append(parts.reshape(-1))
+        self.marks.rows.append(parts.reshape(-1))
         if others.numel():
-            self.unread.append((others.reshape(-1), self.reason("rows not read here")))
+            self.marks.other_rows.append((others.reshape(-1), self.reason("rows not read here")))
 
     def reading(self) -> None:
         """The current node sums over channels: the reference zeroes what it reads."""
         assert self.node is not None
-        self.readers.add(self.node)
+        self.marks.readers.add(self.node)
 
     def write(self, value: Value, others: Iterable[Value], layers: Iterable[Tensor]) -> None:
         """Channels of the result that a parameter makes in a product."""
         if value.constant and value.linear and not any(other.constant for other in others):
-            self.written.extend(layers)
+            self.marks.written.extend(layers)
 
     def share(self, layer: Tensor, text: str) -> None:
         """A softmax over these ids: over the kept ones, if they are channels."""
         self.renormalise(layer, text)
         self.mask(layer)
-        self.shared.append((layer, self.reason(text)))
+        self.marks.softmaxes.append((layer, self.reason(text)))
 
     def renormalise(self, ids: Tensor, text: str) -> None:
         """Removing these ids changes statistics (which matters when someone reads these)."""
@@ -391,18 +369,18 @@ class Walk:
         if op_of(self.node).masked is None:  # the reference could not be computed
             self.freeze(ids, f"no statistics under a mask are declared of {op_name(self.node)}")
         elif self.node not in self.unused:
-            self.renormalising.append((ids.reshape(-1), self.reason(text), self.node))
+            self.marks.statistics.append(Statistics(ids.reshape(-1), self.reason(text), self.node))
 
     def mask(self, *layers: Tensor) -> None:
         """Zeroed parameters do not zero these ids in what the current node reads."""
         assert self.node is not None
-        self.readers.add(self.node)
-        self.masked.setdefault(self.node, []).extend(layers)
+        self.marks.readers.add(self.node)
+        self.marks.masked.setdefault(self.node, []).extend(layers)
 
     def spare(self, *layers: Tensor) -> None:
         """Zeroed parameters would break the current node: what reads its result is zeroed."""
         assert self.node is not None
-        self.masked.setdefault(self.node, []).extend(layers)
+        self.marks.masked.setdefault(self.node, []).extend(layers)
 
     def extents(self, shape: Shape) -> Layers:
         """One layer of fresh ids per dimension: a constant that can be cut anywhere."""

@@ -350,8 +350,7 @@ class Solver:
         else:
             doubtful = [n for n in ints if isinstance(expression(n), int) and abs(n) > 1]
             doubtful = doubtful if leaks else []
-        fresh = self.graph.walk.is_fresh
-        return bool(doubtful) and any(not fresh(layer) for layer in around(self.graph, node))
+        return bool(doubtful) and any(map(self.graph.is_own, around(self.graph, node)))
 
 
 def _literal(node: fx.Node, path: Path | None, value: float) -> Literal | None:

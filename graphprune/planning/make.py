@@ -152,7 +152,6 @@ def assemble(
     if solved.problems:
         raise InputError(f"these channels cannot leave: {solved.problems[0].reason}")
     bare = bare_plan(analysis, alive, solved)
-    masked = analysis.walk.masked.values()
     groups = tuple(
         GroupPlan(
             group.name,
@@ -167,12 +166,11 @@ def assemble(
         bare,
         groups=groups,
         scales=() if rescaling is None else rescaling.changes(alive),
-        evaluated=any(not alive[ids.numpy()].all() for layers in masked for ids in layers)
-        or _broken(analysis, alive),
+        evaluated=bool((~alive[analysis.marks.masked_ids()]).any()) or _broken(analysis, alive),
         before=cost(analysis),
         after=cost(analysis, alive),
         inputs=str(call),
-        request={"attention": analysis.walk.attention, **_counted(analysis), **(request or {})},
+        request={"attention": analysis.attention, **_counted(analysis), **(request or {})},
         notes=(*bare.notes, *_told((request or {}).get("latency")), *unread(analysis)),
     )
 

@@ -77,7 +77,7 @@ class Rescaling:
         labels = self.graph.units.labels
         return all(
             node in self.norms or not mine[labels[ids.numpy()]].any()
-            for ids, _, node in self.graph.walk.renormalising
+            for ids, _, node in self.graph.marks.statistics
         )
 
     def changes(self, alive: np.ndarray) -> tuple[Rescale, ...]:
@@ -89,7 +89,7 @@ class Rescaling:
 def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSquare]:
     """The norms by their mean; a weight that anything else reads, too, absorbs nothing."""
     found: dict[fx.Node | None, RootMeanSquare] = {}
-    nodes = dict.fromkeys(node for _, _, node in graph.walk.renormalising if node is not None)
+    nodes = dict.fromkeys(node for _, _, node in graph.marks.statistics if node is not None)
     for node in nodes:
         norm = _fused(node, model) if packet_of(node) is aten._fused_rms_norm else None
         norm = _Following(model).norm(node) if packet_of(node) is aten.mean else norm

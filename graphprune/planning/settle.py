@@ -231,8 +231,8 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, solved: adapt.Changes) -> P
     ]
     indices = [
         IndexChange(name, tuple(values.tolist()), tuple(np.flatnonzero(alive[ids]).tolist()))
-        for name, ids in analysis.walk.renumbered.items()
-        if (values := analysis.walk.numbers(name)) is not None and not alive[ids].all()
+        for name, ids in analysis.marks.renumbered.items()
+        if (values := analysis.integers.get(name)) is not None and not alive[ids].all()
     ]
     return Plan(
         analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals), tuple(indices)

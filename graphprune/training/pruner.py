@@ -281,7 +281,7 @@ class Pruner:
 
     def _remove_whole(self) -> None:
         """Remove channels from the groups that were whole until now."""
-        graph = trace(self.model, self.graph.call, attention=self.graph.analysis.walk.attention)
+        graph = trace(self.model, self.graph.call, attention=self.graph.analysis.attention)
         whole = {group.layers for group in self._whole}
         rest = [group for group in graph.groups if group.layers not in whole]
         try:

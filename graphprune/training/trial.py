@@ -44,8 +44,7 @@ def unmaskable(graph: ChannelGraph, plan_without: PlanWithout) -> list[Group]:
 def _read_whole(graph: ChannelGraph) -> list[Group]:
     """The groups that the analysis knows zeroes to be too little for."""
     analysis = graph.analysis
-    layers = [ids.numpy().reshape(-1) for found in analysis.walk.masked.values() for ids in found]
-    labels = analysis.units.labels[np.concatenate(layers)] if layers else np.zeros(0, np.int64)
+    labels = analysis.units.labels[analysis.marks.masked_ids()]
     return [group for group in graph.groups if np.isin(group.units, labels).any()]
 
 

@@ -87,9 +87,9 @@ class Fates:
             if not self.clash and bool((self.known[ids.numpy()] == _GONE).any()):
                 self.clash = str(reason)
         self._frozen = len(ties.frozen)
-        for choice in self.walk.choices[self._choices :]:
+        for choice in self.walk.marks.choices[self._choices :]:
             self._open += self._way(choice)
-        self._choices = len(self.walk.choices)
+        self._choices = len(self.walk.marks.choices)
         while self._spread():
             pass
 
@@ -228,7 +228,7 @@ class Follower:
         frozen = self.walk.ties.frozen
         before = len(frozen)
         self.walk.apply(node)
-        if node not in self.walk.readers:
+        if not self.walk.marks.sums(node):
             for ids, reason in frozen[before:]:
                 self._check_passed(node, ids, reason)
         return node

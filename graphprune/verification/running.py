@@ -43,7 +43,7 @@ _LOOKS = {  # say something about a tensor, and make none
 
 def masked(follower: Follower, node: fx.Node) -> bool:
     """Whether an op that sums over channels reads some that are removed."""
-    reads = node in follower.walk.readers
+    reads = follower.walk.marks.sums(node)
     return reads and any(follower.mask(source) is not None for source in node.all_input_nodes)
 
 

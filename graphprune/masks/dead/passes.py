@@ -62,10 +62,10 @@ class Pass:
         self.dead: list[tuple[str, np.ndarray]] = []  # constant outputs of a layer: their ids
         for node, known in self.inside.run():
             self._note_dead(node, known)
-            if node in self.analysis.walk.readers:
+            if self.analysis.marks.sums(node):
                 self._read(node, known)
         del self.inside
-        self.first = self.analysis.walk.first_fresh
+        self.first = self.analysis.own
         self.labels = self.analysis.units.labels
         self.own = self.labels[: self.first]  # the units of the slices of parameters
         self.free = np.ones(len(self.analysis.units.frozen), bool)
@@ -144,8 +144,7 @@ class Pass:
         if op_of(node).masked is None:
             return None
         source = node.args[0]
-        summed = self.analysis.walk.masked.get(node, [])
-        ids = np.concatenate([np.zeros(0, np.int64), *(i.flatten().numpy() for i in summed)])
+        ids = self.analysis.marks.masked_ids(node)
         assert isinstance(source, fx.Node)
         return StatisticsReader(node, self.analysis.values[source], known[source], ids)
 
