@@ -208,8 +208,14 @@ class Analysis:
         return bool(self.units.frozen[self.units.labels[ids.numpy()]].all())
 
     def is_own(self, ids: Tensor) -> bool:
-        """Whether some ids belong to parameters."""
-        return bool((ids < self.own).any())
+        """Whether some ids belong to parameters, or live and die with those that do."""
+        return bool(self._owned[self.units.labels[ids.numpy()]].any())
+
+    @cached_property
+    def _owned(self) -> np.ndarray:
+        owned = np.zeros(len(self.units.frozen), bool)
+        owned[self.units.labels[: self.own]] = True
+        return owned
 
     @cached_property
     def all_groups(self) -> tuple[Group, ...]:

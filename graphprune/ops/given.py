@@ -83,7 +83,8 @@ def numbers_for(node: fx.Node, given: Given) -> dict[int, Number]:
     for number in node.meta["numbers"]:
         place = number.place - given.first
         if number.argument == given.argument and 0 <= place < len(given.old):
-            if number.value not in (given.old[place], -1):
+            inferred = number.value == -1 and given.argument == "size"
+            if number.value != given.old[place] and not inferred:
                 return {}
             found[place] = number
     return found

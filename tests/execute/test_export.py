@@ -23,6 +23,7 @@ import graphprune
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inside torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:contextlib"),
 ]
 
 

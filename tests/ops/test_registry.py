@@ -18,6 +18,10 @@ ELSEWHERE = {
     "aten.miopen_batch_norm": "its kernel runs on a GPU alone",
     "transformers.grouped_mm_fallback": "an op of a library that is not imported",
 }
+if torch.__version__ < (2, 9):
+    ELSEWHERE["aten._fused_rms_norm"] = "it is declared otherwise"
+if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::_grouped_mm", "CPU"):
+    ELSEWHERE["aten._grouped_mm"] = "its kernel runs on a GPU alone"
 BY_TAG = {"pointwise", "pointwise_"}
 
 

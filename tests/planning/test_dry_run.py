@@ -208,3 +208,28 @@ def test_what_looks_at_a_size_too_early_freezes_what_comes_next():
     plan = graphprune.trace(model, x).plan(0.5)
     assert [(group.size, len(group.kept)) for group in plan.groups] == [(12, 6)]
     assert graphprune.rebuild(model, plan)(x).shape == (4, 2)
+
+
+class PartByRatio(nn.Module):
+    """A plain int that may come from two sizes cuts channels that a grouped layer makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.four, self.ratio = 4, 0.5
+        self.make = nn.Conv2d(3, 4, 1)
+        self.up = nn.ConvTranspose2d(4, 8, 3, padding=1, groups=4)
+        self.part, self.head = nn.Conv2d(4, 4, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = self.up(self.make(x).relu())
+        for _ in range(int(self.four)):
+            x = torch.tanh(x)
+        first = int(x.shape[1] * self.ratio)
+        return self.head(torch.cat([self.part(x[:, :first]), x[:, first:]], 1))
+
+
+def test_what_is_said_to_be_removable_can_be_removed():
+    graph = graphprune.trace(PartByRatio().eval(), torch.randn(2, 3, 6, 6))
+    assert "part" in {layer for group in graph.groups for layer in group.layers}
+    for group in graph.groups:
+        graph.plan_of({group.name: [0]})
