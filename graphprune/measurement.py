@@ -19,7 +19,7 @@ from graphprune.record.cost import left_out, macs, peak_activations
 from graphprune.record.inputs import Call, called, infer
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import named_tensors
 from graphprune.text import render, share
 
 _MIN_RUNS, _MAX_RUNS, _SECONDS = 5, 50, 2.0

@@ -27,7 +27,7 @@ from graphprune.execute.checkpoint import load, save
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.tensors import named_modules, named_tensors
 from graphprune.text import render, shorten
 from graphprune.verification.report import verify
 

@@ -31,7 +31,7 @@ from graphprune.record.batches import (
     told_apart,
 )
 from graphprune.record.checks import check_model
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import named_tensors
 from graphprune.text import bar, render, tracked
 
 METHODS = ("repair", "bias", "batchnorm")

@@ -24,7 +24,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.modes import lost
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record_values
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 
 aten = torch.ops.aten
 Values = dict[fx.Node, Any]

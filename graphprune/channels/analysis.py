@@ -19,12 +19,12 @@ from graphprune.ops.ids import Pairs, Shape, Ties, along
 from graphprune.ops.marks import Marks, Statistics
 from graphprune.ops.values import Natural, Reason, Value
 from graphprune.ops.walk import Walk
-from graphprune.plan.plan import fingerprint
 from graphprune.record.layers import remembered
 from graphprune.record.recorder import Record
 from graphprune.record.sizes import Comparison, attributes, expression
-from graphprune.record.skeleton import (
+from graphprune.record.tensors import (
     aliases,
+    fingerprint,
     held_tensors,
     named_modules,
     named_tensors,

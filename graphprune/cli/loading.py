@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError
-from graphprune.record.skeleton import aliases
+from graphprune.record.tensors import aliases
 from graphprune.text import shorten
 
 _FORMS = "torchvision:NAME, package.module:factory or path/to/file.py:factory"

@@ -34,7 +34,7 @@ from graphprune.record.batches import (
 )
 from graphprune.record.masked_names import mask_hooks
 from graphprune.record.observe import Product, observing
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.tensors import named_modules, named_tensors
 from graphprune.text import tracked
 
 Key = tuple[str, int]  # a tensor and one of its dimensions

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 
 Field = tuple[str | int, ...]  # names and places that lead from a config to a number
 _SMALL = 4096  # elements of an empty tensor that is made for real

@@ -25,10 +25,10 @@ from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
 from graphprune.execute.weightless import weightless
 from graphprune.plan.coding import loads
-from graphprune.plan.plan import Plan, fingerprint, plan_of
+from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.masked_names import masked_names, masks_of_state, renamed, set_masks
-from graphprune.record.skeleton import aliases
+from graphprune.record.tensors import aliases, fingerprint
 from graphprune.text import shorten
 
 FORMAT = "graphprune"

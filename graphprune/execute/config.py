@@ -41,7 +41,7 @@ from graphprune.execute.likeness import (
     watch,
 )
 from graphprune.record.inputs import Call
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
 
 Sizes = dict[Any, float]

@@ -10,7 +10,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from graphprune.errors import PlanError
 from graphprune.plan.plan import BiasChange, Plan
 from graphprune.record.masked_names import mask_hooks
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.tensors import named_modules, named_tensors
 
 Indices = dict[str, dict[int, Tensor]]
 

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from graphprune.execute.building import untouched
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.tensors import named_modules, named_tensors
 from graphprune.text import shorten
 
 Key = tuple[str, str]  # a module and its attribute

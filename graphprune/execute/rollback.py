@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.record.skeleton import held_tensors, named_modules
+from graphprune.record.tensors import held_tensors, named_modules
 
 
 @contextlib.contextmanager

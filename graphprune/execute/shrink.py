@@ -17,7 +17,8 @@ from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.layers import refresh
-from graphprune.record.skeleton import held_tensors, named_modules, without_weights
+from graphprune.record.skeleton import without_weights
+from graphprune.record.tensors import held_tensors, named_modules
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Selection = tuple[int, Tensor]

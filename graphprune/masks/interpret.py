@@ -22,7 +22,7 @@ from graphprune.ops.views import fact_rule
 from graphprune.record.evaluate import evaluated
 from graphprune.record.modes import leak
 from graphprune.record.recorder import Record
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 
 aten = torch.ops.aten
 Facts = Mapping[fx.Node, Any]  # a Fact, or a list of them

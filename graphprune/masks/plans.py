@@ -18,7 +18,7 @@ from graphprune.planning.settle import Settled, follow
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call, resized
 from graphprune.record.masked_names import masked_names
-from graphprune.record.skeleton import aliases, mark, named_modules, named_tensors
+from graphprune.record.tensors import aliases, mark, named_modules, named_tensors
 from graphprune.text import shorten
 
 FOLDS = ("exact", "approximate", "none")

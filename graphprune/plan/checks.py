@@ -45,7 +45,7 @@ from graphprune.record.sites import (
     start,
 )
 from graphprune.record.sizes import CONTAINERS, plain
-from graphprune.record.skeleton import held_tensors, named_modules
+from graphprune.record.tensors import held_tensors, named_modules
 
 Shape = tuple[int, ...]
 MASK = "_mask"

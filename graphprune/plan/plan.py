@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from graphprune.errors import PlanError
 from graphprune.plan.changes import (
@@ -27,7 +27,7 @@ from graphprune.plan.changes import (
 )
 from graphprune.plan.checks import check_alone, check_on
 from graphprune.plan.coding import decode, encode, loads, runs
-from graphprune.record.skeleton import mark, named_tensors
+from graphprune.record.tensors import fingerprint, mark, named_tensors
 from graphprune.text import render, share, shorten
 
 FORMAT = "graphprune-plan"
@@ -36,8 +36,7 @@ SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower prec
 MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, bound in ``api``
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange", "Plan",
-           "Rescale", "SizeChange", "SlotPlan", "carry", "fingerprint", "plan_of", "runs",
-           "tensors_of"]  # fmt: skip
+           "Rescale", "SizeChange", "SlotPlan", "carry", "plan_of", "runs"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -315,17 +314,6 @@ def plan_of(model: object) -> Plan | None:
 def carry(model: nn.Module, plan: Plan) -> None:
     """Let a small model carry the plan that it was made by, as ``graphprune_plan``."""
     vars(model)["graphprune_plan"] = plan
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A digest of the names and shapes of all parameters and buffers."""
-    text = "\n".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors_of(model))
-    return _digest(text)
-
-
-def tensors_of(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers by name, sorted."""
-    return sorted(named_tensors(model), key=lambda item: item[0])
 
 
 def _digest(text: str) -> str:

@@ -15,7 +15,7 @@ from graphprune.criteria import name_of
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
 from graphprune.ops.vanishing import breaks
-from graphprune.plan.plan import GroupPlan, Plan, fingerprint
+from graphprune.plan.plan import GroupPlan, Plan
 from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
 from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
@@ -27,6 +27,7 @@ from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept
 from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
 from graphprune.record.inputs import Call
+from graphprune.record.tensors import fingerprint
 from graphprune.text import share, shorten
 
 

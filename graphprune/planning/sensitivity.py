@@ -15,12 +15,12 @@ from graphprune.arguments import is_number
 from graphprune.channels.analysis import Group
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
-from graphprune.plan.plan import fingerprint
 from graphprune.planning.draft import Draft
 from graphprune.planning.make import assemble
 from graphprune.planning.options import Request, check_ratio
 from graphprune.planning.settle import Settled, follow
 from graphprune.record.inputs import Call
+from graphprune.record.tensors import fingerprint
 from graphprune.text import new_figure, render, save_figure, shorten, tracked
 
 Evaluate = Callable[[nn.Module], float]

@@ -24,7 +24,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
 from graphprune.record.sizes import Attribute, Literal
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 
 TRIALS = 2
 

@@ -26,7 +26,8 @@ from graphprune.planning.dry_run import what_runs
 from graphprune.record.inputs import Call
 from graphprune.record.recording import dry
 from graphprune.record.sizes import Attribute, attributes, expression, plain
-from graphprune.record.skeleton import named_modules, without_weights
+from graphprune.record.skeleton import without_weights
+from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
 
 _LEAST = 3  # smaller numbers are seldom widths

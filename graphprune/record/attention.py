@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from graphprune.record import scope
+from graphprune.record.masked_names import mask_hooks
 from graphprune.record.sites import INNER_SIZES
 from graphprune.record.sizes import told_apart
 
@@ -78,9 +78,8 @@ class MultiheadAttention(nn.MultiheadAttention):
 
     def _mask_output(self) -> None:
         """Let a record show where a masked weight comes from: torch runs no hook of this layer."""
-        for hook in self.out_proj._forward_pre_hooks.values():
-            if isinstance(hook, prune.BasePruningMethod):
-                hook(self.out_proj, ())
+        for hook in mask_hooks(self.out_proj):
+            hook(self.out_proj, ())
 
 
 def _batch_first(inputs: Sequence[Tensor], are: bool) -> list[Tensor]:

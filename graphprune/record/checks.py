@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from graphprune.errors import ModelError
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.tensors import named_modules, named_tensors
 
 _STATISTICS = ("running_mean", "running_var")  # other buffers may hold -inf, as masks do
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from graphprune.record.attention import MultiheadAttention
 from graphprune.record.sizes import Attribute, Comparison, Extent, Size
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 
 Refresh = Callable[[Any], dict[str, Any]]
 

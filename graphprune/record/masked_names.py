@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 from torch.nn.utils import prune
 
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 
 
 def mask_hooks(module: nn.Module) -> list[prune.BasePruningMethod]:

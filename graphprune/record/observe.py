@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from graphprune.record.skeleton import named_modules, named_tensors
+from graphprune.record.tensors import named_modules, named_tensors
 
 Pads = tuple[tuple[int, int], ...]
 

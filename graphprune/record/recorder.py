@@ -35,7 +35,7 @@ from graphprune.record.sizes import (
     plain,
     sizes_in,
 )
-from graphprune.record.skeleton import held_tensors, named_modules, named_tensors
+from graphprune.record.tensors import held_tensors, named_modules, named_tensors
 
 _functorch: Any = torch._C._functorch
 _RUNS = str(Path(__file__).with_name("recording.py"))

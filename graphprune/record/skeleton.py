@@ -1,10 +1,8 @@
-"""The tensors of a model by name, and copies of models without their weights."""
+"""Copies of models without their weights, ready to be recorded."""
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,84 +13,10 @@ from graphprune.ops.ids import Shape
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.sizes import CONTAINERS, Attribute, Size
+from graphprune.record.tensors import held_tensors, named_modules
 
 _BOOKKEEPING = frozenset(vars(nn.Module()))  # what every module holds
 _DEPTH = 3  # of containers inside containers
-
-
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What ``model.named_modules()`` yields, without its nested generators."""
-    found: list[tuple[str, nn.Module]] = []
-    seen: set[int] = set()
-
-    waiting: list[tuple[str, nn.Module | None]] = [("", model)]
-    while waiting:
-        name, module = waiting.pop()
-        if module is None or id(module) in seen:
-            continue
-        seen.add(id(module))
-        found.append((name, module))
-        if module._modules:
-            prefix = f"{name}." if name else ""
-            waiting += [(prefix + key, child) for key, child in module._modules.items()][::-1]
-    return found
-
-
-def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers, tied ones once, by their first name."""
-    seen: set[int] = set()
-    modules = named_modules(model)
-    for members in ("_parameters", "_buffers"):
-        for prefix, module in modules:
-            for name, tensor in vars(module)[members].items():
-                if tensor is not None and id(tensor) not in seen:
-                    seen.add(id(tensor))
-                    yield (f"{prefix}.{name}" if prefix else name), tensor
-
-
-def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters, buffers, and tensors that are plain attributes: tables of positions, say."""
-    seen: set[int] = set()
-    for name, tensor in named_tensors(model):
-        seen.add(id(tensor))
-        yield name, tensor
-    for prefix, module in named_modules(model):
-        for name, tensor in vars(module).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen and _is_made(module, name):
-                seen.add(id(tensor))
-                yield (f"{prefix}.{name}" if prefix else name), tensor
-
-
-def _is_made(module: nn.Module, name: str) -> bool:
-    """Whether a tensor was put there once: hooks compute others anew from parameters."""
-    tensor = vars(module)[name]
-    sources = any(known.startswith(f"{name}_") for known in module._parameters)
-    return tensor.is_leaf and tensor.layout is torch.strided and not sources
-
-
-def aliases(model: nn.Module) -> dict[str, str]:
-    """Every name of a parameter or buffer -> its first name (tied parameters share it)."""
-    first: dict[int, str] = {}
-    names = {}
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
-        names[name] = first.setdefault(id(tensor), name)
-    return names
-
-
-def shared_by_modules(model: nn.Module) -> frozenset[str]:
-    """The tensors that several modules hold, by first name; not those of one module with two."""
-    members = ("_parameters", "_buffers")
-    holders = Counter(
-        id(tensor)
-        for _, module in named_modules(model)
-        for tensors in (vars(module)[name] for name in members)
-        for tensor in tensors.values()
-        if tensor is not None
-    )
-    return frozenset(name for name, tensor in named_tensors(model) if holders[id(tensor)] > 1)
 
 
 def skeleton(model: nn.Module, device: str) -> nn.Module:
@@ -164,19 +88,3 @@ def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
                 copied = nn.Parameter(copied, requires_grad=tensor.requires_grad)
             memo[id(tensor)] = copied
     return copy_module(model, memo)
-
-
-def mark(model: nn.Module | Mapping[str, Tensor]) -> float:
-    """A number that tells the weights of two models apart, the same in every precision."""
-    total = squares = 0.0
-    named = named_tensors(model) if isinstance(model, nn.Module) else model.items()
-    for name, tensor in sorted(named, key=lambda item: item[0]):
-        if not tensor.is_floating_point() or not tensor.numel():
-            continue
-        step = tensor.numel() // 4096 + 1
-        part = tensor.detach().reshape(-1)[::step].to("cpu", torch.float64)
-        part = part[part.isfinite()]
-        start = int(hashlib.sha256(name.encode()).hexdigest()[:4], 16)
-        total += float((part * (start + torch.arange(len(part))).sin()).sum())
-        squares += float(part.square().sum())
-    return float(total / (squares**0.5 or 1.0))

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from graphprune.errors import InputError
-from graphprune.plan.plan import fingerprint
+from graphprune.record.tensors import fingerprint
 
 
 def copies_of(model: nn.Module, copies: nn.Module | Iterable[nn.Module]) -> list[nn.Module]:

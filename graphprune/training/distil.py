@@ -15,7 +15,7 @@ from graphprune.errors import InputError
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.batches import Loss, check_loss, describe, device_of, forward, loss_of
 from graphprune.record.checks import check_model
-from graphprune.record.skeleton import aliases
+from graphprune.record.tensors import aliases
 from graphprune.text import shorten
 from graphprune.training.ranks import unwrapped_model
 

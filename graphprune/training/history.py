@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from graphprune.errors import InputError
 from graphprune.measurement import count_text, measure
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 from graphprune.text import new_figure, render, save_figure
 from graphprune.training.ranks import unwrapped_model
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import InputError
 from graphprune.execute.shrink import cut, kept_indices
 from graphprune.plan.plan import Plan
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import named_tensors
 
 Kept = Mapping[int, Tensor]  # kept indices by dimension: [kept], or [blocks of rows, kept]
 Sliced = tuple[dict[str, Any], str, Tensor]

@@ -23,7 +23,7 @@ from graphprune.criteria.slots import by_channel, members
 from graphprune.errors import InputError
 from graphprune.plan.plan import Plan
 from graphprune.record.checks import check_model
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import named_tensors
 
 Strength = float | Callable[[int], float]
 

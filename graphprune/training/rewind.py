@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from graphprune.api import rebuild
 from graphprune.errors import CheckpointError, InputError, PlanError
-from graphprune.plan.plan import fingerprint, plan_of
+from graphprune.plan.plan import plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.copying import copy_module
 from graphprune.record.masked_names import mask_hooks
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import fingerprint, named_tensors
 from graphprune.training.optimizers import check_optimizer
 from graphprune.training.ranks import unwrapped_model
 

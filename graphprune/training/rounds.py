@@ -13,11 +13,11 @@ from torch import nn
 from graphprune.api import rebuild
 from graphprune.arguments import is_number
 from graphprune.errors import InputError, RoundError
-from graphprune.plan.plan import Plan, carry, fingerprint, plan_of
+from graphprune.plan.plan import Plan, carry, plan_of
 from graphprune.planning.options import Options, Request
 from graphprune.record.batches import at_rest
 from graphprune.record.checks import check_model
-from graphprune.record.skeleton import mark, named_modules
+from graphprune.record.tensors import fingerprint, mark, named_modules
 from graphprune.text import bar, share, shorten
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.ranks import Ranks

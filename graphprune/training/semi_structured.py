@@ -9,7 +9,7 @@ from torch import nn
 
 from graphprune.errors import InputError, ModelError
 from graphprune.record.checks import check_model
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 from graphprune.training.ranks import unwrapped_model
 from graphprune.training.sparse import prune_hook, read_elsewhere
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graphprune.plan.plan import Plan
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import named_tensors
 
 
 class SoftMasks:

@@ -18,7 +18,7 @@ from graphprune.planning.options import check_ratio
 from graphprune.record.attention import MultiheadAttention
 from graphprune.record.checks import check_model
 from graphprune.record.masked_names import mask_hooks
-from graphprune.record.skeleton import named_modules
+from graphprune.record.tensors import named_modules
 from graphprune.text import render, share, shorten
 from graphprune.training.ranks import unwrapped_model
 

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from graphprune.errors import InputError
 from graphprune.record.checks import check_model
-from graphprune.record.skeleton import mark, named_modules
+from graphprune.record.tensors import mark, named_modules
 from graphprune.training.ranks import Ranks, unwrapped_model
 from graphprune.training.schedules import Schedule, SparsityOf, as_schedule, sparsity_at
 from graphprune.training.sparse import (

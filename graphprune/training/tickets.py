@@ -12,12 +12,12 @@ from torch.nn.utils import prune
 
 from graphprune.api import rebuild, trace
 from graphprune.errors import InputError
-from graphprune.plan.plan import fingerprint, plan_of
+from graphprune.plan.plan import plan_of
 from graphprune.planning.options import Request, check_ratio
 from graphprune.record.batches import takes
 from graphprune.record.checks import check_model
 from graphprune.record.copying import copy_module
-from graphprune.record.skeleton import mark, named_modules
+from graphprune.record.tensors import fingerprint, mark, named_modules
 from graphprune.training.history import History
 from graphprune.training.ranks import Ranks
 from graphprune.training.rewind import RewindPoint

@@ -23,7 +23,7 @@ from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 from graphprune.plan.plan import Plan
 from graphprune.record.identity import Identity
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 
 _UNKNOWN, _STAYS, _GONE = 0, 1, 2
 _functorch: Any = torch._C._functorch

@@ -20,7 +20,7 @@ from graphprune.errors import InputError, PlanError
 from graphprune.plan.plan import Plan
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 from graphprune.verification.follow import Follower, Undecided
 from graphprune.verification.reference import with_constants
 from graphprune.verification.running import Functions

@@ -18,7 +18,7 @@ from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
 from graphprune.record.random_numbers import same_numbers
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 from graphprune.verification.follow import Undecided
 from graphprune.verification.masked import MaskedForward, mask, run_masked
 from graphprune.verification.reference import with_constants

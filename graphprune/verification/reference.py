@@ -10,7 +10,7 @@ from torch import nn
 
 from graphprune.plan.plan import Plan
 from graphprune.record.copying import copy_module
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 
 
 def as_given(model: nn.Module, plan: Plan) -> nn.Module:

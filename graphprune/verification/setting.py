@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphprune.execute.fold import recompute_masked
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.record.copying import copy_module
-from graphprune.record.skeleton import held_tensors
+from graphprune.record.tensors import held_tensors
 from graphprune.verification.running import NOISY, Draw, random_op
 
 aten = torch.ops.aten

@@ -9,7 +9,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import PlanError, PruningWarning
-from graphprune.record.skeleton import named_tensors
+from graphprune.record.tensors import named_tensors
 
 
 class Fused(nn.Module):

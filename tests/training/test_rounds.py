@@ -9,7 +9,7 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import CheckpointError, InputError, RoundError
-from graphprune.plan.plan import fingerprint
+from graphprune.record.tensors import fingerprint
 from graphprune.training import History, cubic, iterate, round_state
 
 X = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
