@@ -61,13 +61,15 @@ class Session(Models):
         """
         try:
             wanted = self.reference(trial)
+            found, error = self.shrunk(trial)
+            pairs = self.equal(trial, wanted, found)
+            if pairs is None and self.forget():
+                wanted = self.reference(trial)
+                pairs = self.equal(trial, wanted, found)
             if not trial.training:
                 self.seen.append((trial, [tensor.detach() for tensor in wanted.outputs]))
-            found, error = self.shrunk(trial)
-            if found is not None:
-                pairs = self.pairs(trial, wanted, found)
-                if pairs is not None and all(pair.gap <= self.tolerance for pair in pairs):
-                    return summed(trial, pairs)
+            if pairs is not None:
+                return summed(trial, pairs)
             return second_look(self, trial, wanted, found, error)
         except Undecided as reason:
             return [
@@ -77,8 +79,8 @@ class Session(Models):
     def as_given(self) -> Iterator[Check]:
         """Compare with the original itself, whose constants a plan from masks has moved."""
         original = as_given(self.original, self.plan)
-        for trial in [trial for trial, _ in self.seen if not trial.backward]:
-            trial = replace(trial, name=f"the model as given, {trial.name}")
+        for trial in [trial for trial, _ in self.seen]:
+            trial = replace(trial, name=f"the model as given, {trial.name}", backward=False)
             wanted, found = self.run(original, trial), self.run(self.small, trial)
             pairs = self.pairs(trial, wanted, found)
             if pairs is None or not all(pair.gap <= self.tolerance for pair in pairs):
@@ -100,7 +102,7 @@ class Session(Models):
             refused = DoesNotRun("")
             for inputs in calls:
                 try:
-                    yield from self.compare(Trial(name, inputs))
+                    yield from self._untrained(name, inputs)
                 except DoesNotRun as error:
                     refused = error
                 else:
@@ -112,7 +114,17 @@ class Session(Models):
             random = OTHER_BATCH if OTHER_BATCH in taken else OTHER_VALUES
             order = [name for name in (random, EXAMPLE, OTHER_SIDE) if name in taken]
             for training in (False, True):
-                yield from self._step([(name, taken[name]) for name in order], training)
+                if training or not any(trial.backward for trial, _ in self.seen):
+                    yield from self._step([(name, taken[name]) for name in order], training)
+
+    def _untrained(self, name: str, inputs: Call) -> list[Check]:
+        """Compare in eval mode; on random inputs with gradients, where the original has any."""
+        if self.dtype == torch.float64 and name in (OTHER_BATCH, OTHER_VALUES):
+            try:
+                return self.compare(Trial(f"eval mode, {name}", inputs, backward=True))
+            except DoesNotRun:
+                pass
+        return self.compare(Trial(name, inputs))
 
     def _tries(self, call: Call) -> Iterator[tuple[str, list[Call]]]:
         """Kinds of inputs, each with inputs to try until the original takes some."""

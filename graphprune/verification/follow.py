@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from graphprune.ops.walk import Walk
 from graphprune.plan.plan import Plan
 from graphprune.record.identity import Identity
 from graphprune.record.tensors import held_tensors
+from graphprune.verification.calls import Calls
 
 _UNKNOWN, _STAYS, _GONE = 0, 1, 2
 _functorch: Any = torch._C._functorch
@@ -53,6 +55,7 @@ class Fates:
                 self.known[start + gone] = _GONE
         self.guessed: set[int] = set()  # ids of no known fate that something depended on
         self.clash = ""  # where ids that join have different fates: the plan means something else
+        self.version = 0  # how often more became known
         self._open: list[tuple[np.ndarray, np.ndarray]] = []  # ties between ids of no known fate
         self._ties = self._choices = self._frozen = 0
 
@@ -66,6 +69,10 @@ class Fates:
             return fates != _GONE
         found: np.ndarray = self.known[ids] != _GONE
         return found
+
+    def any_gone(self, layer: Tensor) -> bool:
+        """Whether any of the ids of a layer leaves."""
+        return bool((self.known[layer.numpy()] == _GONE).any())
 
     def gone(self, ids: Tensor) -> np.ndarray:
         """Those ids of parameters that leave."""
@@ -107,6 +114,7 @@ class Fates:
                 found = (mine == _UNKNOWN) & (other != _UNKNOWN)
                 changed |= bool(found.any())
                 self.known[ids[found]] = other[found]
+            self.version += 1
             still = (a == _UNKNOWN) & (b == _UNKNOWN)
             if still.any():
                 left_open.append((left[still], right[still]))
@@ -127,59 +135,105 @@ class Fates:
     def settled(self) -> bool:
         """Whether all that was guessed on the way turned out as guessed: these ids stay."""
         self.update()
-        return not any(self.known[number] == _GONE for number in self.guessed)
+        wrong = {number for number in self.guessed if self.known[number] == _GONE}
+        self.guessed -= wrong
+        return not wrong
 
 
 class Follower:
     """Nodes of a graph, and with them the ids of channels, for the tensors of a running model.
 
+    What it has found of a call serves later runs as well.
+
     Args:
         module: the model that runs.
         plan: which of its channels stay.
-        guesses: fates of ids, from an earlier run in which they were known too late.
     """
 
-    def __init__(self, module: nn.Module, plan: Plan, guesses: np.ndarray | None = None) -> None:
+    def __init__(self, module: nn.Module, plan: Plan) -> None:
         ties = Ties()
         slots, values = slots_of(module, ties)
-        tensors = dict(held_tensors(module))
         numbers = {
             name: tensor.detach().cpu()
-            for name, tensor in tensors.items()
+            for name, tensor in held_tensors(module)
             if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
         }
         attention = plan.request.get("attention", "heads")
-        self.walk = Walk(ties, values.get, attention, numbers.get)
+        self.walk = Walk(ties, lambda name: moving.get(name), attention, numbers.get)
         starts = {(slot.tensor, slot.dim): slot.start for slot in slots}
         self.fates = Fates(self.walk, plan, starts)
-        if guesses is not None:
-            fresh = guesses[self.walk.first_fresh :]
-            self.fates.known = np.concatenate([self.fates.known, fresh])
+        moving = {name: self._moving(value) for name, value in values.items()}
         self.plain = bool(plan.scales)  # statistics of the masked values themselves
+        self.careful = False  # whether functions are taken apart before they run
         self.graph = fx.Graph()
-        self.identity = Identity()
+        self.calls = Calls(self.walk.values)
         self.count = 0
-        for name, tensor in tensors.items():
-            self.identity.put(tensor, name)
+        self.identity = Identity()
+        self._objects: dict[int, tuple[Any, ...]] = {}  # tensors as they were when they were put
         self._masks: dict[fx.Node, Tensor | None] = {}
+        self._masks_of = 0  # the version of fates that they are of
+        self._parameters: dict[str, fx.Node] = {}
+        self._constants: list[fx.Node] = []
+        self._waiting: list[tuple[Any, ...]] = []  # known, but not yet by the place of their values
 
-    def put(self, tensor: Tensor, node: fx.Node) -> None:
-        """Remember which node a tensor is."""
-        self.identity.put(tensor, node)
+    def _moving(self, value: Value) -> Value:
+        """A parameter with ids in the dimensions from which some leave."""
+        gone = [layer for layer in value.layers if not self.fates.stays(layer).all()]
+        return replace(value, layers=tuple(gone))
 
-    def find(self, tensor: Tensor) -> fx.Node | None:
-        """The node of a tensor that an op made or read before."""
-        source = self.identity.find(tensor)
-        return source if isinstance(source, fx.Node) else None
+    def start(self, module: nn.Module, inputs: Iterable[Tensor]) -> None:
+        """A run begins."""
+        self.identity = Identity()
+        self._objects.clear()
+        self._waiting.clear()
+        if self._masks_of != self.fates.version:
+            self._masks.clear()
+            self._masks_of = self.fates.version
+        for node in self._constants:  # of the last run: their values are of no use any more
+            node.meta.pop("tensor", None)
+        self._constants.clear()
+        self.calls.start()
+        with aside():
+            for name, tensor in held_tensors(module):
+                self.put(tensor, name)
+            for tensor in inputs:
+                self.make(tensor, Value(tuple(tensor.shape), given=True))
 
-    @aside()
-    def input(self, tensor: Tensor) -> None:
-        """An input of the model."""
-        self.count += 1
-        node = self.graph.placeholder(f"input_{self.count}")
+    def make(self, tensor: Tensor, value: Value) -> fx.Node:
+        """A node for a tensor of which is known what it carries."""
+        node = self._node("placeholder", "made")
         self._describe(node, tensor)
-        self.walk.values[node] = Value(node.meta["shape"], given=True)
+        self.walk.values[node] = replace(value, shape=node.meta["shape"])
         self.put(tensor, node)
+        return node
+
+    def _node(self, op: str, target: Any, args: Any = (), kwargs: Any = None) -> fx.Node:
+        """A node that stands in no list: nobody reads the graph in order."""
+        self.count += 1
+        return fx.Node(self.graph, f"node_{self.count}", op, target, args, kwargs or {})
+
+    def put(self, tensor: Tensor, source: Any) -> None:
+        """Remember which node, or which tensor of the model, a tensor is."""
+        known = (_state(tensor), source, tensor)
+        self._objects[id(tensor)] = known
+        self._waiting.append(known)
+
+    def find(self, tensor: Tensor) -> Any:
+        """What a tensor is that an op made or read before, or one with the same values."""
+        known = self._objects.get(id(tensor))
+        if known is not None and known[0] == _state(tensor):
+            return known[1]
+        for state, source, other in self._waiting:
+            if state == _state(other):
+                self.identity.put(other, source)
+        self._waiting.clear()
+        return self.identity.find(tensor)
+
+    def settle(self) -> None:
+        """Tensors that are known may be given other values from here on."""
+        for _, source, tensor in self._waiting:
+            self.identity.put(tensor, source)
+        self._waiting.clear()
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; parameters and constants become ``get_attr`` nodes.
@@ -189,18 +243,30 @@ class Follower:
         """
         while _functorch.is_functorch_wrapped_tensor(tensor):
             tensor = _functorch.get_unwrapped(tensor)
-        source = self.identity.find(tensor)
+        with torch._C.DisableTorchFunction():
+            source = self.find(tensor)
         if isinstance(source, fx.Node):
             return source
+        with aside():
+            return self._held(tensor, source)
+
+    def _held(self, tensor: Tensor, source: str | None) -> fx.Node:
         if source is None:
-            known = [self.find(other) for other in self.identity.neighbours(tensor)]
-            if any(node is None or self.walk.values[node].layers for node in known):
+            others = [self.find(other) for other in self.identity.neighbours(tensor)]
+            values = self.walk.values
+            if any(not isinstance(n, fx.Node) or values[n].layers for n in others):
                 raise Undecided("a tensor shares memory with another in a way that no op told of")
-            self.count += 1
-        node = self.graph.create_node("get_attr", source or f"constant_{self.count}")
-        self._describe(node, tensor)
         value = self.walk.slots(source) if source else None
-        self.walk.values[node] = value or Value(node.meta["shape"], constant=True)
+        node = self._parameters.get(source) if value else None
+        if node is None or node.meta["shape"] != tuple(tensor.shape):
+            node = self._node("get_attr", source or f"constant_{self.count}")
+            self._describe(node, tensor)
+            if value is None or value.shape != node.meta["shape"]:
+                value = Value(node.meta["shape"], constant=True)
+                self._constants.append(node)
+            else:
+                self._parameters[source] = node
+            self.walk.values[node] = value
         if not tensor.is_meta:
             node.meta["tensor"] = tensor
         self.put(tensor, node)
@@ -213,7 +279,7 @@ class Follower:
     @aside()
     def op(self, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
         """An op that has run: its node, to which the rule of the op was applied."""
-        node = self.graph.call_function(target, self._plain(args), self._plain(kwargs))
+        node = self._node("call_function", target, self._plain(args), self._plain(kwargs))
         node.meta.update(numbers=[], transformed=_functorch.peek_interpreter_stack() is not None)
         if isinstance(out, Tensor):
             self._describe(node, out)
@@ -222,7 +288,9 @@ class Follower:
             node.meta["items"] = items = {}
             for index, item in enumerate(out):
                 if isinstance(item, Tensor):
-                    items[index] = part = self.graph.call_function(operator.getitem, (node, index))
+                    items[index] = part = self._node(
+                        "call_function", operator.getitem, (node, index)
+                    )
                     self._describe(part, item)
                     self.put(item, part)
         frozen = self.walk.ties.frozen
@@ -278,3 +346,12 @@ class Follower:
                     rest = tuple(d for d in range(layer.dim()) if d != dim)
                     found[dim] &= torch.from_numpy(stays.any(axis=rest))
         return found
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    """What changes when a tensor becomes another one without an op."""
+    try:
+        place = tensor.data_ptr() or tensor.untyped_storage()._cdata
+        return place, tensor.shape, tensor.stride(), tensor.dtype
+    except (NotImplementedError, RuntimeError):  # sparse, opaque, a class that wraps others
+        return (object(),)

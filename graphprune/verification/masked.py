@@ -23,7 +23,7 @@ from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
 from graphprune.verification.follow import Follower, Undecided
 from graphprune.verification.reference import with_constants
-from graphprune.verification.running import Functions
+from graphprune.verification.running import Careful, Functions
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
@@ -85,18 +85,27 @@ class MaskedForward:
     """A forward that runs the model's own, with removed channels held at zero.
 
     It sits in the ``__dict__`` of the module, before the method of the class, and can be copied
-    with the module. ``last`` knows what the last run has seen, when ``watched`` is set.
+    with the module.
+
+    Attributes:
+        watched: ``last`` knows what the last run has seen.
+        remembers: what was found in one run serves the next ones.
     """
 
     def __init__(self, module: nn.Module, inner: Any, plan: Plan) -> None:
         self.module, self.inner, self.plan = module, inner, plan
-        self.watched = False
+        self.watched = self.remembers = False
         self.last: Functions | None = None
+        self._follower: Follower | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedForward:
         """A copy for a copied module."""
         inner = copy.deepcopy(self.inner, memo)
         return MaskedForward(copy_module(self.module, memo), inner, self.plan)
+
+    def forget(self) -> None:
+        """Find everything anew in the next run."""
+        self._follower = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the masked model.
@@ -104,24 +113,33 @@ class MaskedForward:
         Constants that the code makes may turn out to belong to removed channels only after they
         were used: then all runs once more.
         """
-        guesses = None
+        if not self.remembers:
+            self.forget()
+        anew = self._follower is None
         state = torch.get_rng_state()
         buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
-        for _ in range(3):
-            follower = Follower(self.module, self.plan, guesses)
+        for _ in range(5):
+            follower = self._follower = self._follower or Follower(self.module, self.plan)
             functions = Functions(follower, self.watched)
-            for tensor in pytree.tree_leaves((args, kwargs)):
-                if isinstance(tensor, Tensor):
-                    follower.input(tensor)
-            with functions.dispatch, functions:
-                if self.inner is not None:
-                    out = self.inner(*args, **kwargs)
-                else:
-                    out = type(self.module).forward(self.module, *args, **kwargs)
-            if follower.fates.settled():
+            leaves = pytree.tree_leaves((args, kwargs))
+            follower.start(self.module, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
+            try:
+                with functions.dispatch, functions:
+                    if self.inner is not None:
+                        out = self.inner(*args, **kwargs)
+                    else:
+                        out = type(self.module).forward(self.module, *args, **kwargs)
+                settled = follower.fates.settled()
+            except Careful:
+                follower.careful, settled = True, False
+            if settled and (anew or not follower.fates.clash or not follower.calls.used):
                 self.last = functions if self.watched else None
+                if self.remembers and not self.watched:
+                    follower.calls.simplify(follower.fates.any_gone)
                 return out
-            guesses = follower.fates.known
+            if settled:  # ids that calls of an earlier run made mean other channels now
+                self.forget()
+                anew = True
             torch.set_rng_state(state)
             with torch.no_grad():
                 for buffer, before in buffers:

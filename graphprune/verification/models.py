@@ -116,6 +116,8 @@ class Models:
         self.plan, self.dtype, self.tolerance, self.seed = plan, dtype, tolerance, seed
         self.original = copied(model, dtype)
         self.masked = mask(self.original, plan)
+        if plan.evaluated:
+            self.masked.forward.remembers = True
         if isinstance(small, Plan):
             self.small = shrink(self.original, plan)
         else:
@@ -130,6 +132,14 @@ class Models:
         forward = run_masked(with_constants(self.original, self.plan), self.plan)
         forward.watched = True
         return forward
+
+    def forget(self) -> bool:
+        """Let the masked model find out anew what it remembers of other runs, if it does."""
+        forward = vars(self.masked).get("forward")
+        remembers = isinstance(forward, MaskedForward) and forward.remembers
+        if remembers:
+            forward.forget()
+        return remembers
 
     def run(self, model: nn.Module, trial: Trial, *modes: Any) -> Result:
         """Run one of the models; its buffers are afterwards as they were."""
@@ -228,6 +238,13 @@ class Models:
             pairs += self._gradients(wanted, found, small)
         if trial.training:
             pairs += self._buffers(wanted, found, small)
+        return pairs
+
+    def equal(self, trial: Trial, wanted: Result, found: Result | None) -> list[Pair] | None:
+        """All that is compared where it is equal, else ``None``."""
+        pairs = None if found is None else self.pairs(trial, wanted, found)
+        if pairs is None or not all(pair.gap <= self.tolerance for pair in pairs):
+            return None
         return pairs
 
     def _gradients(self, wanted: Result, found: Result, small: bool) -> Iterator[Pair]:

@@ -9,6 +9,7 @@ happens above autograd, so that gradients flow as in the model.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record.evaluate import run as run_op
+from graphprune.verification.calls import (
+    RESHAPES,
+    Answer,
+    Call,
+    changes,
+    fits,
+    looks,
+    takes_any_size,
+    tensors_in,
+)
 from graphprune.verification.follow import Follower, Undecided, aside
 
 aten = torch.ops.aten
@@ -41,6 +52,17 @@ _LOOKS = {  # say something about a tensor, and make none
 }  # fmt: skip
 
 
+_MOVES = {  # make another tensor of an object
+    "__set__", "set_", "resize_", "resize_as_", "as_strided_", "t_", "transpose_", "squeeze_",
+    "unsqueeze_", "swapaxes_", "swapdims_",
+}  # fmt: skip
+_HEAVY = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+          "batch_norm"}  # fmt: skip # seldom right as they are: not worth a run to find that out
+_PLAIN = {torch.Tensor, torch.nn.Parameter}
+_outside: Any = torch._C._DisableTorchDispatch
+_aside: Any = torch._C.DisableTorchFunction
+
+
 def masked(follower: Follower, node: fx.Node) -> bool:
     """Whether an op that sums over channels reads some that are removed."""
     reads = follower.walk.marks.sums(node)
@@ -51,14 +73,22 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """Zero where the mask is false, whatever stood there."""
     if keep is None:
         return tensor
-    return torch.where(keep.to(tensor.device), tensor, tensor.new_zeros(()))
+    return torch.where(keep.to(tensor.device), tensor, False if tensor.dtype is torch.bool else 0)
 
 
 Draw = tuple[Any, Tensor, list[Tensor]]  # the op, its random numbers, what stays of them
 
 
+class Careful(Undecided):
+    """Functions must be taken apart on ``meta`` before they run."""
+
+
 class Dispatch(TorchDispatchMode):
     """Sees the ATen ops: those that a function is made of, and those that no function ran."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else each op costs what it takes to tell dynamo so
+        return False
 
     def __init__(self, follower: Follower) -> None:
         TorchDispatchMode.__init__(self)
@@ -124,6 +154,7 @@ class Functions(TorchFunctionMode):
         self.dispatch = Dispatch(follower)
         self.dispatch.watched = draws
         self.draws: list[Draw] = []
+        self.seen: tuple[Sequence[fx.Node], Any] | None = None  # of the last function
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before, self.dispatch.known = self.dispatch.known, True
@@ -135,18 +166,118 @@ class Functions(TorchFunctionMode):
     def _called(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _LOOKS or _functorch.peek_interpreter_stack() is not None:
             return self._run(func, args, kwargs)
-        if getattr(func, "__name__", "") == "__get__" and func not in _VIEWS:
+        name = getattr(func, "__name__", "")
+        if name == "__get__" and func not in _VIEWS:
             out = self._run(func, args, kwargs)
             if func in _ALIASES:
                 self.follower.op(_ALIASES[func], args, {}, out)
             return out
+        if func in RESHAPES and args:
+            return self._reshaped(func, args, kwargs)
+        call = None
+        if name in _MOVES:
+            self.follower.settle()
+        elif "out" not in kwargs:
+            with _outside(), _aside():
+                call = self.follower.calls.call(func, args, kwargs, self.follower.node_of)
+        answer = None if call is None else self.follower.calls.find(call)
+        if call is not None and answer is not None and self._serves(answer, call):
+            return self._again(answer, call, func, args, kwargs)
+        return self._followed(call, func, args, kwargs)
+
+    def _serves(self, answer: Answer, call: Call) -> bool:
+        """Whether a call can be run by what is known of one like it."""
+        return answer.any_size or answer.is_of(call) or not self._reads(answer)
+
+    def _reads(self, answer: Answer) -> bool:
+        """Whether a function sums over channels that are removed."""
+        return any(masked(self.follower, node) for node in answer.readers)
+
+    def _reshaped(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function whose answer the shape of its result tells."""
+        node = self.follower.node_of(args[0])
+        with self._unwatched((), args, kwargs):
+            out = func(*args, **kwargs)
+        call = self.follower.calls.reshape(node, tuple(out.shape))
+        answer = None if call is None else self.follower.calls.find(call)
+        if answer is not None and self._found(answer, [out]):
+            return out
+        return self._followed(call, func, args, kwargs)
+
+    def _unwatched(
+        self, nodes: Sequence[fx.Node], args: Any, kwargs: Any
+    ) -> contextlib.AbstractContextManager[Any]:
+        """Known ops need not be seen, but for random numbers, and tensors of other classes."""
+        plain = all(type(tensor) in _PLAIN for tensor in tensors_in((args, kwargs)))
+        draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
+        return contextlib.nullcontext() if draws or not plain else _outside()
+
+    def _again(self, answer: Answer, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a function of which is known what it does to ids."""
+        tensors = [*tensors_in((args, kwargs))]
+        with self._unwatched(answer.nodes, args, kwargs):
+            if self._reads(answer):
+                values = dict(zip(answer.call.inputs, tensors))
+                with torch._C.DisableTorchFunction():
+                    out = self._steps(answer.nodes, values, answer.told, tensors)
+            else:
+                out = self._run(func, args, kwargs, answer.nodes)
+        if self._found(answer, [*tensors_in(out)]):
+            return out
+        if answer.draws or any(changes(node) for node in answer.nodes):
+            raise Undecided(f"{_name(func)} makes tensors of other shapes for other values")
+        return self._followed(None, func, args, kwargs)
+
+    def _found(self, answer: Answer, tensors: list[Tensor]) -> bool:
+        """Give results the ids that are known of them; whether these fit."""
+        values, same = self.follower.walk.values, len(tensors) == len(answer.results)
+        with _outside(), _aside():
+            for node, tensor in zip(answer.results, tensors):
+                same = same and (node.meta["shape"] == tensor.shape or fits(values[node], tensor))
+            for node, tensor in zip(answer.results, tensors) if same else ():
+                if node.meta["shape"] == tensor.shape:
+                    self.follower.put(tensor, node)
+                else:
+                    self.follower.make(tensor, values[node])
+        return same
+
+    def _followed(self, call: Call | None, func: Any, args: Any, kwargs: Any) -> Any:
+        """Take a function apart, follow its ops, and remember what they did."""
+        ties = self.follower.walk.ties
+        self.seen, size = None, ties.size
+        out = self._function(func, args, kwargs)
+        if call is not None and self.seen is not None:
+            self._remember_call(call, *self.seen, ties.size > size)
+        return out
+
+    @aside()
+    def _remember_call(self, call: Call, nodes: Sequence[fx.Node], told: Any, fresh: bool) -> None:
+        made = {*call.inputs, *nodes}
+        made |= {item for node in nodes for item in node.meta.get("items", {}).values()}
+        if any(source not in made for node in nodes for source in node.all_input_nodes):
+            return  # it reads a constant, which may be another one the next time
+        results = [self.follower.find(leaf) for leaf in tensors_in(told)]
+        tree = pytree.tree_map_only(Tensor, self.follower.find, told)
+        leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, fx.Node)]
+        if leaves != results:
+            return
+        draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
+        free = not fresh and not draws and takes_any_size(call.parts[0], nodes)
+        readers = tuple(node for node in nodes if node in self.follower.walk.readers)
+        self.follower.calls.put(
+            Answer(call, tuple(nodes), readers, tree, tuple(results), free, fresh, draws)
+        )
+
+    def _function(self, func: Any, args: Any, kwargs: Any) -> Any:
         whole = WHOLE.get(func) if "out" not in kwargs else None
         if func is torch.einsum and isinstance(args[0], str):
             tensors = args[1] if isinstance(args[1], list | tuple) else args[1:]
             whole, args = aten.einsum.default, (args[0], [*tensors])
         if whole is not None:
             return self._whole(whole, args, kwargs)
-        twins = self._twins((args, kwargs))
+        name = getattr(func, "__name__", "")
+        quick = not (self.follower.careful or name in _HEAVY or name.endswith("_"))
+        twins = None if quick else self._twins((args, kwargs))
         if twins is not None:
             try:
                 nodes, told = self._apart(func, *twins)
@@ -154,9 +285,11 @@ class Functions(TorchFunctionMode):
                 raise
             except Exception:  # it looks at values, or its result on meta is not known to torch
                 return self._on_values(func, args, kwargs)
+            self.seen = nodes, told
             if any(masked(self.follower, node) for node in nodes):
                 return self._masked(nodes, told, args, kwargs)
-            out = self._run(func, args, kwargs, nodes)
+            with self._unwatched(nodes, args, kwargs):
+                out = self._run(func, args, kwargs, nodes)
             self._match(told, out)
             return out
         return self._on_values(func, args, kwargs)
@@ -191,6 +324,7 @@ class Functions(TorchFunctionMode):
         with torch.no_grad():
             told = run_on_meta(target, twin_args, twin_kwargs)
         node = self.follower.op(target, twin_args, twin_kwargs, told)
+        self.seen = [node], told
         if masked(self.follower, node):
             return self._masked([node], told, args, kwargs)
         out = self._run(kernel, args, kwargs, [node])
@@ -234,20 +368,36 @@ class Functions(TorchFunctionMode):
             self.dispatch.nodes = None
         if self.dispatch.watched:
             self._remember(self.dispatch.drawn[start:], nodes)
+        if not any(looks(node) for node in nodes):
+            self.seen = nodes, out
         if not any(masked(self.follower, node) for node in nodes):
             return out
-        if any(_changes(node) or random_op(node.target) for node in nodes):
+        if any(changes(node) or random_op(node.target) for node in nodes):
+            if not self.follower.careful:
+                raise Careful
             raise Undecided(f"{_name(func)} cannot run twice, as it changes a tensor or draws")
         return self._masked(nodes, out, args, kwargs)
 
     def _masked(self, nodes: Sequence[fx.Node], told: Any, args: Any, kwargs: Any) -> Any:
         """The ops of a function one by one, on real tensors."""
-        values: dict[fx.Node, Any] = {}
-        device = torch.device("cpu")
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                values[self.follower.node_of(leaf)] = leaf
-                device = leaf.device
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        values = {self.follower.node_of(tensor): tensor for tensor in tensors}
+        tree = pytree.tree_map_only(Tensor, self.follower.node_of, told)
+        out = self._steps(nodes, values, tree, tensors)
+        for leaf in pytree.tree_leaves(tree):
+            if isinstance(leaf, fx.Node):
+                self.follower.put(values[leaf], leaf)
+        return out
+
+    def _steps(
+        self,
+        nodes: Sequence[fx.Node],
+        values: dict[fx.Node, Any],
+        tree: Any,
+        tensors: Sequence[Tensor],
+    ) -> Any:
+        """Run ops; returns the tree with their values in the place of nodes."""
+        device = tensors[-1].device if tensors else torch.device("cpu")
         start = len(self.dispatch.drawn)
         for node in nodes:
             values[node] = out = self._step(node, values, device)
@@ -255,14 +405,7 @@ class Functions(TorchFunctionMode):
                 values[part] = out[index]
         if self.dispatch.watched:
             self._remember(self.dispatch.drawn[start:], nodes)
-
-        def real(leaf: Tensor) -> Tensor:
-            node = self.follower.node_of(leaf)
-            self.follower.put(values[node], node)
-            found: Tensor = values[node]
-            return found
-
-        return pytree.tree_map_only(Tensor, real, told)
+        return pytree.tree_map_only(fx.Node, values.__getitem__, tree)
 
     def _step(self, node: fx.Node, values: Mapping[fx.Node, Any], device: torch.device) -> Any:
         reads = masked(self.follower, node)
@@ -278,6 +421,8 @@ class Functions(TorchFunctionMode):
         args, kwargs = fx.map_arg((node.args, node.kwargs), value)
         if kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
             kwargs = {**kwargs, "device": device}
+        if node.target is aten.native_group_norm.default:
+            args = (*args[:3], len(args[0]), args[4], args[0][0, 0].numel(), *args[6:])
         if reads and not self.follower.plain:
             rule = op_of(node).masked
             keep = self.follower.mask(node.all_input_nodes[0])
@@ -300,11 +445,6 @@ class Functions(TorchFunctionMode):
             node = self.follower.find(told_leaf)
             if node is not None:
                 self.follower.put(leaf, node)
-
-
-def _changes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def _name(func: Any) -> str:
