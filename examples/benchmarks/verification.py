@@ -73,11 +73,11 @@ def section(rows: list[dict[str, Any]]) -> str:
     """The part of docs/benchmarks.md that this script owns."""
     lines = [
         "## Verification\n",
-        f"Processor seconds on {machine.describe()}, one thread, medians. *passes* are five forward",
-        "and backward passes of the original in train mode, batch size 2. *reference*: whether zeroed",
-        "parameters say what the masked model computes, or its channels are followed while it runs.",
-        "`examples/benchmarks/verification.py` prints this.\n",
-        "| model | reference | verdict | verify | passes, float64 | passes, float32 | times | times |",
+        f"Processor seconds on {machine.describe()}, one thread, medians. *passes* are five",
+        "forward and backward passes of the original in train mode, batch size 2. *reference*:",
+        "whether zeroed parameters say what the masked model computes, or channels are followed",
+        "while it runs. `examples/benchmarks/verification.py` prints this.\n",
+        "| model | reference | verdict | verify | passes, float64 | float32 | times | times |",
         "|---|---|---|---:|---:|---:|---:|---:|",
         *("| " + " | ".join(cells(row)) + " |" for row in rows),
     ]

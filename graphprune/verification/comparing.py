@@ -34,6 +34,7 @@ class Session(Models):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.seen: list[tuple[Trial, list[Tensor]]] = []  # outputs of the masked model
+        self.stepped = False  # whether gradients were compared in eval mode
 
     def unchanged(self, call: Call) -> tuple[str, Call]:
         """Random inputs of the shapes of the example inputs."""
@@ -114,16 +115,19 @@ class Session(Models):
             random = OTHER_BATCH if OTHER_BATCH in taken else OTHER_VALUES
             order = [name for name in (random, EXAMPLE, OTHER_SIDE) if name in taken]
             for training in (False, True):
-                if training or not any(trial.backward for trial, _ in self.seen):
+                if training or not self.stepped:
                     yield from self._step([(name, taken[name]) for name in order], training)
 
     def _untrained(self, name: str, inputs: Call) -> list[Check]:
         """Compare in eval mode; on random inputs with gradients, where the original has any."""
         if self.dtype == torch.float64 and name in (OTHER_BATCH, OTHER_VALUES):
             try:
-                return self.compare(Trial(f"eval mode, {name}", inputs, backward=True))
+                found = self.compare(Trial(f"eval mode, {name}", inputs, backward=True))
             except DoesNotRun:
                 pass
+            else:
+                self.stepped = True
+                return found
         return self.compare(Trial(name, inputs))
 
     def _tries(self, call: Call) -> Iterator[tuple[str, list[Call]]]:

@@ -257,15 +257,15 @@ class Follower:
             if any(not isinstance(n, fx.Node) or values[n].layers for n in others):
                 raise Undecided("a tensor shares memory with another in a way that no op told of")
         value = self.walk.slots(source) if source else None
-        node = self._parameters.get(source) if value else None
+        node = self._parameters.get(source) if source and value else None
         if node is None or node.meta["shape"] != tuple(tensor.shape):
             node = self._node("get_attr", source or f"constant_{self.count}")
             self._describe(node, tensor)
-            if value is None or value.shape != node.meta["shape"]:
+            if source and value and value.shape == node.meta["shape"]:
+                self._parameters[source] = node
+            else:
                 value = Value(node.meta["shape"], constant=True)
                 self._constants.append(node)
-            else:
-                self._parameters[source] = node
             self.walk.values[node] = value
         if not tensor.is_meta:
             node.meta["tensor"] = tensor

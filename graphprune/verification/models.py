@@ -116,8 +116,10 @@ class Models:
         self.plan, self.dtype, self.tolerance, self.seed = plan, dtype, tolerance, seed
         self.original = copied(model, dtype)
         self.masked = mask(self.original, plan)
-        if plan.evaluated:
-            self.masked.forward.remembers = True
+        forward = vars(self.masked).get("forward")
+        self.following = forward if isinstance(forward, MaskedForward) else None
+        if self.following is not None:
+            self.following.remembers = True
         if isinstance(small, Plan):
             self.small = shrink(self.original, plan)
         else:
@@ -135,11 +137,10 @@ class Models:
 
     def forget(self) -> bool:
         """Let the masked model find out anew what it remembers of other runs, if it does."""
-        forward = vars(self.masked).get("forward")
-        remembers = isinstance(forward, MaskedForward) and forward.remembers
-        if remembers:
-            forward.forget()
-        return remembers
+        if self.following is None:
+            return False
+        self.following.forget()
+        return True
 
     def run(self, model: nn.Module, trial: Trial, *modes: Any) -> Result:
         """Run one of the models; its buffers are afterwards as they were."""

@@ -55,7 +55,7 @@ class Encoder(nn.Module):
 
     def forward(self, x):
         x = self.groups(self.patch(x)).flatten(2).transpose(1, 2)
-        batch, places, width = x.shape
+        batch, places, _ = x.shape
         x = x + torch.linspace(0, 1, places, dtype=x.dtype)[None, :, None]
         bias = torch.zeros(batch, 1, places, places, dtype=x.dtype)
         for norm, qkv, out in zip(self.norms, self.qkv, self.out):
