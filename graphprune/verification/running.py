@@ -263,7 +263,7 @@ class Functions(TorchFunctionMode):
             return
         draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
         free = not fresh and not draws and takes_any_size(call.parts[0], nodes)
-        readers = tuple(node for node in nodes if node in self.follower.walk.readers)
+        readers = tuple(node for node in nodes if self.follower.walk.marks.sums(node))
         self.follower.calls.put(
             Answer(call, tuple(nodes), readers, tree, tuple(results), free, fresh, draws)
         )
