@@ -10,6 +10,7 @@ happens above autograd, so that gradients flow as in the model.
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -56,8 +57,10 @@ _MOVES = {  # make another tensor of an object
     "__set__", "set_", "resize_", "resize_as_", "as_strided_", "t_", "transpose_", "squeeze_",
     "unsqueeze_", "swapaxes_", "swapdims_",
 }  # fmt: skip
-_HEAVY = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
-          "batch_norm"}  # fmt: skip # seldom right as they are: not worth a run to find that out
+_HEAVY = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d",
+          "conv_transpose3d"}  # fmt: skip # seldom right as they are: not worth a run to see that
+_SIMPLE = {"relu", "silu", "softmax", "log_softmax", "layer_norm", "group_norm", "embedding",
+           "dropout"}  # fmt: skip # written in Python, but made of one op, the same on all devices
 _PLAIN = {torch.Tensor, torch.nn.Parameter}
 _outside: Any = torch._C._DisableTorchDispatch
 _aside: Any = torch._C.DisableTorchFunction
@@ -276,7 +279,8 @@ class Functions(TorchFunctionMode):
         if whole is not None:
             return self._whole(whole, args, kwargs)
         name = getattr(func, "__name__", "")
-        quick = not (self.follower.careful or name in _HEAVY or name.endswith("_"))
+        simple = name in _SIMPLE if isinstance(func, types.FunctionType) else name not in _HEAVY
+        quick = simple and not (self.follower.careful or name.endswith("_"))
         twins = None if quick else self._twins((args, kwargs))
         if twins is not None:
             try:
