@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -155,11 +155,7 @@ class Analysis:
         """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
         ties = Ties()
         slots, values = slots_of(model, ties)
-        integers = {
-            name: tensor.detach().cpu()
-            for name, tensor in named_tensors(model)
-            if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
-        }
+        integers = integers_in(named_tensors(model))
         walk = Walk(ties, values.get, attention, integers.get)  # all further ids are no parameter's
         for record in records:
             walk.run(record.graph)
@@ -337,6 +333,15 @@ def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Compari
         owners = {leaf.module for item in read for leaf in attributes(item)}
         nodes = {str(node.target): node for node in record.graph.nodes if node.op == "get_attr"}
         yield from remembered(model, owners, nodes) if owners else ()
+
+
+def integers_in(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The vectors of integers: they may name channels."""
+    return {
+        name: tensor.detach().cpu()
+        for name, tensor in tensors
+        if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
+    }
 
 
 def slots_of(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:

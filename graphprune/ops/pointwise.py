@@ -16,12 +16,11 @@ from graphprune.ops.ids import Layers
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
 from graphprune.ops.samples import bits, of, shares
-from graphprune.ops.values import Value
+from graphprune.ops.values import FLOATING, Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
-_FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def pointwise_fact(op: Any, *args: Any, **kwargs: Any) -> Fact:
@@ -104,14 +103,14 @@ def made_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
 
 def unary_meta(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Floating point, of the same shape."""
-    if x.dtype not in _FLOATING or any(isinstance(arg, Tensor) for arg in args):
+    if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
     return torch.empty_like(x)
 
 
 def in_place_meta(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Floating point, of the same shape."""
-    if x.dtype not in _FLOATING or any(isinstance(arg, Tensor) for arg in args):
+    if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
     return x
 

@@ -15,12 +15,11 @@ from graphprune.ops.ids import Layers, varying
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free, zeroes
 from graphprune.ops.samples import of
-from graphprune.ops.values import Value
+from graphprune.ops.values import FLOATING, Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
-_FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 def dims_of(dim: Any, ndim: int) -> set[int]:
@@ -169,7 +168,7 @@ def largest_masked(op: Any, value: float) -> Callable[..., Any]:
 
 def mean_meta(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
     """The plain form."""
-    if not dim or kwargs or x.dtype not in _FLOATING or not isinstance(dim, list | tuple):
+    if not dim or kwargs or x.dtype not in FLOATING or not isinstance(dim, list | tuple):
         return NotImplemented
     gone = {d % x.dim() for d in dim}
     shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from graphprune.ops.ids import Layers, Shape
+
+FLOATING = frozenset({torch.float32, torch.float64, torch.float16, torch.bfloat16})
 
 
 class Natural(StrEnum):

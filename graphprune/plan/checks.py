@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+from graphprune.arguments import is_int
 from graphprune.errors import PlanError
 from graphprune.plan.changes import (
     FREE,
@@ -196,8 +197,7 @@ class Check:
             placed = type(value) in CONTAINERS and type(key) is int and 0 <= key < len(value)
             self.need(named or placed, f"{where} has no such place")
             value = value[key]
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        self.need(whole, f"{where} is no int")
+        self.need(is_int(value), f"{where} is no int")
         self.need(plain(value) == change.old, f"{where} is {plain(value)!r}, not {change.old}")
         self.range(change.new, change.old, where)
 

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.arguments import is_int
 from graphprune.channels.analysis import Analysis
 from graphprune.execute.shrink import hollow
 from graphprune.plan.plan import Plan, SizeChange
@@ -241,7 +242,7 @@ def _sizes(
             both = (value, vars(small).get(key))
             olds, news = (v if isinstance(v, tuple | list) else (v,) for v in both)
             for old, new in zip(olds, news):
-                if isinstance(new, int) and isinstance(old, int) and not isinstance(old, bool):
+                if is_int(new) and is_int(old):
                     yield plain(old), plain(new)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphprune.arguments import is_int
 from graphprune.errors import InputError
 
 Name = str | int | tuple[str | int, ...]
@@ -39,7 +40,7 @@ class Outputs:
             return spec
         if callable(spec):
             return cls(reads=spec)
-        if isinstance(spec, str) or _is_place(spec):
+        if isinstance(spec, str) or is_int(spec):
             return cls((spec,))
         names = tuple(spec) if isinstance(spec, list | tuple | set | frozenset) else ()
         if not names or not all(map(_is_name, names)):
@@ -83,14 +84,10 @@ def fields(out: Any) -> Any:
     return vars(out) if hasattr(out, "__dict__") else out
 
 
-def _is_place(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _is_name(value: Any) -> bool:
     if isinstance(value, tuple):
         return bool(value) and all(map(_is_name, value))
-    return isinstance(value, str) or _is_place(value)
+    return isinstance(value, str) or is_int(value)
 
 
 def _names(out: Any) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.channels.analysis import slots_of
+from graphprune.channels.analysis import integers_in, slots_of
 from graphprune.errors import GraphPruneError
 from graphprune.ops.ids import Alternatives, Ties
 from graphprune.ops.values import Value
@@ -153,11 +153,7 @@ class Follower:
     def __init__(self, module: nn.Module, plan: Plan) -> None:
         ties = Ties()
         slots, values = slots_of(module, ties)
-        numbers = {
-            name: tensor.detach().cpu()
-            for name, tensor in held_tensors(module)
-            if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
-        }
+        numbers = integers_in(held_tensors(module))
         attention = plan.request.get("attention", "heads")
         self.walk = Walk(ties, lambda name: moving.get(name), attention, numbers.get)
         starts = {(slot.tensor, slot.dim): slot.start for slot in slots}
