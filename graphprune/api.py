@@ -62,10 +62,10 @@ def uncollected(function: Callable[P, R]) -> Callable[P, R]:
 @uncollected
 def trace(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     attention: str = "heads",
-    outputs: Any = None,
+    outputs: object = None,
 ) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
@@ -293,11 +293,11 @@ class ChannelGraph:
 def rebuild(
     model: nn.Module,
     ratio_or_plan: float | Plan | None = None,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     inplace: bool = False,
     attention: str = "heads",
-    outputs: Any = None,
+    outputs: object = None,
     **options: Unpack[Options],
 ) -> nn.Module:
     """Make a genuinely smaller model whose output equals the masked original.
@@ -359,7 +359,7 @@ def _shrunk(model: nn.Module, plan: Plan, call: Call | None, inplace: bool) -> n
 
 def _from_masks(
     model: nn.Module,
-    example_inputs: Any,
+    example_inputs: object,
     masks: Mapping[str, Any] | None,
     fold: str,
     attention: str,

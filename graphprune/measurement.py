@@ -124,7 +124,7 @@ class Comparison:
 
 def measure(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     latency: bool = True,
     repeats: int | None = None,
@@ -182,7 +182,7 @@ def measure(
     )
 
 
-def _recorded(model: nn.Module, example_inputs: Any) -> tuple[Call, Record]:
+def _recorded(model: nn.Module, example_inputs: object) -> tuple[Call, Record]:
     def runs(call: Call) -> Record:
         return record(model, call, training=False)
 

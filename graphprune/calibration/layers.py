@@ -274,7 +274,7 @@ def _negated(node: fx.Node, source: fx.Node) -> bool:
     return op_of(node).signs[node.args.index(source)] < 0
 
 
-def _double(value: Any) -> Any:
+def _double(value: object) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 

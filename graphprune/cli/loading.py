@@ -233,7 +233,7 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _unwrapped(state: Any, path: str) -> dict[str, Tensor]:
+def _unwrapped(state: object, path: str) -> dict[str, Tensor]:
     for key in _WRAPPED:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

@@ -301,7 +301,7 @@ class _Session:
         self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
         self.warnings: list[str] = []
 
-    def print(self, what: Any) -> None:
+    def print(self, what: object) -> None:
         """Show something to people."""
         self.console.print(what)
 

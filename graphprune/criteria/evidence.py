@@ -139,7 +139,7 @@ def gather(
     model: nn.Module,
     criterion: str | Criterion,
     groups: Sequence[Group],
-    data: Any = None,
+    data: object = None,
     loss: Loss | None = None,
     progress: bool | None = None,
 ) -> Evidence:
@@ -202,7 +202,7 @@ def _used(model: nn.Module) -> dict[str, Tensor]:
     return tensors
 
 
-def check_needs(entry: Entry, data: Any) -> None:
+def check_needs(entry: Entry, data: object) -> None:
     """Raise if a criterion needs data and there is none.
 
     Raises:
@@ -265,7 +265,7 @@ class _Pass:
             step(batch)
             self.batches += 1
 
-    def _observed(self, call: Callable[[nn.Module, Any], Any], batch: Any) -> Any:
+    def _observed(self, call: Callable[[nn.Module, Any], Any], batch: object) -> Any:
         if not self.listeners:
             return call(self.model, batch)
         with observing(self.model, self._product):
@@ -276,7 +276,7 @@ class _Pass:
             for listener in self.listeners:
                 listener.product(product)
 
-    def _backward(self, batch: Any, parameters: list[Tensor]) -> None:
+    def _backward(self, batch: object, parameters: list[Tensor]) -> None:
         value = self._observed(self.loss, batch)
         if not isinstance(value, Tensor) or value.numel() != 1:
             found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +139,7 @@ class Reconstructions(Collector):
         self.found: dict[Key, dict[int, Reader]] = {}
         self.generator = torch.Generator().manual_seed(0)
 
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+    def loss(self, model: nn.Module, batch: object) -> Tensor:
         """A random sum of all outputs."""
         out = forward(model, batch)
         known = isinstance(out, Tensor | tuple | list | dict)

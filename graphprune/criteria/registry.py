@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def find(criterion: str | Criterion) -> Entry:
     return _entry(name_of(criterion), criterion, None)
 
 
-def name_of(criterion: Any) -> str:
+def name_of(criterion: object) -> str:
     """The name of a criterion for messages and plans: a name, or options as in the code."""
     if isinstance(criterion, str):
         return criterion

@@ -65,7 +65,7 @@ class Recipe:
             config = put(config, path, value)
         return config
 
-    def build(self, config: Any, *, real: bool = False) -> nn.Module:
+    def build(self, config: object, *, real: bool = False) -> nn.Module:
         """A model of a config; large tensors that nobody fills are on meta unless ``real``."""
         make = self.kind.from_config if isinstance(config, Mapping) else self.kind
         config = copy.deepcopy(config)  # constructors may write into it
@@ -139,7 +139,7 @@ def numbers_of(value: Any, path: Field = ()) -> Iterator[tuple[Field, float]]:
                 yield from numbers_of(item, (*path, key))
 
 
-def put(holder: Any, path: Field, value: float) -> Any:
+def put(holder: object, path: Field, value: float) -> Any:
     """A config, or what lies in one, with another number; objects are changed, all else copied."""
     if not path:
         return value
@@ -155,14 +155,14 @@ def put(holder: Any, path: Field, value: float) -> Any:
     return holder
 
 
-def is_config(value: Any, config: Any) -> bool:
+def is_config(value: object, config: object) -> bool:
     """Whether a module's attribute is a config of the kind of ``config``."""
     if isinstance(config, Mapping):
         return type(value) is type(config) and type(value) is not dict
     return callable(getattr(value, "to_dict", None)) and not isinstance(value, nn.Module | type)
 
 
-def configs_of(model: nn.Module, config: Any) -> Iterator[tuple[str, str, Any]]:
+def configs_of(model: nn.Module, config: object) -> Iterator[tuple[str, str, Any]]:
     """All configs that the modules of a model hold: module, attribute, config."""
     for name, module in named_modules(model):
         for key, value in vars(module).items():

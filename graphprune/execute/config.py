@@ -124,7 +124,7 @@ def _parts(small: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             known.update(_identities(module, config))
 
 
-def _identities(module: nn.Module, config: Any) -> set[int]:
+def _identities(module: nn.Module, config: object) -> set[int]:
     """All configs that a module and its parts hold: they change with its own."""
     return {id(config), *(id(value) for _, _, value in configs_of(module, config))}
 
@@ -377,7 +377,9 @@ def _unread(
     return ""
 
 
-def _replace_configs(small: nn.Module, original: nn.Module, built: nn.Module, config: Any) -> None:
+def _replace_configs(
+    small: nn.Module, original: nn.Module, built: nn.Module, config: object
+) -> None:
     """Give the modules of a small model new configs with the numbers of those in ``built``."""
     old = {(name, key): value for name, key, value in configs_of(original, config)}
     new = {(name, key): value for name, key, value in configs_of(built, config)}
@@ -428,6 +430,6 @@ class Refusal:
     def __init__(self, name: str, reason: str = "its sizes have changed") -> None:
         self.name, self.reason = name, reason
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
+    def __call__(self, *args: object, **kwargs: object) -> None:
         """Say what to do instead."""
         raise ModelError(_refusal(self.name, getattr(self, "reason", "its sizes have changed")))

@@ -55,7 +55,7 @@ class Rewritten:
         self.free = bool(steps) and steps[-1][0] == "attribute"
         self.run = compiled(function, steps, edits, module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> Any:
         """Run the rewritten function."""
         return self.run(*args, **kwargs) if self.free else self.run(self.module, *args, **kwargs)
 

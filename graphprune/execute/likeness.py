@@ -49,7 +49,7 @@ def plain_of(model: nn.Module) -> Plain:
     }
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: object) -> bool:
     if isinstance(value, Mapping):
         return type(value) is dict and all(map(_is_plain, (*value.keys(), *value.values())))
     if isinstance(value, list | tuple | set | frozenset):
@@ -97,11 +97,11 @@ def compare(small: nn.Module, built: nn.Module, before: Plain, base: Plain) -> L
     return found
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)[:80]
 
 
-def _ints(value: Any) -> bool:
+def _ints(value: object) -> bool:
     items = value if isinstance(value, list | tuple) else (value,)
     return all(type(item) is int for item in items)
 
@@ -172,7 +172,7 @@ def watch(model: nn.Module, parts: list[str], call: Call, training: bool = False
         if name not in seen.inputs:
             seen.inputs[name] = Call(*copy.deepcopy((args, kwargs)))
 
-    def after(name: str, out: Any) -> None:
+    def after(name: str, out: object) -> None:
         seen.outputs.setdefault(name, _leaves(out))
 
     for name in parts:
@@ -211,7 +211,7 @@ def same_outputs(built: nn.Module, inputs: Call, outputs: list[Tensor], training
     return ""
 
 
-def _leaves(out: Any) -> list[Tensor]:
+def _leaves(out: object) -> list[Tensor]:
     if not isinstance(out, Tensor | tuple | list | dict) and hasattr(out, "__dict__"):
         out = vars(out)
     leaves = pytree.tree_leaves(out)
@@ -248,7 +248,7 @@ def reader(model: nn.Module, attribute: str, names: set[str]) -> str:
 
 
 @functools.cache
-def used(kind: Any) -> frozenset[str]:
+def used(kind: object) -> frozenset[str]:
     """The names that the methods of a class read, apart from its constructor."""
     return frozenset(name for f in _methods(kind) for name in f.__code__.co_names)
 

@@ -78,7 +78,7 @@ def _made(factory: Callable[[], nn.Module]) -> nn.Module:
     return model
 
 
-def _check_callable(factory: Any) -> None:
+def _check_callable(factory: object) -> None:
     """Raise unless it can be called without arguments, as far as that can be told."""
     if not callable(factory):
         raise InputError(

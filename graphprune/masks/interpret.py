@@ -67,7 +67,7 @@ class Interpreter:
                 if last.get(source, node) is node:
                     known.pop(source, None)
 
-    def fixed(self, node: Any) -> Fact | None:
+    def fixed(self, node: object) -> Fact | None:
         """A value that is made of parameters by ops without side effects, wherever it is read."""
         if not isinstance(node, fx.Node) or node.op == "placeholder" or _writes(node):
             return None
@@ -90,7 +90,7 @@ class Interpreter:
         recorded = torch.device(self.record.device)
         return evaluated(node, known, recorded, torch.device("cpu"), self.applied)
 
-    def applied(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    def applied(self, node: fx.Node, args: object, kwargs: object) -> Any:
         """What an op makes of facts, and whether the code saw values that depend on the input."""
         if _reads(node) and not all(fact.constant for fact in found((args, kwargs))):
             self.read = True
@@ -101,7 +101,7 @@ class Interpreter:
             return self.viewed(node, found((args, kwargs)), result)
         return result
 
-    def viewed(self, node: fx.Node, sources: list[Fact], result: Any) -> Any:
+    def viewed(self, node: fx.Node, sources: list[Fact], result: object) -> Any:
         """A view that became a copy here would not see what is written later."""
         memory = {fact.unknown.untyped_storage().data_ptr() for fact in sources}
         if all(fact.unknown.untyped_storage().data_ptr() in memory for fact in found(result)):

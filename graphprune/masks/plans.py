@@ -25,7 +25,7 @@ FOLDS = ("exact", "approximate", "none")
 _FEW = 0.01  # of the weights: fewer zeros than these say nothing of pruning
 
 
-def check_request(masks: Any, fold: str) -> None:
+def check_request(masks: object, fold: str) -> None:
     """Raise ``InputError`` for a wrong ``fold``, or masks that are no mapping."""
     if fold not in FOLDS:
         raise InputError(f"fold must be one of {', '.join(FOLDS)}, not {fold!r}")
@@ -173,7 +173,7 @@ def _zeroed(model: nn.Module, masks: Mapping[str, Any]) -> list[SlotPlan]:
     return list(found.values())
 
 
-def _vector(layer: str, mask: Any, size: int) -> Tensor:
+def _vector(layer: str, mask: object, size: int) -> Tensor:
     try:
         vector = torch.as_tensor(mask).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

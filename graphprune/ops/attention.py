@@ -22,7 +22,7 @@ from graphprune.ops.walk import Walk
 aten = torch.ops.aten
 
 
-def of_attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Factors:
+def of_attention(query: object, key: object, value: object, *_: object, **__: object) -> Factors:
     """What reaches the result: a changed score changes all weights of its row."""
     return Factors((query, key, value), _reach)
 
@@ -40,7 +40,9 @@ def attention_macs(out: Any, query: Any, key: Any, value: Any, *_: Any, **__: An
     return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]
 
 
-def attention_fact(op: Any, query: Fact, key: Fact, value: Fact, *args: Any, **kwargs: Any) -> Fact:
+def attention_fact(
+    op: object, query: Fact, key: Fact, value: Fact, *args: object, **kwargs: object
+) -> Fact:
     """Weights that add up to one: a column that is the same at all places comes out as it is.
 
     With a mask only zeroes do, because all places may be masked.
@@ -88,7 +90,13 @@ def attention_meta(
     sample=of((2, 4, 3, 5), (2, 4, 6, 5), rows(2, 4, 6, 2), scale=0.5),
 )
 def attention(
-    walk: Walk, node: fx.Node, query: Value, key: Value, value: Value, *args: Any, **kwargs: Any
+    walk: Walk,
+    node: fx.Node,
+    query: Value,
+    key: Value,
+    value: Value,
+    *args: object,
+    **kwargs: object,
 ) -> Layers:
     """``softmax(query key^T + mask) value`` over ``[..., heads, length, width]``.
 

@@ -44,13 +44,15 @@ def flagged(x: Any, weight: Any, bias: Any, *rest: Any) -> Norm:
     return Norm(x, weight, bias, mean, var, bool(training), eps)
 
 
-def in_eval(x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: Any, eps: float) -> Norm:
+def in_eval(
+    x: object, weight: object, bias: object, mean: object, var: object, momentum: object, eps: float
+) -> Norm:
     """With running statistics."""
     return Norm(x, weight, bias, mean, var, False, eps)
 
 
 def in_training(
-    x: Any, weight: Any, bias: Any, mean: Any, var: Any, momentum: Any, eps: float
+    x: object, weight: object, bias: object, mean: object, var: object, momentum: object, eps: float
 ) -> Norm:
     """With statistics of the batch, which update the running ones."""
     return Norm(x, weight, bias, mean, var, True, eps)
@@ -164,7 +166,7 @@ def spelling(*targets: Any, norm: Any, **views: Any) -> None:
     )(_channels)
 
 
-def _channels(walk: Walk, node: fx.Node, *args: Any) -> list[Layers]:
+def _channels(walk: Walk, node: fx.Node, *args: object) -> list[Layers]:
     """Unpacked as its spelling says."""
     unpacked = op_of(node).norm
     assert unpacked is not None

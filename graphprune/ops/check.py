@@ -20,7 +20,7 @@ from graphprune.ops.tiny import Cut, Tiny, close, overload_of, run
 _MOST = 12  # units that are tried one by one
 
 
-def check(op: Any) -> None:
+def check(op: object) -> None:
     """Try what is declared of an op with its sample, and say what is wrong.
 
     Args:
@@ -63,7 +63,7 @@ def _raised(view: str, claim: Any, target: Any, op: Op, sample: Sample) -> Itera
         yield f"{view}: raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _channels(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def _channels(target: object, op: Op, sample: Sample) -> Iterator[str]:
     """Remove units one by one, from activations and from parameters."""
     removable = 0
     for constant in (False, True):
@@ -76,7 +76,7 @@ def _channels(target: Any, op: Op, sample: Sample) -> Iterator[str]:
         yield "channels: none can leave with this sample"
 
 
-def _refusal(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def _refusal(target: object, op: Op, sample: Sample) -> Iterator[str]:
     tiny = Tiny(target, op, sample, constant=False)
     if next(tiny.removals(0, 1), None) is not None:
         yield "refused: channels can leave with this sample"

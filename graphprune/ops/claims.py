@@ -32,7 +32,7 @@ def macs(target: Any, op: Op, sample: Sample) -> Iterator[str]:
         yield f"macs: {own} of an op that multiplies"
 
 
-def factors(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def factors(target: object, op: Op, sample: Sample) -> Iterator[str]:
     """The product of the operands, and what is added, is what the op computes."""
     args, kwargs = sample.made()
     if op.factors is None or (op.fact is not None and not op.factors(*args, **kwargs).matrix):
@@ -63,7 +63,7 @@ def meta(target: Any, op: Op, sample: Sample) -> Iterator[str]:
         yield f"meta: {found[0].shape}, and torch makes {wanted[0].shape}"
 
 
-def facts(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def facts(target: object, op: Op, sample: Sample) -> Iterator[str]:
     """What is said to be known is the same whatever stands at unknown places."""
     rule = fact_rule(op)
     if rule is None:
@@ -132,7 +132,7 @@ def _each(sample: Sample, seed: int, function: Any) -> Any:
     return pytree.tree_map(mapped, (list(sample.args), sample.kwargs), sample.made(seed))
 
 
-def scaling(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def scaling(target: object, op: Op, sample: Sample) -> Iterator[str]:
     """Zeroes stay zeroes; operands count with their exponents, or with their signs."""
     args, kwargs = sample.made()
     if op.linear:

@@ -62,12 +62,12 @@ def free(value: Value, dim: int) -> list[Tensor]:
     return rest
 
 
-def of_matrices(left: Any, right: Any, *_: Any) -> Factors:
+def of_matrices(left: object, right: object, *_: object) -> Factors:
     """``left @ right``; the right one may be the weight of a layer, as [inputs, outputs]."""
     return Factors((left, right), torch.matmul, matrix=True, turned=True)
 
 
-def of_others(left: Any, right: Any, *_: Any) -> Factors:
+def of_others(left: object, right: object, *_: object) -> Factors:
     """``left @ right`` of batches or vectors."""
     return Factors((left, right), torch.matmul, turned=True)
 
@@ -76,26 +76,26 @@ def added_to(product: Callable[..., Factors]) -> Callable[..., Factors]:
     """``beta * bias + alpha * left @ right``."""
 
     def factors(
-        bias: Any, left: Any, right: Any, *_: Any, beta: float = 1, alpha: float = 1
+        bias: object, left: object, right: object, *_: object, beta: float = 1, alpha: float = 1
     ) -> Factors:
         return replace(product(left, right), bias=bias, scales=(beta, alpha))
 
     return factors
 
 
-def of_linear(x: Any, weight: Any, bias: Any = None) -> Factors:
+def of_linear(x: object, weight: object, bias: object = None) -> Factors:
     """``x @ weight.T + bias``."""
     return Factors((x, weight), torch.nn.functional.linear, bias, matrix=True)
 
 
-def linear_fact(op: Any, x: Fact, weight: Fact, bias: Fact | None = None) -> Fact:
+def linear_fact(op: object, x: Fact, weight: Fact, bias: Fact | None = None) -> Fact:
     """``x @ weight.T + bias``, sparing the work where plainly nothing is known."""
     if reached_nowhere(x, weight):
         return Fact.nothing((*x.value.shape[:-1], len(weight.value)), torch.float64)
     return of_linear(x, weight, bias).fact()
 
 
-def addmm_meta(bias: Tensor, left: Tensor, right: Tensor, *args: Any, **kwargs: Any) -> Any:
+def addmm_meta(bias: Tensor, left: Tensor, right: Tensor, *args: object, **kwargs: object) -> Any:
     """A matrix product with a bias."""
     plain = not args and not kwargs and bias.dim() == 1 and left.dim() == right.dim() == 2
     if not plain or left.shape[1] != right.shape[0] or bias.shape[0] != right.shape[1]:
@@ -195,7 +195,7 @@ def _reshaped(value: Value, shape: tuple[int, ...]) -> Value:
     meta=addmm_meta,
     sample=of((5,), (3, 4), (4, 5)),
 )
-def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
+def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: object) -> Layers:
     """``bias + left @ right``."""
     shape = node.meta["shape"]
     product = Value(shape, mm(walk, node, left, right))
@@ -231,14 +231,16 @@ def bmm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
 @declare(
     aten.baddbmm, factors=added_to(of_others), sample=of((2, 3, 5), (2, 3, 4), (2, 4, 5), beta=2)
 )
-def baddbmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
+def baddbmm(
+    walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: object
+) -> Layers:
     """``bias + left @ right``, batched."""
     product = Value(node.meta["shape"], bmm(walk, node, left, right))
     return walk.broadcast([product, bias], 3)
 
 
 @declare(aten.addmv, factors=added_to(of_others), sample=of((3,), (3, 4), (4,), alpha=2))
-def addmv(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: Any) -> Layers:
+def addmv(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: object) -> Layers:
     """``bias + left @ right``, the right one a vector."""
     product = Value(node.meta["shape"], mv(walk, node, left, right))
     return walk.broadcast([product, bias], 1)

@@ -24,7 +24,7 @@ from graphprune.ops.walk import Walk
 aten = torch.ops.aten
 
 
-def of_convolution(x: Any, weight: Any, bias: Any, *how: Any) -> Factors:
+def of_convolution(x: object, weight: object, bias: object, *how: object) -> Factors:
     """The kernel moves over the places."""
 
     def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -64,18 +64,18 @@ class Fact:
         return self.value.masked_fill(self.unknown, number)
 
 
-def double(dtype: Any) -> Any:
+def double(dtype: object) -> Any:
     """Double precision for a floating point dtype; everything else stays."""
     floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
     return torch.float64 if floating else dtype
 
 
-def found(tree: Any) -> list[Fact]:
+def found(tree: object) -> list[Fact]:
     """All facts among arguments."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Fact)]
 
 
-def values(tree: Any, number: float = 1) -> Any:
+def values(tree: object, number: float = 1) -> Any:
     """Arguments with filled values in the place of facts."""
     return pytree.tree_map_only(Fact, lambda fact: fact.filled(number), tree)
 
@@ -123,13 +123,13 @@ def reached_nowhere(x: Fact, weight: Fact) -> bool:
     return bool(whole.any(1).all())
 
 
-def _unknown(tree: Any) -> Any:
+def _unknown(tree: object) -> Any:
     if isinstance(tree, Fact):
         return tree.unknown
     return [_unknown(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
-def _value(tree: Any) -> Any:
+def _value(tree: object) -> Any:
     if isinstance(tree, Fact):
         return tree.value
     return [_value(item) for item in tree] if isinstance(tree, list | tuple) else tree

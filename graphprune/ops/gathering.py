@@ -66,7 +66,7 @@ def _beside(walk: Walk, values: Sequence[Value], dim: int) -> Layers:
 
 
 @declare(aten.gather, fact=picked_fact, rows="picked", sample=of((2, 5), 1, places(5, 2, 3)))
-def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any) -> Layers:
+def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: object) -> Layers:
     """Each position of the index has its own place to read along ``dim``."""
     return _beside(walk, [x, index], dim)
 
@@ -86,7 +86,14 @@ def gather(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, **_: Any
     sample=of((2, 5), 1, places(5, 2, 3), (2, 3), "sum"),
 )
 def scatter(
-    walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Any, *args: Any, **_: Any
+    walk: Walk,
+    node: fx.Node,
+    x: Value,
+    dim: int,
+    index: Value,
+    source: object,
+    *args: object,
+    **_: object,
 ) -> Layers:
     """Each position of the index has its own place to write along ``dim``."""
     return _beside(walk, [x, index, *([source] if isinstance(source, Value) else [])], dim)
@@ -101,7 +108,7 @@ def scatter(
     sample=of((2, 5), 1, _AT, (2, 2)),
 )
 def index_add(
-    walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Value, **_: Any
+    walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, source: Value, **_: object
 ) -> Layers:
     """Slices are added or written at places of ``dim``."""
     walk.freeze_value(index, walk.reason("positions to write"))
@@ -111,7 +118,7 @@ def index_add(
 @declare(aten.slice_scatter, fact=moved_fact, sample=of((2, 5), (2, 2), 1, 1, 3))
 @declare(aten.select_scatter, fact=moved_fact, sample=of((2, 5), (2,), 1, 3))
 def slice_scatter(
-    walk: Walk, node: fx.Node, x: Value, source: Value, dim: int = 0, *args: Any
+    walk: Walk, node: fx.Node, x: Value, source: Value, dim: int = 0, *args: object
 ) -> Layers:
     """A slice, or one position, is written at its place."""
     dim %= x.ndim
@@ -122,7 +129,9 @@ def slice_scatter(
 
 
 @declare(aten.index_fill, aten.index_fill_, sample=of((2, 5), 1, _AT, 0.5))
-def index_fill(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, value: Any) -> Layers:
+def index_fill(
+    walk: Walk, node: fx.Node, x: Value, dim: int, index: Value, value: object
+) -> Layers:
     """Slices at places of ``dim`` are filled with one number."""
     walk.freeze_value(index, walk.reason("positions to write"))
     return _beside(walk, [x], dim)
@@ -267,7 +276,7 @@ def _same_along_rows(mask: Any) -> bool:
     rows="picked",
     sample=of((5, 3), torch.tensor([[0, 4], [2, 2]])),
 )
-def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: Any) -> Layers:
+def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: object) -> Layers:
     """Rows of a table: which rows are read is known only at run time."""
     layers = walk.settle(weight, {0}, Natural.TABLE)
     walk.freeze_value(indices, walk.reason("positions to read"))
@@ -280,7 +289,7 @@ def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: A
     aten._embedding_bag_forward_only,
     sample=of((5, 3), torch.tensor([0, 4, 2]), torch.tensor([0, 2])),
 )
-def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[Layers]:
+def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: object) -> list[Layers]:
     """Sums or means of rows of a table."""
     return [walk.settle(weight, {0}, Natural.TABLE)]
 
@@ -289,6 +298,6 @@ def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: Any) -> list[
 @declare(aten.masked_select, rows="picked", refused=of((2, 5), bits(2, 5)))
 @declare(aten.nonzero, aten.unique_consecutive, rows="ordered", refused=of((2, 5)))
 @declare(aten.argsort, rows="ordered", refused=of((5,), 0))
-def chosen(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Any:
+def chosen(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Any:
     """As many as there are, which only values tell: all that is read stays."""
     return walk.refuse([arg for arg in args if isinstance(arg, Value)])

@@ -143,7 +143,7 @@ def _in_strides(walk: Walk, x: Value, dim: int, taken: slice) -> Value:
     return x
 
 
-def _part(layer: Tensor, dim: int, start: Any, end: Any, step: int = 1) -> Tensor:
+def _part(layer: Tensor, dim: int, start: object, end: object, step: int = 1) -> Tensor:
     if layer.shape[dim] == 1:
         return layer
     return compact(aten.slice(layer, dim, start, end, step))
@@ -249,7 +249,7 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
 
 
 @declare(aten.tensor_split, linear=True, fact=moved_fact, sample=of((2, 6), 3, 1))
-def tensor_split(walk: Walk, node: fx.Node, x: Value, count: Any, dim: int = 0) -> list[Layers]:
+def tensor_split(walk: Walk, node: fx.Node, x: Value, count: object, dim: int = 0) -> list[Layers]:
     """Parts of which the first ones are larger by one: columns stay together, as in ``split``."""
     dim %= x.ndim
     if not isinstance(count, int) or x.shape[dim] < count:

@@ -204,7 +204,7 @@ def group_norm_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterato
 )
 def group_norm(
     walk: Walk, node: fx.Node, x: Value, weight: Value | None, bias: Value | None,
-    batch: int, channels: int, positions: int, groups: int, *args: Any,
+    batch: int, channels: int, positions: int, groups: int, *args: object,
 ) -> list[Layers]:  # fmt: skip
     """Whole groups go exactly; equal columns of all groups change their statistics."""
     x = Value(x.shape, walk.settle(x, range(2, x.ndim), "normalised over channels"))

@@ -32,7 +32,7 @@ def pointwise_fact(op: Any, *args: Any, **kwargs: Any) -> Fact:
     return Fact.checked(out, unknown)
 
 
-def mul_fact(op: Any, a: Fact, b: Any, **kwargs: Any) -> Fact:
+def mul_fact(op: object, a: Fact, b: object, **kwargs: object) -> Fact:
     """Zero times anything is zero."""
     out = pointwise_fact(op, a, b, **kwargs)
     if not isinstance(b, Fact):
@@ -58,7 +58,7 @@ def where_fact(op: Any, condition: Fact, *sides: Any) -> Any:
     return Fact.checked(out, unknown & ~agree)
 
 
-def glu_fact(op: Any, x: Fact, dim: int = -1) -> Fact:
+def glu_fact(op: object, x: Fact, dim: int = -1) -> Fact:
     """The first half times the sigmoid of the second."""
     a, b = (
         Fact(value, unknown)
@@ -79,7 +79,7 @@ def copied_fact(op: Any, x: Fact, **kwargs: Any) -> Fact:
     return Fact.checked(out, unknown.copy_(x.unknown))
 
 
-def written_fact(op: Any, x: Fact, source: Fact, *args: Any) -> Fact:
+def written_fact(op: object, x: Fact, source: Fact, *args: object) -> Fact:
     """What stood there does not matter."""
     x.value.copy_(source.value)
     x.unknown.copy_(source.unknown)
@@ -101,21 +101,21 @@ def made_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     return Fact.known(out)
 
 
-def unary_meta(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def unary_meta(x: Tensor, *args: object, **kwargs: object) -> Any:
     """Floating point, of the same shape."""
     if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
     return torch.empty_like(x)
 
 
-def in_place_meta(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+def in_place_meta(x: Tensor, *args: object, **kwargs: object) -> Any:
     """Floating point, of the same shape."""
     if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
     return x
 
 
-def binary_meta(x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
+def binary_meta(x: object, y: object, *args: object, **kwargs: object) -> Any:
     """Floating point, of the same shape."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or args or kwargs:
         return NotImplemented
@@ -127,7 +127,7 @@ def binary_meta(x: Any, y: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.empty_like(x) if plain else NotImplemented
 
 
-def binary_in_place_meta(x: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+def binary_in_place_meta(x: Tensor, y: object, *args: object, **kwargs: object) -> Any:
     """Floating point, of the same shape."""
     same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype
     return x if same and not kwargs else NotImplemented
@@ -194,7 +194,7 @@ def binary_in_place_meta(x: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
 @declare(aten.addcmul_, aten.addcdiv_, aten.lerp_, sample=of((2, 3), (2, 3), (2, 3)))
 @declare(aten.masked_fill, fact=pointwise_fact, sample=of((2, 3), bits(2, 3), 0.5))
 @declare(aten.masked_fill_, sample=of((2, 3), bits(2, 3), 0.5))
-def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+def pointwise(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Layers:
     """Every operand is tied to every other at each position."""
     operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
     if all(operand.constant for operand in operands):  # a weight and its mask, say
@@ -216,13 +216,13 @@ def pointwise(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
 @declare(aten.zeros_like, aten.ones_like, fact=made_fact, sample=of((2, 3)))
 @declare(aten.full_like, fact=made_fact, fills=True, sample=of((2, 3), 0.5))
 @declare(aten.empty_like, aten.rand_like, aten.randn_like, sample=of((2, 3)))
-def same(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
+def same(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """The result has the positions of the input."""
     return x.layers
 
 
 @declare(aten.native_dropout, sample=of((2, 3), 0.5, False))
-def native_dropout(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
+def native_dropout(walk: Walk, node: fx.Node, x: Value, *args: object) -> list[Layers]:
     """Dropout with its mask."""
     return [x.layers, x.layers]
 

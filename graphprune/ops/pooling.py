@@ -99,7 +99,7 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
     sample=of((1, 2, 4, 4, 4), [5, 5, 5]),
 )
 @declare(aten.upsample_trilinear3d, fact=pooled_fact, sample=of((1, 2, 4, 4, 4), [5, 5, 5], False))
-def spatial(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
+def spatial(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Any:
     """The last dimensions are pooled or resampled; batch and channel pass."""
     for other in (*args, *kwargs.values()):
         if isinstance(other, Value):
@@ -112,7 +112,9 @@ def spatial(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> A
     return [kept] * len(node.meta["items"]) if "items" in node.meta else kept
 
 
-def _moving(count: int, kernel: Any, stride: Any = (), padding: Any = 0, *_: Any) -> list[bool]:
+def _moving(
+    count: int, kernel: object, stride: object = (), padding: object = 0, *_: object
+) -> list[bool]:
     """Along which dimensions a window of a pool is wider than a position, or moves by more."""
     wide, step, pad = (
         list(given) * count if len(given) == 1 else list(given)
@@ -124,7 +126,7 @@ def _moving(count: int, kernel: Any, stride: Any = (), padding: Any = 0, *_: Any
 
 @declare(aten.fractional_max_pool2d, sample=of((2, 3, 6, 6), [2, 2], [3, 3], shares(2, 3, 2)))
 def fractional_max_pool(
-    walk: Walk, node: fx.Node, x: Value, kernel: Any, size: Any, samples: Value
+    walk: Walk, node: fx.Node, x: Value, kernel: object, size: object, samples: Value
 ) -> list[Layers]:
     """Every map is pooled at places of its own."""
     maps = walk.settle(x, (2, 3), "pooled or resampled channels")
@@ -138,7 +140,7 @@ def fractional_max_pool(
 
 @declare(aten.grid_sampler_2d, sample=of((2, 3, 4, 4), (2, 5, 5, 2), 0, 0, False))
 @declare(aten.grid_sampler_3d, sample=of((2, 3, 4, 4, 4), (2, 2, 2, 2, 3), 0, 0, False))
-def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: Any) -> Layers:
+def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: object) -> Layers:
     """Each sample of the batch is read at its own positions, ``[batch, *places, 2 or 3]``."""
     shape, last = node.meta["shape"], grid.ndim - 1
     maps = walk.settle(x, range(2, x.ndim), "pooled or resampled channels")
@@ -152,7 +154,7 @@ def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: Any) -
 
 @declare("torchvision.roi_align", sample=of((2, 3, 6, 6), _BOXES, 1.0, 2, 2, -1, False))
 @declare("torchvision.roi_pool", sample=of((2, 3, 6, 6), _BOXES, 1.0, 2, 2))
-def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: Any) -> Any:
+def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: object) -> Any:
     """Regions of a feature map, resampled: one per box, with the channels of the map."""
     walk.freeze_value(boxes, walk.reason("boxes"))
     kept = walk.settle(x, (0, 2, 3), "pooled or resampled channels")
@@ -164,7 +166,7 @@ def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: Any) -> A
     aten.max_unpool3d,
     sample=of((2, 3, 1, 1, 2), places(9, 2, 3, 1, 1, 2), [1, 3, 3], [1, 1, 1], [0, 0, 0]),
 )
-def max_unpool(walk: Walk, node: fx.Node, x: Value, indices: Value, *args: Any) -> Layers:
+def max_unpool(walk: Walk, node: fx.Node, x: Value, indices: Value, *args: object) -> Layers:
     """Values go back to where their maxima were, channel by channel."""
     spatial = range(2, x.ndim)
     sides = [Value(v.shape, walk.settle(v, spatial, "unpooled channels")) for v in (x, indices)]

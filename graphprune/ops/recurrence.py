@@ -21,7 +21,7 @@ _LSTM = 2  # the number of the mode
 
 
 @declare(aten._pack_padded_sequence, macs=free, sample=of((2, 3, 4), torch.tensor([3, 2]), True))
-def pack(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
+def pack(walk: Walk, node: fx.Node, x: Value, *args: object) -> list[Layers]:
     """Steps of all sequences, one after the other."""
     kept = walk.settle(x, (0, 1), "steps of sequences")
     return [tuple(layer.squeeze(0) for layer in kept), ()]
@@ -30,7 +30,7 @@ def pack(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
 @declare(
     aten._pad_packed_sequence, macs=free, sample=of((5, 4), torch.tensor([2, 2, 1]), True, 0.0, 3)
 )
-def pad_packed(walk: Walk, node: fx.Node, x: Value, *args: Any) -> list[Layers]:
+def pad_packed(walk: Walk, node: fx.Node, x: Value, *args: object) -> list[Layers]:
     """Packed steps as sequences of equal length."""
     kept = walk.settle(x, (0,), "steps of sequences")
     return [tuple(layer.unsqueeze(0) for layer in kept), ()]
@@ -57,7 +57,7 @@ def rnn_macs(out: Any, x: Any, w_in: Any, w_state: Any, *args: Any) -> Any:
 )
 def mkldnn_rnn_layer(
     walk: Walk, node: fx.Node, x: Value, w_in: Value, w_state: Value, b_in: Value, b_state: Value,
-    state: Value, cell: Value, reverse: bool, sizes: Any, mode: int, *args: Any,
+    state: Value, cell: Value, reverse: bool, sizes: object, mode: int, *args: object,
 ) -> list[Layers]:  # fmt: skip
     """One layer of an LSTM: the four gates lose the same channels as the states."""
     everything = [x, w_in, w_state, b_in, b_state, state, cell]

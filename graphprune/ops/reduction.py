@@ -22,7 +22,7 @@ aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
-def dims_of(dim: Any, ndim: int) -> set[int]:
+def dims_of(dim: object, ndim: int) -> set[int]:
     """Normalise a ``dim`` argument; nothing means all dimensions."""
     if dim is None or (isinstance(dim, list | tuple) and not dim):
         return set(range(ndim))
@@ -75,7 +75,7 @@ def along_fact(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> Any:
     return facts if several else facts[0]
 
 
-def of_sum(x: Any, *args: Any, **kwargs: Any) -> Factors:
+def of_sum(x: object, *args: object, **kwargs: object) -> Factors:
     """Products of a single factor."""
     named = {key: value for key, value in kwargs.items() if key != "dtype"}
     return Factors((x,), lambda x: aten.sum(x, *args, **named))
@@ -98,7 +98,7 @@ def count_of(keep: Tensor, x: Tensor, dims: list[int]) -> Tensor:
 
 
 def mean_masked(
-    keep: Tensor, x: Tensor, dim: Any = None, keepdim: bool = False, **_: Any
+    keep: Tensor, x: Tensor, dim: object = None, keepdim: bool = False, **_: object
 ) -> Tensor:
     """The mean of what stays."""
     dims = sorted(dims_of(dim, x.dim()))
@@ -145,7 +145,7 @@ def _without(keep: Tensor, x: Tensor, dims: list[int], value: float = -torch.inf
 def softmax_masked(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """One unit shared out among what stays."""
 
-    def rule(keep: Tensor, x: Tensor, dim: int, *args: Any, **_: Any) -> Tensor:
+    def rule(keep: Tensor, x: Tensor, dim: int, *args: object, **_: object) -> Tensor:
         return kept_zero(op(_without(keep, x, [dim]), dim), keep)
 
     return rule
@@ -166,7 +166,7 @@ def largest_masked(op: Any, value: float) -> Callable[..., Any]:
     return rule
 
 
-def mean_meta(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
+def mean_meta(x: Tensor, dim: object = None, keepdim: bool = False, **kwargs: object) -> Any:
     """The plain form."""
     if not dim or kwargs or x.dtype not in FLOATING or not isinstance(dim, list | tuple):
         return NotImplemented
@@ -177,7 +177,7 @@ def mean_meta(x: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any) 
 
 @declare(aten.sum, factors=of_sum, fact=sum_fact, sample=of((2, 3, 4), [1]))
 def sum_(
-    walk: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any
+    walk: Walk, node: fx.Node, x: Value, dim: object = None, keepdim: bool = False, **_: object
 ) -> Layers:
     """A sum over channels is exact: removed channels would add zero."""
     dims = dims_of(dim, x.ndim)
@@ -190,7 +190,7 @@ def sum_(
     aten.mean, fact=reduced_fact, masked=mean_masked, meta=mean_meta, sample=of((2, 3, 4), [1])
 )
 def mean(
-    walk: Walk, node: fx.Node, x: Value, dim: Any = None, keepdim: bool = False, **_: Any
+    walk: Walk, node: fx.Node, x: Value, dim: object = None, keepdim: bool = False, **_: object
 ) -> Layers:
     """A mean over channels is taken over the kept ones."""
     return statistics(walk, node, x, dim, "mean over channels")
@@ -234,7 +234,13 @@ def var(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **kwar
     refused=of((5,), float("inf"), [0]),
 )
 def vector_norm(
-    walk: Walk, node: fx.Node, x: Value, ord: float = 2, dim: Any = None, *args: Any, **kwargs: Any
+    walk: Walk,
+    node: fx.Node,
+    x: Value,
+    ord: float = 2,
+    dim: object = None,
+    *args: object,
+    **kwargs: object,
 ) -> Layers:
     """A norm over channels sums over the kept ones."""
     if not 0 < ord < float("inf"):
@@ -243,12 +249,14 @@ def vector_norm(
 
 
 @declare(aten.norm, fact=reduced_fact, masked=zeroes, sample=of((2, 5), 2, [1]))
-def norm(walk: Walk, node: fx.Node, x: Value, p: Any = None, dim: Any = None, *args: Any) -> Layers:
+def norm(
+    walk: Walk, node: fx.Node, x: Value, p: object = None, dim: object = None, *args: object
+) -> Layers:
     """The older spelling of the vector norm."""
     return statistics(walk, node, x, dim, "norm over channels")
 
 
-def statistics(walk: Walk, node: fx.Node, x: Value, dim: Any, text: str) -> Layers:
+def statistics(walk: Walk, node: fx.Node, x: Value, dim: object, text: str) -> Layers:
     """Statistics over channels: renormalising, evaluated over the kept channels."""
     dims = dims_of(dim, x.ndim)
     kept, gone = summed(walk, x, dims)
@@ -295,7 +303,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
     masked=softmax_masked(torch.log_softmax),
     sample=of((2, 5), 1),
 )
-def softmax(walk: Walk, node: fx.Node, x: Value, dim: int, *args: Any) -> Layers:
+def softmax(walk: Walk, node: fx.Node, x: Value, dim: int, *args: object) -> Layers:
     """A softmax over channels shares out one unit among the kept ones."""
     kept, gone = summed(walk, x, {dim % x.ndim})
     for layer in gone:
@@ -304,7 +312,9 @@ def softmax(walk: Walk, node: fx.Node, x: Value, dim: int, *args: Any) -> Layers
 
 
 @declare(aten.logsumexp, fact=reduced_fact, masked=logsumexp_masked, sample=of((2, 5), [1]))
-def logsumexp(walk: Walk, node: fx.Node, x: Value, dim: Any, *args: Any, **_: Any) -> Layers:
+def logsumexp(
+    walk: Walk, node: fx.Node, x: Value, dim: object, *args: object, **_: object
+) -> Layers:
     """The logarithm of the sum that a softmax divides by."""
     dims = dims_of(dim, x.ndim)
     kept, gone = summed(walk, x, dims)
@@ -322,7 +332,9 @@ def logsumexp(walk: Walk, node: fx.Node, x: Value, dim: Any, *args: Any, **_: An
     refused=of((5,), 0),
 )
 @declare(aten.any, aten.all, fact=reduced_fact, sample=of((2, 5), 1), refused=of((5,), 0))
-def extremum(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: Any) -> Layers:
+def extremum(
+    walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object, **_: object
+) -> Layers:
     """Reductions that a removed channel would change."""
     dims = dims_of(dim, x.ndim)
     name = str(getattr(node.target, "_opname", "reduction"))
@@ -348,7 +360,9 @@ def _largest(walk: Walk, x: Value, dims: set[int], shape: tuple[int, ...], text:
     masked=largest_masked(aten.amin, torch.inf),
     sample=of((2, 5), [1]),
 )
-def amax(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: Any) -> Layers:
+def amax(
+    walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object, **_: object
+) -> Layers:
     """The largest or smallest of the kept channels."""
     dims = dims_of(dim, x.ndim)
     return _largest(walk, x, dims, node.meta["shape"], "maximum over channels")
@@ -360,7 +374,7 @@ def amax(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **_: 
 @declare(
     aten.min, fact=reduced_fact, masked=largest_masked(aten.min, torch.inf), sample=of((2, 5), 1)
 )
-def max_(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any) -> Any:
+def max_(walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object) -> Any:
     """The largest or smallest of the kept channels; where it is has no meaning after pruning."""
     dims = dims_of(dim, x.ndim)
     if "items" not in node.meta:
@@ -390,7 +404,7 @@ def running(walk: Walk, node: fx.Node, x: Value, dim: int) -> Any:
 )
 @declare(aten.kthvalue, fact=reduced_fact, sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
 @declare(aten.aminmax, fact=reduced_fact, sample=of((2, 5), dim=1), refused=of((5,), dim=0))
-def ranked(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
+def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Any:
     """One of the values along a dimension is picked, by its rank among the others."""
     dims = dims_of(arguments(node.target, (x, *args), kwargs).get("dim"), x.ndim)
     kept = walk.settle(x, dims, "rank among channels")

@@ -19,12 +19,12 @@ from graphprune.ops.samples import Sample
 View = Callable[..., Any]
 
 
-def free(out: Any, *args: Any, **kwargs: Any) -> int:
+def free(out: object, *args: object, **kwargs: object) -> int:
     """MACs of an op that multiplies nothing with anything: none."""
     return 0
 
 
-def zeroes(keep: Any, *args: Any, **kwargs: Any) -> Any:
+def zeroes(keep: object, *args: object, **kwargs: object) -> Any:
     """Statistics that are right when what left is zero, as norms are: those of the op itself."""
     return NotImplemented
 
@@ -140,7 +140,7 @@ def declare(*targets: Any, **views: Any) -> Callable[[View], View]:
     return decorate
 
 
-def forget(*targets: Any) -> None:
+def forget(*targets: object) -> None:
     """Take back what was declared of ops.
 
     Raises:
@@ -157,7 +157,7 @@ def forget(*targets: Any) -> None:
         del REGISTRY[name]
 
 
-def name_of(target: Any) -> str:
+def name_of(target: object) -> str:
     """The name of an op, ``"namespace.op"``.
 
     Raises:
@@ -175,7 +175,7 @@ def name_of(target: Any) -> str:
 
 
 @functools.cache
-def _name(packet: Any) -> str:
+def _name(packet: object) -> str:
     return str(packet)
 
 

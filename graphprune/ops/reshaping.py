@@ -34,7 +34,7 @@ aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
-def view_fact(op: Any, x: Fact, size: Any, *args: Any) -> Fact:
+def view_fact(op: object, x: Fact, size: object, *args: object) -> Fact:
     """A reshape; strides may differ from the recorded ones."""
     if not isinstance(size, list | tuple):
         raise Unfollowed("a view as another dtype")
@@ -55,7 +55,7 @@ def sizes_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
 @declare(aten.transpose, aten.transpose_, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2))
 @declare(aten.t, aten.t_, linear=True, fact=moved_fact, sample=of((2, 3)))
 @declare(aten.unsqueeze, aten.unsqueeze_, linear=True, fact=moved_fact, sample=of((2, 3), 1))
-def permuted(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+def permuted(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
     """Dimensions change places: the op is run on the layers as they are."""
     op: Any = node.target
     view = _VIEWS.get(op.overloadpacket, op.overloadpacket)
@@ -66,7 +66,7 @@ _VIEWS = {aten.unsqueeze_: aten.unsqueeze, aten.transpose_: aten.transpose, aten
 
 
 @declare(aten.tril, aten.triu, fact=moved_fact, linear=True, sample=of((2, 3, 4), -1))
-def triangle(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+def triangle(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
     """Half of a matrix: which one a position lies in depends on all before it."""
     return walk.settle(x, {x.ndim - 2, x.ndim - 1}, "half of a matrix of channels")
 
@@ -75,7 +75,7 @@ def triangle(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
 @declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]))
 @declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]))
 @declare(aten.pixel_shuffle, fact=moved_numbers_fact, sample=of((1, 8, 2, 2), 2))
-def moved(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Layers:
+def moved(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """Run the op on the ids."""
     op: Any = node.target
     return tuple(
@@ -130,7 +130,7 @@ def diagonal(
     given=sizes_given,
     sample=of((3, 1), [2, 3, 4]),
 )
-def expand(walk: Walk, node: fx.Node, x: Value, size: Any, **_: Any) -> Layers:
+def expand(walk: Walk, node: fx.Node, x: Value, size: object, **_: object) -> Layers:
     """Copies of a single position can be cut anywhere: they get fresh ids."""
     shape = node.meta["shape"]
     new = len(shape) - x.ndim
@@ -188,7 +188,7 @@ def col2im(walk: Walk, node: fx.Node, x: Value, size: Any, kernel: Any, *args: A
     sample=of((2, 1, 4), [Length(0, 0), Length(0, 2)], [Length(0, 2), 1]),
 )
 @declare(aten.view_copy, given=sizes_given, sample=of((2, 3, 4), [2, 12]))
-def view(walk: Walk, node: fx.Node, x: Value, size: Any, *args: Any) -> Layers:
+def view(walk: Walk, node: fx.Node, x: Value, size: object, *args: object) -> Layers:
     """A reshape; ``view(dtype)`` is refused."""
     if not isinstance(size, list | tuple):
         return walk.refuse([x])

@@ -62,7 +62,7 @@ class Sample:
         )
         return measured[0], measured[1]
 
-    def _drawn(self, part: Any, generator: torch.Generator) -> Any:
+    def _drawn(self, part: object, generator: torch.Generator) -> Any:
         if isinstance(part, Random):
             part = part.draw(generator, part.shape)
             return part.to(self.dtype) if part.dtype is torch.float64 else part
@@ -73,7 +73,7 @@ class Sample:
         return replace(self, dtype=torch.float32)
 
 
-def of(*args: Any, **kwargs: Any) -> Sample:
+def of(*args: object, **kwargs: object) -> Sample:
     """A sample; a tuple of ints stands for a random tensor of that shape.
 
     Example:
@@ -85,7 +85,7 @@ def of(*args: Any, **kwargs: Any) -> Sample:
     return Sample(tuple(map(_random, args)), {key: _random(arg) for key, arg in kwargs.items()})
 
 
-def _random(arg: Any) -> Any:
+def _random(arg: object) -> Any:
     if isinstance(arg, list):
         return [_random(part) for part in arg]
     return Random(arg) if isinstance(arg, tuple) else arg

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +47,7 @@ def factory_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[G
     fills=True,
     sample=of((2, 3), [4, 3], 0.5),
 )
-def uniform(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+def uniform(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Layers:
     """All positions hold the same value (or the same distribution)."""
     return walk.extents(node.meta["shape"])
 
@@ -57,7 +56,7 @@ def uniform(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
 @declare(aten.new_empty, given=sizes_given, makes=True, sample=of((2, 3), [4, 3]))
 @declare(aten.empty_strided, makes=True, sample=of([2, 3], [3, 1]))
 @declare(aten.new_empty_strided, makes=True, sample=of((2, 3), [4, 3], [3, 1]))
-def empty(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+def empty(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Layers:
     """Uninitialised memory, to be filled by a later in-place op."""
     return walk.extents(node.meta["shape"])
 
@@ -66,6 +65,6 @@ def empty(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
 @declare(aten.sym_numel, sample=of((2, 3)))
 @declare(aten.is_same_size, sample=of((2, 3), (2, 3)))
 @declare(aten.scalar_tensor, fills=True, sample=of(0.5))
-def nothing(walk: Walk, node: fx.Node, *args: Value, **kwargs: Any) -> Layers:
+def nothing(walk: Walk, node: fx.Node, *args: Value, **kwargs: object) -> Layers:
     """No values are read."""
     return ()

@@ -35,7 +35,7 @@ def view_as_real_fact(op: Any, x: Fact) -> Fact:
 @declare(aten._conj, aten.resolve_conj, sample=of(pairs(2, 3)))
 @declare(aten._neg_view, aten.resolve_neg, sample=of((2, 3)))
 @declare(aten.real, aten.imag, sample=of(pairs(2, 3)))
-def parts(walk: Walk, node: fx.Node, x: Value, *args: Any) -> Layers:
+def parts(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
     """A part of a complex number, or its conjugate, in its place."""
     return x.layers
 

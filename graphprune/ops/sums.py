@@ -59,7 +59,7 @@ def spaced(value: Value, places: Sequence[int], ndim: int) -> Value:
     return replace(value, shape=tuple(wide(value.shape)), layers=layers)
 
 
-def of_einsum(equation: str, tensors: Sequence[Any], **_: Any) -> Factors:
+def of_einsum(equation: str, tensors: Sequence[Any], **_: object) -> Factors:
     """Any number of operands."""
 
     def product(*operands: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ _GROUPED = tuple(
 
 
 def of_groups(
-    x: Any, weight: Any, offs: Any = None, bias: Any = None, *_: Any, **__: Any
+    x: object, weight: object, offs: object = None, bias: object = None, *_: object, **__: object
 ) -> Factors:
     """Rows times the matrix of their group."""
 
@@ -138,7 +138,9 @@ def of_groups(
     return Factors((x, weight), product, bias, needs=(offs,))
 
 
-def groups_fact(op: Any, x: Fact, weight: Fact, offs: Any = None, *args: Any, **_: Any) -> Fact:
+def groups_fact(
+    op: object, x: Fact, weight: Fact, offs: object = None, *args: object, **_: object
+) -> Fact:
     """Known where the groups are."""
     if not (isinstance(offs, Fact) and offs.constant) or any(arg is not None for arg in args):
         raise Unfollowed("groups of rows that depend on the input")
@@ -171,7 +173,7 @@ def grouped(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **kwargs: A
 )
 def grouped_mm(
     walk: Walk, node: fx.Node, x: Value, weight: Value, offs: Value | None = None,
-    bias: Value | None = None, *args: Any, **_: Any,
+    bias: Value | None = None, *args: object, **_: object,
 ) -> Layers:  # fmt: skip
     """Rows sorted by expert times the matrix of their expert: ``[n, k]`` and ``[experts, k, m]``.
 
@@ -199,7 +201,14 @@ def _in_blocks(walk: Walk, ids: Tensor, width: int) -> None:
 
 
 def of_trilinear(
-    a: Any, b: Any, c: Any, expand_a: Any, expand_b: Any, expand_c: Any, summed: Any, *_: Any
+    a: object,
+    b: object,
+    c: object,
+    expand_a: object,
+    expand_b: object,
+    expand_c: object,
+    summed: object,
+    *_: object,
 ) -> Factors:
     """Three operands with dimensions inserted."""
 

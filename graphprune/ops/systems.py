@@ -29,7 +29,7 @@ def solve_macs(out: Any, matrix: Any, right: Any, **_: Any) -> Any:
     sample=of((2, 3, 3), (2, 3, 4), upper=False, unitriangular=True),
 )
 def solve_triangular(
-    walk: Walk, node: fx.Node, matrix: Value, right: Value, *, left: bool = True, **_: Any
+    walk: Walk, node: fx.Node, matrix: Value, right: Value, *, left: bool = True, **_: object
 ) -> Layers:
     """``matrix @ out = right``, batch by batch; columns of the right side are solved one by one."""
     ndim = right.ndim

@@ -223,7 +223,7 @@ class Cut:
         out = list(out) if isinstance(out, list | tuple) else [out]
         return [self._result(node, part) for node, part in zip(tiny.outputs, out)]
 
-    def _result(self, node: fx.Node | None, whole: Any) -> Any:
+    def _result(self, node: fx.Node | None, whole: object) -> Any:
         if node is None or not isinstance(whole, Tensor):
             return None
         known = self.tiny.walk.values[node]
@@ -265,5 +265,5 @@ def _numbers(node: fx.Node, args: Any, kwargs: Any) -> Iterator[Number]:
                     yield Number(number, (place, at), *meant(name, at, dim))
 
 
-def _is_tensor(part: Any) -> bool:
+def _is_tensor(part: object) -> bool:
     return isinstance(part, Random | Tensor)

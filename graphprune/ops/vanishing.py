@@ -49,7 +49,7 @@ def breaks(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) and vanishes(source) else None
 
 
-def vanishes(node: Any, known: dict[fx.Node, bool] | None = None) -> bool:
+def vanishes(node: object, known: dict[fx.Node, bool] | None = None) -> bool:
     """Whether a value is zero wherever the parameters that make it are."""
     if not isinstance(node, fx.Node):
         return False

@@ -21,7 +21,7 @@ def factors_of(node: fx.Node) -> Factors | None:
     return None if rule is None else rule(*node.args, **node.kwargs)
 
 
-def matrix_of(node: Any) -> Factors | None:
+def matrix_of(node: object) -> Factors | None:
     """The factors of a linear layer or a convolution; ``None`` for other ops."""
     factors = factors_of(node) if isinstance(node, fx.Node) else None
     return factors if factors is not None and factors.matrix else None

@@ -62,7 +62,7 @@ SIZES = frozenset({
 })  # fmt: skip
 
 
-def check_alone(plan: Any, name: str = "the plan") -> None:
+def check_alone(plan: object, name: str = "the plan") -> None:
     """Raise unless the parts of a plan fit together, whatever model it is for.
 
     Raises:
@@ -116,7 +116,7 @@ def _increasing(kept: tuple[int, ...], size: int) -> bool:
     return inside and all(map(operator.lt, kept, kept[1:]))
 
 
-def check_on(plan: Any, model: nn.Module) -> None:
+def check_on(plan: object, model: nn.Module) -> None:
     """Raise unless a plan changes nothing of a model but what a plan for it can change.
 
     Args:
@@ -357,7 +357,7 @@ def _may_be_size(module: nn.Module, name: str) -> bool:
     return not any(name in vars(base).get("__constants__", ()) for base in bases)
 
 
-def _calls(function: Any, name: str) -> bool:
+def _calls(function: object, name: str) -> bool:
     """Whether a function may call something by a name."""
     code = getattr(function, "__code__", None)
     return isinstance(code, types.CodeType) and name in {*_names(code), *code.co_freevars}

@@ -24,7 +24,7 @@ _DEPTH = 200  # of what is nested in a request
 _LARGEST = 1 << 53  # ints beyond it are no sizes
 
 
-def encode(record: Any) -> Any:
+def encode(record: object) -> Any:
     """A record, or nested data of records, as what JSON can write."""
     if is_dataclass(record):
         return {
@@ -66,7 +66,7 @@ def _no_number(text: str) -> Any:
     raise ValueError(f"{text} is no finite number")
 
 
-def decode(kind: Any, body: Any, name: str, length: int) -> Any:
+def decode(kind: object, body: object, name: str, length: int) -> Any:
     """A record of some class from what JSON holds.
 
     Args:
@@ -81,12 +81,12 @@ def decode(kind: Any, body: Any, name: str, length: int) -> Any:
     return _Reader(name, _ALWAYS + _EACH * length).record(kind, body, "")
 
 
-def _kind(record: Any) -> Any:
+def _kind(record: object) -> Any:
     return type(record)
 
 
 @functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
+def _hints(kind: object) -> dict[str, Any]:
     return get_type_hints(kind, include_extras=True)
 
 
@@ -100,7 +100,7 @@ class _Reader:
     def damaged(self, what: str) -> PlanError:
         return PlanError(f"{self.name} is damaged: {what}")
 
-    def wrong(self, where: str, expected: str, value: Any) -> PlanError:
+    def wrong(self, where: str, expected: str, value: object) -> PlanError:
         found = "nothing" if value is None else f"a {type(value).__name__}"
         shown = f" {value!r}"[:40] if isinstance(value, str | int | float) else ""
         return self.damaged(f"{where}: expected {expected}, got {found}{shown}")
@@ -124,7 +124,7 @@ class _Reader:
                 raise self.damaged(f"{place} is missing")
         return kind(**values)
 
-    def value(self, hint: Any, value: Any, where: str) -> Any:
+    def value(self, hint: object, value: object, where: str) -> Any:
         """A value of a type."""
         if hint == Runs:
             return self.indices(value, where)
@@ -139,7 +139,7 @@ class _Reader:
             return self.mapping(value, where)
         return self.atom(hint, value, where)
 
-    def one_of(self, hints: tuple[Any, ...], value: Any, where: str) -> Any:
+    def one_of(self, hints: tuple[Any, ...], value: object, where: str) -> Any:
         """A value of one of some types; of two classes at most one is not an atom."""
         if value is None and type(None) in hints:
             return None
@@ -150,7 +150,7 @@ class _Reader:
                 return self.atom(hint, value, where)
         return self.value((others or atoms)[0], value, where)
 
-    def sequence(self, hints: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    def sequence(self, hints: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
         """A tuple."""
         if not isinstance(value, list):
             raise self.wrong(where, "a list", value)
@@ -163,7 +163,7 @@ class _Reader:
             for place, (hint, item) in enumerate(zip(hints, value))
         )
 
-    def mapping(self, value: Any, where: str) -> dict[str, Any]:
+    def mapping(self, value: object, where: str) -> dict[str, Any]:
         """Plain data, of bounded depth."""
         if not isinstance(value, dict):
             raise self.wrong(where, "an object", value)

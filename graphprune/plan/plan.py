@@ -159,7 +159,7 @@ class Plan:
     def from_masks(
         cls,
         model: nn.Module,
-        example_inputs: Any = None,
+        example_inputs: object = None,
         *,
         masks: Mapping[str, Any] | None = None,
         fold: str = "exact",

@@ -49,7 +49,7 @@ class Sum:
 
     __rmul__ = __mul__
 
-    def __add__(self, other: Any) -> Sum:
+    def __add__(self, other: object) -> Sum:
         other = _as_sum(other)
         terms = dict(self.terms)
         for key, factor in other.terms.items():
@@ -58,10 +58,10 @@ class Sum:
 
     __radd__ = __add__
 
-    def __lt__(self, other: Any) -> bool:
+    def __lt__(self, other: object) -> bool:
         return self.full < _as_sum(other).full
 
-    def __gt__(self, other: Any) -> bool:
+    def __gt__(self, other: object) -> bool:
         return self.full > _as_sum(other).full
 
 

@@ -352,7 +352,7 @@ _EXAMPLE = """
 Options.__doc__ = _described()
 
 
-def check_ratio(ratio: Any, name: str = "ratio", other: str = " or a Plan") -> float:
+def check_ratio(ratio: object, name: str = "ratio", other: str = " or a Plan") -> float:
     """A ratio in [0, 1) as a float.
 
     Raises:
@@ -403,7 +403,7 @@ def _patterns(given: Any) -> tuple[str, ...]:
     return patterns
 
 
-def _ratios(given: Any) -> dict[str, float]:
+def _ratios(given: object) -> dict[str, float]:
     if not isinstance(given, Mapping) or not all(isinstance(key, str) for key in given):
         raise InputError(
             'ratios must map glob patterns of layers to fractions, such as {"layer3.*": 0.6}, '
@@ -425,7 +425,7 @@ def _fractions(name: str, given: Any) -> dict[str, float]:
     return {pattern: float(value) for pattern, value in by_glob.items()}
 
 
-def _targets(given: Any) -> dict[str, Target]:
+def _targets(given: object) -> dict[str, Target]:
     if not isinstance(given, Mapping) or not given:
         raise InputError(
             'target must map quantities to limits, such as {"macs": 0.5}; '

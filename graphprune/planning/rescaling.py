@@ -216,7 +216,7 @@ def _inputs(node: fx.Node) -> set[fx.Node]:
     return set(node.all_input_nodes)
 
 
-def _is_node(value: Any) -> bool:
+def _is_node(value: object) -> bool:
     return isinstance(value, fx.Node)
 
 

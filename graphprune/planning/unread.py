@@ -210,7 +210,7 @@ def _shapes(clone: nn.Module, call: Call) -> dict[str, list[tuple[int, ...]]]:
     """The shapes of what every module of a copy on ``meta`` takes and returns, in order."""
     found: dict[str, list[tuple[int, ...]]] = {}
 
-    def see(name: str, values: Any) -> None:
+    def see(name: str, values: object) -> None:
         leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
         found.setdefault(name, []).extend(tuple(leaf.shape) for leaf in leaves)
 

@@ -38,7 +38,7 @@ class Batch:
     targets: tuple[Any, ...]
 
     @classmethod
-    def of(cls, batch: Any) -> Batch:
+    def of(cls, batch: object) -> Batch:
         """Take apart what a ``DataLoader`` yielded.
 
         Raises:
@@ -82,7 +82,7 @@ def told_apart(model: nn.Module, data: Iterable[Any]) -> Iterator[Any]:
         yield other if whole and other is not None else batch
 
 
-def _as_one(batch: Any) -> Any:
+def _as_one(batch: object) -> Any:
     """The same batch with a list of tensors as one argument; ``None`` if there is none."""
     if not isinstance(batch, tuple | list) or not batch:
         return None
@@ -96,7 +96,7 @@ def _tensors(value: Any) -> bool:
     return sequence and all(isinstance(item, Tensor) for item in value)
 
 
-def _runs_on(model: nn.Module, batch: Any) -> bool:
+def _runs_on(model: nn.Module, batch: object) -> bool:
     with torch.no_grad(), at_rest(model):
         try:
             forward(model, batch)
@@ -111,7 +111,7 @@ def device_of(model: nn.Module) -> torch.device:
     return tensors[0].device if tensors else torch.device("cpu")
 
 
-def forward(model: nn.Module, batch: Any) -> Any:
+def forward(model: nn.Module, batch: object) -> Any:
     """Run a model on a batch, on the model's device.
 
     Raises:
@@ -120,7 +120,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
     return run(model, Batch.of(batch), batch)
 
 
-def run(model: nn.Module, batch: Batch, shown: Any = None) -> Any:
+def run(model: nn.Module, batch: Batch, shown: object = None) -> Any:
     """Run a model on a batch that was taken apart, on the model's device.
 
     Args:
@@ -145,7 +145,7 @@ def run(model: nn.Module, batch: Batch, shown: Any = None) -> Any:
         ) from error
 
 
-def loss_of(model: nn.Module, batch: Any) -> Tensor:
+def loss_of(model: nn.Module, batch: object) -> Tensor:
     """The default loss: what the model returns as its loss, else cross entropy with the target.
 
     Args:
@@ -173,11 +173,11 @@ def loss_of(model: nn.Module, batch: Any) -> Tensor:
     return F.cross_entropy(logits, targets[0].long(), ignore_index=_IGNORED)
 
 
-def _entry(output: Any, name: str) -> Any:
+def _entry(output: object, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _mismatch(logits: Any, targets: tuple[Any, ...]) -> str:
+def _mismatch(logits: object, targets: tuple[Any, ...]) -> str:
     """Why cross entropy does not apply; empty when it does."""
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         return f"the model returned {describe(logits)}, neither a loss nor logits [batch, classes]"
@@ -210,7 +210,7 @@ def takes(function: Callable[..., Any], count: int) -> bool:
     return True
 
 
-def check_finite(batch: Any, number: int) -> None:
+def check_finite(batch: object, number: int) -> None:
     """Raise if the inputs of a batch are not finite: neither is what is computed from them.
 
     Targets may be anything, and so may infinite masks behind the first input.
@@ -229,7 +229,7 @@ def check_finite(batch: Any, number: int) -> None:
             raise InputError(f"batch {number} of data holds NaN or infinite values")
 
 
-def check_loss(loss: Any) -> None:
+def check_loss(loss: object) -> None:
     """Raise unless it is ``None`` or may be called with a model and a batch.
 
     Raises:
@@ -330,7 +330,7 @@ def at_rest(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(copied)
 
 
-def describe(tree: Any) -> str:
+def describe(tree: object) -> str:
     """Types and shapes of nested data, for messages."""
     if isinstance(tree, Tensor):
         return f"{str(tree.dtype).removeprefix('torch.')}{list(tree.shape)}"

@@ -101,7 +101,7 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     return clone
 
 
-def rebound(function: Any, memo: Memo) -> Any:
+def rebound(function: object, memo: Memo) -> Any:
     """A function with copies in the place of the originals that its closure and defaults hold."""
     if not isinstance(function, types.FunctionType):
         return function

@@ -41,7 +41,7 @@ class Identity:
         self._storages: dict[int, dict[Place, Any]] = {}
         self._alive: list[Any] = []  # tensors and storages whose address is a key
 
-    def put(self, tensor: Tensor, source: Any) -> None:
+    def put(self, tensor: Tensor, source: object) -> None:
         """Remember what made a tensor."""
         with torch._C.DisableTorchFunction():
             storage, place = storage_of(tensor), _place(tensor)

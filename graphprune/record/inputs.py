@@ -32,7 +32,7 @@ class Call:
     outputs: Outputs | None = None  # which outputs count; all
 
     @classmethod
-    def of(cls, example_inputs: Any) -> Call:
+    def of(cls, example_inputs: object) -> Call:
         """A tensor, a tuple or list of arguments, or a dict of keyword arguments."""
         if isinstance(example_inputs, Call):
             return example_inputs
@@ -133,7 +133,7 @@ def infer(model: nn.Module, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
     ) from error
 
 
-def called(example_inputs: Any, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
+def called(example_inputs: object, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
     """Example inputs as the model takes them, and what ``runs`` returned for them.
 
     A list of tensors holds arguments, or is one (images of different sizes, for a detector).

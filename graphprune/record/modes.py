@@ -254,19 +254,19 @@ def _special(types: Any) -> bool:
     return any(kind.__torch_function__ is not _DISABLED and kind is not Tensor for kind in types)
 
 
-def _is_float(value: Any) -> bool:
+def _is_float(value: object) -> bool:
     """Whether it is a float that does not know what it was computed from."""
     kind = type(value)
     return kind is float or kind.__module__ == "numpy"
 
 
-def _of_today(number: Any) -> Any:
+def _of_today(number: object) -> Any:
     """Sizes that a cache of the user kept from an earlier recording are plain numbers."""
     return plain(number) if isinstance(number, Size | Scale) and not is_live(number) else number
 
 
 @functools.cache
-def _names(func: Any) -> tuple[str, ...]:
+def _names(func: object) -> tuple[str, ...]:
     """The names of the arguments of a function of torch that is written in Python."""
     code = getattr(func, "__code__", None)
     return code.co_varnames[: code.co_argcount] if code is not None else ()
@@ -287,7 +287,7 @@ def _to_meta(recorder: Any) -> Callable[[Tensor], Tensor]:
     return move
 
 
-def _mixed(tree: Any) -> bool:
+def _mixed(tree: object) -> bool:
     """Whether any tensor of the arguments is not on meta."""
     if isinstance(tree, Tensor):
         return not tree.is_meta
@@ -296,12 +296,12 @@ def _mixed(tree: Any) -> bool:
     return isinstance(tree, dict) and any(map(_mixed, tree.values()))
 
 
-def _meta(tree: Any) -> bool:
+def _meta(tree: object) -> bool:
     """Whether any tensor of the arguments is on meta."""
     return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _with_tensors(index: Any) -> Any:
+def _with_tensors(index: object) -> Any:
     """Lists of positions in an index as tensors, whose values are remembered."""
     if isinstance(index, list) and index and all(type(i) is int for i in index):
         with _plain():

@@ -158,7 +158,7 @@ class _Products(TorchFunctionMode):
         replaced = self.callback(product)
         return out if replaced is None else replaced
 
-    def computed_by(self, module: nn.Module, args: Any, out: Any) -> None:
+    def computed_by(self, module: nn.Module, args: object, out: object) -> None:
         """After a forward: what a parametrization returns stands for its parameter."""
         if isinstance(module, ParametrizationList) and isinstance(out, Tensor):
             prefix = self.names.get(id(module))
@@ -189,7 +189,7 @@ class _Products(TorchFunctionMode):
                 self._remember(part, _Known(known.name, False, start, known.computed))
                 start += part.shape[0] if part.dim() == args[0].dim() else 1
 
-    def _what(self, weight: Any) -> _Known | None:
+    def _what(self, weight: object) -> _Known | None:
         """The parameter that a weight is, or is computed from."""
         if not isinstance(weight, Tensor):
             return None
@@ -205,7 +205,7 @@ class _Products(TorchFunctionMode):
                             return _Known(first, computed=True)
         return None
 
-    def _bias(self, bias: Any) -> str | None:
+    def _bias(self, bias: object) -> str | None:
         known = self.known.get(id(bias))
         return known.name if isinstance(bias, Tensor) and known is not None else None
 
@@ -231,7 +231,7 @@ class _Products(TorchFunctionMode):
 
     def _convolution(
         self, out: Tensor, places: int, input: Tensor, weight: Tensor, bias: Tensor | None = None,
-        stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1,
+        stride: object = 1, padding: object = 0, dilation: object = 1, groups: int = 1,
     ) -> Product | None:  # fmt: skip
         known = self._what(weight)
         if known is None or input.dim() != places + 2:
@@ -245,8 +245,8 @@ class _Products(TorchFunctionMode):
 
     def _transposed(
         self, out: Tensor, places: int, input: Tensor, weight: Tensor, bias: Tensor | None = None,
-        stride: Any = 1, padding: Any = 0, output_padding: Any = 0, groups: int = 1,
-        dilation: Any = 1,
+        stride: object = 1, padding: object = 0, output_padding: object = 0, groups: int = 1,
+        dilation: object = 1,
     ) -> Product | None:  # fmt: skip
         known = self._what(weight)
         if known is None or input.dim() != places + 2:
@@ -260,12 +260,12 @@ class _Products(TorchFunctionMode):
         )  # fmt: skip
 
 
-def _ints(value: Any, places: int) -> tuple[int, ...]:
+def _ints(value: object, places: int) -> tuple[int, ...]:
     values = tuple(value) if isinstance(value, tuple | list) else (value,)
     return tuple(int(v) for v in (values * places if len(values) == 1 else values))
 
 
-def _pads(padding: Any, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Pads:
+def _pads(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -> Pads:
     if padding == "valid":
         padding = 0
     if padding == "same":

@@ -50,7 +50,7 @@ class Outputs:
             )
         return cls(names)
 
-    def counted(self, out: Any, leaves: list[Tensor]) -> frozenset[int]:
+    def counted(self, out: object, leaves: list[Tensor]) -> frozenset[int]:
         """The places of the tensors that count among all tensors of an output.
 
         Raises:
@@ -77,20 +77,20 @@ class Outputs:
         return out
 
 
-def fields(out: Any) -> Any:
+def fields(out: object) -> Any:
     """Outputs that pytree does not know (dataclasses, plain objects) as dictionaries."""
     if isinstance(out, Tensor | tuple | list | dict):
         return out
     return vars(out) if hasattr(out, "__dict__") else out
 
 
-def _is_name(value: Any) -> bool:
+def _is_name(value: object) -> bool:
     if isinstance(value, tuple):
         return bool(value) and all(map(_is_name, value))
     return isinstance(value, str) or is_int(value)
 
 
-def _names(out: Any) -> str:
+def _names(out: object) -> str:
     if isinstance(out, Tensor):
         return "no parts: it is a tensor"
     if isinstance(out, list | tuple) and not hasattr(out, "_fields"):
@@ -99,7 +99,7 @@ def _names(out: Any) -> str:
     return ", ".join(map(repr, found)) if isinstance(found, Mapping | tuple) else type(out).__name__
 
 
-def _read(function: Callable[[Any], Any], out: Any, leaves: list[Tensor]) -> set[int]:
+def _read(function: Callable[[Any], Any], out: object, leaves: list[Tensor]) -> set[int]:
     """Which tensors of an output the result of a function is made of, as autograd sees it.
 
     It is run on made-up values on the CPU: a loss may hold targets there.

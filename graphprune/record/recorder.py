@@ -221,7 +221,7 @@ class Recorder:
                         self.part(item, node, index)
 
     def _mark(
-        self, node: fx.Node, numbers: list[Number], line: str | None, frame: Any = None
+        self, node: fx.Node, numbers: list[Number], line: str | None, frame: object = None
     ) -> None:
         node.meta.update(
             module=self.stack[-1] if self.stack else "",
@@ -314,7 +314,7 @@ class Recorder:
         found: fx.Node = getitem
         return found
 
-    def plain(self, tree: Any) -> Any:
+    def plain(self, tree: object) -> Any:
         """Arguments as fx holds them: tensors as nodes, sizes as plain ints."""
         if isinstance(tree, Tensor):
             return self.node_of(tree)
@@ -345,7 +345,7 @@ class Recorder:
         self.innermost = None
         self.record.used.add(name)
 
-    def leave(self, out: Any) -> None:
+    def leave(self, out: object) -> None:
         """After the forward of every module."""
         name = self.stack.pop()
         self.running.pop()

@@ -140,7 +140,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
 
 
 def _counted(
-    outputs: Outputs, out: Any, tensors: list[Tensor], training: bool
+    outputs: Outputs, out: object, tensors: list[Tensor], training: bool
 ) -> frozenset[int] | None:
     """The outputs that count; all of them in a train mode that returns something else."""
     try:
@@ -158,7 +158,9 @@ class _Shapes(TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.ran = ran
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> Any:
         if self.ran is not None:
             leaves = pytree.tree_leaves((args, kwargs))
             given = [tuple(i.shape) if isinstance(i, Tensor) else i for i in leaves]
@@ -180,7 +182,7 @@ def dry(clone: nn.Module, call: Call, ran: list[str] | None = None) -> list[Any]
         return pytree.tree_leaves(fields(clone(*args, **kwargs)))
 
 
-def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
     """The tensors in an output that is no tensor: in objects that pytree does not know."""
     if isinstance(value, Tensor) or id(value) in seen or isinstance(value, nn.Module):
         return

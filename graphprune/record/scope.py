@@ -36,7 +36,7 @@ def current() -> Any:
 
 
 @contextlib.contextmanager
-def recording(recorder: Any) -> Iterator[None]:
+def recording(recorder: object) -> Iterator[None]:
     """Make a recorder the one of this thread, with all changes in place.
 
     Args:
@@ -88,13 +88,13 @@ def _put(owner: Any, name: str, value: Any) -> None:
 _originals: dict[str, Any] = {}
 
 
-def _enter(module: nn.Module, args: Any) -> None:
+def _enter(module: nn.Module, args: object) -> None:
     recorder = current()
     if recorder is not None:
         recorder.enter(module)
 
 
-def _leave(module: nn.Module, args: Any, out: Any) -> None:
+def _leave(module: nn.Module, args: object, out: object) -> None:
     recorder = current()
     if recorder is not None:
         recorder.leave(out)
@@ -118,7 +118,7 @@ def _followed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     """A function of ``math`` that remembers the sizes its result was computed from."""
 
     @functools.wraps(original)
-    def function(*args: Any) -> Any:
+    def function(*args: object) -> Any:
         if not any(isinstance(arg, Size | Scale) for arg in args):
             return original(*args)
         if len(args) > 2:

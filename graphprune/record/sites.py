@@ -50,7 +50,7 @@ class Site:
 
 def find_site(
     frames: Sequence[tuple[types.CodeType, int]],
-    module: Any,
+    module: object,
     method: bool,
     count: int,
     names: tuple[str, ...] = (),
@@ -135,7 +135,7 @@ def _way(function: Any, call: Any, code: types.CodeType, module: Any) -> tuple[S
     return _reaches(("method", reached.attr), found, code)
 
 
-def _reaches(step: Step, found: Any, code: types.CodeType) -> tuple[Step, ...]:
+def _reaches(step: Step, found: object, code: types.CodeType) -> tuple[Step, ...]:
     """A step to a function that runs ``code``, itself or inside its decorators."""
     if not isinstance(found, types.FunctionType):
         return ()
@@ -342,7 +342,7 @@ class Holder:
             setattr(self.parent, self.key, new)
 
 
-def holders(node: Any, site: Site, path: Path) -> Iterator[Holder]:
+def holders(node: object, site: Site, path: Path) -> Iterator[Holder]:
     """Where the number at ``path`` of the arguments of an expression stands (one or none)."""
     head, rest = path[0], path[1:]
     if isinstance(node, ast.Call):
@@ -375,7 +375,7 @@ def _argument(args: list[Any], index: int, count: int, rest: Path) -> Iterator[H
             yield _inside(args, index - inside + 1, rest)
 
 
-def _inside(parent: Any, key: Any, rest: Path) -> Holder:
+def _inside(parent: object, key: object, rest: Path) -> Holder:
     """Descend into tuples, lists and slices that are written out."""
     holder = Holder(parent, key, rest)
     if not rest:

@@ -148,7 +148,7 @@ def _known(value: Any) -> Expression:
     return value.expression if is_live(value) else plain(value)
 
 
-def must_not_change(number: Any) -> None:
+def must_not_change(number: object) -> None:
     """Say that a size was used where no one sees what for: its value has to stay."""
     _tell(number, Comparison("is", expression(number), plain(number), True))
 
@@ -159,7 +159,7 @@ def _leaves(number: Size | Scale, value: int | None = None, op: str | None = Non
     _tell(number, Comparison("leak", formula, 0 if value is None else value, value is not None))
 
 
-def _tell(number: Any, comparison: Comparison) -> None:
+def _tell(number: object, comparison: Comparison) -> None:
     observer = getattr(number, "observer", None)
     if observer is not None:
         observer(comparison)
@@ -276,7 +276,7 @@ def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
     op = _OPS[name]
     dunder = f"__r{name}__" if reflected else f"__{name}__"
 
-    def method(self: Size | Scale, other: Any) -> Any:
+    def method(self: Size | Scale, other: object) -> Any:
         plain = getattr(int if isinstance(self, int) else float, dunder)
         value = plain(self, other)
         if value is NotImplemented and isinstance(self, int) and isinstance(other, float):
@@ -344,7 +344,7 @@ for _kind, _base in ((Size, int), (Scale, float)):
 
 
 def _compared(name: str) -> Callable[[Size, Any], Any]:
-    def method(self: Size | Scale, other: Any) -> Any:
+    def method(self: Size | Scale, other: object) -> Any:
         kept = name in ("eq", "ne") and not is_live(self)  # by a cache of the user
         if kept and not sys._getframe(1).f_code.co_filename.startswith(PACKAGE):
             return (self is other) == (name == "eq")  # equals nothing of today
@@ -381,7 +381,7 @@ def told_apart(sizes: Mapping[str, Any], absent: set[str]) -> dict[str, Size | S
     """
     literal = not all(isinstance(sizes[name], Size | Scale) for name in sizes.keys() - absent)
 
-    def known(name: str, size: Any) -> Size | Scale:
+    def known(name: str, size: object) -> Size | Scale:
         kind: Any = Scale if isinstance(size, float) else Size
         formula = UNKNOWN if literal and name in absent else expression(size)
         made: Size | Scale = kind(plain(size), formula, getattr(size, "observer", None))

@@ -96,7 +96,7 @@ class Distillation:
         self._kept: dict[str, dict[tuple[int, int], Tensor]] = {}
         self._known: tuple[int, Plan | None] | None = None
 
-    def __call__(self, student: nn.Module, batch: Any) -> Tensor:
+    def __call__(self, student: nn.Module, batch: object) -> Tensor:
         """The loss of a student on a batch; call ``backward`` on it.
 
         Args:
@@ -133,7 +133,7 @@ class Distillation:
             total = total + self.beta * torch.stack(parts).mean()
         return total
 
-    def _soft(self, student: Any, teacher: Any) -> Tensor:
+    def _soft(self, student: object, teacher: object) -> Tensor:
         if self.soft is not None:
             return self.soft(student, teacher)
         (ours, dim), (theirs, _) = _logits(student), _logits(teacher)
@@ -220,7 +220,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return (student - teacher).square().mean() / scale
 
 
-def _logits(output: Any) -> tuple[Tensor, int]:
+def _logits(output: object) -> tuple[Tensor, int]:
     """The logits in an output, and the dimension of the classes."""
     if isinstance(output, Tensor) and output.dim() >= 2:
         return output, 1
@@ -244,7 +244,7 @@ def _watching(outer: nn.Module, inner: nn.Module, names: Iterable[str]) -> Itera
     found: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: object) -> None:
             found[name] = output
 
         return hook

@@ -64,7 +64,7 @@ class History:
         1     30          24    0.5
     """
 
-    def __init__(self, example_inputs: Any = None, entries: Iterable[Entry] = ()) -> None:
+    def __init__(self, example_inputs: object = None, entries: Iterable[Entry] = ()) -> None:
         self.example_inputs = example_inputs
         self.entries = list(entries)
 
@@ -132,7 +132,7 @@ class History:
         return json.dumps({"format": FORMAT, "entries": entries})
 
     @classmethod
-    def from_json(cls, text: str, example_inputs: Any = None) -> History:
+    def from_json(cls, text: str, example_inputs: object = None) -> History:
         """Read a history back.
 
         Raises:
@@ -146,7 +146,7 @@ class History:
         except (ValueError, TypeError, KeyError) as error:
             raise InputError(f"this is no history: {type(error).__name__} {error}") from None
 
-    def to_tensorboard(self, writer: Any) -> None:
+    def to_tensorboard(self, writer: object) -> None:
         """Write all numbers as scalars: ``pruning/params``, ``pruning/macs``, values and widths.
 
         Args:

@@ -19,7 +19,7 @@ Sliced = tuple[dict[str, Any], str, Tensor]
 
 
 def follow(
-    optimizer: Any, model: nn.Module, plan: Plan, *, small: nn.Module | None = None
+    optimizer: object, model: nn.Module, plan: Plan, *, small: nn.Module | None = None
 ) -> Optimizer:
     """Slice the state of an optimizer as a plan slices the parameters.
 
@@ -86,7 +86,7 @@ def sliced_state(optimizer: Optimizer, model: nn.Module, plan: Plan) -> list[Sli
     return sliced
 
 
-def _dims(value: Any, before: tuple[int, ...], kept: Kept, where: str) -> dict[int, Tensor]:
+def _dims(value: object, before: tuple[int, ...], kept: Kept, where: str) -> dict[int, Tensor]:
     """Along which dimensions a state is to be sliced."""
     if not isinstance(value, Tensor):
         nested = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
@@ -127,7 +127,7 @@ def _replace(optimizer: Optimizer, names: Mapping[int, str], small: Mapping[str,
                     optimizer.state[small[name]] = optimizer.state.pop(parameter)
 
 
-def check_optimizer(optimizer: Any, model: nn.Module) -> Optimizer:
+def check_optimizer(optimizer: object, model: nn.Module) -> Optimizer:
     """The optimizer under its wrappers, if it trains the model.
 
     Raises:
@@ -153,7 +153,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrapped(optimizer: object) -> Any:
     """The optimizer inside the wrappers of Accelerate and Lightning."""
     while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, Optimizer):
         optimizer = optimizer.optimizer

@@ -52,7 +52,7 @@ class Ranks:
             raise
         self.share(None)
 
-    def share(self, value: Any) -> list[Any]:
+    def share(self, value: object) -> list[Any]:
         """The values of all ranks, in order.
 
         Raises:
@@ -146,7 +146,7 @@ def unwrapped_model(model: nn.Module) -> nn.Module:
 def retire(wrapper: nn.Module) -> None:
     """Make a wrapper, whose buckets have the old shapes, say so when it is used."""
 
-    def forward(*_: Any, **__: Any) -> Any:
+    def forward(*_: object, **__: object) -> Any:
         raise RankError(
             f"channels were removed from the model inside this {type(wrapper).__name__}, whose "
             "buckets have the old shapes: wrap pruner.model anew"

@@ -102,7 +102,7 @@ class Regulariser(ABC):
         return tensors
 
 
-def _model_of(graph: Any) -> nn.Module:
+def _model_of(graph: object) -> nn.Module:
     if not isinstance(graph, ChannelGraph):
         raise InputError(
             "graph must be what graphprune.trace(model, example_inputs) returns; got "

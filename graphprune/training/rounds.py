@@ -76,12 +76,12 @@ def iterate(
     *,
     sparsity: float | SparsityOf = 0.5,
     quantity: str = "channels",
-    example_inputs: Any = None,
+    example_inputs: object = None,
     folder: str | Path | None = None,
     floor: float | None = None,
     retries: int = 2,
     attention: str = "heads",
-    process_group: Any = None,
+    process_group: object = None,
     **options: Unpack[Options],
 ) -> Outcome:
     """Remove some channels, train, evaluate, and go on from there.

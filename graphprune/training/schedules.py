@@ -361,7 +361,7 @@ def _check_fraction(what: str, value: Any) -> float:
     return number
 
 
-def check_count(what: str, value: Any, least: int) -> None:
+def check_count(what: str, value: object, least: int) -> None:
     """Raise unless a value is a whole number of at least ``least``.
 
     Raises:

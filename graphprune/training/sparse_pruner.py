@@ -63,7 +63,7 @@ class SparsePruner:
         schedule: float | SparsityOf,
         scope: str = "global",
         keep: str | Iterable[str] = (),
-        process_group: Any = None,
+        process_group: object = None,
     ) -> None:
         self.schedule = as_schedule(schedule)
         self.model = unwrapped_model(model)

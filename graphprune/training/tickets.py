@@ -72,10 +72,10 @@ def lottery(
     kind: str = "filters",
     controls: bool = True,
     factory: Callable[[], nn.Module] | None = None,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     seed: int = 0,
-    process_group: Any = None,
-    **options: Any,
+    process_group: object = None,
+    **options: object,
 ) -> Lottery:
     """Find a lottery ticket: train, prune, rewind what is left to the point, and train again.
 
@@ -202,7 +202,7 @@ class _Filters:
     def __init__(
         self,
         point: RewindPoint,
-        example_inputs: Any,
+        example_inputs: object,
         seed: int,
         options: Mapping[str, Any],
         ranks: Ranks,

@@ -25,7 +25,7 @@ class NotFinite(Exception):
     """A loss, a weight or an evaluation is not finite; the text says which."""
 
 
-def run_training(train: Callable[..., Any], model: nn.Module, *more: Any, ranks: Ranks) -> None:
+def run_training(train: Callable[..., Any], model: nn.Module, *more: object, ranks: Ranks) -> None:
     """Call ``train(model, *more)``, which trains in place; a generator yields its losses.
 
     Args:
@@ -109,7 +109,7 @@ def own_numbers(model: nn.Module, seed: int) -> Iterator[None]:
         yield
 
 
-def check_callables(train: Any, evaluate: Any) -> None:
+def check_callables(train: object, evaluate: object) -> None:
     """Raise unless both can be called; ``train`` may be ``None``."""
     if not (train is None or callable(train)) or not callable(evaluate):
         raise InputError("train and evaluate must be functions of a model")
@@ -122,7 +122,7 @@ def _raise_together(text: str, ranks: Ranks) -> None:
             raise NotFinite(other if ranks.size == 1 else f"{other} on rank {rank}")
 
 
-def _not_finite(losses: Any) -> float | None:
+def _not_finite(losses: object) -> float | None:
     """The first number that is not finite of a loss, or of several in containers.
 
     Of a mapping with losses among other things only the losses count.

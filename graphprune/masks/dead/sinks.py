@@ -107,7 +107,7 @@ def needed(node: fx.Node, outputs: int, inside: Interpreter) -> Tensor:
     return everything if scale is None else scale.nonzero & everything
 
 
-def _stored(value: Any) -> TypeGuard[fx.Node]:
+def _stored(value: object) -> TypeGuard[fx.Node]:
     return isinstance(value, fx.Node) and value.op == "get_attr"
 
 

@@ -95,12 +95,14 @@ class TrainerPruning(TrainerCallback):
             self.regulariser = self.make_regulariser(self.pruner.graph)
             self.regulariser.steps = self.pruner.steps
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: object, state: object, control: object, **_: object
+    ) -> None:
         """Add the gradients of the regulariser."""
         if self.regulariser is not None:
             self.regulariser.add_gradients()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Count a step; the Trainer calls this once for each step of the optimizer."""
         if self.pruner is not None:
             self.pruner.step()
@@ -121,7 +123,7 @@ class TrainerPruning(TrainerCallback):
         if self.pruner is not None and state.is_world_process_zero:
             torch.save(self.pruner.state_dict(), _folder(args, state) / FILE)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **_: object) -> None:
         """Remove the masked channels for good."""
         if self.finish and self.pruner is not None:
             self.pruner.finish()

@@ -84,7 +84,9 @@ class LightningPruning(Callback):
             self.regulariser.steps = self.pruner.steps
         self._seen = trainer.global_step
 
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: object, pl_module: object, optimizer: object
+    ) -> None:
         """Add the gradients of the regulariser."""
         if self.regulariser is not None:
             self.regulariser.add_gradients()
@@ -101,7 +103,7 @@ class LightningPruning(Callback):
             self.regulariser.step()
         pl_module.log("sparsity", self.pruner.sparsity)
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_end(self, trainer: object, pl_module: object) -> None:
         """Remove the masked channels for good."""
         if self.finish and self.pruner is not None:
             self.pruner.finish()
