@@ -8,7 +8,7 @@ import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack
 
 from torch import nn
 
@@ -209,7 +209,7 @@ class ChannelGraph:
     def plan_of(
         self,
         kept: Mapping[str, Iterable[int]],
-        request: Mapping[str, Any] | None = None,
+        request: Mapping[str, object] | None = None,
         *,
         check: bool = True,
     ) -> Plan:
@@ -360,7 +360,7 @@ def _shrunk(model: nn.Module, plan: Plan, call: Call | None, inplace: bool) -> n
 def _from_masks(
     model: nn.Module,
     example_inputs: object,
-    masks: Mapping[str, Any] | None,
+    masks: Mapping[str, object] | None,
     fold: str,
     attention: str,
 ) -> Plan:

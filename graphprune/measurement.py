@@ -253,7 +253,7 @@ def drawn(call: Call, device: torch.device) -> tuple[tuple[Any, ...], dict[str, 
 
 def shared_copy(model: nn.Module) -> nn.Module:
     """A copy with the same parameters but its own buffers, flags and other state."""
-    memo: dict[int, Any] = {id(parameter): parameter for parameter in model.parameters()}
+    memo: dict[int, object] = {id(parameter): parameter for parameter in model.parameters()}
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:  # weights recomputed by hooks

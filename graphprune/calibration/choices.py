@@ -7,7 +7,6 @@ expert. Row 3 of one is then not row 3 of the other, and comparing them would me
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -41,7 +40,7 @@ class Choices:
         self.picks = {n: found for n in active if (found := _choosers(n, given)) is not None}
         self.made: dict[fx.Node, tuple[Tensor, ...]] = {}
 
-    def note(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> None:
+    def note(self, node: fx.Node, values: Mapping[fx.Node, object]) -> None:
         """Remember what an op that has just run chose by."""
         if node in self.picks:
             found = [values[chooser] for chooser in self.picks[node]]

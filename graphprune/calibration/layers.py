@@ -261,7 +261,7 @@ def slope_of(layer: Layer, nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, A
 
 
 def other_activation(
-    node: fx.Node, values: Mapping[fx.Node, Any], tensors: Mapping[fx.Node, Any]
+    node: fx.Node, values: Mapping[fx.Node, object], tensors: Mapping[fx.Node, object]
 ) -> fx.Node | None:
     """The addend of an op that is neither on the chain nor made of parameters."""
     for source in node.all_input_nodes:

@@ -84,7 +84,7 @@ def _row(refit: Refit) -> tuple[str, ...]:
 def calibrate(
     small: nn.Module,
     model: nn.Module,
-    data: Iterable[Any],
+    data: Iterable[object],
     *,
     method: str = "repair",
     ridge: float | None = None,
@@ -200,7 +200,7 @@ def calibrate(
 
 
 def _renormed(
-    small: nn.Module, model: nn.Module, found: Sequence[Any], progress: bool
+    small: nn.Module, model: nn.Module, found: Sequence[object], progress: bool
 ) -> Calibration:
     judge = _Judge(small, model, [Batch.of(batch) for batch in found])
     names = reestimate(small, tracked(found, "calibration", len(found), progress))

@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -336,7 +335,7 @@ class Repair:
         size = original.shape[layer.channel_dim]
         keep = dims[dim] if dim in dims else torch.arange(size)
         if layer.window.kind == "transposed" and layer.window.groups > 1 and dims:
-            before: Any = self.original.node(first, layer.node).args[8]
+            before: object = self.original.node(first, layer.node).args[8]
             if before != layer.window.groups:  # whole groups left
                 return None
             starts = torch.arange(0, size, size // before)[:, None]

@@ -204,7 +204,7 @@ class Replay:
                 run.versions[run.position] = run.values[run.nodes[source]]._version
             run.position += 1
 
-    def compute(self, run: Run, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    def compute(self, run: Run, node: fx.Node, values: Mapping[fx.Node, object]) -> Any:
         """The value of one op, given those it reads."""
         return evaluated(node, values, torch.device(run.record.device), self.device)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +12,7 @@ from graphprune.errors import InputError
 from graphprune.record.batches import device_of, evaluated, forward
 
 
-def reestimate(model: nn.Module, data: Iterable[Any]) -> list[str]:
+def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
     """Replace the running statistics of every BatchNorm by averages over batches.
 
     The model runs in eval mode but for its BatchNorms, so that dropout stays off.

@@ -176,7 +176,7 @@ def _attribute(source: str, name: str) -> Any:
         if found is None:
             raise InputError(f"no module {source!r} can be imported from {here}; is it installed?")
         module = _guarded(f"import {source}", lambda: importlib.import_module(source))
-    value: Any = module
+    value: object = module
     for part in name.split("."):
         if not hasattr(value, part):
             public = [key for key in vars(module) if not key.startswith("_")]
@@ -203,7 +203,7 @@ def _from_file(path: Path) -> ModuleType:
     return module
 
 
-def _guarded(what: str, run: Callable[[], Any]) -> Any:
+def _guarded(what: str, run: Callable[[], object]) -> Any:
     """Run the user's code; its failure is told in one message with the line it came from."""
     try:
         return run()
@@ -246,7 +246,7 @@ def _unwrapped(state: object, path: str) -> dict[str, Tensor]:
     return dict(state)
 
 
-def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, Any]) -> dict[str, Tensor]:
+def _without_prefix(state: dict[str, Tensor], wanted: Mapping[str, object]) -> dict[str, Tensor]:
     for prefix in ("module.", "_orig_mod."):
         if all(key.startswith(prefix) for key in state) and not any(key in wanted for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}

@@ -328,7 +328,7 @@ class _Session:
             self.warnings.append(str(message))
         self.errors.print(f"warning: {message}", markup=False, style="yellow")
 
-    def finish(self, document: dict[str, Any]) -> None:
+    def finish(self, document: dict[str, object]) -> None:
         """Print the JSON document when it was asked for."""
         if self.as_json:
             content = {"ok": "error" not in document, **document, "warnings": self.warnings}

@@ -247,7 +247,7 @@ class _Pass:
         self.listeners = [c for c in collectors if type(c).product is not Collector.product]
         self.readers = [c for c in collectors if type(c).gradient is not Collector.gradient]
 
-    def run(self, data: Iterable[Any], progress: bool) -> None:
+    def run(self, data: Iterable[object], progress: bool) -> None:
         """Go through the data once."""
         with torch.inference_mode(False), at_rest(self.model):
             if self.differentiated:
@@ -257,7 +257,9 @@ class _Pass:
                 with torch.no_grad():
                     self._batches(data, progress, lambda batch: self._observed(forward, batch))
 
-    def _batches(self, data: Iterable[Any], progress: bool, step: Callable[[Any], Any]) -> None:
+    def _batches(
+        self, data: Iterable[object], progress: bool, step: Callable[[object], object]
+    ) -> None:
         found = batches(data)
         found = found if self.given else told_apart(self.model, found)
         for batch in tracked(found, "calibration batches", count_of(data), progress):
@@ -265,7 +267,7 @@ class _Pass:
             step(batch)
             self.batches += 1
 
-    def _observed(self, call: Callable[[nn.Module, Any], Any], batch: object) -> Any:
+    def _observed(self, call: Callable[[nn.Module, object], object], batch: object) -> Any:
         if not self.listeners:
             return call(self.model, batch)
         with observing(self.model, self._product):

@@ -137,7 +137,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
 # --- writing ----------------------------------------------------------------------------------
 
 
-def _distinct(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _distinct(state: Mapping[str, object]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor once, by its first name; and the other names of tied tensors."""
     first: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}

@@ -148,7 +148,7 @@ class _Search:
     wanted: Sizes
     wished: Sizes  # numbers that may be wrong as well, because no code reads them
     best: dict[Field, float] = field(default_factory=dict)
-    effects: dict[Field, set[Any]] = field(default_factory=dict)
+    effects: dict[Field, set[object]] = field(default_factory=dict)
 
     def sizes(self, changes: Mapping[Field, float]) -> Sizes | None:
         """The sizes of a model with some fields of its config changed."""
@@ -187,7 +187,7 @@ class _Search:
         return self._improve(changes, fields, moving)
 
     def _improve(
-        self, changes: dict[Field, float], fields: Mapping[Field, float], moving: set[Any]
+        self, changes: dict[Field, float], fields: Mapping[Field, float], moving: set[object]
     ) -> set[Any]:
         """Change one field after the other as long as less is wrong."""
         wanted, base = self.wanted, self.base
@@ -213,7 +213,7 @@ class _Search:
                 break
         return wrong[0]
 
-    def explain(self, wrong: set[Any]) -> str:
+    def explain(self, wrong: set[object]) -> str:
         """Why no numbers do."""
         key = min(wrong, key=str)
         size = self.wanted[key]
@@ -346,7 +346,7 @@ def _adopt(
 def _in_training(small: nn.Module, built: nn.Module, inputs: Call, found: Likeness) -> str:
     """Attributes that only train mode may read are compared there."""
     modules = dict(named_modules(small))
-    kinds: list[tuple[Any, str]] = [(type(modules[owner]), key) for owner, key in found.follow]
+    kinds: list[tuple[object, str]] = [(type(modules[owner]), key) for owner, key in found.follow]
     if not any(key in used(kind) for kind, key in kinds):
         return ""
     try:
@@ -369,7 +369,7 @@ def _unread(
             return f"{method} reads {'.'.join(map(str, path))} of it: {advice}"
     modules = dict(named_modules(small))
     for owner, key in found.follow:
-        kind: Any = type(modules[owner])
+        kind: object = type(modules[owner])
         if key in used(kind):
             return f"it changes {'.'.join(filter(None, (owner, key)))}, which is read: {advice}"
     if any(isinstance(vars(module).get("forward"), Rewritten) for module in modules.values()):
@@ -384,8 +384,8 @@ def _replace_configs(
     old = {(name, key): value for name, key, value in configs_of(original, config)}
     new = {(name, key): value for name, key, value in configs_of(built, config)}
     held = list(configs_of(small, config))
-    memo: dict[int, Any] = {}
-    made: dict[int, Any] = {}
+    memo: dict[int, object] = {}
+    made: dict[int, object] = {}
     for name, key, value in held:
         if (name, key) not in old or (name, key) not in new:
             continue
@@ -402,7 +402,7 @@ def _replace_configs(
             vars(small.get_submodule(name))[key] = made[id(value)]
 
 
-def _guess(value: float, base: Sizes, wanted: Sizes, keys: set[Any]) -> float | None:
+def _guess(value: float, base: Sizes, wanted: Sizes, keys: set[object]) -> float | None:
     """The value of a field by which most of the sizes that follow it would come out right."""
     votes: Counter[float] = Counter()
     for key in keys:
@@ -414,7 +414,7 @@ def _guess(value: float, base: Sizes, wanted: Sizes, keys: set[Any]) -> float | 
     return votes.most_common(1)[0][0] if votes else None
 
 
-def _matters(value: float, base: Sizes, moving: set[Any]) -> bool:
+def _matters(value: float, base: Sizes, moving: set[object]) -> bool:
     if type(value) is float:
         return any(base.get(key) == value for key in moving)
     return any(type(n) is int and n % value == 0 for n in map(base.get, moving))

@@ -64,7 +64,7 @@ class Rewritten:
         """That of the rewritten function: ``torch.export`` looks at it."""
         return self.run.__code__
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Rewritten:
+    def __deepcopy__(self, memo: dict[int, object]) -> Rewritten:
         """A copy for the copy of the module."""
         module = copy.deepcopy(self.module, memo)
         return type(self)(module, self.function, self.steps, self.edits)

@@ -239,7 +239,7 @@ def _first_line(error: BaseException) -> str:
 
 def reader(model: nn.Module, attribute: str, names: set[str]) -> str:
     """A method that reads an attribute of what is called by one of some names, if there is one."""
-    kinds: dict[Any, None] = dict.fromkeys(type(m) for _, m in named_modules(model))
+    kinds: dict[object, None] = dict.fromkeys(type(m) for _, m in named_modules(model))
     for kind in kinds:
         for function in () if kind.__module__.startswith("torch.nn") else _methods(kind):
             if any((name, attribute) in _attributes_read(function) for name in names):

@@ -112,7 +112,7 @@ def _follow(model: nn.Module, plan: Plan) -> None:
 
 def _cut_copy(model: nn.Module, kept: Mapping[str, Kept], full: Mapping[str, Tensor]) -> nn.Module:
     """A copy of the model with smaller tensors."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for name, tensor in held_tensors(model):
         small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
         if isinstance(tensor, nn.Parameter):

@@ -7,7 +7,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +104,7 @@ def _check_callable(factory: object) -> None:
 def _emptied(model: nn.Module) -> tuple[Original, int]:
     """The copy, and how many tensors are on meta although no file has them."""
     devices = {}
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, Tensor):
             continue

@@ -52,7 +52,7 @@ class Interpreter:
 
     def run(self) -> Iterator[tuple[fx.Node, Facts]]:
         """Each op with the facts of all values that are still read, its own included."""
-        known: dict[fx.Node, Any] = {}
+        known: dict[fx.Node, object] = {}
         last = {}
         for node in self.record.graph.nodes:
             for source in node.all_input_nodes:

@@ -40,7 +40,7 @@ def dead_channels(
     model: nn.Module,
     call: Call,
     settled: Settled,
-    masks: Mapping[str, Any],
+    masks: Mapping[str, object],
     fold: str,
     attention: str,
 ) -> Plan:

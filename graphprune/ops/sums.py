@@ -59,7 +59,7 @@ def spaced(value: Value, places: Sequence[int], ndim: int) -> Value:
     return replace(value, shape=tuple(wide(value.shape)), layers=layers)
 
 
-def of_einsum(equation: str, tensors: Sequence[Any], **_: object) -> Factors:
+def of_einsum(equation: str, tensors: Sequence[object], **_: object) -> Factors:
     """Any number of operands."""
 
     def product(*operands: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ class Tiny:
         self.tensors[node] = tensor
         return node
 
-    def _results(self, out: list[Any]) -> list[fx.Node | None]:
+    def _results(self, out: list[object]) -> list[fx.Node | None]:
         """The nodes of the results, which something reads."""
         numbers = list(_numbers(self.node, self.sample.args, self.sample.kwargs))
         self.node.meta.update(numbers=numbers, module="", line=None)
@@ -214,7 +214,7 @@ class Cut:
             return torch.where(self.mask(node), tensor, tensor.new_zeros(())) if reads else tensor
 
         args, kwargs = self._mapped(zeroed)
-        out: Any = NotImplemented
+        out: object = NotImplemented
         keep = self.mask(tiny.node.all_input_nodes[0]) if reads else None
         if keep is not None and tiny.op.masked is not None and not keep.all():
             out = tiny.op.masked(keep, *args, **kwargs)

@@ -139,7 +139,7 @@ class _Reader:
             return self.mapping(value, where)
         return self.atom(hint, value, where)
 
-    def one_of(self, hints: tuple[Any, ...], value: object, where: str) -> Any:
+    def one_of(self, hints: tuple[object, ...], value: object, where: str) -> Any:
         """A value of one of some types; of two classes at most one is not an atom."""
         if value is None and type(None) in hints:
             return None
@@ -150,7 +150,7 @@ class _Reader:
                 return self.atom(hint, value, where)
         return self.value((others or atoms)[0], value, where)
 
-    def sequence(self, hints: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+    def sequence(self, hints: tuple[object, ...], value: object, where: str) -> tuple[Any, ...]:
         """A tuple."""
         if not isinstance(value, list):
             raise self.wrong(where, "a list", value)

@@ -148,7 +148,7 @@ class Plan:
         if outer.get("version") != VERSION:
             found = repr(outer.get("version"))[:20]
             raise PlanError(f"{name} has plan version {found}; this graphprune reads {VERSION}")
-        body: Any = outer.get("plan")
+        body: object = outer.get("plan")
         if _digest(json.dumps(body, sort_keys=True)) != outer.get("digest"):
             raise PlanError(f"{name} is damaged: its content does not match its digest")
         plan: Plan = decode(cls, body, name, len(text))
@@ -161,7 +161,7 @@ class Plan:
         model: nn.Module,
         example_inputs: object = None,
         *,
-        masks: Mapping[str, Any] | None = None,
+        masks: Mapping[str, object] | None = None,
         fold: str = "exact",
         attention: str = "heads",
     ) -> Plan:

@@ -76,7 +76,7 @@ class Forms:
     analysis: Analysis
     rows: list[np.ndarray] = field(default_factory=list)  # constant, then one factor by group
     _known: dict[bytes, int] = field(default_factory=dict)
-    _sizes: dict[fx.Node, tuple[Any, ...]] = field(default_factory=dict)
+    _sizes: dict[fx.Node, tuple[object, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         groups = self.analysis.groups
@@ -172,7 +172,7 @@ class Polynomials:
     count: int
 
     @classmethod
-    def of(cls, sums: Sequence[Any]) -> Polynomials:
+    def of(cls, sums: Sequence[object]) -> Polynomials:
         """From what counting functions returned."""
         terms = [
             (number, key, factor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -73,7 +72,7 @@ class Deadline:
     cache: Cache
     model: nn.Module
     emit: Callable[[Counts], nn.Module]
-    report: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, object] = field(default_factory=dict)
 
     def search(self, along: Callable[[Mapping[str, np.ndarray]], Path] | None) -> Counts:
         """The counts of the largest model that was measured to be fast enough.
@@ -89,7 +88,7 @@ class Deadline:
         whole = self._of(part, self.path.full)
         path = self.path if along is None else along(self._order(part))
         target = self.budget.targets["latency"]
-        best: tuple[tuple[bool, float], Counts, dict[str, Any]] | None = None
+        best: tuple[tuple[bool, float], Counts, dict[str, object]] | None = None
         nearest = math.inf
         curve = Curve(whole)
         aim = curve.units(target.of(whole) / whole)

@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
@@ -110,10 +109,10 @@ class Draft:
         groups = {group.name: group for group in self.analysis.groups}
         turns = self._levels() if order is None else order
         numbers = {name: number for number, name in enumerate(groups)}
-        together: dict[Any, list[Group]] = {}
+        together: dict[object, list[Group]] = {}
         for name in self.scores:
             group = groups[name]
-            key: Any = name
+            key: object = name
             if self.request.uniform:
                 key = signature(self.analysis, group), group.size, fixed.get(name)
             together.setdefault(key, []).append(group)
@@ -146,7 +145,7 @@ class Draft:
 
     def _levels(self) -> dict[str, np.ndarray]:
         """The order of the scope, or of an allocation for the groups it knows."""
-        pools: dict[str, Any] | None = None
+        pools: dict[str, object] | None = None
         groups = {group.name: group for group in self.analysis.groups}
         if self.request.scope == "global":
             pools = dict.fromkeys(self.scores)

@@ -306,8 +306,8 @@ def fit(costs: Costs, samples: Sequence[Sample]) -> Polynomials:
 def _features(node: fx.Node, forms: Forms) -> tuple[Any, Any, Any, Any]:
     """What the time of an op may depend on: 1, MACs, values moved, weights read."""
     macs = macs_of(node, forms.shape)
-    moved: Any = 0
-    weights: Any = 0
+    moved: object = 0
+    weights: object = 0
     for used in dict.fromkeys([*node.all_input_nodes, node]):
         if used in forms.analysis.values:
             size = math.prod(forms.shape(used))

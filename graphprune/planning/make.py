@@ -62,7 +62,7 @@ def emit(
     call: Call,
     settled: Settled,
     chosen: Kept,
-    told: Mapping[str, Any] | None = None,
+    told: Mapping[str, object] | None = None,
     rescaling: Rescaling | None = None,
 ) -> Plan:
     """A plan that the code of the model was seen to follow.
@@ -80,7 +80,7 @@ def emit(
     raise _Stuck(finding.settled)
 
 
-def _counts(draft: Draft, told: dict[str, Any]) -> np.ndarray:
+def _counts(draft: Draft, told: dict[str, object]) -> np.ndarray:
     """How many channels each group keeps; a latency that was measured is told."""
     path, request = draft.path(), draft.request
     if not request.target:

@@ -383,7 +383,7 @@ _HINTS = {  # what other libraries call it, and our command line
 }
 
 
-def _check_names(options: Mapping[str, Any]) -> None:
+def _check_names(options: Mapping[str, object]) -> None:
     for name in options:
         if name in _HINTS:
             raise InputError(f"unknown option {name!r}: {_HINTS[name]}")

@@ -95,7 +95,7 @@ def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSq
         norm = _Following(model).norm(node) if packet_of(node) is aten.mean else norm
         if norm is not None:
             found[node] = norm
-    by_weight: dict[str, list[Any]] = {}
+    by_weight: dict[str, list[object]] = {}
     for norm in found.values():
         by_weight.setdefault(norm.weight, []).append(norm.key(graph))
     uses = _uses(graph)

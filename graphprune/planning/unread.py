@@ -118,7 +118,7 @@ def _mentioned(model: nn.Module) -> set[str]:
     """
     found: set[str] = set()
     seen: set[types.CodeType] = set()
-    waiting: list[tuple[Any, type]] = []
+    waiting: list[tuple[object, type]] = []
     for _, module in named_modules(model):
         if not type(module).__module__.startswith("torch.nn."):
             own = vars(module).get("forward")

@@ -64,7 +64,7 @@ class Batch:
         return Batch(*moved)
 
 
-def told_apart(model: nn.Module, data: Iterable[Any]) -> Iterator[Any]:
+def told_apart(model: nn.Module, data: Iterable[object]) -> Iterator[Any]:
     """Batches of which :meth:`Batch.of` finds out how the model takes them.
 
     Whether a list of tensors is one argument (images of different sizes) or several is told by the
@@ -177,7 +177,7 @@ def _entry(output: object, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
-def _mismatch(logits: object, targets: tuple[Any, ...]) -> str:
+def _mismatch(logits: object, targets: tuple[object, ...]) -> str:
     """Why cross entropy does not apply; empty when it does."""
     if not isinstance(logits, Tensor) or logits.dim() < 2:
         return f"the model returned {describe(logits)}, neither a loss nor logits [batch, classes]"
@@ -199,7 +199,7 @@ def _mismatch(logits: object, targets: tuple[Any, ...]) -> str:
     return ""
 
 
-def takes(function: Callable[..., Any], count: int) -> bool:
+def takes(function: Callable[..., object], count: int) -> bool:
     """Whether a function can be called with so many positional arguments, as far as one sees."""
     try:
         inspect.signature(function).bind(*range(count))

@@ -30,7 +30,7 @@ class Known:
 
     storage: int | None
     place: Place
-    source: Any
+    source: object
 
 
 class Identity:

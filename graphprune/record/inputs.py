@@ -117,7 +117,7 @@ def candidates(model: nn.Module) -> Iterator[Call]:
             return
 
 
-def infer(model: nn.Module, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
+def infer(model: nn.Module, runs: Callable[[Call], object]) -> tuple[Call, Any]:
     """The first usual input on which the model runs, and what ``runs`` returned for it."""
     tried, error = [], None
     for call in candidates(model):
@@ -133,7 +133,7 @@ def infer(model: nn.Module, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
     ) from error
 
 
-def called(example_inputs: object, runs: Callable[[Call], Any]) -> tuple[Call, Any]:
+def called(example_inputs: object, runs: Callable[[Call], object]) -> tuple[Call, Any]:
     """Example inputs as the model takes them, and what ``runs`` returned for them.
 
     A list of tensors holds arguments, or is one (images of different sizes, for a detector).

@@ -27,7 +27,7 @@ class Outputs:
     """
 
     names: tuple[Name, ...] = ()
-    reads: Callable[[Any], Any] | None = None
+    reads: Callable[[object], object] | None = None
 
     @classmethod
     def of(cls, spec: Any) -> Outputs | None:
@@ -95,11 +95,11 @@ def _names(out: object) -> str:
         return "no parts: it is a tensor"
     if isinstance(out, list | tuple) and not hasattr(out, "_fields"):
         return f"the places 0 to {len(out) - 1}"
-    found: Iterable[Any] = getattr(out, "_fields", None) or fields(out)
+    found: Iterable[object] = getattr(out, "_fields", None) or fields(out)
     return ", ".join(map(repr, found)) if isinstance(found, Mapping | tuple) else type(out).__name__
 
 
-def _read(function: Callable[[Any], Any], out: object, leaves: list[Tensor]) -> set[int]:
+def _read(function: Callable[[object], object], out: object, leaves: list[Tensor]) -> set[int]:
     """Which tensors of an output the result of a function is made of, as autograd sees it.
 
     It is run on made-up values on the CPU: a loss may hold targets there.
@@ -118,7 +118,7 @@ def _read(function: Callable[[Any], Any], out: object, leaves: list[Tensor]) -> 
         given = pytree.tree_map_only(Tensor, swap, out)
     else:
         given = copy.copy(out)
-        state: dict[str, Any] = given.__dict__
+        state: dict[str, object] = given.__dict__
         state.update(pytree.tree_map_only(Tensor, swap, vars(out)))
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         try:

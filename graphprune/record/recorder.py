@@ -69,8 +69,8 @@ class Record:
     constants: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[fx.Node] = field(default_factory=list)
     counted: frozenset[int] | None = None  # places of those that count; all
-    output_spec: Any = None
-    output_leaves: list[Any] = field(default_factory=list)  # the class Tensor where one goes
+    output_spec: object = None
+    output_leaves: list[object] = field(default_factory=list)  # the class Tensor where one goes
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     comparisons: list[Comparison] = field(default_factory=list)

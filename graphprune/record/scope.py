@@ -78,7 +78,7 @@ def _change() -> None:
         _put(math, name, _followed(name, getattr(math, name)))
 
 
-def _put(owner: Any, name: str, value: Any) -> None:
+def _put(owner: object, name: str, value: object) -> None:
     before = vars(owner)[name]
     _originals[name] = before
     setattr(owner, name, value)

@@ -79,7 +79,7 @@ Observer = Callable[[Comparison], None]
 MATH = ("sqrt", "isqrt", "exp", "log", "log2", "log10", "pow", "gcd", "floor", "ceil", "trunc")
 _SINGLE = {name: getattr(math, name) for name in MATH if name not in ("log", "pow", "gcd")}
 
-_ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
+_ARITHMETIC: dict[str, Callable[[object, object], object]] = {
     "add": operator.add,
     "sub": operator.sub,
     "mul": operator.mul,
@@ -371,7 +371,7 @@ def expression(value: Any) -> Expression:
     return value.expression if isinstance(value, Size | Scale) else value
 
 
-def told_apart(sizes: Mapping[str, Any], absent: set[str]) -> dict[str, Size | Scale]:
+def told_apart(sizes: Mapping[str, object], absent: set[str]) -> dict[str, Size | Scale]:
     """Sizes given to a function, as objects that can be told from all other numbers.
 
     Args:

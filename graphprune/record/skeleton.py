@@ -77,7 +77,7 @@ def _with_weights(model: nn.Module) -> nn.Module:
 
 def _copied(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
     """A copy of a model with something else in the place of every tensor."""
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
     for _, module in named_modules(model):
         members = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
         for tensor in members:

@@ -241,7 +241,7 @@ def _transposed(model: nn.Module, layer: str) -> bool:
 @contextlib.contextmanager
 def _watching(outer: nn.Module, inner: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
     """What a model (under ``""``) and some of its modules return inside."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: object, output: object) -> None:

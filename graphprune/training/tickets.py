@@ -64,7 +64,7 @@ class Lottery:
 
 def lottery(
     point: RewindPoint,
-    train: Callable[[nn.Module, int], Any],
+    train: Callable[[nn.Module, int], object],
     evaluate: Evaluate,
     *,
     sparsity: float,

@@ -25,7 +25,9 @@ class NotFinite(Exception):
     """A loss, a weight or an evaluation is not finite; the text says which."""
 
 
-def run_training(train: Callable[..., Any], model: nn.Module, *more: object, ranks: Ranks) -> None:
+def run_training(
+    train: Callable[..., object], model: nn.Module, *more: object, ranks: Ranks
+) -> None:
     """Call ``train(model, *more)``, which trains in place; a generator yields its losses.
 
     Args:

@@ -172,7 +172,7 @@ def _taps(weight: Tensor, groups: int, transposed: bool) -> Tensor:
     return split.reshape(-1, *split.shape[2:])
 
 
-def _patterns(x: Tensor, weight: Tensor, how: tuple[Any, ...] | None) -> tuple[Tensor, int]:
+def _patterns(x: Tensor, weight: Tensor, how: tuple[object, ...] | None) -> tuple[Tensor, int]:
     """Which taps fall on the map and not on its padding, at all places: distinct rows of ones.
 
     Returns:
@@ -188,7 +188,7 @@ def _patterns(x: Tensor, weight: Tensor, how: tuple[Any, ...] | None) -> tuple[T
     return patterns, int(which[_centre(maps.shape[2:])])
 
 
-def _alone(maps: Tensor, taps: Tensor, weight: Tensor, how: tuple[Any, ...]) -> Tensor:
+def _alone(maps: Tensor, taps: Tensor, weight: Tensor, how: tuple[object, ...]) -> Tensor:
     """One input channel by itself, with ``taps`` [outputs, 1, places of the kernel]."""
     kernel = taps.reshape(len(taps), 1, *weight.shape[2:])
     kernel = kernel.transpose(0, 1) if how[3] else kernel

@@ -86,7 +86,7 @@ class Pass:
         found: np.ndarray = self.order[self.starts[unit] : self.starts[unit + 1]]
         return found
 
-    def _read(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
+    def _read(self, node: fx.Node, known: Mapping[fx.Node, object]) -> None:
         self.readers.append(
             self._affine(node, known)
             or self._product(node, known)

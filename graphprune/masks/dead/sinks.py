@@ -129,7 +129,7 @@ def _is_bias(user: fx.Node, bias: fx.Node) -> bool:
 
 
 def _new_bias(
-    node: fx.Node, weight: fx.Node, how: tuple[Any, ...] | None, model: nn.Module
+    node: fx.Node, weight: fx.Node, how: tuple[object, ...] | None, model: nn.Module
 ) -> Sink | None:
     """A bias for a layer of torch that has none."""
     name = str(node.meta.get("module", ""))
