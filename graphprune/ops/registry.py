@@ -91,9 +91,7 @@ class Op:
 
 UNKNOWN = Op()
 REGISTRY: dict[str, Op] = {}  # by name, such as "aten.mm"
-WHOLE: dict[
-    object, torch._ops.OpOverload
-] = {}  # the overloads that functions of torch are recorded as
+WHOLE: dict[object, torch._ops.OpOverload] = {}  # what functions of torch are recorded as
 _VIEWS = frozenset(field.name for field in fields(Op))
 _POINTWISE = ("pointwise", "pointwise_")  # stand for all ops that torch tags so; in place
 
