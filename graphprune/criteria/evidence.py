@@ -267,7 +267,7 @@ class _Pass:
             step(batch)
             self.batches += 1
 
-    def _observed(self, call: Callable[[nn.Module, object], object], batch: object) -> Any:
+    def _observed(self, call: Callable[[nn.Module, object], object], batch: object) -> object:
         if not self.listeners:
             return call(self.model, batch)
         with observing(self.model, self._product):

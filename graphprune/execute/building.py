@@ -77,7 +77,7 @@ class Recipe:
         return model
 
 
-def reread(config: Any) -> Any:
+def reread(config: Any) -> object:
     """A config as its own file gives it back, where it can be written; it may refuse."""
     kind = type(config)
     if not all(
@@ -162,7 +162,7 @@ def is_config(value: object, config: object) -> bool:
     return callable(getattr(value, "to_dict", None)) and not isinstance(value, nn.Module | type)
 
 
-def configs_of(model: nn.Module, config: object) -> Iterator[tuple[str, str, Any]]:
+def configs_of(model: nn.Module, config: object) -> Iterator[tuple[str, str, object]]:
     """All configs that the modules of a model hold: module, attribute, config."""
     for name, module in named_modules(model):
         for key, value in vars(module).items():

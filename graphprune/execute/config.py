@@ -157,7 +157,7 @@ class _Search:
         except Exception:  # there is no model of these sizes
             return None
 
-    def wrong(self, changes: Mapping[Field, float]) -> tuple[set[Any], set[Any]]:
+    def wrong(self, changes: Mapping[Field, float]) -> tuple[set[object], set[object]]:
         """What is not as wanted, and as wished; everything when there is no such model."""
         found = self.sizes(changes)
         if found is None:
@@ -188,7 +188,7 @@ class _Search:
 
     def _improve(
         self, changes: dict[Field, float], fields: Mapping[Field, float], moving: set[object]
-    ) -> set[Any]:
+    ) -> set[object]:
         """Change one field after the other as long as less is wrong."""
         wanted, base = self.wanted, self.base
         ratios = {

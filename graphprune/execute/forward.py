@@ -69,7 +69,7 @@ class Rewritten:
         module = copy.deepcopy(self.module, memo)
         return type(self)(module, self.function, self.steps, self.edits)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         names = ("module", "function", "steps", "edits", "digest", "free")
         return {name: getattr(self, name) for name in names}
 
@@ -108,7 +108,7 @@ def _own(edits: Iterable[LiteralChange]) -> Iterable[tuple[Step, ...]]:
     return dict.fromkeys(way for way in ways if way[-1][0] in ("method", "attribute"))
 
 
-def _at(module: nn.Module, steps: tuple[Step, ...]) -> Any:
+def _at(module: nn.Module, steps: tuple[Step, ...]) -> object:
     function = forward_of(module)
     for step in steps:
         function = follow(function, step, module)

@@ -212,7 +212,7 @@ def _resize(module: nn.Module, change: SizeChange) -> None:
         setattr(module, change.name, _put(value, change.path, change.new))
 
 
-def _sources(module: nn.Module, value: Any) -> list[dict[Any, Any]]:
+def _sources(module: nn.Module, value: Any) -> list[dict[object, object]]:
     """The dictionaries of a module whose items an attribute holds."""
     if type(value) not in (tuple, list):
         return []

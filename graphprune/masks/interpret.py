@@ -90,7 +90,7 @@ class Interpreter:
         recorded = torch.device(self.record.device)
         return evaluated(node, known, recorded, torch.device("cpu"), self.applied)
 
-    def applied(self, node: fx.Node, args: object, kwargs: object) -> Any:
+    def applied(self, node: fx.Node, args: object, kwargs: object) -> object:
         """What an op makes of facts, and whether the code saw values that depend on the input."""
         if _reads(node) and not all(fact.constant for fact in found((args, kwargs))):
             self.read = True
@@ -101,7 +101,7 @@ class Interpreter:
             return self.viewed(node, found((args, kwargs)), result)
         return result
 
-    def viewed(self, node: fx.Node, sources: list[Fact], result: object) -> Any:
+    def viewed(self, node: fx.Node, sources: list[Fact], result: object) -> object:
         """A view that became a copy here would not see what is written later."""
         memory = {fact.unknown.untyped_storage().data_ptr() for fact in sources}
         if all(fact.unknown.untyped_storage().data_ptr() in memory for fact in found(result)):
@@ -110,7 +110,7 @@ class Interpreter:
             fact.unknown.fill_(True)
         return result
 
-    def stored(self, node: fx.Node) -> Any:
+    def stored(self, node: fx.Node) -> object:
         """A parameter, a buffer, or a constant of the code."""
         name = str(node.target)
         tensor = self.tensors.get(name)

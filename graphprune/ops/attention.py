@@ -35,7 +35,7 @@ def _reach(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return row * value.sum(-2, keepdim=True)
 
 
-def attention_macs(out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+def attention_macs(out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> object:
     """Both products."""
     return math.prod(query) * key[-2] + math.prod(query[:-1]) * key[-2] * value[-1]
 
@@ -63,7 +63,7 @@ def attention_fact(
 
 def attention_meta(
     query: Tensor, key: Tensor, value: Tensor, mask: Any = None, *args: Any, **kwargs: Any
-) -> Any:
+) -> object:
     """The plain forms."""
     if not query.dim() == key.dim() == value.dim() > 3 or key.shape[:-1] != value.shape[:-1]:
         return NotImplemented

@@ -108,7 +108,7 @@ def batch_norm_fact(norm: Norm) -> list[Fact]:
     return [affine_fact(normed, unknown, weight, bias)]
 
 
-def batch_norm_masked(keep: Tensor, norm: Norm) -> Any:
+def batch_norm_masked(keep: Tensor, norm: Norm) -> object:
     """Statistics of the batch over other dimensions than the channels, some of which left."""
     x, weight, bias = norm.x, norm.weight, norm.bias
     if not norm.of_batch or all(n == 1 for d, n in enumerate(keep.shape) if d != 1):
@@ -122,7 +122,7 @@ def batch_norm_masked(keep: Tensor, norm: Norm) -> Any:
     return out, centre.flatten(), spread.flatten(), x.new_empty(0)
 
 
-def batch_norm_meta(norm: Norm) -> Any:
+def batch_norm_meta(norm: Norm) -> object:
     """The plain form."""
     x = norm.x
     channels = x.shape[1] if x.dim() > 1 else -1

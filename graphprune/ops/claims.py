@@ -116,7 +116,7 @@ def _filled(sample: Sample, seed: int, unknown: list[Tensor], number: int) -> An
     return _each(sample, seed, other)
 
 
-def _each(sample: Sample, seed: int, function: Any) -> Any:
+def _each(sample: Sample, seed: int, function: Any) -> object:
     """A function of every tensor, zero here and there, and of whether it was drawn."""
     generator = torch.Generator().manual_seed(seed)
 

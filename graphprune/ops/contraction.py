@@ -95,7 +95,9 @@ def linear_fact(op: object, x: Fact, weight: Fact, bias: Fact | None = None) -> 
     return of_linear(x, weight, bias).fact()
 
 
-def addmm_meta(bias: Tensor, left: Tensor, right: Tensor, *args: object, **kwargs: object) -> Any:
+def addmm_meta(
+    bias: Tensor, left: Tensor, right: Tensor, *args: object, **kwargs: object
+) -> object:
     """A matrix product with a bias."""
     plain = not args and not kwargs and bias.dim() == 1 and left.dim() == right.dim() == 2
     if not plain or left.shape[1] != right.shape[0] or bias.shape[0] != right.shape[1]:
@@ -105,7 +107,7 @@ def addmm_meta(bias: Tensor, left: Tensor, right: Tensor, *args: object, **kwarg
     return left.new_empty((left.shape[0], right.shape[1]))
 
 
-def linear_meta(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
+def linear_meta(x: Tensor, weight: Tensor, bias: Any = None) -> object:
     """A linear layer."""
     plain = weight.dim() == 2 and x.dim() > 0 and x.shape[-1] == weight.shape[1]
     plain = plain and x.dtype is weight.dtype
@@ -114,7 +116,7 @@ def linear_meta(x: Tensor, weight: Tensor, bias: Any = None) -> Any:
     return x.new_empty((*x.shape[:-1], weight.shape[0])) if plain else NotImplemented
 
 
-def matmul_meta(left: Tensor, right: Tensor) -> Any:
+def matmul_meta(left: Tensor, right: Tensor) -> object:
     """A product of batches of matrices."""
     if left.dim() < 2 or right.dim() < 2 or left.dtype is not right.dtype:
         return NotImplemented

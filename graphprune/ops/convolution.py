@@ -154,7 +154,7 @@ def _grouped(
     return [ids.reshape(-1) for ids in leaving]
 
 
-def deformed_macs(out: Any, x: Any, weight: Any, *_: Any) -> Any:
+def deformed_macs(out: Any, x: Any, weight: Any, *_: Any) -> object:
     """Those of a convolution; places between pixels are not counted."""
     return math.prod(out) * math.prod(weight[1:])
 

@@ -298,6 +298,6 @@ def embedding_bag(walk: Walk, node: fx.Node, weight: Value, *args: object) -> li
 @declare(aten.masked_select, rows="picked", refused=of((2, 5), bits(2, 5)))
 @declare(aten.nonzero, aten.unique_consecutive, rows="ordered", refused=of((2, 5)))
 @declare(aten.argsort, rows="ordered", refused=of((5,), 0))
-def chosen(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Any:
+def chosen(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> object:
     """As many as there are, which only values tell: all that is read stays."""
     return walk.refuse([arg for arg in args if isinstance(arg, Value)])

@@ -68,7 +68,7 @@ def rms_norm_masked(
     return (x * scale if weight is None else x * scale * weight), scale
 
 
-def layer_norm_meta(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+def layer_norm_meta(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> object:
     """The plain form."""
     dims = len(shape)
     if not x.is_contiguous() or list(x.shape[x.dim() - dims :]) != list(shape):
@@ -173,7 +173,7 @@ def group_norm_masked(
 def group_norm_meta(
     x: Tensor, weight: Any, bias: Any, batch: int, channels: int, positions: int, groups: int,
     eps: float,
-) -> Any:  # fmt: skip
+) -> object:  # fmt: skip
     """The plain form."""
     if not x.is_contiguous() or x.shape[1] != channels or channels % groups:
         return NotImplemented

@@ -43,7 +43,7 @@ def mul_fact(op: object, a: Fact, b: object, **kwargs: object) -> Fact:
     return Fact(out.value.masked_fill(zero, 0), out.unknown & ~zero)
 
 
-def where_fact(op: Any, condition: Fact, *sides: Any) -> Any:
+def where_fact(op: Any, condition: Fact, *sides: Any) -> object:
     """The side that is taken must be known, or both must agree."""
     if len(sides) != 2:
         raise Unfollowed("positions where a condition holds")
@@ -101,21 +101,21 @@ def made_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     return Fact.known(out)
 
 
-def unary_meta(x: Tensor, *args: object, **kwargs: object) -> Any:
+def unary_meta(x: Tensor, *args: object, **kwargs: object) -> object:
     """Floating point, of the same shape."""
     if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
     return torch.empty_like(x)
 
 
-def in_place_meta(x: Tensor, *args: object, **kwargs: object) -> Any:
+def in_place_meta(x: Tensor, *args: object, **kwargs: object) -> object:
     """Floating point, of the same shape."""
     if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
         return NotImplemented
     return x
 
 
-def binary_meta(x: object, y: object, *args: object, **kwargs: object) -> Any:
+def binary_meta(x: object, y: object, *args: object, **kwargs: object) -> object:
     """Floating point, of the same shape."""
     if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or args or kwargs:
         return NotImplemented
@@ -127,7 +127,7 @@ def binary_meta(x: object, y: object, *args: object, **kwargs: object) -> Any:
     return torch.empty_like(x) if plain else NotImplemented
 
 
-def binary_in_place_meta(x: Tensor, y: object, *args: object, **kwargs: object) -> Any:
+def binary_in_place_meta(x: Tensor, y: object, *args: object, **kwargs: object) -> object:
     """Floating point, of the same shape."""
     same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype
     return x if same and not kwargs else NotImplemented

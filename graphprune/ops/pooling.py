@@ -20,7 +20,7 @@ aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
-def pooled_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
+def pooled_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> object:
     """Weights are never negative: what an unknown position reaches, a one reaches as well."""
     out = op(x.filled(), *args, **kwargs)
     marks = op(x.unknown.double(), *args, **kwargs)
@@ -99,7 +99,7 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
     sample=of((1, 2, 4, 4, 4), [5, 5, 5]),
 )
 @declare(aten.upsample_trilinear3d, fact=pooled_fact, sample=of((1, 2, 4, 4, 4), [5, 5, 5], False))
-def spatial(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Any:
+def spatial(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> object:
     """The last dimensions are pooled or resampled; batch and channel pass."""
     for other in (*args, *kwargs.values()):
         if isinstance(other, Value):
@@ -154,7 +154,7 @@ def grid_sampler(walk: Walk, node: fx.Node, x: Value, grid: Value, *args: object
 
 @declare("torchvision.roi_align", sample=of((2, 3, 6, 6), _BOXES, 1.0, 2, 2, -1, False))
 @declare("torchvision.roi_pool", sample=of((2, 3, 6, 6), _BOXES, 1.0, 2, 2))
-def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: object) -> Any:
+def roi_pool(walk: Walk, node: fx.Node, x: Value, boxes: Value, *args: object) -> object:
     """Regions of a feature map, resampled: one per box, with the channels of the map."""
     walk.freeze_value(boxes, walk.reason("boxes"))
     kept = walk.settle(x, (0, 2, 3), "pooled or resampled channels")

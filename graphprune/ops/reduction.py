@@ -53,7 +53,7 @@ def summed(walk: Walk, x: Value, dims: set[int]) -> tuple[list[Tensor], list[Ten
     return kept, gone
 
 
-def reduced_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
+def reduced_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> object:
     """Known where all that goes into it is known."""
     bound = arguments(op, (x, *args), kwargs)
     if any(isinstance(value, Fact) for value in (*args, *kwargs.values())):
@@ -66,7 +66,7 @@ def reduced_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Any:
     return [Fact.checked(part, unknown.reshape(part.shape)) for part in out]
 
 
-def along_fact(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> Any:
+def along_fact(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> object:
     """Every position depends on all others along a dimension."""
     out = op(x.filled(), dim, *args, **kwargs)
     several = isinstance(out, tuple)
@@ -114,7 +114,7 @@ def moments(keep: Tensor, x: Tensor, dims: list[int], correction: float) -> tupl
     return square / (count - correction), mean
 
 
-def variance_masked(finish: Callable[[Tensor], Tensor], both: bool) -> Callable[..., Any]:
+def variance_masked(finish: Callable[[Tensor], Tensor], both: bool) -> Callable[..., object]:
     """The variance of what stays, or its root; with the mean."""
 
     def rule(
@@ -156,7 +156,7 @@ def logsumexp_masked(keep: Tensor, x: Tensor, dim: Any, keepdim: bool = False) -
     return torch.logsumexp(_without(keep, x, sorted(dims_of(dim, x.dim()))), dim, keepdim)
 
 
-def largest_masked(op: Any, value: float) -> Callable[..., Any]:
+def largest_masked(op: Any, value: float) -> Callable[..., object]:
     """The largest or smallest of what stays."""
 
     def rule(keep: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ def largest_masked(op: Any, value: float) -> Callable[..., Any]:
     return rule
 
 
-def mean_meta(x: Tensor, dim: object = None, keepdim: bool = False, **kwargs: object) -> Any:
+def mean_meta(x: Tensor, dim: object = None, keepdim: bool = False, **kwargs: object) -> object:
     """The plain form."""
     if not dim or kwargs or x.dtype not in FLOATING or not isinstance(dim, list | tuple):
         return NotImplemented
@@ -374,7 +374,7 @@ def amax(
 @declare(
     aten.min, fact=reduced_fact, masked=largest_masked(aten.min, torch.inf), sample=of((2, 5), 1)
 )
-def max_(walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object) -> Any:
+def max_(walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object) -> object:
     """The largest or smallest of the kept channels; where it is has no meaning after pruning."""
     dims = dims_of(dim, x.ndim)
     if "items" not in node.meta:
@@ -404,7 +404,7 @@ def running(walk: Walk, node: fx.Node, x: Value, dim: int) -> Any:
 )
 @declare(aten.kthvalue, fact=reduced_fact, sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
 @declare(aten.aminmax, fact=reduced_fact, sample=of((2, 5), dim=1), refused=of((5,), dim=0))
-def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Any:
+def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> object:
     """One of the values along a dimension is picked, by its rank among the others."""
     dims = dims_of(arguments(node.target, (x, *args), kwargs).get("dim"), x.ndim)
     kept = walk.settle(x, dims, "rank among channels")
@@ -416,7 +416,7 @@ def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object)
 @declare(aten.cumsum, aten.cumprod, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
 @declare(aten.sort, rows="ordered", sample=of((2, 5), 1), refused=of((5,), 0))
 @declare(aten.topk, rows="ordered", sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
-def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> Any:
+def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> object:
     """Ops along one dimension whose result depends on all of its positions."""
     op: Any = node.target
     position = 1 if op.overloadpacket is aten.topk else 0

@@ -62,7 +62,7 @@ class Sample:
         )
         return measured[0], measured[1]
 
-    def _drawn(self, part: object, generator: torch.Generator) -> Any:
+    def _drawn(self, part: object, generator: torch.Generator) -> object:
         if isinstance(part, Random):
             part = part.draw(generator, part.shape)
             return part.to(self.dtype) if part.dtype is torch.float64 else part
@@ -85,7 +85,7 @@ def of(*args: object, **kwargs: object) -> Sample:
     return Sample(tuple(map(_random, args)), {key: _random(arg) for key, arg in kwargs.items()})
 
 
-def _random(arg: object) -> Any:
+def _random(arg: object) -> object:
     if isinstance(arg, list):
         return [_random(part) for part in arg]
     return Random(arg) if isinstance(arg, tuple) else arg

@@ -18,7 +18,7 @@ from graphprune.ops.walk import Walk
 aten = torch.ops.aten
 
 
-def solve_macs(out: Any, matrix: Any, right: Any, **_: Any) -> Any:
+def solve_macs(out: Any, matrix: Any, right: Any, **_: Any) -> object:
     """As many as a product with the whole matrix, of which half is zero."""
     return math.prod(out) * matrix[-1]
 

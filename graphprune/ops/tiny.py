@@ -20,7 +20,7 @@ from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
 
-def overload_of(name: str, sample: Sample) -> Any:
+def overload_of(name: str, sample: Sample) -> object:
     """The overload that takes the arguments of a sample.
 
     Raises:
@@ -200,7 +200,7 @@ class Cut:
             raise ValueError("what stays is no rectangle")
         return tensor
 
-    def sliced(self) -> tuple[Any, Any]:
+    def sliced(self) -> tuple[object, object]:
         """The arguments without what left; sizes that torch takes from them follow."""
         kept = iter([self.taken(node, tensor) for node, tensor in self.tiny.tensors.items()])
         return self.tiny.sample.filled(lambda part: next(kept))
@@ -223,7 +223,7 @@ class Cut:
         out = list(out) if isinstance(out, list | tuple) else [out]
         return [self._result(node, part) for node, part in zip(tiny.outputs, out)]
 
-    def _result(self, node: fx.Node | None, whole: object) -> Any:
+    def _result(self, node: fx.Node | None, whole: object) -> object:
         if node is None or not isinstance(whole, Tensor):
             return None
         known = self.tiny.walk.values[node]

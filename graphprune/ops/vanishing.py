@@ -11,7 +11,7 @@ from torch import fx
 aten = torch.ops.aten
 
 
-def _packets(*names: str) -> frozenset[Any]:
+def _packets(*names: str) -> frozenset[object]:
     return frozenset(getattr(aten, name) for name in names)
 
 

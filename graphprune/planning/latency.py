@@ -58,7 +58,9 @@ class _Ops(TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.watch = watch
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
         if self.watch.inside:
             return func(*args, **(kwargs or {}))
         return self.watch.timed(str(func.overloadpacket), func, args, kwargs or {})
@@ -91,7 +93,7 @@ class Stopwatch:
         self.entries: list[tuple[str, Any]] = []
         self.inside = False
 
-    def timed(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def timed(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> object:
         """Run a function and note how long it took."""
         if self.cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

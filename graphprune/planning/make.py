@@ -183,7 +183,7 @@ def _broken(analysis: Analysis, alive: np.ndarray) -> bool:
     return any(not alive[layer.numpy()].all() for layer in layers)
 
 
-def _counted(analysis: Analysis) -> dict[str, Any]:
+def _counted(analysis: Analysis) -> dict[str, object]:
     """Which outputs count, as places among the tensors of the output, by mode."""
     modes = {
         "train" if record.training else "eval": sorted(record.counted)

@@ -78,7 +78,7 @@ class Told(Enum):
     NEVER = auto()
 
 
-def option(doc: str, short: str = "", told: Told = Told.CHANGED) -> dict[str, Any]:
+def option(doc: str, short: str = "", told: Told = Told.CHANGED) -> dict[str, object]:
     """What is said of an option.
 
     Args:

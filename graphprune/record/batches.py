@@ -82,7 +82,7 @@ def told_apart(model: nn.Module, data: Iterable[object]) -> Iterator[Any]:
         yield other if whole and other is not None else batch
 
 
-def _as_one(batch: object) -> Any:
+def _as_one(batch: object) -> object:
     """The same batch with a list of tensors as one argument; ``None`` if there is none."""
     if not isinstance(batch, tuple | list) or not batch:
         return None
@@ -243,7 +243,7 @@ def check_loss(loss: object) -> None:
         )
 
 
-def check_data(data: Any, *, passes: int = 1) -> Iterable[Any]:
+def check_data(data: Any, *, passes: int = 1) -> Iterable[object]:
     """Data as an iterable of batches.
 
     Args:

@@ -140,7 +140,7 @@ def _copies_itself(kind: type) -> bool:
     return False
 
 
-def _copy(value: Any, memo: Memo) -> Any:
+def _copy(value: Any, memo: Memo) -> object:
     kind = type(value)
     if kind in _ATOMS:
         return value

@@ -22,7 +22,7 @@ def evaluated(
     recorded: torch.device,
     device: torch.device,
     apply: Callable[[fx.Node, Any, Any], Any] | None = None,
-) -> Any:
+) -> object:
     """The value of one recorded op, given those that it reads.
 
     Args:

@@ -25,19 +25,19 @@ def _shape(layer: Any) -> tuple[int, ...]:
     return tuple(getattr(layer, name).shape)
 
 
-def _convolution(layer: Any) -> dict[str, Any]:
+def _convolution(layer: Any) -> dict[str, object]:
     near, far = _shape(layer)[0], _shape(layer)[1] * layer.groups
     out, into = (far, near) if layer.transposed else (near, far)
     return {"in_channels": into, "out_channels": out}
 
 
-def _norm(layer: Any) -> dict[str, Any]:
+def _norm(layer: Any) -> dict[str, object]:
     vector = layer.weight if layer.weight is not None else layer.running_mean
     return {} if vector is None else {"num_features": vector.shape[0]}
 
 
 def _affine(name: str) -> Refresh:
-    def refresh(layer: Any) -> dict[str, Any]:
+    def refresh(layer: Any) -> dict[str, object]:
         if layer.weight is None:
             return {}
         shape = layer.weight.shape
@@ -46,14 +46,14 @@ def _affine(name: str) -> Refresh:
     return refresh
 
 
-def _attention(layer: Any) -> dict[str, Any]:
+def _attention(layer: Any) -> dict[str, object]:
     packed = layer.in_proj_weight
     weights = (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
     inputs = [w.shape[1] for w in ((packed,) * 3 if packed is not None else weights)]
     return dict(zip(("embed_dim", "kdim", "vdim"), inputs))
 
 
-def _encoder(stack: Any) -> dict[str, Any]:
+def _encoder(stack: Any) -> dict[str, object]:
     attentions = [getattr(layer, "self_attn", None) for layer in stack.layers]
     changed = any(isinstance(attention, MultiheadAttention) for attention in attentions)
     return {"use_nested_tensor": False} if changed else {}  # as torch sets it for such layers
@@ -138,7 +138,7 @@ class _Marked:
     def __init__(self, name: str, module: nn.Module, nodes: Mapping[str, fx.Node]) -> None:
         self.name, self.module, self.nodes = name, module, nodes
 
-    def __getattr__(self, key: str) -> Any:
+    def __getattr__(self, key: str) -> object:
         value = getattr(self.module, key)
         node = self.nodes.get(f"{self.name}.{key}" if self.name else key)
         if node is not None:

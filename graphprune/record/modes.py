@@ -87,7 +87,7 @@ def _sections(
     return (input, plain(count), plain(dim)) if isinstance(count, int) else None
 
 
-def _without_flags(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def _without_flags(args: Any, kwargs: Any) -> tuple[object, object]:
     """Arguments in which flags are plain."""
     if EvalFlag in map(type, args) or EvalFlag in map(type, kwargs.values()):
         args = tuple(False if type(value) is EvalFlag else value for value in args)
@@ -179,7 +179,7 @@ class Functions(TorchFunctionMode):
         places = {id(size): (name,) for name, size in self.recorder.sizes.items()}
         return [n._replace(path=places[id(n.value)]) for n in found if id(n.value) in places]
 
-    def _size(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _size(self, func: Any, args: Any, kwargs: Any) -> object:
         """A shape, a size or a number of elements that knows where it comes from."""
         shape = self.recorder.extents(args[0])
         if func not in _SHAPES:
@@ -226,7 +226,9 @@ class Dispatch(TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.recorder = recorder
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
         recorder, kwargs = self.recorder, kwargs or {}
         if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
             args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
@@ -301,7 +303,7 @@ def _meta(tree: object) -> bool:
     return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
-def _with_tensors(index: object) -> Any:
+def _with_tensors(index: object) -> object:
     """Lists of positions in an index as tensors, whose values are remembered."""
     if isinstance(index, list) and index and all(type(i) is int for i in index):
         with _plain():

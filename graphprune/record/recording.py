@@ -160,7 +160,7 @@ class _Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(
         self, func: object, types: object, args: object = (), kwargs: object = None
-    ) -> Any:
+    ) -> object:
         if self.ran is not None:
             leaves = pytree.tree_leaves((args, kwargs))
             given = [tuple(i.shape) if isinstance(i, Tensor) else i for i in leaves]
@@ -169,7 +169,7 @@ class _Shapes(TorchDispatchMode):
 
 
 @torch.inference_mode(False)
-def dry(clone: nn.Module, call: Call, ran: list[str] | None = None) -> list[Any]:
+def dry(clone: nn.Module, call: Call, ran: list[str] | None = None) -> list[object]:
     """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own.
 
     Args:

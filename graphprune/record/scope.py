@@ -114,7 +114,7 @@ def _reduce(self: Tensor, protocol: Any) -> Any:
     return _originals["__reduce_ex__"](self, protocol) if found is None else found
 
 
-def _followed(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+def _followed(name: str, original: Callable[..., Any]) -> Callable[..., object]:
     """A function of ``math`` that remembers the sizes its result was computed from."""
 
     @functools.wraps(original)

@@ -94,7 +94,7 @@ _BITS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _of_one(function: Callable[[Any], Any]) -> Callable[[Any, Any], Any]:
+def _of_one(function: Callable[[Any], Any]) -> Callable[[object, object], object]:
     return lambda number, _: function(number)
 
 
@@ -272,7 +272,7 @@ def _hash(number: Size | Scale) -> int:
     return hash(plain(number))
 
 
-def _binary(name: str, reflected: bool) -> Callable[[Size, Any], Any]:
+def _binary(name: str, reflected: bool) -> Callable[[Size, object], object]:
     op = _OPS[name]
     dunder = f"__r{name}__" if reflected else f"__{name}__"
 
@@ -296,7 +296,7 @@ def _computed(value: int | float, formula: Expression, source: Size | Scale) -> 
     return made
 
 
-def _unary(name: str, kind: type) -> Callable[..., Any]:
+def _unary(name: str, kind: type) -> Callable[..., object]:
     def method(self: Any, *digits: Any) -> Any:
         value = getattr(kind, f"__{name}__")(self, *digits)
         return _computed(value, Operation(name, self.expression, (digits or (0,))[0] or 0), self)
@@ -317,7 +317,7 @@ for _name in ("round", "abs"):
     setattr(Size, f"__{_name}__", _unary(_name, int))
 
 
-def _divmod(reflected: bool) -> Callable[..., Any]:
+def _divmod(reflected: bool) -> Callable[..., object]:
     def method(self: Any, other: Any) -> Any:
         left, right = (other, self) if reflected else (self, other)
         return left // right, left % right
@@ -325,7 +325,7 @@ def _divmod(reflected: bool) -> Callable[..., Any]:
     return method
 
 
-def _leaking(kind: type, name: str) -> Callable[..., Any]:
+def _leaking(kind: type, name: str) -> Callable[..., object]:
     """An operation whose result does not know its expression."""
     original = getattr(kind, name)
 
@@ -343,7 +343,7 @@ for _kind, _base in ((Size, int), (Scale, float)):
         setattr(_kind, f"__{_name}__", _leaking(_base, f"__{_name}__"))
 
 
-def _compared(name: str) -> Callable[[Size, Any], Any]:
+def _compared(name: str) -> Callable[[Size, object], object]:
     def method(self: Size | Scale, other: object) -> Any:
         kept = name in ("eq", "ne") and not is_live(self)  # by a cache of the user
         if kept and not sys._getframe(1).f_code.co_filename.startswith(PACKAGE):

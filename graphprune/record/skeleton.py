@@ -30,7 +30,7 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
     return clone
 
 
-def _marked(value: Any, place: Attribute) -> Any:
+def _marked(value: Any, place: Attribute) -> object:
     """An attribute with sizes in the place of its ints; dictionaries and lists stay themselves."""
     if type(value) is int:
         return Size(value, replace(place, value=value))

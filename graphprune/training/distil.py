@@ -239,7 +239,9 @@ def _transposed(model: nn.Module, layer: str) -> bool:
 
 
 @contextlib.contextmanager
-def _watching(outer: nn.Module, inner: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _watching(
+    outer: nn.Module, inner: nn.Module, names: Iterable[str]
+) -> Iterator[dict[str, object]]:
     """What a model (under ``""``) and some of its modules return inside."""
     found: dict[str, object] = {}
 

@@ -153,7 +153,7 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
         yield from group["params"]
 
 
-def unwrapped(optimizer: object) -> Any:
+def unwrapped(optimizer: object) -> object:
     """The optimizer inside the wrappers of Accelerate and Lightning."""
     while hasattr(optimizer, "optimizer") and isinstance(optimizer.optimizer, Optimizer):
         optimizer = optimizer.optimizer

@@ -263,7 +263,7 @@ class Pruner:
                 warnings.simplefilter("ignore", PruningWarning)
             return graph.plan(sparsity, **asked)
 
-    def _limits(self, sparsity: float) -> dict[str, Any]:
+    def _limits(self, sparsity: float) -> dict[str, object]:
         """Ratios and limits of single layers as they are at a sparsity of the schedule."""
         final = self.schedule.final if isinstance(self.schedule, Schedule) else 0.0
         part = sparsity / final if final else 1.0
@@ -328,7 +328,7 @@ class Pruner:
         plain = {n: v for n, v in self.options.items() if n not in ("criterion", "data", "loss")}
         return self._plan(self.graph, 0.5, spared, quiet=True, options=plain)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What a resumed run needs besides the model and the optimizer; ``torch.save`` takes it."""
         return {
             "steps": self.steps,

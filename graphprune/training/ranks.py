@@ -93,7 +93,7 @@ class Ranks:
         """The same criterion, with its scores averaged over the ranks."""
         return criterion if self.size == 1 else Averaged(criterion, self)
 
-    def _gather(self, value: tuple[str, Any]) -> list[tuple[str, Any]]:
+    def _gather(self, value: tuple[str, Any]) -> list[tuple[str, object]]:
         found: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(found, value, group=self.group)

@@ -187,7 +187,7 @@ class RewindPoint:
         return point
 
 
-def _options(group: Mapping[str, object]) -> dict[str, Any]:
+def _options(group: Mapping[str, object]) -> dict[str, object]:
     """The options of a parameter group, without its parameters."""
     return {name: copy.deepcopy(value) for name, value in group.items() if name != "params"}
 

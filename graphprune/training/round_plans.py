@@ -99,7 +99,7 @@ class RoundPlans:
         """How many channels a group had in the original."""
         return max(self.sizes.get(group.layers, 0), group.size)
 
-    def _limits(self, graph: ChannelGraph) -> dict[str, Any]:
+    def _limits(self, graph: ChannelGraph) -> dict[str, object]:
         """Fractions of the original's channels as fractions of those there are now."""
         limits: dict[str, Any] = {}
         for name in ("min_kept", "max_kept"):

@@ -120,7 +120,7 @@ class SparsePruner:
             if prune_hook(module) is not None
         }
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """What a resumed run needs besides the model and the optimizer."""
         found = {"steps": self.steps, "sparsity": self.sparsity, "finished": self.finished}
         return {**found, "masks": {name: mask.clone() for name, mask in self.masks.items()}}

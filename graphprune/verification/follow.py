@@ -308,7 +308,7 @@ class Follower:
             if not any(np.isin(gone, layer.numpy()).all() for layer in layers):
                 raise Undecided(f"removed channels cannot be followed at these sizes: {reason}")
 
-    def _plain(self, tree: Any) -> Any:
+    def _plain(self, tree: Any) -> object:
         if isinstance(tree, Tensor):
             return self.node_of(tree)
         if isinstance(tree, tuple | list):
@@ -344,7 +344,7 @@ class Follower:
         return found
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
+def _state(tensor: Tensor) -> tuple[object, ...]:
     """What changes when a tensor becomes another one without an op."""
     try:
         place = tensor.data_ptr() or tensor.untyped_storage()._cdata

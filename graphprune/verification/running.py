@@ -101,7 +101,9 @@ class Dispatch(TorchDispatchMode):
         self.watched = False  # whether random numbers are remembered
         self.drawn: list[tuple[Any, Tensor]] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
         kwargs = kwargs or {}
         if self.nodes is None and self.known:
             out = func(*args, **kwargs)
@@ -166,7 +168,7 @@ class Functions(TorchFunctionMode):
         finally:
             self.dispatch.known = before
 
-    def _called(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _called(self, func: Any, args: Any, kwargs: Any) -> object:
         if func in _LOOKS or _functorch.peek_interpreter_stack() is not None:
             return self._run(func, args, kwargs)
         name = getattr(func, "__name__", "")
@@ -196,7 +198,7 @@ class Functions(TorchFunctionMode):
         """Whether a function sums over channels that are removed."""
         return any(masked(self.follower, node) for node in answer.readers)
 
-    def _reshaped(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _reshaped(self, func: Any, args: Any, kwargs: Any) -> object:
         """A function whose answer the shape of its result tells."""
         node = self.follower.node_of(args[0])
         with self._unwatched((), args, kwargs):
@@ -209,13 +211,13 @@ class Functions(TorchFunctionMode):
 
     def _unwatched(
         self, nodes: Sequence[fx.Node], args: Any, kwargs: Any
-    ) -> contextlib.AbstractContextManager[Any]:
+    ) -> contextlib.AbstractContextManager[object]:
         """Known ops need not be seen, but for random numbers, and tensors of other classes."""
         plain = all(type(tensor) in _PLAIN for tensor in tensors_in((args, kwargs)))
         draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
         return contextlib.nullcontext() if draws or not plain else _outside()
 
-    def _again(self, answer: Answer, call: Call, func: Any, args: Any, kwargs: Any) -> Any:
+    def _again(self, answer: Answer, call: Call, func: Any, args: Any, kwargs: Any) -> object:
         """Run a function of which is known what it does to ids."""
         tensors = [*tensors_in((args, kwargs))]
         with self._unwatched(answer.nodes, args, kwargs):
@@ -244,7 +246,7 @@ class Functions(TorchFunctionMode):
                     self.follower.make(tensor, values[node])
         return same
 
-    def _followed(self, call: Call | None, func: Any, args: Any, kwargs: Any) -> Any:
+    def _followed(self, call: Call | None, func: Any, args: Any, kwargs: Any) -> object:
         """Take a function apart, follow its ops, and remember what they did."""
         ties = self.follower.walk.ties
         self.seen, size = None, ties.size
@@ -362,7 +364,7 @@ class Functions(TorchFunctionMode):
         finally:
             self.dispatch.nodes = None
 
-    def _on_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _on_values(self, func: Any, args: Any, kwargs: Any) -> object:
         """Run a function on values, and take it apart at once."""
         nodes: list[fx.Node] = []
         self.dispatch.nodes, start = nodes, len(self.dispatch.drawn)

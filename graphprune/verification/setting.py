@@ -94,7 +94,9 @@ class Redrawn(TorchDispatchMode):
         self.draws = list(draws)
         self.lost = ""  # a draw that is none of the original's
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
         kwargs = kwargs or {}
         if not random_op(func):
             return func(*args, **kwargs)

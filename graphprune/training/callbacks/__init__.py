@@ -13,7 +13,7 @@ _HOMES = {"LightningPruning": "lightning", "TrainerPruning": "huggingface"}
 __all__ = ["LightningPruning", "TrainerPruning"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -108,7 +108,7 @@ class LightningPruning(Callback):
         if self.finish and self.pruner is not None:
             self.pruner.finish()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """For the checkpoint."""
         return {} if self.pruner is None else {"pruner": self.pruner.state_dict()}
 
