@@ -164,7 +164,7 @@ class CheckReport:
 
 def check(
     model: nn.Module,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     plans: int = 50,
     seed: int = 0,
     *,

@@ -102,7 +102,7 @@ class Calls:
         self.used = 0
 
     def call(
-        self, func: Any, args: Any, kwargs: Any, node_of: Callable[[Tensor], fx.Node]
+        self, func: object, args: object, kwargs: object, node_of: Callable[[Tensor], fx.Node]
     ) -> Call | None:
         """A call in a form that can be compared; ``None`` where that is not possible."""
         tensors: list[Tensor] = []
@@ -232,7 +232,7 @@ class Calls:
         return self._of(call.parts, call.inputs)
 
 
-def takes_any_size(func: Any, nodes: Sequence[fx.Node]) -> bool:
+def takes_any_size(func: object, nodes: Sequence[fx.Node]) -> bool:
     """Whether what ops do to ids does not depend on the sizes of dimensions without ids."""
     if func is _RESHAPE:  # its blocks are compared
         return True
@@ -275,7 +275,7 @@ def _flatten(tree: Any, parts: list[Any], tensors: list[Tensor]) -> None:
         raise _Unlike
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: object) -> Iterator[Tensor]:
     """The tensors of arguments or of a result, in order."""
     if isinstance(tree, Tensor):
         yield tree

@@ -208,7 +208,7 @@ class Follower:
         self.count += 1
         return fx.Node(self.graph, f"node_{self.count}", op, target, args, kwargs or {})
 
-    def put(self, tensor: Tensor, source: Any) -> None:
+    def put(self, tensor: Tensor, source: object) -> None:
         """Remember which node, or which tensor of the model, a tensor is."""
         known = (_state(tensor), source, tensor)
         self._objects[id(tensor)] = known
@@ -273,7 +273,7 @@ class Follower:
         node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=stride)
 
     @aside()
-    def op(self, target: Any, args: Any, kwargs: Any, out: Any) -> fx.Node:
+    def op(self, target: object, args: object, kwargs: object, out: object) -> fx.Node:
         """An op that has run: its node, to which the rule of the op was applied."""
         node = self._node("call_function", target, self._plain(args), self._plain(kwargs))
         node.meta.update(numbers=[], transformed=_functorch.peek_interpreter_stack() is not None)
@@ -308,7 +308,7 @@ class Follower:
             if not any(np.isin(gone, layer.numpy()).all() for layer in layers):
                 raise Undecided(f"removed channels cannot be followed at these sizes: {reason}")
 
-    def _plain(self, tree: Any) -> object:
+    def _plain(self, tree: object) -> object:
         if isinstance(tree, Tensor):
             return self.node_of(tree)
         if isinstance(tree, tuple | list):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -183,7 +183,7 @@ def first_difference(models: Models, trial: Trial) -> str | None:
 
 
 def _keep(name: str, seen: list[tuple[str, Tensor]]) -> Callable[..., None]:
-    def keep(module: nn.Module, args: Any, out: Any) -> None:
+    def keep(module: nn.Module, args: object, out: object) -> None:
         if isinstance(out, Tensor):
             seen.append((name, out))
 

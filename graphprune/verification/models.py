@@ -170,7 +170,7 @@ class Models:
                         buffer.copy_(value)
         return Result(outputs, grads, buffers)
 
-    def _counted(self, out: Any, training: bool) -> list[Tensor]:
+    def _counted(self, out: object, training: bool) -> list[Tensor]:
         """The tensors of an output that must be equal."""
         found = tensors_of(out)
         return [found[place] for place in self.plan.counted(len(found), training)]
@@ -213,7 +213,7 @@ class Models:
             return f"{type(error).__name__}: {error}"
         return ""
 
-    def shrunk(self, trial: Trial, *modes: Any) -> tuple[Result | None, str]:
+    def shrunk(self, trial: Trial, *modes: object) -> tuple[Result | None, str]:
         """Run the small model; ``None`` and the error where it does not run."""
         try:
             return self.run(self.small, trial, *modes), ""
@@ -281,7 +281,7 @@ def _peak(tensors: Any) -> float:
     return max((float(t.abs().max()) for t in found), default=0.0)
 
 
-def tensors_of(out: Any) -> list[Tensor]:
+def tensors_of(out: object) -> list[Tensor]:
     """The tensors of an output, whatever holds them."""
     return [leaf for leaf in pytree.tree_leaves(fields(out)) if isinstance(leaf, Tensor)]
 

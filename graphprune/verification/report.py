@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -69,7 +68,7 @@ class Report:
 def verify(
     model: nn.Module,
     small_or_plan: nn.Module | Plan,
-    example_inputs: Any = None,
+    example_inputs: object = None,
     *,
     dtype: torch.dtype = torch.float64,
     tolerance: float | None = None,
@@ -159,7 +158,7 @@ def verify(
     return _warned(replace(report, notes=(f"{note} ({first_line(refused)})", *report.notes)))
 
 
-def _call(model: nn.Module, example_inputs: Any) -> Call:
+def _call(model: nn.Module, example_inputs: object) -> Call:
     if example_inputs is None:
         return infer(model, lambda call: record(model, call, False, devices=("meta",)))[0]
     if isinstance(example_inputs, list):  # of arguments, or the one argument

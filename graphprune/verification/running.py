@@ -120,12 +120,12 @@ class Dispatch(TorchDispatchMode):
             raise Undecided(f"{func} sums over removed channels in code that torch compiled")
         return out
 
-    def _watch(self, func: Any, args: Any, out: Any) -> None:
+    def _watch(self, func: object, args: object, out: object) -> None:
         if self.watched and random_op(func):
             self.drawn.append((func, numbers_of(func, args, out).detach().clone()))
 
 
-def random_op(func: Any) -> bool:
+def random_op(func: object) -> bool:
     """Whether an op draws random numbers."""
     return torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
 
@@ -141,7 +141,7 @@ def numbers_of(func: Any, args: Any, out: Any) -> Tensor:
 NOISY = {aten.rrelu_with_noise.default, aten.rrelu_with_noise_.default}
 
 
-def _on_meta(tree: Any) -> bool:
+def _on_meta(tree: object) -> bool:
     return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
@@ -161,7 +161,9 @@ class Functions(TorchFunctionMode):
         self.draws: list[Draw] = []
         self.seen: tuple[Sequence[fx.Node], Any] | None = None  # of the last function
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: object, types: object, args: object = (), kwargs: object = None
+    ) -> Any:
         before, self.dispatch.known = self.dispatch.known, True
         try:
             return self._called(func, args, kwargs or {})
@@ -210,14 +212,16 @@ class Functions(TorchFunctionMode):
         return self._followed(call, func, args, kwargs)
 
     def _unwatched(
-        self, nodes: Sequence[fx.Node], args: Any, kwargs: Any
+        self, nodes: Sequence[fx.Node], args: object, kwargs: object
     ) -> contextlib.AbstractContextManager[object]:
         """Known ops need not be seen, but for random numbers, and tensors of other classes."""
         plain = all(type(tensor) in _PLAIN for tensor in tensors_in((args, kwargs)))
         draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
         return contextlib.nullcontext() if draws or not plain else _outside()
 
-    def _again(self, answer: Answer, call: Call, func: Any, args: Any, kwargs: Any) -> object:
+    def _again(
+        self, answer: Answer, call: Call, func: object, args: object, kwargs: object
+    ) -> object:
         """Run a function of which is known what it does to ids."""
         tensors = [*tensors_in((args, kwargs))]
         with self._unwatched(answer.nodes, args, kwargs):
@@ -246,7 +250,7 @@ class Functions(TorchFunctionMode):
                     self.follower.make(tensor, values[node])
         return same
 
-    def _followed(self, call: Call | None, func: Any, args: Any, kwargs: Any) -> object:
+    def _followed(self, call: Call | None, func: object, args: object, kwargs: object) -> object:
         """Take a function apart, follow its ops, and remember what they did."""
         ties = self.follower.walk.ties
         self.seen, size = None, ties.size
@@ -256,7 +260,9 @@ class Functions(TorchFunctionMode):
         return out
 
     @aside()
-    def _remember_call(self, call: Call, nodes: Sequence[fx.Node], told: Any, fresh: bool) -> None:
+    def _remember_call(
+        self, call: Call, nodes: Sequence[fx.Node], told: object, fresh: bool
+    ) -> None:
         made = {*call.inputs, *nodes}
         made |= {item for node in nodes for item in node.meta.get("items", {}).values()}
         if any(source not in made for node in nodes for source in node.all_input_nodes):
@@ -338,7 +344,7 @@ class Functions(TorchFunctionMode):
         return out
 
     @aside()
-    def _twins(self, tree: Any) -> Any:
+    def _twins(self, tree: object) -> Any:
         """Arguments with a tensor on ``meta`` for each tensor; ``None`` when there is none."""
         twins: dict[int, Tensor] = {}
 
@@ -384,7 +390,7 @@ class Functions(TorchFunctionMode):
             raise Undecided(f"{_name(func)} cannot run twice, as it changes a tensor or draws")
         return self._masked(nodes, out, args, kwargs)
 
-    def _masked(self, nodes: Sequence[fx.Node], told: Any, args: Any, kwargs: Any) -> Any:
+    def _masked(self, nodes: Sequence[fx.Node], told: object, args: object, kwargs: object) -> Any:
         """The ops of a function one by one, on real tensors."""
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         values = {self.follower.node_of(tensor): tensor for tensor in tensors}
@@ -399,7 +405,7 @@ class Functions(TorchFunctionMode):
         self,
         nodes: Sequence[fx.Node],
         values: dict[fx.Node, Any],
-        tree: Any,
+        tree: object,
         tensors: Sequence[Tensor],
     ) -> Any:
         """Run ops; returns the tree with their values in the place of nodes."""
@@ -439,7 +445,7 @@ class Functions(TorchFunctionMode):
         return run_op(node, args, kwargs)
 
     @aside()
-    def _match(self, told: Any, real: Any) -> None:
+    def _match(self, told: object, real: object) -> None:
         """What a function returned is what it was said to return."""
         left, right = (
             [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -453,5 +459,5 @@ class Functions(TorchFunctionMode):
                 self.follower.put(leaf, node)
 
 
-def _name(func: Any) -> str:
+def _name(func: object) -> str:
     return getattr(func, "__name__", str(func))

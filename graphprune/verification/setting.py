@@ -114,7 +114,7 @@ class Redrawn(TorchDispatchMode):
             out[0].copy_(given * mine / share if share else out[0])
         return out
 
-    def _next(self, func: Any, mine: Tensor) -> Tensor | None:
+    def _next(self, func: object, mine: Tensor) -> Tensor | None:
         if not self.draws:
             self.lost = self.lost or str(func)
             return None

@@ -6,7 +6,6 @@ Their packages are imported when a callback is first asked for; neither is neede
 from __future__ import annotations
 
 import importlib
-from typing import Any
 
 _HOMES = {"LightningPruning": "lightning", "TrainerPruning": "huggingface"}
 
