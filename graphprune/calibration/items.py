@@ -149,7 +149,7 @@ def disturbed(batch: Batch, name: str, mask: Tensor) -> Batch:
     """The batch with other values in padded positions: those of positions that count."""
     first = mask.to(torch.int64).argmax(1)
 
-    def change(key: str, value: Any) -> Any:
+    def change(key: str, value: object) -> Any:
         if key == name or not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
             return value
         filling = value[torch.arange(len(value)), first][:, None]

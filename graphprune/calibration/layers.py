@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.batch_norm import Norm
+from graphprune.ops.calls import Args
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Shape
 from graphprune.ops.registry import op_of
@@ -145,7 +146,7 @@ class _Finder:
             )
         ]
 
-    def _own(self, node: Any) -> bool:
+    def _own(self, node: fx.Node) -> bool:
         """A parameter that nothing else reads."""
         named = isinstance(node, fx.Node) and node.op == "get_attr"
         return named and str(node.target) in self.names and len(node.users) == 1
@@ -278,6 +279,6 @@ def _double(value: object) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _fresh(args: Any) -> Any:
+def _fresh(args: Args) -> Any:
     """Arguments that an in-place op may write to."""
     return (args[0].clone(), *args[1:]) if isinstance(args[0], Tensor) else args

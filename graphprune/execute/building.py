@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from graphprune.ops.calls import Args, Function
 from graphprune.record.tensors import named_modules
 
 Field = tuple[str | int, ...]  # names and places that lead from a config to a number
@@ -106,7 +107,7 @@ class _Empty(TorchFunctionMode):
     """Weights are made empty before they are drawn: when shapes are asked they need no memory."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self, func: Function, types: object, args: Args = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None and "size" not in kwargs:

@@ -19,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.errors import PlanError, RewriteError
+from graphprune.ops.calls import Function
 from graphprune.plan.plan import LiteralChange
 from graphprune.record.attention import INNER, multi_head_attention_forward
 from graphprune.record.sites import (
@@ -115,7 +116,7 @@ def _at(module: nn.Module, steps: tuple[Step, ...]) -> object:
     return function
 
 
-def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
+def compiled(function: Function, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
     """A function, and those that it calls or wraps, with the edits made."""
     names = {**function.__globals__, "_put": put, "_attention": multi_head_attention_forward}
     code: types.CodeType = function.__code__
@@ -136,7 +137,7 @@ def compiled(function: Any, steps: tuple[Step, ...], edits: Edits, module: nn.Mo
     return made
 
 
-def _edited(function: Any, edits: Edits) -> types.CodeType:
+def _edited(function: Function, edits: Edits) -> types.CodeType:
     """The code of a function, compiled from its source with the edits made."""
     definition, kind = _definition(function)
     first = start(function.__code__)
@@ -167,7 +168,7 @@ def _leads(steps: tuple[Step, ...], site: Site) -> bool:
     return len(site.steps) > len(steps) and site.steps[: len(steps)] == steps
 
 
-def _definition(function: Any) -> tuple[Any, str]:
+def _definition(function: Function) -> tuple[Any, str]:
     """A copy of the syntax tree of a function, without decorators and defaults, and its name."""
     pickled = _syntax(function.__code__)
     if pickled is None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from graphprune.ops.calls import Args, Kwargs, Overload
 from graphprune.ops.fact import Fact, double, found, values
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import fact_rule
@@ -136,7 +137,7 @@ def apply(node: fx.Node, args: Any, kwargs: Any) -> Any:
         return _spoiled(node, op, args, kwargs) if changes else _any(node)
 
 
-def _functional(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
+def _functional(node: fx.Node, op: Overload, args: Args, kwargs: Kwargs) -> Any:
     random = torch.Tag.nondeterministic_seeded in op.tags or "empty" in op._schema.name
     if random or not all(fact.constant for fact in found((args, kwargs))):
         return _any(node)
@@ -144,7 +145,7 @@ def _functional(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
     return pytree.tree_map_only(Tensor, Fact.known, list(out) if type(out) is tuple else out)
 
 
-def _in_place(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
+def _in_place(node: fx.Node, op: Overload, args: Args, kwargs: Kwargs) -> Any:
     """Compute the result apart, then write it: views of the same memory see it."""
     name = op.overloadpacket._qualified_op_name.partition("::")[2]
     packet = getattr(aten, name.removesuffix("_"), None)
@@ -162,7 +163,7 @@ def _in_place(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
     return args[0]
 
 
-def _spoiled(node: fx.Node, op: Any, args: Any, kwargs: Any) -> Any:
+def _spoiled(node: fx.Node, op: Overload, args: Args, kwargs: Kwargs) -> Any:
     """What an op writes to is unknown afterwards."""
     for place, argument in enumerate(op._schema.arguments):
         written = argument.alias_info is not None and argument.alias_info.is_write

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from graphprune.errors import OpError
+from graphprune.ops.calls import Function
 from graphprune.ops.claims import CLAIMS
 from graphprune.ops.given import numbers_for
 from graphprune.ops.registry import REGISTRY, Op, name_of
@@ -63,7 +64,7 @@ def _raised(view: str, claim: Any, target: Any, op: Op, sample: Sample) -> Itera
         yield f"{view}: raises {type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def _channels(target: object, op: Op, sample: Sample) -> Iterator[str]:
+def _channels(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     """Remove units one by one, from activations and from parameters."""
     removable = 0
     for constant in (False, True):
@@ -76,7 +77,7 @@ def _channels(target: object, op: Op, sample: Sample) -> Iterator[str]:
         yield "channels: none can leave with this sample"
 
 
-def _refusal(target: object, op: Op, sample: Sample) -> Iterator[str]:
+def _refusal(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     tiny = Tiny(target, op, sample, constant=False)
     if next(tiny.removals(0, 1), None) is not None:
         yield "refused: channels can leave with this sample"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphprune.ops.calls import Function
 from graphprune.ops.fact import Fact, Unfollowed
 from graphprune.ops.registry import Op
 from graphprune.ops.samples import Random, Sample
@@ -16,7 +17,7 @@ from graphprune.ops.tiny import Tiny, close, run
 from graphprune.ops.views import fact_rule, macs_of, multiplies
 
 
-def macs(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def macs(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     """As torch's own counter counts, where it knows the op."""
     from torch.utils.flop_counter import FlopCounterMode  # here: importing graphprune stays quick
 
@@ -32,7 +33,7 @@ def macs(target: Any, op: Op, sample: Sample) -> Iterator[str]:
         yield f"macs: {own} of an op that multiplies"
 
 
-def factors(target: object, op: Op, sample: Sample) -> Iterator[str]:
+def factors(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     """The product of the operands, and what is added, is what the op computes."""
     args, kwargs = sample.made()
     if op.factors is None or (op.fact is not None and not op.factors(*args, **kwargs).matrix):
@@ -63,7 +64,7 @@ def meta(target: Any, op: Op, sample: Sample) -> Iterator[str]:
         yield f"meta: {found[0].shape}, and torch makes {wanted[0].shape}"
 
 
-def facts(target: object, op: Op, sample: Sample) -> Iterator[str]:
+def facts(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     """What is said to be known is the same whatever stands at unknown places."""
     rule = fact_rule(op)
     if rule is None:
@@ -116,11 +117,11 @@ def _filled(sample: Sample, seed: int, unknown: list[Tensor], number: int) -> An
     return _each(sample, seed, other)
 
 
-def _each(sample: Sample, seed: int, function: Any) -> object:
+def _each(sample: Sample, seed: int, function: Function) -> object:
     """A function of every tensor, zero here and there, and of whether it was drawn."""
     generator = torch.Generator().manual_seed(seed)
 
-    def mapped(part: Any, value: Any) -> Any:
+    def mapped(part: Any, value: object) -> Any:
         if not isinstance(value, Tensor):
             return value
         real = value.is_floating_point() or value.is_complex()
@@ -132,7 +133,7 @@ def _each(sample: Sample, seed: int, function: Any) -> object:
     return pytree.tree_map(mapped, (list(sample.args), sample.kwargs), sample.made(seed))
 
 
-def scaling(target: object, op: Op, sample: Sample) -> Iterator[str]:
+def scaling(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     """Zeroes stay zeroes; operands count with their exponents, or with their signs."""
     args, kwargs = sample.made()
     if op.linear:
@@ -154,7 +155,7 @@ def _unless_whole(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if tensor.is_floating_point() else tensor
 
 
-def kernel(target: Any, op: Op, sample: Sample) -> Iterator[str]:
+def kernel(target: Function, op: Op, sample: Sample) -> Iterator[str]:
     """The substitute computes what torch's kernel computes in single precision."""
     if op.kernel is None:
         return

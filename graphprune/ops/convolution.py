@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import Overload
 from graphprune.ops.contraction import contract, free
 from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
@@ -34,7 +35,7 @@ def of_convolution(x: object, weight: object, bias: object, *how: object) -> Fac
     return Factors((x, weight), product, bias, matrix=True, window=how)
 
 
-def convolution_fact(op: Any, x: Fact, weight: Fact, bias: Fact | None, *how: Any) -> Fact:
+def convolution_fact(op: Overload, x: Fact, weight: Fact, bias: Fact | None, *how: Any) -> Fact:
     """The padding is a known zero."""
     transposed = how[3]
     if not transposed and reached_nowhere(x, weight):

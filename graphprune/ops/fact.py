@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphprune.ops.calls import Overload
+
 
 class Unfollowed(RuntimeError):
     """A form of an op that a rule does not follow: its results are unknown."""
@@ -135,7 +137,7 @@ def _value(tree: object) -> Any:
     return [_value(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
-def moved_fact(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+def moved_fact(op: Overload, x: Any, *args: Any, **kwargs: Any) -> Any:
     """Views stay views of the same memory, so that what is written into one is seen in all."""
     value = op(_value(x), *_value(args), **kwargs)
     unknown = op(_unknown(x), *_unknown(args), **kwargs)
@@ -144,7 +146,7 @@ def moved_fact(op: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     return list(map(Fact, value, unknown))
 
 
-def moved_numbers_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def moved_numbers_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     """Ops that want floating point; what they pad with is known."""
     value = op(x.value, *args, **kwargs)
     if op.overloadpacket is torch.ops.aten.constant_pad_nd:

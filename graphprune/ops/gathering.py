@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers, compact, varying
 from graphprune.ops.registry import declare as _declare
@@ -28,7 +29,7 @@ PICKED = "channels picked by index"
 _AT = torch.tensor([0, 3])
 
 
-def picked_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def picked_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     """Positions picked by an index that does not depend on the input."""
     if not all(fact.constant for fact in found((args, kwargs))):
         raise Unfollowed("an index that depends on the input")
@@ -36,7 +37,7 @@ def picked_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     return Fact(op(x.value, *args, **kwargs), op(x.unknown, *args, **kwargs))
 
 
-def embedding_fact(op: Any, table: Fact, index: Fact, *args: Any) -> Fact:
+def embedding_fact(op: Overload, table: Fact, index: Fact, *args: Any) -> Fact:
     """A column that is the same in all rows is known whatever row is read."""
     if index.constant:
         rows = index.value

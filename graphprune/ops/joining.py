@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, moved_fact, moved_numbers_fact
 from graphprune.ops.given import Given, Pruned, args_of
 from graphprune.ops.ids import KEPT, Layers, along, compact, spread, varying
@@ -24,7 +25,7 @@ aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
-def cat_fact(op: Any, tensors: Any, dim: int = 0) -> Fact:
+def cat_fact(op: Overload, tensors: Any, dim: int = 0) -> Fact:
     """Concatenation, of one dtype as the op would make it."""
     value = torch.cat([fact.value for fact in tensors], dim)
     return Fact(value, torch.cat([fact.unknown for fact in tensors], dim))
@@ -214,7 +215,9 @@ def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
     aten.unsafe_split_with_sizes, fact=moved_fact, given=parts_given, sample=of((2, 6), [2, 4], 1)
 )
 @declare(aten.split_with_sizes_copy, given=parts_given, sample=of((2, 6), [2, 4], 1))
-def split_with_sizes(walk: Walk, node: fx.Node, x: Value, sizes: Any, dim: int = 0) -> list[Layers]:
+def split_with_sizes(
+    walk: Walk, node: fx.Node, x: Value, sizes: Sequence[int], dim: int = 0
+) -> list[Layers]:
     """Parts of given sizes."""
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [
@@ -338,7 +341,9 @@ def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     places=True,
     sample=of((2, 3), [1, 2]),
 )
-def constant_pad_nd(walk: Walk, node: fx.Node, x: Value, pad: Any, value: float = 0) -> Layers:
+def constant_pad_nd(
+    walk: Walk, node: fx.Node, x: Value, pad: Sequence[int], value: float = 0
+) -> Layers:
     """Padding: padded channels hold a constant and get ids of their own, which tie nothing."""
     amounts = {x.ndim - 1 - i // 2: (pad[i], pad[i + 1]) for i in range(0, len(pad), 2)}
     layers = []
@@ -382,7 +387,7 @@ def _pad_ids(walk: Walk, layer: Tensor, dim: int, before: int, after: int) -> Te
     fact=moved_numbers_fact,
     sample=of((1, 3, 4, 4, 4), [1, 1, 0, 1, 0, 0]),
 )
-def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Any) -> Layers:
+def border_pad(walk: Walk, node: fx.Node, x: Value, pad: Sequence[int]) -> Layers:
     """Padding with values of the border, over the last dimensions."""
     dims = range(x.ndim - len(pad) // 2, x.ndim)
     return walk.settle(x, dims, "padding over channels by reflection")

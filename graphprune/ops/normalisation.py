@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.batch_norm import affine_fact, per_channel, vector_fact
+from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, along_unknown
 from graphprune.ops.given import Given, Pruned, args_of
 from graphprune.ops.ids import Alternatives, Layers, Way, varying
@@ -26,7 +27,12 @@ declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
 def layer_norm_fact(
-    op: Any, x: Fact, shape: Any, weight: Fact | None = None, bias: Fact | None = None, *rest: Any
+    op: Overload,
+    x: Fact,
+    shape: Sequence[int],
+    weight: Fact | None = None,
+    bias: Fact | None = None,
+    *rest: Any,
 ) -> list[Fact]:
     """Statistics over the last dimensions."""
     normed = op(x.filled(), shape, None, None, *rest)[0]
@@ -34,20 +40,20 @@ def layer_norm_fact(
 
 
 def rms_norm_fact(
-    op: Any, x: Fact, shape: Any, weight: Fact | None = None, *rest: Any
+    op: Overload, x: Fact, shape: Sequence[int], weight: Fact | None = None, *rest: Any
 ) -> list[Fact]:
     """Statistics over the last dimensions."""
     normed = op(x.filled(), shape, None, *rest)[0]
     return [affine_fact(normed, _last_unknown(x, shape), weight, None)]
 
 
-def _last_unknown(x: Fact, shape: Any) -> Tensor:
+def _last_unknown(x: Fact, shape: Sequence[int]) -> Tensor:
     dims = list(range(x.value.dim() - len(shape), x.value.dim()))
     return along_unknown(x.unknown, dims).expand(x.value.shape)
 
 
 def layer_norm_masked(
-    keep: Tensor, x: Tensor, shape: Any, weight: Any, bias: Any, eps: float
+    keep: Tensor, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean and variance of what stays."""
     dims = list(range(x.dim() - len(shape), x.dim()))
@@ -59,7 +65,7 @@ def layer_norm_masked(
 
 
 def rms_norm_masked(
-    keep: Tensor, x: Tensor, shape: Any, weight: Any = None, eps: float | None = None
+    keep: Tensor, x: Tensor, shape: Sequence[int], weight: Any = None, eps: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """The mean square of what stays."""
     dims = list(range(x.dim() - len(shape), x.dim()))
@@ -68,7 +74,7 @@ def rms_norm_masked(
     return (x * scale if weight is None else x * scale * weight), scale
 
 
-def layer_norm_meta(x: Tensor, shape: Any, weight: Any, bias: Any, eps: float) -> object:
+def layer_norm_meta(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> object:
     """The plain form."""
     dims = len(shape)
     if not x.is_contiguous() or list(x.shape[x.dim() - dims :]) != list(shape):
@@ -98,7 +104,7 @@ def shape_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
     sample=of((2, 3, 4), [4], (4,), (4,), 1e-5),
 )
 def layer_norm(
-    walk: Walk, node: fx.Node, x: Value, shape: Any, weight: Value | None, bias: Value | None,
+    walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None, bias: Value | None,
     *args: Any,
 ) -> list[Layers]:  # fmt: skip
     """Statistics over the last dimensions: over the kept channels."""
@@ -115,7 +121,7 @@ def layer_norm(
     sample=of((2, 3, 4), [4], (4,), 1e-5),
 )
 def rms_norm(
-    walk: Walk, node: fx.Node, x: Value, shape: Any, weight: Value | None, *args: Any
+    walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None, *args: Any
 ) -> list[Layers]:
     """The root of the mean square of the kept channels."""
     dims = range(x.ndim - len(shape), x.ndim)
@@ -142,7 +148,7 @@ def _statistics(
 
 
 def group_norm_fact(
-    op: Any, x: Fact, weight: Fact | None, bias: Fact | None,
+    op: Overload, x: Fact, weight: Fact | None, bias: Fact | None,
     batch: int, channels: int, positions: int, groups: int, eps: float,
 ) -> list[Fact]:  # fmt: skip
     """Statistics over the channels of a group and all places."""

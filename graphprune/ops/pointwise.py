@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers
 from graphprune.ops.registry import declare as _declare
@@ -43,7 +44,7 @@ def mul_fact(op: object, a: Fact, b: object, **kwargs: object) -> Fact:
     return Fact(out.value.masked_fill(zero, 0), out.unknown & ~zero)
 
 
-def where_fact(op: Any, condition: Fact, *sides: Any) -> object:
+def where_fact(op: Overload, condition: Fact, *sides: Any) -> object:
     """The side that is taken must be known, or both must agree."""
     if len(sides) != 2:
         raise Unfollowed("positions where a condition holds")
@@ -67,12 +68,12 @@ def glu_fact(op: object, x: Fact, dim: int = -1) -> Fact:
     return mul_fact(aten.mul.Tensor, a, pointwise_fact(aten.sigmoid.default, b))
 
 
-def log_sigmoid_fact(op: Any, x: Fact) -> list[Fact]:
+def log_sigmoid_fact(op: Overload, x: Fact) -> list[Fact]:
     """Returns a work buffer as well, which nothing reads."""
     return [Fact.checked(op(x.filled())[0], x.unknown.clone())]
 
 
-def copied_fact(op: Any, x: Fact, **kwargs: Any) -> Fact:
+def copied_fact(op: Overload, x: Fact, **kwargs: Any) -> Fact:
     """Memory of its own."""
     out = op(x.value, **kwargs)
     unknown = torch.empty_like(out, dtype=torch.bool)
@@ -86,14 +87,14 @@ def written_fact(op: object, x: Fact, source: Fact, *args: object) -> Fact:
     return x
 
 
-def overwritten_fact(op: Any, x: Fact, *value: Any) -> Fact:
+def overwritten_fact(op: Overload, x: Fact, *value: Any) -> Fact:
     """One number everywhere."""
     op(x.value, *values(value))
     x.unknown.fill_(any(bool(fact.unknown.any()) for fact in found(value)))
     return x
 
 
-def made_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def made_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     """Only the shape of the operand matters."""
     out: Tensor = op(x.value, *values(args), **kwargs)
     if any(not fact.constant for fact in found(args)):

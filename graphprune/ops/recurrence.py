@@ -42,7 +42,7 @@ def _first_dim(value: Value) -> Value:
     return Value(value.shape[:1], rows)
 
 
-def rnn_macs(out: Any, x: Any, w_in: Any, w_state: Any, *args: Any) -> object:
+def rnn_macs(out: object, x: Any, w_in: Any, w_state: Any, *args: Any) -> object:
     """Every step multiplies its input and the state with their weights."""
     return math.prod(x[:-1]) * (math.prod(w_in) + math.prod(w_state))
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, Unfollowed, along_unknown, arguments
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Layers, varying
@@ -66,7 +67,7 @@ def reduced_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> object:
     return [Fact.checked(part, unknown.reshape(part.shape)) for part in out]
 
 
-def along_fact(op: Any, x: Fact, dim: int, *args: Any, **kwargs: Any) -> object:
+def along_fact(op: Overload, x: Fact, dim: int, *args: Any, **kwargs: Any) -> object:
     """Every position depends on all others along a dimension."""
     out = op(x.filled(), dim, *args, **kwargs)
     several = isinstance(out, tuple)
@@ -81,7 +82,7 @@ def of_sum(x: object, *args: object, **kwargs: object) -> Factors:
     return Factors((x,), lambda x: aten.sum(x, *args, **named))
 
 
-def sum_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def sum_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     """Known where all that is added is known."""
     marks = of_sum(x, *args, **kwargs).product(x.unknown.double())
     return Fact.checked(op(x.filled(0), *args, **kwargs), marks > 0.5)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -152,7 +152,7 @@ def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
 @declare(
     aten.im2col, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1])
 )
-def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Any, *args: Any) -> Layers:
+def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Sequence[int], *args: Any) -> Layers:
     """Patches: each channel once for every place of the kernel, padding included."""
     layers = walk.settle(x, (x.ndim - 2, x.ndim - 1), "patches over channels")
     times = math.prod(kernel)
@@ -162,7 +162,9 @@ def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Any, *args: Any) -> Laye
 
 
 @declare(aten.col2im, sample=of((1, 8, 4), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]))
-def col2im(walk: Walk, node: fx.Node, x: Value, size: Any, kernel: Any, *args: Any) -> Layers:
+def col2im(
+    walk: Walk, node: fx.Node, x: Value, size: Sequence[int], kernel: Sequence[int], *args: Any
+) -> Layers:
     """Sums of overlapping patches: a channel leaves with all places of the kernel."""
     layers = []
     for layer in walk.settle(x, (x.ndim - 1,), "patches over channels"):
@@ -196,7 +198,7 @@ def view(walk: Walk, node: fx.Node, x: Value, size: object, *args: object) -> La
     return tuple(reshape_layer(layer, x.shape, shape) for layer in _without_copies(walk, x, shape))
 
 
-def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
+def _without_copies(walk: Walk, x: Value, shape: Sequence[int]) -> list[Tensor]:
     """Fresh ids that are about to share a dimension with others are not worth keeping."""
     kept = list(x.layers)
     for before, _ in reshape_blocks(x.shape, shape):
@@ -217,7 +219,7 @@ def _without_copies(walk: Walk, x: Value, shape: Any) -> list[Tensor]:
     refused=of((2, 3), [3, 2], [1, 3]),
 )
 def as_strided(
-    walk: Walk, node: fx.Node, x: Value, size: Any, stride: Any, offset: int | None = None
+    walk: Walk, node: fx.Node, x: Value, size: Sequence[int], stride: Any, offset: int | None = None
 ) -> Layers:
     """Only the form that leaves every element where it was is understood."""
     (source,) = (n.meta["stride"] for n in node.all_input_nodes)

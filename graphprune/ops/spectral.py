@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact
 from graphprune.ops.ids import Layers
 from graphprune.ops.pointwise import pointwise_fact
@@ -21,12 +22,12 @@ aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
-def view_as_complex_fact(op: Any, x: Fact) -> Fact:
+def view_as_complex_fact(op: Overload, x: Fact) -> Fact:
     """A complex number is known when both of its parts are."""
     return Fact(op(x.value), x.unknown.any(-1))
 
 
-def view_as_real_fact(op: Any, x: Fact) -> Fact:
+def view_as_real_fact(op: Overload, x: Fact) -> Fact:
     """Both parts of a complex number are known or none."""
     return Fact(op(x.value), x.unknown.unsqueeze(-1).expand(*x.unknown.shape, 2))
 

@@ -69,7 +69,7 @@ def of_einsum(equation: str, tensors: Sequence[object], **_: object) -> Factors:
     return Factors(tuple(tensors), product)
 
 
-def einsum_macs(out: Any, equation: str, tensors: Any, **kwargs: Any) -> object:
+def einsum_macs(out: object, equation: str, tensors: Any, **kwargs: Any) -> object:
     """As if all operands were multiplied at once: the product of the sizes of all letters."""
     sizes: dict[str, Any] = {}
     dotted: Any = ()
@@ -220,7 +220,7 @@ def of_trilinear(
 
 
 def trilinear_macs(
-    out: Any, a: Any, b: Any, c: Any, expand_a: Any, expand_b: Any, expand_c: Any, *_: Any
+    out: object, a: Any, b: Any, c: Any, expand_a: Any, expand_b: Any, expand_c: Any, *_: Any
 ) -> object:
     """As if all three were multiplied at once: the product of the sizes of all dimensions."""
     ndim = len(a) + len(expand_a)

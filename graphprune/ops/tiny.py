@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import OpError
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.given import Number, meant
 from graphprune.ops.ids import Shape, Ties, along, varying
 from graphprune.ops.registry import Op
@@ -40,7 +41,7 @@ def overload_of(name: str, sample: Sample) -> object:
     raise OpError(f"{name} does not run on its sample: {errors[0] if errors else 'not loaded'}")
 
 
-def run(target: Any, args: Any, kwargs: Any) -> list[Any]:
+def run(target: Function, args: Sequence[Any], kwargs: Kwargs) -> list[Any]:
     """The results of an op on copies of its arguments."""
     args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
     out = target(*args, **kwargs)
@@ -249,7 +250,7 @@ def _lists(target: Any) -> bool:
     return len(returns) > 1 or "[]" in str(returns[0].type)
 
 
-def _numbers(node: fx.Node, args: Any, kwargs: Any) -> Iterator[Number]:
+def _numbers(node: fx.Node, args: Args, kwargs: Kwargs) -> Iterator[Number]:
     """The ints among arguments, and where they stand."""
     op: Any = node.target
     names = [argument.name for argument in op._schema.arguments]

@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.measurement import cpu_threads, drawn, shared_copy
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import macs_of
 from graphprune.planning.costs import Costs, Counts, Forms, Polynomials
@@ -73,7 +74,9 @@ class _Whole(TorchFunctionMode):
         super().__init__()
         self.watch = watch
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         target = torch.ops.aten.einsum.default if func is torch.einsum else WHOLE.get(func)
         if target is None or self.watch.inside:
             return func(*args, **(kwargs or {}))
@@ -93,7 +96,7 @@ class Stopwatch:
         self.entries: list[tuple[str, Any]] = []
         self.inside = False
 
-    def timed(self, name: str, func: Callable[..., Any], args: Any, kwargs: Any) -> object:
+    def timed(self, name: str, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> object:
         """Run a function and note how long it took."""
         if self.cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ops.calls import Args, Kwargs
 from graphprune.ops.registry import op_of
 from graphprune.record.modes import leak
 
@@ -42,7 +43,7 @@ def evaluated(
     return (apply or run)(node, args, kwargs)
 
 
-def run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+def run(node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     """Run an op. Strides may differ from the recorded ones, and some kernels are our own."""
     target: Any = node.target
     if target is leak:

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import PACKAGE
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.given import Number
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import run_on_meta
@@ -87,7 +88,7 @@ def _sections(
     return (input, plain(count), plain(dim)) if isinstance(count, int) else None
 
 
-def _without_flags(args: Any, kwargs: Any) -> tuple[object, object]:
+def _without_flags(args: Args, kwargs: Kwargs) -> tuple[object, object]:
     """Arguments in which flags are plain."""
     if EvalFlag in map(type, args) or EvalFlag in map(type, kwargs.values()):
         args = tuple(False if type(value) is EvalFlag else value for value in args)
@@ -156,7 +157,7 @@ class Functions(TorchFunctionMode):
             recorder.last.meta["looks"] = in_hook(sys._getframe(1))
         return out
 
-    def _note(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _note(self, func: Function, args: Args, kwargs: Kwargs) -> None:
         """The numbers that the user's code gives to a function, and where they stand."""
         recorder = self.recorder
         if any(map(_is_float, args)) or any(map(_is_float, kwargs.values())):
@@ -179,7 +180,7 @@ class Functions(TorchFunctionMode):
         places = {id(size): (name,) for name, size in self.recorder.sizes.items()}
         return [n._replace(path=places[id(n.value)]) for n in found if id(n.value) in places]
 
-    def _size(self, func: Any, args: Any, kwargs: Any) -> object:
+    def _size(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         """A shape, a size or a number of elements that knows where it comes from."""
         shape = self.recorder.extents(args[0])
         if func not in _SHAPES:
@@ -190,7 +191,7 @@ class Functions(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return shape if dim is None else shape[dim]
 
-    def _values(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _values(self, func: Function, args: Args, kwargs: Kwargs) -> Any:
         """A tensor made of numbers: sizes among them must not change."""
         given = args[1:] if func is torch.Tensor.new_tensor else args
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((given, kwargs))):
@@ -241,7 +242,7 @@ class Dispatch(TorchDispatchMode):
         return out
 
 
-def _replaced(func: Any, types: Any, kwargs: Any) -> bool:
+def _replaced(func: Function, types: object, kwargs: Kwargs) -> bool:
     """Whether the user's own code calls attention as a function, with nothing out of the common."""
     if func is not F.multi_head_attention_forward:
         return False

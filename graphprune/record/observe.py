@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.record.tensors import named_modules, named_tensors
 
 Pads = tuple[tuple[int, int], ...]
@@ -133,7 +134,9 @@ class _Products(TorchFunctionMode):
         self.running: set[int] = set()
         self.callback = callback
 
-    def __torch_function__(self, func: Any, types_: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Function, types_: Any, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:
             with self:
@@ -274,7 +277,7 @@ def _pads(padding: object, kernel: tuple[int, ...], dilation: tuple[int, ...]) -
     return tuple((p, p) for p in _ints(padding, len(kernel)))
 
 
-def _unguarded(function: Any) -> Any:
+def _unguarded(function: Function) -> Any:
     """A composite function of torch whose inner calls the mode sees."""
     guards = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
     space = {**function.__globals__, **{guard: lambda *_: False for guard in guards}}

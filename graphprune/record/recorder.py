@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.errors import PACKAGE
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.given import Number
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
@@ -200,7 +201,12 @@ class Recorder:
         return node
 
     def call(
-        self, target: Callable[..., Any], args: Any, kwargs: Any, out: Any, before: Any = None
+        self,
+        target: Callable[..., Any],
+        args: Args,
+        kwargs: Kwargs,
+        out: object,
+        before: Any = None,
     ) -> None:
         """Append an op that has just run; ``before`` are its arguments if it moved them."""
         self._check_written(target, args, kwargs, out)
@@ -265,7 +271,7 @@ class Recorder:
         self.call(target, args, kwargs, out)
         return out
 
-    def function(self, function: Any, args: Any, kwargs: Any) -> Any:
+    def function(self, function: Function, args: Args, kwargs: Kwargs) -> Any:
         """Run a ``torch.autograd.Function``: its forward is recorded, its backward stays its own.
 
         Where an input does not reach the outputs by recorded ops (a kernel may have read it), the
@@ -431,7 +437,7 @@ def _copied(tensor: Tensor) -> Tensor:
     return copied
 
 
-def _given(target: Any, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, Any]]:
+def _given(target: Function, args: Args, kwargs: Kwargs) -> Iterator[tuple[Tensor, Any]]:
     """The tensors that an op is given, each with what its schema says of the argument."""
     schema: Any = getattr(target, "_schema", None)
     named = {} if schema is None else {argument.name: argument for argument in schema.arguments}

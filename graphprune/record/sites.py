@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphprune.ops.calls import Function
 from graphprune.ops.ids import Path
 
 Span = tuple[int, int, int, int]  # first line, last line, first column, last column
@@ -90,7 +91,7 @@ def find_site(
     return Site(tuple(steps), span, method, count, *known)
 
 
-def enclosed(function: Any, code: types.CodeType, depth: int = 4) -> tuple[Step, ...]:
+def enclosed(function: Function, code: types.CodeType, depth: int = 4) -> tuple[Step, ...]:
     """How a decorated function holds the one that runs ``code``: in variables of its closure."""
     found = {
         name: cell.cell_contents

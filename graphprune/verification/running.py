@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record.evaluate import run as run_op
@@ -102,7 +103,7 @@ class Dispatch(TorchDispatchMode):
         self.drawn: list[tuple[Any, Tensor]] = []
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         if self.nodes is None and self.known:
@@ -200,7 +201,7 @@ class Functions(TorchFunctionMode):
         """Whether a function sums over channels that are removed."""
         return any(masked(self.follower, node) for node in answer.readers)
 
-    def _reshaped(self, func: Any, args: Any, kwargs: Any) -> object:
+    def _reshaped(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         """A function whose answer the shape of its result tells."""
         node = self.follower.node_of(args[0])
         with self._unwatched((), args, kwargs):
@@ -360,7 +361,7 @@ class Functions(TorchFunctionMode):
         changed = pytree.tree_map_only(Tensor, twin, tree)
         return changed if twins else None
 
-    def _apart(self, func: Any, args: Any, kwargs: Any) -> tuple[list[fx.Node], Any]:
+    def _apart(self, func: Function, args: Args, kwargs: Kwargs) -> tuple[list[fx.Node], Any]:
         """The ops that a function is made of, and what it returns."""
         nodes: list[fx.Node] = []
         self.dispatch.nodes = nodes
@@ -370,7 +371,7 @@ class Functions(TorchFunctionMode):
         finally:
             self.dispatch.nodes = None
 
-    def _on_values(self, func: Any, args: Any, kwargs: Any) -> object:
+    def _on_values(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         """Run a function on values, and take it apart at once."""
         nodes: list[fx.Node] = []
         self.dispatch.nodes, start = nodes, len(self.dispatch.drawn)

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.execute.fold import recompute_masked
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
@@ -61,7 +62,9 @@ class Precision(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self.dtype is torch.float64:
             func = torch.Tensor.double if func is torch.Tensor.float else func
@@ -95,7 +98,7 @@ class Redrawn(TorchDispatchMode):
         self.lost = ""  # a draw that is none of the original's
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> object:
         kwargs = kwargs or {}
         if not random_op(func):

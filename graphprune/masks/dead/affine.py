@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ def _alone(maps: Tensor, taps: Tensor, weight: Tensor, how: tuple[object, ...]) 
     return aten.convolution.default(maps, kernel, None, *how[:5], 1)
 
 
-def _centre(shape: Any) -> int:
+def _centre(shape: Sequence[int]) -> int:
     place = 0
     for size in shape:
         place = place * size + size // 2
