@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.batch_norm import Norm
-from graphprune.ops.calls import Args
+from graphprune.ops.calls import Args, args_of, target_of
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Shape
 from graphprune.ops.registry import op_of
@@ -177,8 +177,8 @@ class _Finder:
     def _affine(self, node: fx.Node, source: fx.Node, shape: Shape, dim: int) -> bool:
         """Whether an op keeps the channels apart and is affine in ``source``."""
         op = op_of(node)
-        target: Any = node.target
-        args: Any = node.args
+        target = target_of(node)
+        args = args_of(node)
         if len(op.powers) != 2 and not op.signs:
             return False
         if len(args) != 2 or node.kwargs or node.meta["shape"] != shape or args[0] is args[1]:
@@ -244,8 +244,8 @@ def slope_of(layer: Layer, nodes: Sequence[fx.Node], tensors: Mapping[fx.Node, A
         values: dict[fx.Node, Any] = {first: start}
         for number in layer.chain:
             node = nodes[number]
-            target: Any = node.target
-            args: Any = node.args
+            target = target_of(node)
+            args = args_of(node)
             if target is operator.getitem:
                 values[node] = values[args[0]][args[1]]
                 continue

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from torch import fx
 
 from graphprune.channels.analysis import Analysis, Group, Member, Slot
 from graphprune.channels.resolve import Units
+from graphprune.ops.calls import args_of
 from graphprune.ops.ids import varying
 from graphprune.plan.plan import SlotPlan
 
@@ -103,7 +103,7 @@ def _shared_slots(graph: Analysis) -> Iterator[tuple[tuple[str, int], Grids]]:
     slots: dict[tuple[str, int], Grids] = {}
     for record in graph.records:
         for node in record.ops:
-            args: Any = node.args
+            args = args_of(node)
             if getattr(node.target, "overloadpacket", None) is not aten.convolution or args[8] < 2:
                 continue
             if args[1].op == "get_attr":

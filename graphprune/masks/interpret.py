@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from graphprune.ops.calls import Args, Kwargs, Overload
+from graphprune.ops.calls import Args, Kwargs, Overload, args_of, target_of
 from graphprune.ops.fact import Fact, double, found, values
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import fact_rule
@@ -83,7 +83,7 @@ class Interpreter:
         if node.op == "get_attr":
             return self.stored(node)
         if node.op == "call_function" and node.target is operator.getitem:
-            place: Any = node.args
+            place = args_of(node)
             items, index = known[place[0]], place[1]
             return items[index] if isinstance(items, list) and index < len(items) else _any(node)
         if node.op != "call_function" or self.read:
@@ -122,7 +122,7 @@ class Interpreter:
 
 def apply(node: fx.Node, args: Any, kwargs: Any) -> Any:
     """What an op does to facts."""
-    op: Any = node.target
+    op = target_of(node)
     if not isinstance(op, torch._ops.OpOverload):
         return _any(node)
     rule = fact_rule(op_of(op))

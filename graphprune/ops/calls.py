@@ -6,8 +6,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 Function = Callable[..., Any]
 Overload = torch._ops.OpOverload
 Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
+TENSOR: Any = torch.Tensor  # with its attributes as descriptors
+FUNCTORCH: Any = torch._C._functorch
+
+
+def args_of(node: fx.Node) -> Any:
+    """The positional arguments of a node; their types are known from the op."""
+    return node.args
+
+
+def target_of(node: fx.Node) -> Any:
+    """What a node calls."""
+    return node.target

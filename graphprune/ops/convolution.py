@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.calls import Overload
+from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.contraction import contract, free
 from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
-from graphprune.ops.given import Given, Pruned, args_of
+from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import Alternatives, Layers, Way, along, spread, varying
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ops.calls import Overload
+from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers, compact, varying
 from graphprune.ops.registry import declare as _declare
@@ -141,7 +141,7 @@ def index_fill(
 @declare(aten.index_select, fact=picked_fact, rows="picked", sample=of((2, 5), 1, _AT))
 def index_select(walk: Walk, node: fx.Node, x: Value, dim: int, index: Value) -> Layers:
     """Positions picked by an index, which must then stay unless they are known."""
-    source: Any = node.args[2]
+    source = args_of(node)[2]
     known = _known(walk, x, dim % x.ndim, index, source)
     if known is not None:
         return known
@@ -187,7 +187,7 @@ def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, 
     """
     picked: set[int] = set()
     items: list[Any] = []
-    sources: Any = node.args[1]
+    sources = args_of(node)[1]
     for item, source in zip(indices, sources, strict=True):
         width = item.ndim if item is not None and _is_mask(source) else 1
         if item is None:
@@ -204,7 +204,7 @@ def _places(walk: Walk, node: fx.Node, x: Value, indices: Any) -> tuple[Layers, 
 @declare(aten._unsafe_index, sample=of((2, 5), [None, _AT]))
 def index(walk: Walk, node: fx.Node, x: Value, indices: Any) -> Layers:
     """Advanced indexing: the indexed dimensions freeze, the others run through the op."""
-    sources: Any = node.args[1]
+    sources = args_of(node)[1]
     places = [dim for dim, item in enumerate(indices) if item is not None]
     if len(places) == 1 and not _is_mask(sources[places[0]]):
         known = _known(walk, x, places[0], indices[places[0]], sources[places[0]])
@@ -226,7 +226,7 @@ def index_put(
     walk: Walk, node: fx.Node, x: Value, indices: Any, values: Value, *args: Any
 ) -> Layers:
     """Values are written where the index points; one number behind a mask is pointwise."""
-    sources: Any = node.args[1]
+    sources = args_of(node)[1]
     if len(indices) == 1 and _is_mask(sources[0]) and all(n == 1 for n in values.shape):
         (mask,) = indices
         wide = (1,) * (x.ndim - mask.ndim)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from torch import fx
@@ -55,11 +55,6 @@ class Pruned(Protocol):
 
     def positions(self, node: fx.Node, dim: int, alive: np.ndarray) -> np.ndarray:
         """For each position of a value along ``dim`` whether it stays."""
-
-
-def args_of(node: fx.Node) -> Any:
-    """The positional arguments of a node; their types are known from the op."""
-    return node.args
 
 
 def meant(name: str, place: int, dim: int) -> tuple[str, int]:

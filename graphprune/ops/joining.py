@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.calls import Overload
+from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.fact import Fact, moved_fact, moved_numbers_fact
-from graphprune.ops.given import Given, Pruned, args_of
+from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import KEPT, Layers, along, compact, spread, varying
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free

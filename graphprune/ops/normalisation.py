@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.batch_norm import affine_fact, per_channel, vector_fact
-from graphprune.ops.calls import Overload
+from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.fact import Fact, along_unknown
-from graphprune.ops.given import Given, Pruned, args_of
+from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import Alternatives, Layers, Way, varying
 from graphprune.ops.reduction import count_of, kept_zero, moments
 from graphprune.ops.registry import declare as _declare
@@ -104,8 +104,8 @@ def shape_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
     sample=of((2, 3, 4), [4], (4,), (4,), 1e-5),
 )
 def layer_norm(
-    walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None, bias: Value | None,
-    *args: Any,
+    walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None,
+    bias: Value | None, *args: object,
 ) -> list[Layers]:  # fmt: skip
     """Statistics over the last dimensions: over the kept channels."""
     dims = range(x.ndim - len(shape), x.ndim)

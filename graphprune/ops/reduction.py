@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphprune.ops.calls import Overload
+from graphprune.ops.calls import Overload, target_of
 from graphprune.ops.fact import Fact, Unfollowed, along_unknown, arguments
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Layers, varying
@@ -419,7 +419,7 @@ def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object)
 @declare(aten.topk, rows="ordered", sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
 def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> object:
     """Ops along one dimension whose result depends on all of its positions."""
-    op: Any = node.target
+    op = target_of(node)
     position = 1 if op.overloadpacket is aten.topk else 0
     numbers = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
     dim = kwargs.get("dim", numbers[position] if len(numbers) > position else -1)

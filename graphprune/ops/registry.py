@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ops.calls import target_of
 from graphprune.ops.samples import Sample
 
 View = Callable[..., Any]
@@ -201,7 +202,7 @@ def op_of(target: Any) -> Op:
 
 def op_name(node: fx.Node) -> str:
     """The name of an op or of a custom autograd function, for reports."""
-    target: Any = node.target
+    target = target_of(node)
     if isinstance(target, torch._ops.OpOverload):
         return f"{target} (inside vmap)" if node.meta.get("transformed") else str(target)
     if isinstance(getattr(target, "__self__", None), type):

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import args_of, target_of
 from graphprune.ops.fact import Fact, Unfollowed, moved_fact, moved_numbers_fact
-from graphprune.ops.given import Given, Pruned, args_of
+from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import (
     Layers,
     align,
@@ -57,7 +58,7 @@ def sizes_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
 @declare(aten.unsqueeze, aten.unsqueeze_, linear=True, fact=moved_fact, sample=of((2, 3), 1))
 def permuted(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
     """Dimensions change places: the op is run on the layers as they are."""
-    op: Any = node.target
+    op = target_of(node)
     view = _VIEWS.get(op.overloadpacket, op.overloadpacket)
     return tuple(view(layer, *args) for layer in x.layers)
 
@@ -77,7 +78,7 @@ def triangle(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
 @declare(aten.pixel_shuffle, fact=moved_numbers_fact, sample=of((1, 8, 2, 2), 2))
 def moved(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """Run the op on the ids."""
-    op: Any = node.target
+    op = target_of(node)
     return tuple(
         move_layer(layer, x.shape, lambda ids: op(ids, *args, **kwargs)) for layer in x.layers
     )

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import fx
 
-from graphprune.ops.given import Given, Pruned, args_of
+from graphprune.ops.calls import args_of
+from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import Layers
 from graphprune.ops.pointwise import made_fact
 from graphprune.ops.registry import declare as _declare

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import OpError
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import Args, Function, Kwargs, target_of
 from graphprune.ops.given import Number, meant
 from graphprune.ops.ids import Shape, Ties, along, varying
 from graphprune.ops.registry import Op
@@ -252,7 +252,7 @@ def _lists(target: Any) -> bool:
 
 def _numbers(node: fx.Node, args: Args, kwargs: Kwargs) -> Iterator[Number]:
     """The ints among arguments, and where they stand."""
-    op: Any = node.target
+    op = target_of(node)
     names = [argument.name for argument in op._schema.arguments]
     pairs = {**dict(zip(names, enumerate(args))), **{k: (k, v) for k, v in kwargs.items()}}
     ndim = len(node.all_input_nodes[0].meta["shape"]) if node.all_input_nodes else 1

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphprune.ops.calls import args_of
+
 aten = torch.ops.aten
 
 
@@ -71,7 +73,7 @@ def _vanishes(node: fx.Node, zero: Callable[[Any], bool]) -> bool:
     if packet in _PRODUCTS:
         return any(map(zero, node.args[:2]))
     if packet in _SUMS:
-        operands: Any = node.args[0] if packet in (aten.cat, aten.stack) else node.args[:2]
+        operands = args_of(node)[0] if packet in (aten.cat, aten.stack) else node.args[:2]
         return all(map(zero, operands))
     if packet in _UNARY or packet in (aten.div, aten.div_) or packet is None:  # an item of a list
         return bool(node.args) and zero(node.args[0])

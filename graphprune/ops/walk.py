@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import target_of
 from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, Way, align, along, varying
 from graphprune.ops.marks import Marks, Statistics
 from graphprune.ops.registry import Op, op_name, op_of
@@ -406,6 +407,6 @@ def unruly(node: fx.Node) -> bool:
     It writes into a tensor given as ``out``, and is not pointwise; or ``torch.vmap`` hides
     dimensions from it.
     """
-    op: Any = node.target
+    op = target_of(node)
     out = getattr(op, "_overloadname", "").endswith("out") and torch.Tag.pointwise not in op.tags
     return out or bool(node.meta.get("transformed"))

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.channels.analysis import Analysis
-from graphprune.ops.given import Number, args_of, ints_of, numbers_for
+from graphprune.ops.calls import args_of
+from graphprune.ops.given import Number, ints_of, numbers_for
 from graphprune.ops.ids import Path
 from graphprune.ops.registry import Op, op_of, packet_of
 from graphprune.planning.problems import Place, Problem, around
@@ -232,7 +233,7 @@ class Solver:
         for record in self.graph.records:
             for node in record.ops:
                 if packet_of(node) is aten.scaled_dot_product_attention:
-                    query: Any = node.args[0]
+                    query = args_of(node)[0]
                     dim = len(query.meta["shape"]) - 1
                     moved = self.extent(Extent(query, dim)) != query.meta["shape"][dim]
                     if moved and node.kwargs.get("scale") is None:

@@ -18,6 +18,7 @@ import torch
 from torch import fx, nn
 
 from graphprune.channels.analysis import Analysis, Group
+from graphprune.ops.calls import args_of
 from graphprune.ops.registry import op_of, packet_of
 from graphprune.plan.plan import Rescale
 
@@ -114,7 +115,7 @@ def _uses(graph: Analysis) -> dict[str, int]:
 
 
 def _fused(node: fx.Node, model: nn.Module) -> RootMeanSquare | None:
-    args: Any = node.args
+    args = args_of(node)
     source, shape, weight, eps = (*args, None, None)[:4]
     module = str(node.meta["module"])
     attribute = "" if eps is None else _attribute(model, module, eps)
@@ -154,7 +155,7 @@ class _Following:
 
     def norm(self, mean: fx.Node) -> RootMeanSquare | None:
         """The norm that a mean belongs to."""
-        args: Any = mean.args
+        args = args_of(mean)
         if len(args) < 2:
             return None
         source, ndim = args[0], len(args[0].meta["shape"])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from graphprune.ops.calls import Args, Kwargs
+from graphprune.ops.calls import Args, Kwargs, target_of
 from graphprune.ops.registry import op_of
 from graphprune.record.modes import leak
 
@@ -45,7 +45,7 @@ def evaluated(
 
 def run(node: fx.Node, args: Args, kwargs: Kwargs) -> Any:
     """Run an op. Strides may differ from the recorded ones, and some kernels are our own."""
-    target: Any = node.target
+    target = target_of(node)
     if target is leak:
         return None
     if target in _VIEWS:

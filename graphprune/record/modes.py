@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import PACKAGE
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import TENSOR, Args, Function, Kwargs
 from graphprune.ops.given import Number
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import run_on_meta
@@ -30,8 +30,7 @@ from graphprune.record.sizes import Scale, Size, is_live, must_not_change, plain
 
 aten = torch.ops.aten
 TORCH = str(Path(torch.__file__).parent) + os.sep
-_TENSOR: Any = torch.Tensor  # with its attributes as descriptors
-_SHAPES = {_TENSOR.shape.__get__, torch.Tensor.size}
+_SHAPES = {TENSOR.shape.__get__, torch.Tensor.size}
 _CHUNKS = {torch.chunk, torch.Tensor.chunk}
 _SECTIONS = {torch.tensor_split, torch.Tensor.tensor_split}  # also at given places
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
@@ -150,7 +149,7 @@ class Functions(TorchFunctionMode):
         finally:
             recorder.numbers = []
             recorder.caller = caller
-        if func is _TENSOR.data.__get__:
+        if func is TENSOR.data.__get__:
             recorder.call(aten.detach.default, args, {}, out)
         elif func in _LEAKS:
             recorder.call(leak, args[:1], {}, None)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.overrides import TorchFunctionMode
 
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import TENSOR, Args, Function, Kwargs
 from graphprune.record.tensors import named_modules, named_tensors
 
 Pads = tuple[tuple[int, int], ...]
@@ -102,14 +102,13 @@ class _Known:
     computed: bool = False
 
 
-_TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 _SAME = {
     torch.Tensor.detach, torch.detach, torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.float,
     torch.Tensor.double, torch.Tensor.half, torch.Tensor.bfloat16, torch.Tensor.contiguous,
-    torch.Tensor.clone, torch.clone, _TENSOR.data.__get__,
+    torch.Tensor.clone, torch.clone, TENSOR.data.__get__,
 }  # fmt: skip
 _FLIPS = {
-    torch.Tensor.t, torch.t, _TENSOR.T.__get__, _TENSOR.mT.__get__,
+    torch.Tensor.t, torch.t, TENSOR.T.__get__, TENSOR.mT.__get__,
     torch.Tensor.transpose, torch.transpose, torch.Tensor.swapaxes, torch.swapaxes,
 }  # fmt: skip
 _PARTS = {

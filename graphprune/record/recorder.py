@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphprune.errors import PACKAGE
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import FUNCTORCH, Args, Function, Kwargs, target_of
 from graphprune.ops.given import Number
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
@@ -38,7 +38,6 @@ from graphprune.record.sizes import (
 )
 from graphprune.record.tensors import held_tensors, named_modules, named_tensors
 
-_functorch: Any = torch._C._functorch
 _RUNS = str(Path(__file__).with_name("recording.py"))
 _EMPTY = {
     getattr(torch.ops.aten, name)
@@ -234,7 +233,7 @@ class Recorder:
             line=line,
             numbers=numbers,
             site=self.site(frame) if numbers or op_of(node.target).scaled else None,
-            transformed=_functorch.peek_interpreter_stack() is not None,
+            transformed=FUNCTORCH.peek_interpreter_stack() is not None,
         )
 
     def _check_written(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -451,14 +450,14 @@ def _given(target: Function, args: Args, kwargs: Kwargs) -> Iterator[tuple[Tenso
 
 def _unwrapped(tensor: Tensor) -> Tensor:
     """The tensor inside those of ``torch.vmap`` and its kind."""
-    while _functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = _functorch.get_unwrapped(tensor)
+    while FUNCTORCH.is_functorch_wrapped_tensor(tensor):
+        tensor = FUNCTORCH.get_unwrapped(tensor)
     return tensor
 
 
 def _is_pure(node: fx.Node) -> bool:
     """Whether a value is made by an op of torch that changes nothing."""
-    target: Any = node.target
+    target = target_of(node)
     return isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
 
 

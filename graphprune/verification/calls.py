@@ -17,15 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.calls import TENSOR
 from graphprune.ops.ids import Shape, reshape_blocks, varying
 from graphprune.ops.registry import packet_of
 from graphprune.ops.values import Value
 
 aten = torch.ops.aten
-_TENSOR: Any = torch.Tensor
 RESHAPES = {  # nothing but the shape of their result says what they do
-    _TENSOR.view, _TENSOR.reshape, torch.reshape, _TENSOR.flatten, torch.flatten,
-    _TENSOR.unflatten, torch.unflatten,
+    TENSOR.view, TENSOR.reshape, torch.reshape, TENSOR.flatten, torch.flatten,
+    TENSOR.unflatten, torch.unflatten,
 }  # fmt: skip
 _ANY_SIZE = {  # what these do to ids does not depend on sizes of dimensions without ids
     aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum,

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from graphprune.channels.analysis import integers_in, slots_of
 from graphprune.errors import GraphPruneError
+from graphprune.ops.calls import FUNCTORCH
 from graphprune.ops.ids import Alternatives, Ties
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
@@ -28,7 +29,6 @@ from graphprune.record.tensors import held_tensors
 from graphprune.verification.calls import Calls
 
 _UNKNOWN, _STAYS, _GONE = 0, 1, 2
-_functorch: Any = torch._C._functorch
 
 
 @contextlib.contextmanager
@@ -237,8 +237,8 @@ class Follower:
         Raises:
             Undecided: it shares memory with a known one in a way that no op told of.
         """
-        while _functorch.is_functorch_wrapped_tensor(tensor):
-            tensor = _functorch.get_unwrapped(tensor)
+        while FUNCTORCH.is_functorch_wrapped_tensor(tensor):
+            tensor = FUNCTORCH.get_unwrapped(tensor)
         with torch._C.DisableTorchFunction():
             source = self.find(tensor)
         if isinstance(source, fx.Node):
@@ -276,7 +276,7 @@ class Follower:
     def op(self, target: object, args: object, kwargs: object, out: object) -> fx.Node:
         """An op that has run: its node, to which the rule of the op was applied."""
         node = self._node("call_function", target, self._plain(args), self._plain(kwargs))
-        node.meta.update(numbers=[], transformed=_functorch.peek_interpreter_stack() is not None)
+        node.meta.update(numbers=[], transformed=FUNCTORCH.peek_interpreter_stack() is not None)
         if isinstance(out, Tensor):
             self._describe(node, out)
             self.put(out, node)

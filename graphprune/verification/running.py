@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import FUNCTORCH, TENSOR, Args, Function, Kwargs
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record.evaluate import run as run_op
@@ -37,10 +37,8 @@ from graphprune.verification.calls import (
 from graphprune.verification.follow import Follower, Undecided, aside
 
 aten = torch.ops.aten
-_functorch: Any = torch._C._functorch
-_TENSOR: Any = torch.Tensor  # with its attributes as descriptors
-_VIEWS = {getattr(_TENSOR, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
-_ALIASES = {_TENSOR.data.__get__: aten.detach.default}
+_VIEWS = {getattr(TENSOR, name).__get__ for name in ("T", "mT", "H", "mH", "real", "imag")}
+_ALIASES = {TENSOR.data.__get__: aten.detach.default}
 _LOOKS = {  # say something about a tensor, and make none
     torch.Tensor.size, torch.Tensor.dim, torch.Tensor.stride, torch.Tensor.numel,
     torch.Tensor.is_floating_point, torch.Tensor.__len__, torch.Tensor.is_contiguous,
@@ -172,7 +170,7 @@ class Functions(TorchFunctionMode):
             self.dispatch.known = before
 
     def _called(self, func: Any, args: Any, kwargs: Any) -> object:
-        if func in _LOOKS or _functorch.peek_interpreter_stack() is not None:
+        if func in _LOOKS or FUNCTORCH.peek_interpreter_stack() is not None:
             return self._run(func, args, kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__" and func not in _VIEWS:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from graphprune.masks.dead.affine import parts_of
 from graphprune.masks.interpret import Interpreter
 from graphprune.ops.batch_norm import Norm
+from graphprune.ops.calls import args_of
 from graphprune.ops.views import norm_of
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ def stored_matrix(node: fx.Node) -> Matrix | None:
 
 def _masked(product: fx.Node) -> tuple[str, str] | None:
     """A vector or matrix that hooks of ``torch.nn.utils.prune`` multiply with its mask."""
-    args: Any = product.args
+    args = args_of(product)
     if getattr(product.target, "overloadpacket", None) is not aten.mul or len(args) != 2:
         return None
     if not all(_stored(arg) and len(arg.users) == 1 for arg in args):
