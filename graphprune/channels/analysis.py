@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +31,8 @@ from graphprune.record.tensors import (
     named_tensors,
     shared_by_modules,
 )
+
+_PROJECTION = re.compile(r"\bweight_hr_l\d+(_reverse)?$")  # [projected, hidden] of an LSTM
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Group:
     units: np.ndarray  # labels of the units, in the order of the channels
     reason: Reason | None = None  # why it is frozen
     renormalising: Reason | None = None
+    limit: str = ""  # what numbers of its channels a layer does not take
 
     @property
     def size(self) -> int:
@@ -112,8 +116,8 @@ class Group:
 
     @property
     def note(self) -> str:
-        """Why it is frozen or renormalising."""
-        return str(self.reason or self.renormalising or "")
+        """Why it is frozen or renormalising, and which numbers of channels it cannot have."""
+        return str(self.reason or self.renormalising or self.limit)
 
 
 @dataclass(frozen=True)
@@ -153,21 +157,20 @@ class Analysis:
         cls, model: nn.Module, records: Sequence[Record], attention: str = "heads"
     ) -> Analysis:
         """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
-        ties = Ties()
-        slots, values = slots_of(model, ties)
-        integers = integers_in(named_tensors(model))
-        walk = Walk(ties, values.get, attention, integers.get)  # all further ids are no parameter's
-        for record in records:
-            walk.run(record.graph)
-        _tie_unread(model, records, values, ties)
+        turned: set[fx.Node] = set()  # where blocks leave, as nothing in them can
+        while True:
+            slots, walk, units = _walked(model, records, attention, turned)
+            stuck = {node for node, ids in walk.crossed if units.stay(ids)} - turned
+            if not stuck:
+                break
+            turned |= stuck
         marks = walk.marks
-        units = resolve(ties, marks.choices, marks.grids, marks.aligned, _weights(slots))
         for ids, way in units.chosen:
             if isinstance(way.statistics, Reason):
                 marks.statistics.append(Statistics(ids, way.statistics, None))
             if way.reason is not None:
                 for stays in way.frozen:
-                    ties.freeze(stays, way.reason)
+                    walk.ties.freeze(stays, way.reason)
         parameters = {name for name, _ in model.named_parameters()}
         found = cls(
             fingerprint(model),
@@ -177,11 +180,11 @@ class Analysis:
             aliases(model),
             shared_by_modules(model),
             units,
-            ties,
+            walk.ties,
             marks,
             attention,
             walk.first_fresh,
-            integers,
+            integers_in(named_tensors(model)),
             {
                 name: (tuple(t.shape), t.element_size(), name in parameters)
                 for name, t in held_tensors(model)
@@ -201,7 +204,7 @@ class Analysis:
 
     def stays(self, ids: Tensor) -> bool:
         """Whether all of some ids are frozen."""
-        return bool(self.units.frozen[self.units.labels[ids.numpy()]].all())
+        return self.units.stay(ids)
 
     def is_own(self, ids: Tensor) -> bool:
         """Whether some ids belong to parameters, or live and die with those that do."""
@@ -306,6 +309,22 @@ class Pruned:
             line = np.ones(layer.shape[dim], bool)
             self._lines[key] = line if empty else self.alive[layer.numpy()].any(axis=rest)
         return self._lines[key]
+
+
+def _walked(
+    model: nn.Module, records: Sequence[Record], attention: str, turned: Set[fx.Node]
+) -> tuple[tuple[Slot, ...], Walk, Units]:
+    """The walk over recorded forward passes, and the units that it leaves."""
+    ties = Ties()
+    slots, values = slots_of(model, ties)
+    walk = Walk(ties, values.get, attention, integers_in(named_tensors(model)).get)
+    walk.by_blocks = lambda node, layer, dim: node in turned
+    for record in records:  # ids made from here on belong to no parameter
+        walk.run(record.graph)
+    _tie_unread(model, records, values, ties)
+    marks = walk.marks
+    units = resolve(ties, marks.choices, marks.grids, marks.aligned, _weights(slots))
+    return slots, walk, units
 
 
 def _tie_unread(
@@ -445,8 +464,15 @@ def _groups(graph: Analysis) -> Iterator[Group]:
         placed.append((members[0].slot.start + int(members[0].index[by_place[0], 0]), group))
     placed.sort(key=lambda item: item[0])
     for number, (_, group) in enumerate(placed):
-        name = f"g{number}"
-        yield Group(name, group.members, group.units, group.reason, group.renormalising)
+        limit = "" if group.frozen else _limit(group)
+        yield replace(group, name=f"g{number}", limit=limit)
+
+
+def _limit(group: Group) -> str:
+    """Torch takes an LSTM whose projection is as wide as its state for one without."""
+    found = (m.slot for m in group.members if _PROJECTION.search(m.slot.tensor))
+    layer = next((slot.layer for slot in found if slot.dim == 1), None)
+    return "" if layer is None else f"never as many channels as the projection of {layer} keeps"
 
 
 def _first_reason(units: Units, marked: Sequence[tuple[Any, Any]]) -> dict[int, Reason]:

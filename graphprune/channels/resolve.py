@@ -74,6 +74,10 @@ class Units:
         """Ids that must stay."""
         self.frozen[self.labels[ids.reshape(-1).numpy()]] = True
 
+    def stay(self, ids: Tensor) -> bool:
+        """Whether all of some ids are frozen."""
+        return bool(self.frozen[self.labels[ids.numpy()]].all())
+
     def _merged(self, pairs: Pairs) -> tuple[np.ndarray, np.ndarray]:
         """The labels touched by new ties, and the label each of them becomes."""
         left, right = [], []

@@ -28,12 +28,18 @@ def _kind(analysis: Analysis, member: Member) -> Hashable:
 def least(analysis: Analysis) -> dict[str, int]:
     """How many channels groups keep at least, by name, where that is more than one.
 
-    A norm over a single channel passes nothing on: its variance is zero, whatever the input.
+    A norm over a single channel passes nothing on: its variance is zero, whatever the input. The
+    state of an LSTM stays wider than its projection may be.
     """
     owner = np.zeros(len(analysis.units.frozen), np.int64)  # 0: always stays
     for number, group in enumerate(analysis.groups):
         owner[group.units] = number + 1
-    fewest = {}
+    fewest = {
+        group.name: analysis.shapes[member.slot.tensor][0][0] + 1
+        for group in analysis.groups
+        for member in group.members
+        if group.limit and member.slot.dim == 1
+    }
     for ids, _, node in analysis.marks.statistics:
         labels, places = np.unique(analysis.units.labels[ids.numpy()], return_counts=True)
         groups = np.unique(owner[labels])
@@ -41,7 +47,7 @@ def least(analysis: Analysis) -> dict[str, int]:
             continue  # statistics over the places of an image, or over what always stays
         group = analysis.groups[groups[0] - 1]
         if places.min() == 1 < group.size:
-            fewest[group.name] = 2
+            fewest[group.name] = max(fewest.get(group.name, 1), 2)
     return fewest
 
 

@@ -23,6 +23,7 @@ from graphprune.ops.calls import Function
 from graphprune.plan.plan import LiteralChange
 from graphprune.record.attention import INNER, multi_head_attention_forward
 from graphprune.record.sites import (
+    TIMES,
     Site,
     Step,
     defined,
@@ -95,7 +96,9 @@ def rewrite_forward(model: nn.Module, changes: Sequence[LiteralChange]) -> None:
         before = vars(module).get("forward")
         edits = before.edits if isinstance(before, Rewritten) else ()
         mine = {(edit.site, edit.path): edit for edit in edits}
-        mine |= {(c.site, c.path): c for c in changes if c.module == owner}
+        for new in [c for c in changes if c.module == owner]:
+            key = new.site, new.path
+            mine[key] = mine[key].then(new) if key in mine else new
         edits = tuple(mine.values())
         made: list[Rewritten] = [RewrittenForward(module, forward_of(module), (), edits)]
         made += [Rewritten(module, _at(module, way), way, edits) for way in _own(edits)]
@@ -148,7 +151,7 @@ def _edited(function: Function, edits: Edits) -> types.CodeType:
                 f"the source of {function.__qualname__} is not the one that the plan changes: "
                 "make a new plan for this version"
             )
-        node = change(definition, replace(edit.site, first=first), edit.path, edit.new)
+        node = change(definition, replace(edit.site, first=first), edit)
         if edit.path[0] in INNER and isinstance(node, ast.Call) and is_attention(node):
             attentions.append(node)
     for call in attentions:  # torch's own takes no such sizes
@@ -197,8 +200,9 @@ def _bare(node: Any) -> Any:
     return node
 
 
-def change(definition: ast.AST, site: Site, path: Any, new: float) -> ast.AST:
+def change(definition: ast.AST, site: Site, edit: LiteralChange) -> ast.AST:
     """Put a number where an expression takes one from, and return that expression."""
+    path, new = edit.path, edit.new
     for node in ast.walk(definition):
         if site.absolute not in spans_of(node):
             continue
@@ -208,7 +212,10 @@ def change(definition: ast.AST, site: Site, path: Any, new: float) -> ast.AST:
         for holder in holders(node, site, path):
             old = holder.expression
             value: ast.expr = ast.Constant(new)
-            if holder.rest:
+            if holder.rest == (TIMES,):
+                more = ast.BinOp(old, ast.Mult(), value)
+                value = ast.BinOp(more, ast.FloorDiv(), ast.Constant(edit.old))
+            elif holder.rest:
                 name = ast.Name("_put", ast.Load())
                 rest = ast.parse(repr(holder.rest), mode="eval").body
                 value = ast.Call(name, [old, rest, value], [])

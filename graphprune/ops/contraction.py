@@ -128,9 +128,18 @@ def matmul_meta(left: Tensor, right: Tensor) -> object:
     return left.new_empty((*batch, left.shape[-2], right.shape[-1]))
 
 
+def _read(walk: Walk, left: Value, right: Value, *dims: int) -> tuple[Value, Value]:
+    """Two values of which one is a weight that reads the other along a dimension."""
+    if left.constant != right.constant:
+        left = left if left.constant else walk.read_along(left, dims[0])
+        right = right if right.constant else walk.read_along(right, dims[1])
+    return left, right
+
+
 @declare(aten.mm, factors=of_matrices, sample=of((3, 4), (4, 5)))
 def mm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[n, k] @ [k, m]``."""
+    left, right = _read(walk, left, right, 1, 0)
     contract(walk, left, right, 1, 0)
     return (*free(left, 1), *free(right, 0))
 
@@ -148,6 +157,7 @@ def linear(walk: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | Non
     if weight.ndim == 1:
         weight = Value((1, *weight.shape), tuple(i.unsqueeze(0) for i in weight.layers),
                        weight.constant, weight.given, weight.linear)  # fmt: skip
+    x = walk.read_along(x, x.ndim - 1)
     contract(walk, x, weight, x.ndim - 1, 1)
     out = [layer.reshape(-1) for layer in free(weight, 1)]
     shape = (*x.shape[:-1], weight.shape[0])
@@ -169,6 +179,8 @@ def matmul(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     wide_left = _reshaped(left, (1, *left.shape)) if left.ndim == 1 else left
     wide_right = _reshaped(right, (*right.shape, 1)) if right.ndim == 1 else right
     wide_left, wide_right = inward_both(walk, wide_left, wide_right, turned=True)
+    dims = wide_left.ndim - 1, wide_right.ndim - 2
+    wide_left, wide_right = _read(walk, wide_left, wide_right, *dims)
     contract(walk, wide_left, wide_right, wide_left.ndim - 1, wide_right.ndim - 2)
     a, b = (tuple(free(v, d)) for v, d in
             ((wide_left, wide_left.ndim - 1), (wide_right, wide_right.ndim - 2)))  # fmt: skip

@@ -83,6 +83,7 @@ def convolution(
     x = replace(x, layers=walk.settle(x, mixed, "convolution over channels"))
     weight = replace(weight, layers=walk.settle(weight, range(2, ndim), Natural.KERNEL))
     out_channels = node.meta["shape"][1]
+    x = walk.read_along(x, 1) if groups == 1 else x
     rows = free(x, 1)
     for layer in x.on(1):
         walk.collapse(layer, {1} if len(varying(layer)) > 1 else ())
@@ -138,10 +139,12 @@ def _grouped(
         return [ids.reshape(-1) for ids in leaving]
     if not weight.linear:
         walk.mask(*entering)
+    by_row = [ids for ids in entering if (ids != ids[:1]).any()] or entering[:1]
+    by_column = [ids for ids in entering if (ids != ids[:, :1]).any()] or entering[:1]
     rows = [(ids[:, :1], ids) for ids in (*entering, *leaving)]
-    rows += [(a[:, :1], b[:, :1]) for a in entering for b in leaving]
+    rows += [(a[:, :1], b[:, :1]) for a in by_row for b in leaving]
     columns = [(ids[:1], ids) for ids in (*entering, *leaving)]
-    columns += [(ids, entering[0][:1]) for ids in in_short]
+    columns += [(ids, other[:1]) for ids in in_short for other in by_column]
     columns += [(ids, leaving[0][:1]) for ids in out_short]
     everything = torch.cat([ids.reshape(-1) for ids in (*entering, *leaving)])
     if entering[0].shape[1] == 1:

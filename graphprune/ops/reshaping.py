@@ -75,7 +75,6 @@ def triangle(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
 @declare(aten.squeeze, aten.squeeze_, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1))
 @declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]))
 @declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]))
-@declare(aten.pixel_shuffle, fact=moved_numbers_fact, sample=of((1, 8, 2, 2), 2))
 def moved(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """Run the op on the ids."""
     op = target_of(node)
@@ -99,6 +98,14 @@ def unfold(walk: Walk, node: fx.Node, x: Value, dim: int, size: int, step: int) 
     for layer in x.on(dim):
         walk.collapse(layer.unflatten(dim, (-1, size)), {dim + 1})
     return moved(walk, node, x, dim, size, step)
+
+
+@declare(aten.pixel_shuffle, fact=moved_numbers_fact, sample=of((1, 8, 2, 2), 2))
+def pixel_shuffle(walk: Walk, node: fx.Node, x: Value, factor: int) -> Layers:
+    """Channels become places: all sources of one channel leave together."""
+    for layer in x.on(-3):
+        walk.collapse(layer.unflatten(-3, (-1, factor**2)), {layer.dim() - 2})
+    return moved(walk, node, x, factor)
 
 
 @declare(aten.pixel_unshuffle, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), 2))

@@ -26,6 +26,10 @@ aten = torch.ops.aten
 def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Layers:
     """The product of operands of equal rank, summed over ``dims``, which are dropped."""
     walk.reading()
+    moving = [value for value in operands if not value.constant]
+    if len(moving) == 1 and len(dims) == 1 and len(operands) > 1:  # weights read along a dimension
+        read = walk.read_along(moving[0], *dims)
+        operands = [read if value is moving[0] else value for value in operands]
     for value in operands:
         rest = [layer for layer in value.layers if not varying(layer) & dims]
         walk.write(value, [other for other in operands if other is not value], rest)

@@ -54,6 +54,8 @@ class Walk:
     marks: Marks = field(default_factory=Marks)
     copied: list[tuple[int, int]] = field(default_factory=list)
     unused: set[fx.Node] = field(default_factory=set)
+    by_blocks: Callable[[fx.Node, Tensor, int], bool] = lambda node, layer, dim: False
+    crossed: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
     node: fx.Node | None = None
 
     def __post_init__(self) -> None:
@@ -325,6 +327,22 @@ class Walk:
     def keep_grid(self, layer: Tensor, dims: Iterable[int] = ()) -> None:
         """A layer that varies along several dimensions; along ``dims`` no row leaves alone."""
         self.marks.grids.append((layer, frozenset(dims)))
+
+    def read_along(self, value: Value, dim: int) -> Value:
+        """A value that a weight reads along one side of a grid (blocks x width).
+
+        The grid is cut along its other side, which the result still has (``crossed`` tells what
+        leaves then), or along this one where ``by_blocks`` says so.
+        """
+        layers = []
+        for layer in value.layers:
+            others = varying(layer) - {dim}
+            if layer.shape[dim] > 1 and others and self.node is not None:
+                self.crossed.append((self.node, layer.narrow(dim, 0, 1)))
+                blocks = self.by_blocks(self.node, layer, dim)
+                layer = self.collapse(layer, others) if blocks else layer
+            layers.append(layer)
+        return replace(value, layers=tuple(layers))
 
     def choose(self, choice: Alternatives) -> None:
         """Leave a decision between several ways to tie until the walk is over."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from graphprune.errors import PlanError
 from graphprune.plan.coding import Runs
-from graphprune.record.sites import Site
+from graphprune.record.sites import TIMES, Site
 from graphprune.record.sizes import Attribute
 
 
@@ -144,8 +145,11 @@ class SizeChange:
         return Attribute(self.module, self.name, self.path)
 
     def then(self, later: SizeChange) -> SizeChange:
-        """The first old number, the last new one."""
-        return replace(later, old=self.old)
+        """The first old number, the last new one; of factors, their product."""
+        if self.path[-1:] != (TIMES,):
+            return replace(later, old=self.old)
+        part = Fraction(int(self.new * later.new), int(self.old * later.old))
+        return replace(later, old=part.denominator, new=part.numerator)
 
 
 @dataclass(frozen=True)
@@ -165,8 +169,11 @@ class LiteralChange:
         return self.module, self.site, self.path
 
     def then(self, later: LiteralChange) -> LiteralChange:
-        """The first old number, the last new one."""
-        return replace(later, old=self.old)
+        """The first old number, the last new one; of factors, their product."""
+        if self.path[-1:] != (TIMES,):
+            return replace(later, old=self.old)
+        part = Fraction(int(self.new * later.new), int(self.old * later.old))
+        return replace(later, old=part.denominator, new=part.numerator)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from graphprune.plan.changes import (
 )
 from graphprune.record.sites import (
     INNER_SIZES,
+    TIMES,
     defined,
     digest,
     follow,
@@ -229,6 +230,9 @@ class Check:
         self.range(new, old, where)
         known = {(e.site, e.path): e.new for e in getattr(vars(module).get("forward"), "edits", ())}
         found = known.get((change.site, change.path), _written(function, change))
+        if found is not None and change.path[-1] == TIMES:  # a factor for whatever stands there
+            self.need(change.old > 0 and change.new > 0, f"{where} would not be a size")
+            return
         self.need(found is not None, f"{where} is not there")
         self.need(isinstance(found, str) or plain(found) == old, f"{where} is {found}, not {old}")
 

@@ -6,8 +6,9 @@ expression behind the size says which attribute or literal to change for that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from graphprune.ops.ids import Path
 from graphprune.ops.registry import Op, op_of, packet_of
 from graphprune.planning.problems import Place, Problem, around
 from graphprune.record.recorder import Record
-from graphprune.record.sites import changeable, is_literal
+from graphprune.record.sites import TIMES, changeable, is_literal, whole
 from graphprune.record.sites import given as written
 from graphprune.record.sizes import (
     COMPARISONS,
@@ -30,6 +31,7 @@ from graphprune.record.sizes import (
     Expression,
     Extent,
     Literal,
+    Operation,
     Scale,
     Settable,
     Size,
@@ -56,6 +58,7 @@ class Need:
     path: Path | None = None  # where it stands in the arguments
     leaks: bool = False  # whether a plain int may have been computed from sizes
     before: tuple[Tensor, ...] = ()  # what must stay if a place cannot be changed
+    scaled: bool = False  # whether it was computed in a way that nobody saw, and does not follow
 
     @property
     def literal(self) -> Literal | None:
@@ -76,7 +79,10 @@ class Changes:
 
 
 def changes(
-    graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]] = frozenset()
+    graph: Analysis,
+    alive: np.ndarray,
+    trusted: frozenset[tuple[int, int]] = frozenset(),
+    scaled: frozenset[tuple[int, int]] = frozenset(),
 ) -> Changes:
     """Solve for the attributes and literals that a plan changes.
 
@@ -84,8 +90,9 @@ def changes(
         graph: the analysed model.
         alive: for every id whether it stays.
         trusted: (record, node) positions of plain ints known to follow the shapes by themselves.
+        scaled: those of plain ints known not to.
     """
-    return Solver(graph, alive, trusted).solved()
+    return Solver(graph, alive, trusted, scaled).solved()
 
 
 class Solver:
@@ -97,9 +104,13 @@ class Solver:
     """
 
     def __init__(
-        self, graph: Analysis, alive: np.ndarray, trusted: frozenset[tuple[int, int]]
+        self,
+        graph: Analysis,
+        alive: np.ndarray,
+        trusted: frozenset[tuple[int, int]],
+        scaled: frozenset[tuple[int, int]],
     ) -> None:
-        self.graph, self.alive, self.trusted = graph, alive, trusted
+        self.graph, self.alive, self.trusted, self.scaled = graph, alive, trusted, scaled
         self.pruned = graph.pruned(alive)
         self.values: dict[Settable, float] = {}
         self.problems: list[Problem] = []
@@ -169,6 +180,9 @@ class Solver:
         literal = need.literal if self.written else None
         if literal is not None and literal in self.values:
             return self.values[literal] == need.needed
+        scaled = self._scaled(need) if self.written else None
+        if scaled is not None and scaled[0] in self.values:
+            return self.values[scaled[0]] == scaled[1]
         return self.value(need.expression) == need.needed
 
     def _solve(self, expr: Expression, needed: int) -> bool:
@@ -192,17 +206,52 @@ class Solver:
         if isinstance(expr, int):
             source = written(literal.site, literal.path)
             if need.leaks and source is not None and not is_literal(source):
+                if need.scaled:
+                    self._scale(need)
                 return
         elif not self._of_channels(expr):
+            self._scale(need)
             return
         self.values[literal] = need.needed
         self.written = True
         if need.place is not None:
             self.places[literal] = need.place
 
+    def _scale(self, need: Need) -> None:
+        """Multiply a number where it stands, so that it is the same part of it for other inputs."""
+        scaled = self._scaled(need)
+        if scaled is not None:
+            self.values[scaled[0]] = scaled[1]
+            self.written = True
+
+    def _scaled(self, need: Need) -> tuple[Literal, int] | None:
+        """A product of a batch size (or of places) and a width: the width, and the one it needs.
+
+        The expression in the source stays, and is multiplied by their quotient.
+        """
+        literal = need.literal
+        if literal is None or not whole(literal.site, literal.path):
+            return None
+        if need.scaled:
+            shared = math.gcd(need.given, need.needed)
+            part = replace(literal, path=(*literal.path, TIMES), value=need.given // shared)
+            return part, need.needed // shared
+        factors = _factors(need.expression)
+        others = [leaf for leaf in factors or () if not self._is_width(leaf)]
+        if not others:
+            return None
+        rest, now = math.prod(self.extent(leaf) for leaf in others), self.value(need.expression)
+        if not rest or now % rest or need.needed % rest or not now:
+            return None
+        width = replace(literal, path=(*literal.path, TIMES), value=int(now // rest))
+        return width, need.needed // rest
+
+    def _is_width(self, leaf: Extent) -> bool:
+        return bool(self.graph.values[leaf.node].on(leaf.dim))
+
     def _of_channels(self, expr: Expression) -> bool:
         """Whether an expression depends on channels only: a literal would fix a batch size."""
-        return all(self.graph.values[leaf.node].on(leaf.dim) for leaf in extents(expr))
+        return all(map(self._is_width, extents(expr)))
 
     def _problem(self, need: Need) -> Problem:
         leaves: list[Any] = [*attributes(need.expression), need.literal]
@@ -300,8 +349,12 @@ class Solver:
             for position, node in enumerate(record.ops):
                 op = op_of(node)
                 if op.given is not None and (op.places or node.meta.get("numbers")):
-                    trust = (number, position) in self.trusted and not op.places
-                    yield from self._needs_of(record, node, op, trust)
+                    place = number, position
+                    trust = place in self.trusted and not op.places
+                    for need in self._needs_of(record, node, op, trust):
+                        plain_int = isinstance(need.expression, int)
+                        known = plain_int and place in self.scaled
+                        yield replace(need, scaled=True) if known else need
 
     def _needs_of(self, record: Record, node: fx.Node, op: Op, trust: bool) -> Iterator[Need]:
         assert op.given is not None
@@ -360,6 +413,18 @@ def _literal(node: fx.Node, path: Path | None, value: float) -> Literal | None:
     if site is None or path is None:
         return None
     return Literal(str(node.meta["module"]), site, path, value)
+
+
+def _factors(expr: Expression) -> list[Extent] | None:
+    """The sizes of values in a product; ``None`` if it is something else.
+
+    Divisors are those of an earlier change, which divide without a rest.
+    """
+    if isinstance(expr, Operation):
+        left, right = _factors(expr.left), _factors(expr.right)
+        product = expr.op == "mul" or (expr.op == "floordiv" and isinstance(expr.right, int))
+        return None if left is None or right is None or not product else left + right
+    return [expr] if isinstance(expr, Extent) else []
 
 
 def _changeable(literal: Literal) -> bool:

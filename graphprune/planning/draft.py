@@ -217,14 +217,16 @@ class Draft:
         may = [group for group in free if self.may_leave(group) and group.size > 1]
         rounded = [group for group in may if step > 1 and self._allowed([group]) == (group.size,)]
         bounded = [g for g in may if self._allowed([g]) == (g.size,) and g not in rounded]
-        norms = [g for g in may if self.least.get(g.name, 1) == g.size and g in bounded]
+        fewest = [g for g in bounded if self.least.get(g.name, 1) == g.size]
+        norms = [group for group in fewest if not group.limit]
         spared = [group for group in self.analysis.groups if group.name in self.spared]
         return [
             ("left whole by exact_only", [group for group in free if not self.may_leave(group)]),
             (f"left whole by keep={', '.join(request.keep)} (name fewer layers)", spared),
             (f"have no width that is a multiple of round_to={step} (try a smaller one)", rounded),
             ("a norm over a single channel would be a constant", norms),
-            ("min_kept and max_kept leave no choice", [g for g in bounded if g not in norms]),
+            ("would be as narrow as their projection", [g for g in fewest if g.limit]),
+            ("min_kept and max_kept leave no choice", [g for g in bounded if g not in fewest]),
         ]
 
 

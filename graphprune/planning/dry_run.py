@@ -201,7 +201,7 @@ def what_runs(
         batch, ran = _batch(original, call), list[str]()
         if original.device == "meta":
             try:
-                dry(hollow(model, plan).train(original.training), batch, ran)
+                dry(hollow(model, plan).train(original.training), batch, ran, original.caches)
             except Exception:  # whatever the code of a model raises
                 return None
         else:
@@ -246,7 +246,7 @@ def _outputs(
     """The shapes of the outputs of a shrunk copy; ``None`` when it does not run."""
     clone = skeleton(model, "meta") if plan is None else hollow(model, plan)
     try:
-        leaves = dry(clone.train(original.training), call)
+        leaves = dry(clone.train(original.training), call, caches=original.caches)
     except Exception:  # whatever the code of a model raises: it is run again, and told then
         return None
     return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]

@@ -253,4 +253,5 @@ def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept, 
         finding = follow(model, call, settled, chosen)
     if not finding.possible:
         reason = finding.settled.analysis.later.frozen[-1][1]
-        raise InputError(f"these channels cannot leave: {reason}")
+        limits = [f"{g.name}: {g.limit}" for g in settled.analysis.groups if g.limit]
+        raise InputError("; ".join([f"these channels cannot leave: {reason}", *limits]))

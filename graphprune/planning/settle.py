@@ -34,11 +34,12 @@ class Settled:
     """An analysis, with what is known of how the code of the model follows it.
 
     ``trusted`` are the (record, op) positions of plain ints that were seen to follow the shapes by
-    themselves.
+    themselves, ``scaled`` those of ints that were seen not to, and are multiplied in their place.
     """
 
     analysis: Analysis
     trusted: frozenset[Place] = frozenset()
+    scaled: frozenset[Place] = frozenset()
     _solved: dict[bytes, adapt.Changes] = field(default_factory=dict, repr=False, compare=False)
 
     def changes(self, alive: np.ndarray) -> adapt.Changes:
@@ -46,12 +47,13 @@ class Settled:
         key = alive.tobytes()
         if key not in self._solved:
             self._solved.clear()  # the channels asked for last are asked for again
-            self._solved[key] = adapt.changes(self.analysis, alive, self.trusted)
+            self._solved[key] = adapt.changes(self.analysis, alive, self.trusted, self.scaled)
         return self._solved[key]
 
     def without(self, obstacle: Obstacles) -> Settled:
         """The same where what stood in the way is tied or stays."""
-        return Settled(self.analysis.derived(obstacle.ties, obstacle.frozen), self.trusted)
+        derived = self.analysis.derived(obstacle.ties, obstacle.frozen)
+        return Settled(derived, self.trusted, self.scaled)
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,17 @@ def follow(
     problems = list(solved.problems)
     unclear = [problem for problem in problems if problem.literal]
     if unclear and len(unclear) == len(problems):
-        place = _mismatch(model, call, analysis, alive)
+        place = _mismatch(model, call, settled, alive)
         if place is None:
             seen = {_place(analysis, problem.node) for problem in unclear}
             return Finding(replace(settled, trusted=settled.trusted | seen, _solved={}), True)
         problems = _guilty(analysis, place, unclear)
+        tried = {_place(analysis, problem.node) for problem in problems} - settled.scaled
+        if tried:
+            return Finding(replace(settled, scaled=settled.scaled | tried, _solved={}), False)
     if problems:
         return Finding(settled.without(obstacles(analysis, problems)), False)
-    place = _mismatch(model, call, analysis, alive) if solved.unsure else None
+    place = _mismatch(model, call, settled, alive) if solved.unsure else None
     return _finding(settled, alive, place)
 
 
@@ -122,10 +127,11 @@ def _finding(settled: Settled, alive: np.ndarray, place: Place | None) -> Findin
     return Finding(settled.without(_in_the_way(settled.analysis, place, alive)), False)
 
 
-def _mismatch(model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray) -> Place | None:
+def _mismatch(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -> Place | None:
     """Where a shrunk copy differs from what is foreseen, if no plain int is trusted."""
-    plan = bare_plan(analysis, alive, adapt.changes(analysis, alive))
-    return first_mismatch(model, call, analysis, alive, plan)
+    analysis = settled.analysis
+    solved = adapt.changes(analysis, alive, scaled=settled.scaled)
+    return first_mismatch(model, call, analysis, alive, bare_plan(analysis, alive, solved))
 
 
 def _in_the_way(analysis: Analysis, place: Place, alive: np.ndarray) -> Obstacles:

@@ -84,6 +84,9 @@ def _sections(
     """The arguments of ``tensor_split`` when it makes a number of parts, as equal as can be."""
     count = indices_or_sections if sections is None else sections
     count = others.get("tensor_indices_or_sections", count)
+    if isinstance(count, Tensor) and not count.dim() and not count.is_meta:
+        with _plain():
+            count = int(count)
     return (input, plain(count), plain(dim)) if isinstance(count, int) else None
 
 
@@ -127,6 +130,7 @@ class Functions(TorchFunctionMode):
             with self:
                 return attention.multi_head_attention_forward(*args, **kwargs)
         if func is torch.Tensor.__len__:
+            recorder.record.lengths = True
             rows = recorder.extents(args[0])[0]
             must_not_change(rows)
             int(rows)  # it goes on as a plain int

@@ -76,7 +76,9 @@ class Record:
     comparisons: list[Comparison] = field(default_factory=list)
     leaks: bool = False  # whether sizes were turned into plain ints
     leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
+    lengths: bool = False  # whether ``len`` of a tensor was asked for
     doubts: bool = False  # whether floats in the code may have been computed from sizes
+    caches: bool = False  # whether the code keeps tensors outside of the model
     branches: bool = True  # whether code of the model may have looked at ``training``
 
     @property

@@ -7,6 +7,7 @@ non-maximum suppression) is run on the CPU with its real weights instead.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
-from graphprune.record import scope
+from graphprune.record import outside, scope
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import Outputs, fields
 from graphprune.record.random_numbers import same_numbers
@@ -80,7 +81,11 @@ def _record(
         return copied if device == "meta" else copied.to(device)
 
     try:
-        return run(clone(), call, device, watch_mode=not training)
+        found = run(clone(), call, device, watch_mode=not training)
+        if found.lengths:
+            with scope.lengths():
+                found = run(clone(), call, device, watch_mode=not training)
+        return found
     except TraceError as error:
         if training or not isinstance(error.__cause__, TypeError | ValueError):
             raise
@@ -106,7 +111,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
             recorder.placeholder(tensor)
     grad = torch.no_grad()
     try:
-        with same_numbers(), grad, recorder:
+        with outside.unchanged(clone) as caches, same_numbers(), grad, recorder:
             out = clone(*args, **kwargs)
     except Exception as error:
         failed = TraceError(
@@ -119,6 +124,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
         raise failed from error
     recorder.forget_looks()
     result = recorder.record
+    result.caches = bool(caches)
     leaves, result.output_spec = pytree.tree_flatten(fields(out))
     for leaf in leaves:
         result.output_leaves.append(Tensor if isinstance(leaf, Tensor) else leaf)
@@ -169,16 +175,20 @@ class _Shapes(TorchDispatchMode):
 
 
 @torch.inference_mode(False)
-def dry(clone: nn.Module, call: Call, ran: list[str] | None = None) -> list[object]:
+def dry(
+    clone: nn.Module, call: Call, ran: list[str] | None = None, caches: bool = True
+) -> list[object]:
     """The leaves of what a copy on ``meta`` returns; nothing is recorded, errors are its own.
 
     Args:
         clone: the copy.
         call: the inputs.
         ran: gets a line for every op and what it was given, when there is a list for it.
+        caches: whether its code keeps tensors outside of the model.
     """
     args, kwargs = call.on("meta")
-    with same_numbers(), torch.no_grad(), scope.recording(None), _Shapes(ran):
+    kept = outside.unchanged(clone) if caches else contextlib.nullcontext()
+    with kept, same_numbers(), torch.no_grad(), scope.recording(None), _Shapes(ran):
         return pytree.tree_leaves(fields(clone(*args, **kwargs)))
 
 

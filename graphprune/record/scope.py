@@ -8,6 +8,7 @@ that threads can record at the same time, beside others that train.
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import copy
 import functools
@@ -76,6 +77,37 @@ def _change() -> None:
     _put(Tensor, "__reduce_ex__", _reduce)
     for name in MATH:
         _put(math, name, _followed(name, getattr(math, name)))
+
+
+@contextlib.contextmanager
+def lengths() -> Iterator[None]:
+    """Let ``len`` of a tensor be a size that knows where it comes from.
+
+    It is a place that the whole process looks at often: only code that asks for it gets it.
+    """
+    global _measured
+    with _lock:
+        if not _measured:
+            builtins.len = _length
+        _measured += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _measured -= 1
+            if not _measured:
+                builtins.len = _len
+
+
+_len = len
+_measured = 0  # users of ``lengths``, in all threads
+
+
+def _length(value: Any) -> int:
+    if Tensor in type(value).__mro__ and current() is not None and value.dim():
+        size: int = value.shape[0]
+        return size
+    return _len(value)
 
 
 def _put(owner: object, name: str, value: object) -> None:

@@ -21,6 +21,7 @@ from graphprune.ops.calls import Function
 from graphprune.ops.ids import Path
 
 Span = tuple[int, int, int, int]  # first line, last line, first column, last column
+TIMES = "times"  # ends the path to a number that is multiplied, where it stands, by new / old
 INNER_SIZES = ("head_dim", "value_dim")  # of attention, which torch computes from others
 Step = tuple[str, str]  # ("global" | "method" | "attribute" | "closure", name)
 
@@ -386,9 +387,18 @@ def _inside(parent: object, key: object, rest: Path) -> Holder:
         stars = [place for place, item in enumerate(node.elts) if isinstance(item, ast.Starred)]
         if not stars or first < stars[0]:
             return _inside(node.elts, first, rest[1:])
-    if isinstance(node, ast.Slice):
+    if isinstance(node, ast.Slice) and first != TIMES:
         return _inside(node, {"start": "lower", "stop": "upper"}[str(first)], rest[1:])
     return holder
+
+
+def whole(site: Site, path: Path) -> bool:
+    """Whether the number at ``path`` of the arguments is all that one expression gives."""
+    node = _index(site.file).spans.get(site.absolute)
+    if node is None or (isinstance(path[0], str) and not isinstance(node, ast.Call)):
+        return False
+    holder = next(holders(node, site, path), None)
+    return holder is not None and not holder.rest
 
 
 def lacks(node: ast.Call, site: Site, path: Path) -> bool:

@@ -155,7 +155,9 @@ class Follower:
         slots, values = slots_of(module, ties)
         numbers = integers_in(held_tensors(module))
         attention = plan.request.get("attention", "heads")
-        self.walk = Walk(ties, lambda name: moving.get(name), attention, numbers.get)
+        self.walk = Walk(
+            ties, lambda name: moving.get(name), attention, numbers.get, by_blocks=self._by_blocks
+        )
         starts = {(slot.tensor, slot.dim): slot.start for slot in slots}
         self.fates = Fates(self.walk, plan, starts)
         moving = {name: self._moving(value) for name, value in values.items()}
@@ -176,6 +178,11 @@ class Follower:
         """A parameter with ids in the dimensions from which some leave."""
         gone = [layer for layer in value.layers if not self.fates.stays(layer).all()]
         return replace(value, layers=tuple(gone))
+
+    def _by_blocks(self, node: fx.Node, layer: Tensor, dim: int) -> bool:
+        """Whether a grid was cut along a dimension."""
+        stays = self.fates.stays(layer)
+        return bool((stays != stays.take([0], axis=dim)).any())
 
     def start(self, module: nn.Module, inputs: Iterable[Tensor]) -> None:
         """A run begins."""

@@ -153,7 +153,7 @@ class _Drawing:
 
     def spellings(self, found: dict[str, Callable[[], None]]) -> None:
         """The steps of support.zoo.spellings that fit."""
-        c = self.widths[-1]
+        c, side = self.widths[-1], self.sides[-1]
         found["narrow"] = lambda: self.narrow(self.pick(range(1, c + 1)))
         if c > 1:
             found["by_ratio"] = lambda: self.put("ByRatio", c, c, self.pick([0.5, 0.75]))
@@ -163,9 +163,21 @@ class _Drawing:
             found["unfolded"] = lambda: self.unfolded(self.pick(range(2, min(c, 4) + 1)))
         if c % 2 == 0:
             found["interleaved"] = lambda: self.put("Interleaved", c // 2)
+        if c <= 6:
+            found["projected"] = lambda: self.projected(self.pick([2, 3]))
+        if c % 4 == 0 and side >= 2:
+            found["shuffled_mean"] = lambda: self.put("ShuffledMean", c, c)
         if _divisors(c):
             groups = _divisors(c)
+            found["grouped_einsum"] = lambda: self.grouped_einsum(self.pick(groups))
             found["spelled"] = lambda: self.put("Spelled", c, self.pick(groups), self.pick(SPELLED))
+
+    def projected(self, out: int) -> None:
+        self.put("Projected", out, self.widths[-1], self.pick([out + 1, out + 3]), out)
+
+    def grouped_einsum(self, groups: int) -> None:
+        c = self.widths[-1]
+        self.put("GroupedEinsum", c, c, groups, self.pick([1, 2, 3]))
 
     def narrow(self, width: int) -> None:
         out = self.pick(WIDTHS)
@@ -173,7 +185,7 @@ class _Drawing:
 
     def tensor_split(self, at: int) -> None:
         at_or_places = self.pick([max(at, 2), (at,), tuple(sorted({1, at}))])
-        form = self.pick(["function", "negative"])
+        form = self.pick(["function", "negative", "tensor"])
         self.put("TensorSplit", self.widths[-1], at_or_places, form)
 
     def unfolded(self, size: int) -> None:
@@ -234,9 +246,12 @@ def specs(draw: Callable[[Any], Any], most: int = 12) -> Spec:
 def kept_channels(
     draw: Callable[[Any], Any], graph: graphprune.ChannelGraph
 ) -> dict[str, list[int]]:
-    """At least one channel of every group, and by group name."""
+    """At least one channel of every group, by group name; all where some numbers cannot be."""
     kept = {}
     for group in graph.groups:
+        if group.limit:
+            kept[group.name] = list(range(group.size))
+            continue
         bits = draw(st.integers(1, 2**group.size - 1))
         kept[group.name] = [channel for channel in range(group.size) if bits >> channel & 1]
     return kept

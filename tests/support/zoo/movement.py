@@ -266,3 +266,35 @@ class BilinearPooling(nn.Module):
     def forward(self, x):
         a, b = self.a(x).flatten(2), self.b(x).flatten(2)
         return self.head(torch.bmm(a, b.transpose(1, 2)).flatten(1))
+
+
+class Blocks(nn.Module):
+    """Channels as (blocks, width), of which a weight reads the blocks; the width is the output."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.wide, self.blocks, self.read = nn.Linear(6, 12), nn.Linear(4, 5), read
+
+    def forward(self, x):
+        y = self.wide(x).sigmoid().reshape(x.shape[0], -1, 3)
+        return self.read(y, self.blocks.weight) + self.blocks.bias[:, None]
+
+
+@awkward((2, 6), removable=4)
+def blocks_that_a_linear_layer_reads():
+    return Blocks(lambda y, weight: F.linear(y.transpose(1, 2), weight).transpose(1, 2))
+
+
+@awkward((2, 6), removable=4)
+def blocks_that_a_matrix_reads():
+    return Blocks(lambda y, weight: weight @ y)
+
+
+@awkward((2, 6), removable=4)
+def blocks_that_an_einsum_reads():
+    return Blocks(lambda y, weight: torch.einsum("bkw,ok->bow", y, weight))
+
+
+@awkward((2, 6), removable=4)
+def blocks_that_a_convolution_reads():
+    return Blocks(lambda y, weight: F.conv1d(y, weight[..., None]))
