@@ -98,13 +98,13 @@ def _forms(function: Callable[..., object]) -> Sequence[Sequence[_Parameter]]:
 
 
 def _declared(schema: torch.FunctionSchema) -> Iterator[_Parameter]:
-    """A list may be given number by number, where it comes first."""
-    for place, argument in enumerate(schema.arguments):
+    """A list that is the only argument by place may be given number by number."""
+    by_place = [a.name for a in schema.arguments if not a.kwarg_only and a.name != "self"]
+    for argument in schema.arguments:
         kind = str(argument.type)
         several = "List[int]" in kind
         single = not several and ("int" in kind or "number" in kind)
-        first = all("Tensor" in str(before.type) for before in schema.arguments[:place])
-        yield _Parameter(argument.name, single, several, rest=several and place < 2 and first)
+        yield _Parameter(argument.name, single, several, several and by_place == [argument.name])
 
 
 def _argument(form: Sequence[_Parameter], path: Path) -> Argument:

@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # inside torch's exporters
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:contextlib"),
+    pytest.mark.filterwarnings(r"ignore::RuntimeWarning:torch\b"),  # of some versions of Python
 ]
 
 

@@ -67,12 +67,16 @@ def sizes(plan):
 # --- foreseen costs ---------------------------------------------------------------------------
 
 
-def assert_foreseen(graph, kept):
+PARTS = {"TensorSplit", "ByRatio", "Narrow"}  # where a count does not say which part has them
+
+
+def assert_foreseen(graph, kept, but=()):
     """The polynomials, the shapes of all values, and the shrunk model agree."""
+    known = [name for name in QUANTITIES if name not in but]
     counts = np.array([len(kept.get(g.name, range(g.size))) for g in graph.groups], float)
-    costs = Costs(graph.analysis, QUANTITIES)
+    costs = Costs(graph.analysis, known)
     alive = graph.analysis.alive(kept)
-    assert costs.of(counts) == {name: costs.exact(name, alive) for name in QUANTITIES}
+    assert costs.of(counts) == {name: costs.exact(name, alive) for name in known}
 
 
 @given(specs(), st.data())
@@ -82,7 +86,8 @@ def test_polynomials_are_exact_on_drawn_networks(spec, data):
     graph = graphprune.trace(model, inputs)
     assume(graph.groups)
     kept = data.draw(kept_channels(graph))
-    assert_foreseen(graph, kept)
+    in_parts = not PARTS.isdisjoint(name for name, _ in spec.steps)
+    assert_foreseen(graph, kept, but={"memory"} if in_parts else ())
     plan = graph.plan_of(kept)
     small = measure(graphprune.rebuild(model, plan), inputs, latency=False)
     assert (small.macs, small.parameters, small.bytes) == tuple(

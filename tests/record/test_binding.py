@@ -108,6 +108,13 @@ def test_the_op_is_given_the_number(name):
     assert not left  # an op is told every number that is said to be for it
 
 
+@pytest.mark.parametrize("function", [torch.Tensor.tensor_split, torch.tensor_split])
+def test_what_follows_a_list_is_no_part_of_it(function):
+    numbers = numbers_given(function, (torch.ones(2, 31, 29), (3, 7), -2), {})
+    told = [(number.argument, number.place, number.value) for number in numbers]
+    assert told == [("indices", 0, 3), ("indices", 1, 7), ("dim", 0, -2)]
+
+
 @pytest.mark.parametrize("channels_first", [True, False])
 def test_two_ends_of_one_value(channels_first):
     """Behind an ellipsis, the dimension tells which of two equal numbers is meant."""
