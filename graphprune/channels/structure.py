@@ -40,11 +40,13 @@ def least(analysis: Analysis) -> dict[str, int]:
         for member in group.members
         if group.limit and member.slot.dim == 1
     }
-    for ids, _, node in analysis.marks.statistics:
+    marks = analysis.marks
+    norms = [ids for ids, _, node in marks.statistics if node is not None]
+    for ids in (*norms, *marks.alone):
         labels, places = np.unique(analysis.units.labels[ids.numpy()], return_counts=True)
         groups = np.unique(owner[labels])
-        if node is None or len(groups) > 1 or not groups[0]:
-            continue  # statistics over the places of an image, or over what always stays
+        if len(groups) > 1 or not groups[0]:
+            continue  # statistics over what always stays as well
         group = analysis.groups[groups[0] - 1]
         if places.min() == 1 < group.size:
             fewest[group.name] = max(fewest.get(group.name, 1), 2)

@@ -30,6 +30,7 @@ class Marks:
         aligned: parts that must stay equally large: the first ones, and all of them.
         choices: decisions between several ways to tie, left until the walk is over.
         statistics: ids whose removal changes statistics.
+        alone: ids of one group of a norm without further places: of one alone, it is a constant.
         reads: ids of parameters that are contracted away: of reading slots.
         written: ids that a parameter makes in a product.
         stacked: ids of parameters with more than two dimensions that meet others: of experts.
@@ -46,6 +47,7 @@ class Marks:
     aligned: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     choices: list[Alternatives] = field(default_factory=list)
     statistics: list[Statistics] = field(default_factory=list)
+    alone: list[Tensor] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
     written: list[Tensor] = field(default_factory=list)
     stacked: list[Tensor] = field(default_factory=list)

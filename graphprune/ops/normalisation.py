@@ -225,6 +225,8 @@ def group_norm(
         if groups == 1:
             walk.renormalise(grid, "statistics of GroupNorm")
             continue
+        if positions == 1:
+            walk.marks.alone.append(grid[0])
         changed = walk.reason("statistics of GroupNorm")
         rows = Way(((grid[:, :1], grid),))
         columns = Way(((grid[:1], grid),), aligns=True, statistics=changed)

@@ -16,7 +16,7 @@ from graphprune.ops.pointwise import made_fact
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
 from graphprune.ops.reshaping import sizes_given
-from graphprune.ops.samples import of
+from graphprune.ops.samples import of, shares
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
@@ -51,6 +51,21 @@ def factory_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[G
 def uniform(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Layers:
     """All positions hold the same value (or the same distribution)."""
     return walk.extents(node.meta["shape"])
+
+
+def normal_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """The sizes, where neither the mean nor the deviation is a tensor."""
+    args = args_of(node)
+    if len(args) > 2 and isinstance(args[2], list | tuple):
+        yield Given(list(args[2]), list(graph.shape(node, alive)), "size")
+
+
+@declare(aten.normal, given=normal_given, makes=True, sample=of((2, 3), shares(2, 3)))
+def normal(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+    """As mean and deviation are, where these are tensors."""
+    operands = [arg for arg in args if isinstance(arg, Value)]
+    shape = node.meta["shape"]
+    return walk.broadcast(operands, len(shape)) if operands else walk.extents(shape)
 
 
 @declare(aten.empty, given=factory_given, makes=True, sample=of([2, 3]))
