@@ -9,7 +9,9 @@ ones.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -97,6 +99,7 @@ class MaskedForward:
         self.watched = self.remembers = False
         self.last: Functions | None = None
         self._follower: Follower | None = None
+        self._functions: Functions | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedForward:
         """A copy for a copied module."""
@@ -106,6 +109,21 @@ class MaskedForward:
     def forget(self) -> None:
         """Find everything anew in the next run."""
         self._follower = None
+
+    @contextlib.contextmanager
+    def once_more(self) -> Iterator[None]:
+        """A backward, in which checkpointed parts of the model run once more.
+
+        Raises:
+            Undecided: constants of the code turned out to leave with channels only there.
+        """
+        functions = self._functions
+        assert functions is not None
+        functions.backward = True
+        with functions:
+            yield
+        if not functions.follower.fates.settled():
+            raise Undecided("it cannot be told which constants of checkpointed code leave")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the masked model.
@@ -120,7 +138,7 @@ class MaskedForward:
         buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
         for _ in range(5):
             follower = self._follower = self._follower or Follower(self.module, self.plan)
-            functions = Functions(follower, self.watched)
+            functions = self._functions = Functions(follower, self.watched)
             leaves = pytree.tree_leaves((args, kwargs))
             follower.start(self.module, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
             try:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from graphprune.errors import GraphPruneError
 from graphprune.execute.shrink import cut, kept_indices, shrink
@@ -19,9 +22,10 @@ from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
 from graphprune.record.random_numbers import same_numbers
 from graphprune.record.tensors import held_tensors
-from graphprune.verification.follow import Undecided
+from graphprune.verification.follow import Undecided, aside
 from graphprune.verification.masked import MaskedForward, mask, run_masked
 from graphprune.verification.reference import with_constants
+from graphprune.verification.running import backward
 from graphprune.verification.setting import Precision, copied
 
 
@@ -51,6 +55,7 @@ class Result:
     outputs: list[Tensor]  # those that count
     grads: dict[str, Tensor | None] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    drawn: Any = None  # how far the generators of ``random`` and numpy have come
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ class Models:
     def followed(self) -> MaskedForward:
         """The masked model that knows what stays of every tensor, also where zeroes are enough."""
         forward = run_masked(with_constants(self.original, self.plan), self.plan)
-        forward.watched = True
+        forward.watched = forward.remembers = True
         return forward
 
     def forget(self) -> bool:
@@ -156,9 +161,10 @@ class Models:
                 for mode in (Precision(self.dtype), *modes):
                     entered.enter_context(mode)
                 outputs = self._counted(model(*args, **kwargs), trial.training)
-            if trial.backward:
-                self._backward(outputs)
-                grads = {name: p.grad for name, p in model.named_parameters()}
+                if trial.backward:
+                    self._backward(model, outputs)
+                    grads = {name: p.grad for name, p in model.named_parameters()}
+                drawn = random.getstate(), str(np.random.get_state())
             buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
         finally:
             model.zero_grad(set_to_none=True)
@@ -168,23 +174,41 @@ class Models:
                 for buffer, value in values:
                     if not torch.equal(buffer, value):  # others may be held for a backward
                         buffer.copy_(value)
-        return Result(outputs, grads, buffers)
+        return Result(outputs, grads, buffers, drawn)
 
     def _counted(self, out: object, training: bool) -> list[Tensor]:
         """The tensors of an output that must be equal."""
         found = tensors_of(out)
         return [found[place] for place in self.plan.counted(len(found), training)]
 
-    def _backward(self, outputs: list[Tensor]) -> None:
-        """Gradients of a random weighting of the outputs."""
-        generator = torch.Generator().manual_seed(self.seed)
-        loss = sum(
-            (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
-            for t in outputs
-            if t.is_floating_point() and t.requires_grad
-        )
+    def _backward(self, model: nn.Module, outputs: list[Tensor]) -> None:
+        """Gradients of a random weighting of the outputs, in the modes of the forward.
+
+        Checkpointed parts of a model run once more.
+        """
+        with aside():
+            generator = torch.Generator().manual_seed(self.seed)
+            loss = sum(
+                (t * torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t)).sum()
+                for t in outputs
+                if t.is_floating_point() and t.requires_grad
+            )
         if isinstance(loss, Tensor):
-            loss.backward()
+            forward = vars(model).get("forward")
+            once_more = getattr(forward, "once_more", contextlib.nullcontext)
+            with once_more():
+                backward((loss,), (torch.ones_like(loss),))
+
+    def run_masked(self, model: nn.Module, trial: Trial) -> Result:
+        """Run a masked model.
+
+        Checkpointed parts save fewer tensors when they run again, as what is followed runs twice:
+        once more, with all of it known.
+        """
+        try:
+            return self.run(model, trial)
+        except CheckpointError:
+            return self.run(model, trial)
 
     def reference(self, trial: Trial) -> Result:
         """Run the masked model.
@@ -194,7 +218,7 @@ class Models:
             Undecided: the original runs.
         """
         try:
-            return self.run(self.masked, trial)
+            return self.run_masked(self.masked, trial)
         except Undecided:
             raise
         except Exception as error:

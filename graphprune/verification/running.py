@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -144,6 +144,13 @@ def _on_meta(tree: object) -> bool:
     return any(leaf.is_meta for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
+def backward(tensors: Any, grad_tensors: Any, **kwargs: Any) -> None:
+    """``torch.autograd.backward`` that no mode of functions is left for."""
+    engine = torch.autograd.graph._engine_run_backward
+    given = tuple(tensors), tuple(grad_tensors)
+    engine(*given, False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
 class Functions(TorchFunctionMode):
     """Sees the functions of torch that the code of a model calls, and masks what they read.
 
@@ -158,6 +165,7 @@ class Functions(TorchFunctionMode):
         self.dispatch = Dispatch(follower)
         self.dispatch.watched = draws
         self.draws: list[Draw] = []
+        self.backward = False  # the mode that sees ops is there in the forward only
         self.seen: tuple[Sequence[fx.Node], Any] | None = None  # of the last function
 
     def __torch_function__(
@@ -172,6 +180,9 @@ class Functions(TorchFunctionMode):
     def _called(self, func: Any, args: Any, kwargs: Any) -> object:
         if func in _LOOKS or FUNCTORCH.peek_interpreter_stack() is not None:
             return self._run(func, args, kwargs)
+        if func is torch.autograd.backward:  # of what is checkpointed inside of checkpointed parts
+            with self:
+                return backward(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__" and func not in _VIEWS:
             out = self._run(func, args, kwargs)
@@ -216,7 +227,22 @@ class Functions(TorchFunctionMode):
         """Known ops need not be seen, but for random numbers, and tensors of other classes."""
         plain = all(type(tensor) in _PLAIN for tensor in tensors_in((args, kwargs)))
         draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
-        return contextlib.nullcontext() if draws or not plain else _outside()
+        if draws or not plain:
+            return self._seeing()
+        return _outside()
+
+    @contextlib.contextmanager
+    def _seeing(self) -> Iterator[None]:
+        """The mode that sees ops, where it is not there anyway."""
+        if not self.backward:
+            yield
+            return
+        self.backward = False
+        try:
+            with self.dispatch:
+                yield
+        finally:
+            self.backward = True
 
     def _again(
         self, answer: Answer, call: Call, func: object, args: object, kwargs: object
@@ -253,7 +279,8 @@ class Functions(TorchFunctionMode):
         """Take a function apart, follow its ops, and remember what they did."""
         ties = self.follower.walk.ties
         self.seen, size = None, ties.size
-        out = self._function(func, args, kwargs)
+        with self._seeing():
+            out = self._function(func, args, kwargs)
         if call is not None and self.seen is not None:
             self._remember_call(call, *self.seen, ties.size > size)
         return out
