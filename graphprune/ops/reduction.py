@@ -94,8 +94,8 @@ def kept_zero(tensor: Tensor, keep: Tensor) -> Tensor:
 
 
 def count_of(keep: Tensor, x: Tensor, dims: list[int]) -> Tensor:
-    """How many positions along ``dims`` stay."""
-    return keep.expand(x.shape).to(x.dtype).sum(dims, keepdim=True)
+    """How many positions along ``dims`` stay; one where none does, as nobody reads that."""
+    return keep.expand(x.shape).to(x.dtype).sum(dims, keepdim=True).clamp_min(1)
 
 
 def mean_masked(
@@ -108,11 +108,17 @@ def mean_masked(
 
 
 def moments(keep: Tensor, x: Tensor, dims: list[int], correction: float) -> tuple[Tensor, Tensor]:
-    """Variance and mean of what stays."""
+    """Variance and mean of what stays; a variance of one where nothing does.
+
+    Nobody reads that, but a gradient of zero times infinity is none.
+    """
     count = count_of(keep, x, dims)
     mean = x.sum(dims, keepdim=True) / count
     square = kept_zero((x - mean).square(), keep).sum(dims, keepdim=True)
-    return square / (count - correction), mean
+    none = ~keep.to(x.device).expand(x.shape)
+    for dim in dims:
+        none = none.all(dim, keepdim=True)
+    return torch.where(none, 1, square / torch.where(none, 1, count - correction)), mean
 
 
 def variance_masked(finish: Callable[[Tensor], Tensor], both: bool) -> Callable[..., object]:

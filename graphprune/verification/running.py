@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.ops.calls import FUNCTORCH, TENSOR, Args, Function, Kwargs
-from graphprune.ops.registry import WHOLE, op_of
+from graphprune.ops.registry import WHOLE, op_of, packet_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record.evaluate import run as run_op
 from graphprune.verification.calls import (
@@ -466,9 +466,22 @@ class Functions(TorchFunctionMode):
             keep = self.follower.mask(node.all_input_nodes[0])
             if rule is not None and keep is not None:
                 out = rule(keep.to(args[0].device), *args, **kwargs)
-                if out is not NotImplemented:
-                    return out
-        return run_op(node, args, kwargs)
+                out = run_op(node, args, kwargs) if out is NotImplemented else out
+                return self._harmless(node, out)
+        out = run_op(node, args, kwargs)
+        return self._harmless(node, out) if reads and packet_of(node) is aten.sum else out
+
+    def _harmless(self, node: fx.Node, out: Any) -> Any:
+        """Statistics of rows that leave: one instead of zero, as code may divide by them."""
+        if isinstance(out, tuple | list):
+            items = node.meta["items"]
+            return [
+                self._harmless(items[i], part) if i in items else part for i, part in enumerate(out)
+            ]
+        keep = self.follower.mask(node) if isinstance(out, Tensor) else None
+        if keep is None or not out.is_floating_point():
+            return out
+        return torch.where(keep.to(out.device), out, 1)
 
     @aside()
     def _match(self, told: object, real: object) -> None:

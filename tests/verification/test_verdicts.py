@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.zoo import randomise
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import graphprune
@@ -241,3 +242,37 @@ def test_nothing_is_warned_of_when_all_is_proven():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         proven(nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)))
+
+
+class Streams(nn.Module):
+    """Whole rows leave; what their columns are divided by is zero where all of them left."""
+
+    def __init__(self, divide):
+        super().__init__()
+        self.stem, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.mix, self.out = (nn.Parameter(torch.randn(4, n)) for n in (8, 1))
+        self.scale, self.divide = nn.Parameter(torch.randn(8)), divide
+
+    def forward(self, x):
+        h = self.divide(self.stem(x)[:, None] * self.mix) * self.scale
+        return self.head((h * self.out).sum(1))
+
+
+DIVISIONS = {
+    "layer norm": lambda h: F.layer_norm(h, (h.shape[-1],)),
+    "norm": lambda h: h / h.norm(dim=-1, keepdim=True),
+    "standard deviation": lambda h: h / h.std(-1, keepdim=True),
+    "mean": lambda h: h / h.square().mean(-1, keepdim=True),
+    "root of a sum": lambda h: h / h.square().sum(-1, keepdim=True).sqrt(),
+    "maximum": lambda h: h / h.abs().amax(-1, keepdim=True),
+    "softmax": lambda h: h.log_softmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", DIVISIONS)
+def test_statistics_of_rows_that_leave_have_gradients(name):
+    torch.manual_seed(0)
+    model, x = Streams(DIVISIONS[name]).eval(), torch.randn(4, 6)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.mix.shape == (2, 4)
+    assert graphprune.verify(model, small, x).verdict == "equal"
