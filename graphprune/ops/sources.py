@@ -61,7 +61,7 @@ def normal_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Gi
 
 
 @declare(aten.normal, given=normal_given, makes=True, sample=of((2, 3), shares(2, 3)))
-def normal(walk: Walk, node: fx.Node, *args: Any, **kwargs: Any) -> Layers:
+def normal(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Layers:
     """As mean and deviation are, where these are tensors."""
     operands = [arg for arg in args if isinstance(arg, Value)]
     shape = node.meta["shape"]

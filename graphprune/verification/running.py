@@ -182,7 +182,8 @@ class Functions(TorchFunctionMode):
             return self._run(func, args, kwargs)
         if func is torch.autograd.backward:  # of what is checkpointed inside of checkpointed parts
             with self:
-                return backward(*args, **kwargs)
+                backward(*args, **kwargs)
+            return None
         name = getattr(func, "__name__", "")
         if name == "__get__" and func not in _VIEWS:
             out = self._run(func, args, kwargs)
