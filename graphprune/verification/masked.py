@@ -23,9 +23,10 @@ from graphprune.plan.plan import Plan
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
+from graphprune.verification.dispatch import Careful
 from graphprune.verification.follow import Follower, Undecided
 from graphprune.verification.reference import with_constants
-from graphprune.verification.running import Careful, Functions
+from graphprune.verification.running import Functions
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:

@@ -16,7 +16,7 @@ from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
-from graphprune.verification.running import NOISY, Draw, random_op
+from graphprune.verification.dispatch import NOISY, Draw, random_op
 
 aten = torch.ops.aten
 _ATTENTION = {F.scaled_dot_product_attention, aten.scaled_dot_product_attention.default}
