@@ -45,10 +45,9 @@ def first_mismatch(
     Returns:
         The first op that fails or has another shape; ``None`` when all is well.
     """
-    pruned = analysis.pruned(alive)
     for number, original in enumerate(analysis.records):
         small, complete = _recorded(model, _batch(original, call), original, plan)
-        bad = _first_difference(pruned, original, small)
+        bad = _first_difference(analysis, alive, original, small)
         if bad is None and not complete:
             bad = min(len(small.ops), len(original.ops) - 1)
         if bad is None and original.doubts and not plan.scales:
@@ -85,12 +84,19 @@ def _batch(original: Record, call: Call) -> Call:
 
 
 def _first_difference(
-    pruned: Pruned, original: Record, small: Record, whole: Record | None = None
+    analysis: Analysis,
+    alive: np.ndarray,
+    original: Record,
+    small: Record,
+    whole: Record | None = None,
 ) -> int | None:
     """The first op of another kind or shape. Whether a reshape copies depends on strides.
 
-    ``whole`` is the original at another batch size, when the small model was run with that.
+    Behind what depends on values, the dimensions of channels that may leave are compared: how many
+    boxes there are is another matter. ``whole`` is the original at another batch size, when the
+    small model was run with that.
     """
+    pruned = analysis.pruned(alive)
     scaled = {} if whole is None else dict(zip(_values(original), _values(whole)))
     mine = [(position, node) for position, node in enumerate(original.ops) if _compared(node)]
     others = [node for node in small.ops if _compared(node)]
@@ -104,7 +110,8 @@ def _first_difference(
             foreseen = _at_batch(foreseen, node.meta["shape"], scaled[node].meta["shape"])
         if not unsteady:
             return foreseen != found
-        moving = {dim for layer in pruned.values[node].layers for dim in varying(layer)}
+        layers = [i for i in pruned.values[node].layers if analysis.is_own(i)]
+        moving = {dim for i in layers if not analysis.stays(i) for dim in varying(i)}
         return len(foreseen) != len(found) or any(foreseen[dim] != found[dim] for dim in moving)
 
     for (position, node), other in zip(mine, others):
@@ -231,13 +238,16 @@ def broken(
     if any(original.device != "meta" for original in analysis.records):
         return first_mismatch(model, call, analysis, alive, plan)
     pruned = analysis.pruned(alive)
-    for original in analysis.records:
+    for number, original in enumerate(analysis.records):
         foreseen = [pruned.shape(node) for node in original.outputs]
-        if _outputs(model, _batch(original, call), original, plan) != foreseen:
+        returned = _outputs(model, _batch(original, call), original, plan)
+        if returned != foreseen:
             found = first_mismatch(model, call, analysis, alive, plan)
             if found is not None:
                 return found
-    return _at_another_batch(model, call, pruned, analysis.records[0], plan)
+        if returned is None:  # it runs while it is recorded only
+            return Place(number, len(original.ops) - 1)
+    return _at_another_batch(model, call, analysis, alive, plan)
 
 
 def _outputs(
@@ -253,7 +263,7 @@ def _outputs(
 
 
 def _at_another_batch(
-    model: nn.Module, call: Call, pruned: Pruned, original: Record, plan: Plan
+    model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray, plan: Plan
 ) -> Place | None:
     """Where numbers written into the code stand for the batch size of the example.
 
@@ -263,6 +273,7 @@ def _at_another_batch(
     Raises:
         InputError: the small model fails only where the example has no elements.
     """
+    original = analysis.records[0]
     empty = any(not tensor.numel() for tensor in call.tensors())
     if not plan.literals and not empty:
         return None
@@ -279,7 +290,7 @@ def _at_another_batch(
     if not complete or len(whole.ops) != len(original.ops):
         return _first_changed(original, plan)
     small, complete = _recorded(model, other, original, plan)
-    bad = _first_difference(pruned, original, small, whole)
+    bad = _first_difference(analysis, alive, original, small, whole)
     if bad is None and not complete:
         bad = min(len(small.ops), len(original.ops) - 1)
     return _first_changed(original, plan) if bad is None else Place(0, bad)

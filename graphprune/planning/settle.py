@@ -106,7 +106,7 @@ def follow(
             return Finding(replace(settled, trusted=settled.trusted | seen, _solved={}), True)
         problems = _guilty(analysis, place, unclear)
         tried = {_place(analysis, problem.node) for problem in problems} - settled.scaled
-        if tried:
+        if tried and all(record.device == "meta" for record in analysis.records):
             return Finding(replace(settled, scaled=settled.scaled | tried, _solved={}), False)
     if problems:
         return Finding(settled.without(obstacles(analysis, problems)), False)

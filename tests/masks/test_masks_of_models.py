@@ -363,3 +363,36 @@ def test_a_plan_says_what_it_did():
     assert (
         "down.0, n1.0: 1 constant channel stays: it stands for others that no bias can take" in text
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "gates", "dead"),
+    [
+        (nn.RNN, [0], [0]),
+        (nn.GRU, [0, 1, 2], [0, 1, 2]),
+        (nn.GRU, [0, 1, 2], [2]),  # the candidate alone: the state stays zero
+        (nn.LSTM, [0, 1, 2, 3], [2]),
+    ],
+)
+def test_units_of_recurrent_layers_whose_candidate_is_zero(kind, gates, dead):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = kind(4, 6, batch_first=True), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.rnn(x)[0])
+
+    torch.manual_seed(0)
+    model, x = Net().double().eval(), torch.randn(2, 5, 4, dtype=torch.float64)
+    for name in [name for name, _ in model.rnn.named_parameters()]:
+        mask = torch.ones_like(getattr(model.rnn, name))
+        for gate in dead:
+            mask[6 * gate : 6 * gate + 2] = 0
+        prune.custom_from_mask(model.rnn, name, mask)
+    plan = graphprune.Plan.from_masks(model, x)
+    small = graphprune.rebuild(model, plan)
+    assert plan.removed == 2
+    assert small.rnn.hidden_size == 4
+    assert torch.allclose(small(x), model(x), atol=1e-12)
+    assert len(model.rnn.weight_hh_l0) == 6 * len(gates)

@@ -233,3 +233,27 @@ def test_what_is_said_to_be_removable_can_be_removed():
     assert "part" in {layer for group in graph.groups for layer in group.layers}
     for group in graph.groups:
         graph.plan_of({group.name: [0]})
+
+
+class Selecting(nn.Module):
+    """Keeps the rows that score well, and copies them into a table of as many rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.score, self.head = nn.Linear(4, 16), nn.Linear(16, 1), nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = self.stem(x).relu()
+        chosen = torch.where(self.score(y)[:, 0] > 0)[0]
+        table = torch.zeros(len(chosen), y.shape[1], dtype=y.dtype)
+        table[torch.arange(len(chosen))] = y[chosen]
+        return self.head(table)
+
+
+def test_how_many_rows_values_choose_is_another_matter():
+    torch.manual_seed(0)
+    model, x = Selecting().double().eval(), torch.randn(40, 4, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.stem.out_features == 8
+    assert len(small(x)) != len(model(x)), "or this shows nothing"
+    assert graphprune.verify(model, small, x).difference < 1e-10
