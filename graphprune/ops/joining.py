@@ -31,6 +31,20 @@ def cat_fact(op: Overload, tensors: Any, dim: int = 0) -> Fact:
     return Fact(value, torch.cat([fact.unknown for fact in tensors], dim))
 
 
+def cat_meta(tensors: Sequence[Tensor], dim: int = 0) -> object:
+    """The plain form."""
+    first = tensors[0]
+    dim %= max(first.dim(), 1)
+    rest = (first.shape[:dim], first.shape[dim + 1 :])
+    for tensor in tensors:
+        same = tensor.dtype == first.dtype and tensor.dim() == first.dim() > 0
+        alike = same and (tensor.shape[:dim], tensor.shape[dim + 1 :]) == rest
+        if not alike or not tensor.is_contiguous():
+            return NotImplemented
+    width = sum(tensor.shape[dim] for tensor in tensors)
+    return first.new_empty((*rest[0], width, *rest[1]))
+
+
 def parts_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
     """The sizes of the parts."""
     kwargs: Any = node.kwargs
@@ -271,7 +285,14 @@ def tensor_split(walk: Walk, node: fx.Node, x: Value, count: object, dim: int = 
     return split_with_sizes(walk, node, x, sizes, dim)
 
 
-@declare(aten.cat, aten.concat, linear=True, fact=cat_fact, sample=of([(2, 3), (2, 4)], 1))
+@declare(
+    aten.cat,
+    aten.concat,
+    linear=True,
+    fact=cat_fact,
+    meta=cat_meta,
+    sample=of([(2, 3), (2, 4)], 1),
+)
 def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""
     ndim = len(node.meta["shape"])

@@ -7,7 +7,6 @@ values. Where the values lie decides: the storage, and the place in it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +23,7 @@ class Place(NamedTuple):
     flags: int  # whether it is read as conjugated or negated
 
 
-@dataclass(frozen=True)
-class Known:
+class Known(NamedTuple):
     """What is remembered of a tensor: ``source`` made it."""
 
     storage: int | None
@@ -44,8 +42,7 @@ class Identity:
     def put(self, tensor: Tensor, source: object) -> None:
         """Remember what made a tensor."""
         with torch._C.DisableTorchFunction():
-            storage, place = storage_of(tensor), _place(tensor)
-        key = None if storage is None else _key(storage)
+            (storage, key), place = _memory(tensor), _place(tensor)
         if id(tensor) not in self._objects:
             self._alive.append(tensor)
         if key is not None:
@@ -58,10 +55,9 @@ class Identity:
     def find(self, tensor: Tensor) -> Any:
         """What made a tensor, or another with the same values; ``None`` when that is unknown."""
         with torch._C.DisableTorchFunction():
-            storage, place = storage_of(tensor), _place(tensor)
-        key = None if storage is None else _key(storage)
+            (_, key), place = _memory(tensor), _place(tensor)
         known = self._objects.get(id(tensor))
-        if known is not None and (known.storage, known.place) == (key, place):
+        if known is not None and known.storage == key and known.place == place:
             return known.source
         return self._storages[key].get(place) if key in self._storages else None
 
@@ -74,34 +70,30 @@ class Identity:
         return [other for other in tensors if storage_key(other) == key]
 
 
-def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
-    """The memory that holds the values of a tensor; ``None`` when it is not of that kind."""
+def _memory(tensor: Tensor) -> tuple[torch.UntypedStorage | None, int | None]:
+    """The memory that holds the values of a tensor, if it is of that kind, and its address.
+
+    Of a storage without memory, that of the storage itself.
+    """
     try:
         storage = tensor.untyped_storage()
-        storage.data_ptr()
-        return storage
+        return storage, storage.data_ptr() or storage._cdata
     except (NotImplementedError, RuntimeError):  # sparse, opaque, a class that wraps others
-        return None
-
-
-def _key(storage: Any) -> int:
-    """The address; of a storage without memory, that of the storage itself."""
-    address: int = storage.data_ptr() or storage._cdata
-    return address
+        return None, None
 
 
 def storage_key(tensor: Tensor) -> int | None:
     """A number that tensors with common memory have in common."""
     with torch._C.DisableTorchFunction():
-        storage = storage_of(tensor)
-    return None if storage is None else _key(storage)
+        return _memory(tensor)[1]
 
 
 def _place(tensor: Tensor) -> Place:
+    shape, dtype = tensor.shape, tensor.dtype
     if tensor.layout is not torch.strided:
-        return Place(id(tensor), tuple(tensor.shape), (), tensor.dtype, 0)
-    flags = tensor.is_conj() + 2 * tensor.is_neg()
-    shape = tuple(tensor.shape)
-    # no step is taken along a single place: pooling rewrites such strides without an op
-    stride = tuple(0 if size == 1 else step for size, step in zip(shape, tensor.stride()))
-    return Place(int(tensor.storage_offset()), shape, stride, tensor.dtype, flags)
+        return Place(id(tensor), shape, (), dtype, 0)
+    stride = tensor.stride()
+    if 1 in shape:  # no step is taken along a single place: pooling rewrites it without an op
+        stride = tuple(0 if size == 1 else step for size, step in zip(shape, stride))
+    flags = (dtype.is_complex and tensor.is_conj()) + 2 * tensor.is_neg()
+    return Place(int(tensor.storage_offset()), shape, stride, dtype, flags)

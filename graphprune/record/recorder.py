@@ -27,6 +27,7 @@ from graphprune.record.identity import Identity, storage_key
 from graphprune.record.modes import TORCH, Dispatch, EvalFlag, Functions, lost
 from graphprune.record.sites import Site, computes_floats, find_site, forward_of
 from graphprune.record.sizes import (
+    CONTAINERS,
     Comparison,
     Expression,
     Extent,
@@ -120,9 +121,10 @@ class Recorder:
                 self.attributes[name] = tensor
         for prefix, module in named_modules(model):
             for name, value in vars(module).items():
-                for size in sizes_in(value):
-                    size.observer = self.notice
-                if isinstance(value, Tensor) and self.identity.find(value) is None:
+                if type(value) is Size or type(value) in CONTAINERS:
+                    for size in sizes_in(value):
+                        size.observer = self.notice
+                elif isinstance(value, Tensor) and self.identity.find(value) is None:
                     full = f"{prefix}.{name}" if prefix else name
                     self.attributes[full] = value
                     self.identity.put(value, full)
@@ -142,7 +144,7 @@ class Recorder:
         if _is_pure(node) and self.unasked.issuperset(node.all_input_nodes):
             self.unasked.add(node)
             _made[tensor] = node
-        else:
+        elif _made:
             _made.pop(tensor, None)
 
     def node_of(self, tensor: Tensor) -> fx.Node:

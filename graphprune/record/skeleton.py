@@ -26,14 +26,15 @@ def skeleton(model: nn.Module, device: str) -> nn.Module:
         replace_attention(module)
         state = vars(module)
         for key in state.keys() - _BOOKKEEPING:
-            state[key] = _marked(state[key], Attribute(name, key))
+            if type(state[key]) is int or type(state[key]) in CONTAINERS:
+                state[key] = _marked(state[key], Attribute(name, key))
     return clone
 
 
 def _marked(value: Any, place: Attribute) -> object:
     """An attribute with sizes in the place of its ints; dictionaries and lists stay themselves."""
     if type(value) is int:
-        return Size(value, replace(place, value=value))
+        return Size(value, Attribute(place.module, place.name, place.path, value))
     if type(value) not in CONTAINERS:
         return value
     named = isinstance(value, dict)
