@@ -32,10 +32,6 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
 Draw = tuple[Any, Tensor, list[Tensor]]  # the op, its random numbers, what stays of them
 
 
-class Careful(Undecided):
-    """Functions must be taken apart on ``meta`` before they run."""
-
-
 class Dispatch(TorchDispatchMode):
     """Sees the ATen ops: those that a function is made of, and those that no function ran."""
 

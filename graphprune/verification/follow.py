@@ -224,10 +224,10 @@ class Follower:
     def find(self, tensor: Tensor) -> Any:
         """What a tensor is that an op made or read before, or one with the same values."""
         known = self._objects.get(id(tensor))
-        if known is not None and known[0] == _state(tensor):
+        if known is not None and _unmoved(known[0], tensor):
             return known[1]
         for state, source, other in self._waiting:
-            if state == _state(other):
+            if _unmoved(state, other):
                 self.identity.put(other, source)
         self._waiting.clear()
         return self.identity.find(tensor)
@@ -351,10 +351,18 @@ class Follower:
         return found
 
 
-def _state(tensor: Tensor) -> tuple[object, ...]:
+def _unmoved(state: tuple[Any, ...], tensor: Tensor) -> bool:
+    """Whether a tensor is what it was: pooling rewrites strides of single places without an op."""
+    now = _state(tensor)
+    if now == state or now[:-1] != state[:-1]:
+        return now == state
+    return all(size == 1 or a == b for size, a, b in zip(tensor.shape, now[-1], state[-1]))
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
     """What changes when a tensor becomes another one without an op."""
     try:
         place = tensor.data_ptr() or tensor.untyped_storage()._cdata
-        return place, tensor.shape, tensor.stride(), tensor.dtype
+        return place, tensor.shape, tensor.dtype, tensor.stride()
     except (NotImplementedError, RuntimeError):  # sparse, opaque, a class that wraps others
-        return (object(),)
+        return object(), ()

@@ -23,7 +23,6 @@ from graphprune.plan.plan import Plan
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
-from graphprune.verification.dispatch import Careful
 from graphprune.verification.follow import Follower, Undecided
 from graphprune.verification.reference import with_constants
 from graphprune.verification.running import Functions
@@ -93,11 +92,13 @@ class MaskedForward:
     Attributes:
         watched: ``last`` knows what the last run has seen.
         remembers: what was found in one run serves the next ones.
+        careful: functions are taken apart on ``meta`` before they run. At first that is done while
+            they run, which is quicker, but kernels of a device may have ops of their own.
     """
 
     def __init__(self, module: nn.Module, inner: Any, plan: Plan) -> None:
         self.module, self.inner, self.plan = module, inner, plan
-        self.watched = self.remembers = False
+        self.watched = self.remembers = self.careful = False
         self.last: Functions | None = None
         self._follower: Follower | None = None
         self._functions: Functions | None = None
@@ -137,8 +138,9 @@ class MaskedForward:
         anew = self._follower is None
         state = torch.get_rng_state()
         buffers = [(b, b.detach().clone()) for b in self.module.buffers()]
-        for _ in range(5):
+        for _ in range(6):
             follower = self._follower = self._follower or Follower(self.module, self.plan)
+            follower.careful = self.careful
             functions = self._functions = Functions(follower, self.watched)
             leaves = pytree.tree_leaves((args, kwargs))
             follower.start(self.module, [leaf for leaf in leaves if isinstance(leaf, Tensor)])
@@ -149,8 +151,11 @@ class MaskedForward:
                     else:
                         out = type(self.module).forward(self.module, *args, **kwargs)
                 settled = follower.fates.settled()
-            except Careful:
-                follower.careful, settled = True, False
+            except Undecided:
+                if self.careful:
+                    raise
+                self.careful, settled, anew = True, False, True
+                self.forget()
             if settled and (anew or not follower.fates.clash or not follower.calls.used):
                 self.last = functions if self.watched else None
                 if self.remembers and not self.watched:

@@ -33,7 +33,7 @@ from graphprune.verification.calls import (
     takes_any_size,
     tensors_in,
 )
-from graphprune.verification.dispatch import Careful, Dispatch, Draw, masked, random_op, zeroed
+from graphprune.verification.dispatch import Dispatch, Draw, masked, random_op, zeroed
 from graphprune.verification.follow import Follower, Undecided, aside
 
 aten = torch.ops.aten
@@ -333,8 +333,6 @@ class Functions(TorchFunctionMode):
         if not any(masked(self.follower, node) for node in nodes):
             return out
         if any(changes(node) or random_op(node.target) for node in nodes):
-            if not self.follower.careful:
-                raise Careful
             raise Undecided(f"{_name(func)} cannot run twice, as it changes a tensor or draws")
         return self._masked(nodes, out, args, kwargs)
 

@@ -126,6 +126,19 @@ class Stacked(nn.Module):
         return self.head(torch.cat([before, h, after], 1).sigmoid().sum(1))
 
 
+class Pooled(nn.Module):
+    """Kernels of pooling rewrite strides in place, without an op of the code."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 3)
+        self.pools = nn.ModuleList([nn.AdaptiveAvgPool1d(1), nn.AdaptiveMaxPool1d(1)])
+
+    def forward(self, x):
+        h = self.norm(self.line(x)).transpose(1, 2)
+        return self.head(sum(pool(h).flatten(1) for pool in self.pools))
+
+
 ROWS = [(drawn(2, a, 2), drawn(2, 2, 4), drawn(2, b, 2)) for a, b in ((3, 5), (5, 3), (4, 4))]
 CASES = {
     "encoder": (Encoder(), [(drawn(b, 3, s, t),) for b, s, t in
@@ -134,6 +147,7 @@ CASES = {
     "swapped": (Swapped(), [(drawn(5, 4).abs(),), (-drawn(5, 4).abs(),), (drawn(3, 4).abs(),)]),
     "branches": (Branches(), [(drawn(5, 4).abs(),), (-drawn(5, 4).abs(),), (drawn(2, 4).abs(),)]),
     "stacked": (Stacked(), ROWS),
+    "pooled": (Pooled(), [(drawn(b, t, 4),) for b, t in ((2, 5), (3, 5), (2, 7))]),
 }  # fmt: skip
 
 
