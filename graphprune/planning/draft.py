@@ -195,9 +195,7 @@ class Draft:
             g.size for g in unusual if any(m.slot.weight and not m.reads for m in g.members)
         )
         held = self._held(free)
-        nothing = not plan.removed and any(text for text, groups in held if groups)
-        enough = ratio * total < 1 or plan.removed >= 0.5 * ratio * total
-        if enough and not nothing:
+        if plan.removed and (ratio * total < 1 or plan.removed >= 0.5 * ratio * total):
             return
         total += sum(group.size for group in self.analysis.groups if group.name in self.spared)
         text = f"{plan.removed} of {total} channels were removed where {ratio:.0%} was asked for"
@@ -220,7 +218,10 @@ class Draft:
         fewest = [g for g in bounded if self.least.get(g.name, 1) == g.size]
         norms = [group for group in fewest if not group.limit]
         spared = [group for group in self.analysis.groups if group.name in self.spared]
+        fixed = self._by_pattern(self.request.ratios, "ratios pattern")
+        asked = [group for group in may if fixed.get(group.name, 1) * group.size < 1]
         return [
+            ("left whole by ratios", asked),
             ("left whole by exact_only", [group for group in free if not self.may_leave(group)]),
             (f"left whole by keep={', '.join(request.keep)} (name fewer layers)", spared),
             (f"have no width that is a multiple of round_to={step} (try a smaller one)", rounded),

@@ -288,15 +288,15 @@ def _at_another_batch(
         )
     whole, complete = _recorded(model, other, original, None)
     if not complete or len(whole.ops) != len(original.ops):
-        return _first_changed(original, plan)
+        return first_changed(original, plan)
     small, complete = _recorded(model, other, original, plan)
     bad = _first_difference(analysis, alive, original, small, whole)
     if bad is None and not complete:
         bad = min(len(small.ops), len(original.ops) - 1)
-    return _first_changed(original, plan) if bad is None else Place(0, bad)
+    return first_changed(original, plan) if bad is None else Place(0, bad)
 
 
-def _first_changed(original: Record, plan: Plan) -> Place | None:
+def first_changed(original: Record, plan: Plan) -> Place | None:
     """The first op that is given a number which a plan changes in the code."""
     sites = {(change.module, change.site) for change in plan.literals}
     places = (

@@ -6,7 +6,7 @@ in the source can change freeze their channels, with the reason.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,11 +14,11 @@ import torch
 from torch import fx, nn
 
 from graphprune.channels.analysis import Analysis
-from graphprune.errors import TraceError
+from graphprune.errors import PlanError, RewriteError, TraceError
 from graphprune.ops.values import Reason
 from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.planning import adapt
-from graphprune.planning.dry_run import Place, broken, first_mismatch
+from graphprune.planning.dry_run import Place, broken, first_changed, first_mismatch
 from graphprune.planning.problems import Obstacles, Problem, around, obstacles
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
@@ -118,7 +118,9 @@ def rehearse(
     model: nn.Module, call: Call, settled: Settled, plan: Plan, alive: np.ndarray
 ) -> Finding:
     """Whether the small model of a plan runs; the last check before a plan is handed out."""
-    return _finding(settled, alive, broken(model, call, settled.analysis, alive, plan))
+    analysis = settled.analysis
+    place = _carried_out(broken, model, call, analysis, alive, plan)
+    return _finding(settled, alive, place)
 
 
 def _finding(settled: Settled, alive: np.ndarray, place: Place | None) -> Finding:
@@ -131,7 +133,23 @@ def _mismatch(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray)
     """Where a shrunk copy differs from what is foreseen, if no plain int is trusted."""
     analysis = settled.analysis
     solved = adapt.changes(analysis, alive, scaled=settled.scaled)
-    return first_mismatch(model, call, analysis, alive, bare_plan(analysis, alive, solved))
+    plan = bare_plan(analysis, alive, solved)
+    return _carried_out(first_mismatch, model, call, analysis, alive, plan)
+
+
+def _carried_out(
+    run: Callable[..., Place | None],
+    model: nn.Module,
+    call: Call,
+    analysis: Analysis,
+    alive: np.ndarray,
+    plan: Plan,
+) -> Place | None:
+    """Where a run of the small model fails; where its code cannot be changed, at that place."""
+    try:
+        return run(model, call, analysis, alive, plan)
+    except (RewriteError, PlanError):
+        return first_changed(analysis.records[0], plan) or Place(0, 0)
 
 
 def _in_the_way(analysis: Analysis, place: Place, alive: np.ndarray) -> Obstacles:

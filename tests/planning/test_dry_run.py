@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune.errors import InputError
+from graphprune.errors import InputError, PlanError, RewriteError
 from graphprune.planning import make, settle
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
@@ -257,3 +257,29 @@ def test_how_many_rows_values_choose_is_another_matter():
     assert small.stem.out_features == 8
     assert len(small(x)) != len(model(x)), "or this shows nothing"
     assert graphprune.verify(model, small, x).difference < 1e-10
+
+
+class Literal(nn.Module):
+    """A number in the code that follows, beside channels that have nothing to do with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.other, self.head = nn.Linear(3, 8), nn.Linear(3, 12), nn.Linear(20, 2)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.inp(x).reshape(-1, 8), self.other(x)], 1))
+
+
+@pytest.mark.parametrize("error", [RewriteError, PlanError])
+def test_code_that_cannot_be_changed_freezes_what_it_is_about(error, monkeypatch):
+    model, x = Literal().eval(), torch.randn(4, 3)
+    assert [group.size for group in graphprune.trace(model, x).groups] == [8, 12]
+
+    def refuse(model, changes):
+        if changes:
+            raise error("the source is not to be had")
+
+    monkeypatch.setattr("graphprune.execute.shrink.rewrite_forward", refuse)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert (small.inp.out_features, small.other.out_features) == (8, 6)
+    assert small(x).shape == (4, 2)

@@ -86,3 +86,12 @@ def test_a_few_unread_parameters_stand_in_the_plan_only():
     net.unread = nn.Parameter(torch.zeros(3))
     small = graphprune.rebuild(net, 0.5, X)
     assert "3 parameters (4.9 %) stay" in small.graphprune_plan.notes[0]
+
+
+def test_a_ratio_by_which_nothing_leaves_is_told():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    graph = graphprune.trace(model, torch.randn(2, 6))
+    with pytest.warns(PruningWarning, match=r"0 of 8 .* 1% was asked for\n  too small to lose"):
+        graph.plan(0.01)
+    with pytest.warns(PruningWarning, match="left whole by ratios: 0"):
+        graph.plan(0.5, ratios={"0": 0.0})
