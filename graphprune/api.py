@@ -7,6 +7,7 @@ import functools
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack
 
@@ -19,15 +20,20 @@ from graphprune.execute.config import Before, follow_config
 from graphprune.execute.rollback import whole_or_not
 from graphprune.execute.shrink import shrink, written
 from graphprune.masks.plans import check_request, dead_channels, told_of_nothing
-from graphprune.plan.plan import CELL, MAKERS, Plan
+from graphprune.parts.choose import Chooser
+from graphprune.parts.find import Finder, Part
+from graphprune.plan.plan import CELL, MAKERS, Cost, Plan
+from graphprune.planning.costs import cost
 from graphprune.planning.make import assemble, check_follows, check_kept, make_plan
 from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
+from graphprune.record.cost import peak_activations
 from graphprune.record.inputs import Call, called, infer
 from graphprune.record.outputs import Outputs
+from graphprune.record.recorder import Record
 from graphprune.record.recording import record
 from graphprune.text import render, shorten
 
@@ -106,6 +112,13 @@ def trace(
         call, first = infer(model, lambda c: record(model, c, False, devices=("meta",)))
     else:
         call, first = called(example_inputs, lambda c: record(model, c, training=False))
+    return _traced(model, call, first, attention, counted)
+
+
+def _traced(
+    model: nn.Module, call: Call, first: Record, attention: str, counted: Outputs | None
+) -> ChannelGraph:
+    """The graph of a model that was recorded once; once more where not all outputs count."""
     if counted is not None:
         call = replace(call, outputs=counted)
         first = record(model, call, training=False)
@@ -135,6 +148,47 @@ class ChannelGraph:
     def frozen(self) -> tuple[Group, ...]:
         """The groups whose channels must stay, each with its ``reason``."""
         return tuple(group for group in self.analysis.all_groups if group.frozen)
+
+    @cached_property
+    def finder(self) -> Finder:
+        """What finds the parts that can leave whole; the model is recorded once more for it."""
+        return Finder(self.model, self.call)
+
+    @property
+    def branches(self) -> tuple[Part, ...]:
+        """What is added to a stream and can leave, in the order in which it runs.
+
+        Example:
+            >>> import torchvision, graphprune
+            >>> graph = graphprune.trace(torchvision.models.resnet18())
+            >>> len(graph.branches), graph.branches[0].name
+            (8, 'layer1.0')
+        """
+        return self.finder.branches
+
+    @property
+    def blocks(self) -> tuple[Part, ...]:
+        """The modules that can leave whole: without their branches they hand on what they get.
+
+        Blocks may lie within others: a stage of a ResNet in which every block can leave is one.
+
+        Example:
+            >>> import torchvision, graphprune
+            >>> graph = graphprune.trace(torchvision.models.resnet18())
+            >>> [block.name for block in graph.blocks][:3]
+            ['layer1', 'layer1.0', 'layer1.1']
+        """
+        return self.finder.blocks
+
+    @property
+    def cost(self) -> Cost:
+        """Parameters, MACs of the example inputs, and bytes of the model."""
+        return cost(self.analysis)
+
+    @property
+    def memory(self) -> int:
+        """The peak of the bytes of activations."""
+        return peak_activations(self.analysis.records[0])
 
     def group_of(self, name: str) -> Group:
         """The group that the output channels of a layer belong to.
@@ -203,8 +257,19 @@ class ChannelGraph:
             >>> graph.plan(target={"params": 0.7}).after.params
             37
         """
-        plan = make_plan(self.model, self.call, self.settled, Request.of(ratio, options))
+        return self.widths(Request.of(ratio, options))
+
+    def widths(self, request: Request) -> Plan:
+        """The plan for a request that was checked."""
+        if request.parts != ("channels",):
+            return Chooser(self.model, self.call, request, self.finder, self, self._again).plan()
+        plan = make_plan(self.model, self.call, self.settled, request)
         return with_unread(self.model, self.call, self.analysis, plan)
+
+    def _again(self, model: nn.Module) -> ChannelGraph:
+        """The graph of a smaller model."""
+        outputs = self.call.outputs
+        return _traced(model, self.call, record(model, self.call, False), self.attention, outputs)
 
     def plan_of(
         self,

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
+from graphprune.execute.emptied import in_what_left
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
 from graphprune.execute.weightless import weightless
@@ -343,14 +344,14 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
             f"{content.path} is loaded into the original architecture: pass the model before "
             "rebuild, not the small one"
         )
-    first = aliases(original)
+    first, left = aliases(original), in_what_left(original, content.plan)
     sizes = {(slot.tensor, slot.dim): slot.width for slot in content.plan.slots}
     found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
     found |= {name: found[owner] for name, owner in content.aliases.items() if owner in found}
     expected = {
         name: tuple(sizes.get((first.get(name, name), d), n) for d, n in enumerate(value.shape))
         for name, value in original.state_dict(keep_vars=True).items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and not left(name)
     }
     expected |= {  # biases for the constants of removed channels
         change.tensor: (sizes.get(change.like, len(change.values)),)

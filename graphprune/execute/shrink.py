@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError, PlanError
+from graphprune.execute.emptied import empty, left_of, remaining, stood_for
 from graphprune.execute.fold import fold, merged, recompute_masked
 from graphprune.execute.forward import rewrite_forward
 from graphprune.execute.rollback import replace_data, whole_or_not
@@ -64,28 +65,31 @@ def written(plan: Plan) -> set[str]:
 
 
 def _carried_out(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
-    earlier = plan_of(model)
+    earlier, whole = plan_of(model), plan
+    plan = remaining(model, plan) if plan.stand_ins else plan
     kept, full = kept_indices(plan), merged(model, plan)
     if inplace:
+        empty(model, plan.stand_ins)
         for name, tensor in held_tensors(model):
             if name in full:
                 tensor.detach().copy_(full[name])
             if name in kept:
                 _cut_in_place(tensor, kept[name])
     else:
-        model = _cut_copy(model, kept, full)
+        model = _cut_copy(model, plan, kept, full)
     for index in plan.indices:
         _renumber(model.get_buffer(index.tensor), index, kept.get(index.tensor, {}))
     _rescale(model, plan)
     fold(model, plan, kept)
     recompute_masked(model)
     _follow(model, plan)
-    carry(model, plan if earlier is None else earlier.then(plan))
+    carry(model, whole if earlier is None else earlier.then(whole))
     return model
 
 
 def hollow(model: nn.Module, plan: Plan) -> nn.Module:
     """What :func:`shrink` makes, on ``meta``: quickly made, to see whether it would run."""
+    plan = remaining(model, plan) if plan.stand_ins else plan
     left: dict[str, dict[int, int]] = {}
     for slot in plan.slots:
         left.setdefault(slot.tensor, {})[slot.dim] = slot.width
@@ -95,6 +99,7 @@ def hollow(model: nn.Module, plan: Plan) -> nn.Module:
         if name in left
     }
     clone = without_weights(model, shapes)
+    empty(clone, plan.stand_ins)
     _follow(clone, plan)
     return clone
 
@@ -110,10 +115,15 @@ def _follow(model: nn.Module, plan: Plan) -> None:
     rewrite_forward(model, plan.literals)
 
 
-def _cut_copy(model: nn.Module, kept: Mapping[str, Kept], full: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the model with smaller tensors."""
-    memo: dict[int, object] = {}
+def _cut_copy(
+    model: nn.Module, plan: Plan, kept: Mapping[str, Kept], full: Mapping[str, Tensor]
+) -> nn.Module:
+    """A copy of the model with smaller tensors, without the modules that leave."""
+    memo: dict[int, object] = {**stood_for(model, plan.stand_ins)}
+    left = left_of(model, plan)[1] if plan.stand_ins else None
     for name, tensor in held_tensors(model):
+        if left is not None and name not in left:
+            continue
         small = cut(full.get(name, tensor.detach()), kept.get(name, {}))
         if isinstance(tensor, nn.Parameter):
             small = _as_parameter(small, tensor)

@@ -278,6 +278,63 @@ class MergeChange:
 
 
 @dataclass(frozen=True)
+class PartPlan:
+    """A part that leaves: a ``"block"`` or a ``"branch"``, by name."""
+
+    name: str
+    kind: str
+    params: int = 0
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A sum in the code of a module, of which one operand counts as zero.
+
+    ``place`` counts the sums of two tensors in one call of the module; ``side`` is the operand.
+    """
+
+    module: str
+    place: int
+    side: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Which sum it is."""
+        return self.module, self.place
+
+    def then(self, later: Cut) -> Cut:
+        """The same operand once more; of the other one nothing would be left."""
+        if later.side != self.side:
+            raise PlanError(f"both operands of sum {self.place} in {self.module!r} would leave")
+        return self
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What takes the place of a module that leaves, by what it returns.
+
+    One text for each item: ``"args.0"`` or ``"kwargs.x"`` hands on what it is given there,
+    ``"zeros args.0"`` returns zeroes like it, ``"zeros args.0 in 0,1"`` with these of its sizes and
+    ones, ``"zero"`` a single zero, ``"none"`` nothing.
+    ``holder`` is empty for an item alone, or ``"tuple"`` or ``"list"``.
+    """
+
+    module: str
+    gives: tuple[str, ...]
+    holder: str = ""
+
+    @property
+    def key(self) -> str:
+        """The module that leaves."""
+        return self.module
+
+    def then(self, later: StandIn) -> StandIn:
+        """The last one counts."""
+        return later
+
+
+@dataclass(frozen=True)
 class Cost:
     """Parameters, MACs and bytes of parameters and buffers."""
 

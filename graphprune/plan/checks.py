@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import re
 import types
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,12 +27,14 @@ from graphprune.errors import PlanError
 from graphprune.plan.changes import (
     FREE,
     BiasChange,
+    Cut,
     IndexChange,
     LiteralChange,
     MergeChange,
     Rescale,
     SizeChange,
     SlotPlan,
+    StandIn,
 )
 from graphprune.record.sites import (
     INNER_SIZES,
@@ -52,6 +55,10 @@ from graphprune.record.tensors import held_tensors, named_modules
 Shape = tuple[int, ...]
 MASK = "_mask"
 _DEFAULTS = {(name,) for name in ("scale", *INNER_SIZES)}
+_GIVES = re.compile(
+    r"none|zero|(zeros )?(args\.\d{1,4}|kwargs\.\w{1,100})(\.\w{1,100}){0,8}( in \d(,\d){0,8})?",
+    re.ASCII,
+)
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 # The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
 SIZES = frozenset({
@@ -74,7 +81,7 @@ def check_alone(plan: object, name: str = "the plan") -> None:
 
 
 def _problems(plan: Any) -> Iterator[str]:
-    for field in ("slots", "sizes", "literals", "indices", "scales", "biases"):
+    for field in ("slots", "sizes", "literals", "indices", "scales", "biases", "cuts", "stand_ins"):
         counts = Counter(change.key for change in getattr(plan, field))
         yield from (f"two {field} for {key}" for key, count in counts.items() if count > 1)
     for slot in (*plan.slots, *plan.zeroed):
@@ -143,6 +150,10 @@ class Check:
 
     def run(self) -> None:
         """Look at every change."""
+        for cut in self.plan.cuts:
+            self.cut(cut)
+        for stand_in in self.plan.stand_ins:
+            self.stand_in(stand_in)
         for slot in (*self.plan.slots, *self.plan.zeroed):
             self.slot(slot)
         for size in self.plan.sizes:
@@ -177,6 +188,21 @@ class Check:
         """A module by its first name."""
         self.need(name in self.modules, f"it has no module {name!r}")
         return self.modules[name]
+
+    def cut(self, cut: Cut) -> None:
+        """A sum in the code of a module that is there."""
+        self.module(cut.module)
+        self.need(cut.place >= 0 and cut.side in (0, 1), f"{cut.module!r} has no such sum")
+
+    def stand_in(self, stand_in: StandIn) -> None:
+        """A module that is not the whole model, and what may take its place."""
+        self.module(stand_in.module)
+        self.need(bool(stand_in.module), "the whole model cannot leave")
+        self.need(bool(self.plan.cuts), "modules leave although nothing counts as zero")
+        known = stand_in.holder in ("", "tuple", "list")
+        one = len(stand_in.gives) == 1 or (stand_in.holder and stand_in.gives)
+        fits = known and one and all(_GIVES.fullmatch(text) for text in stand_in.gives)
+        self.need(bool(fits), f"nothing can take the place of {stand_in.module!r} like that")
 
     def slot(self, slot: SlotPlan) -> None:
         """A dimension of the right size, in blocks of rows that are there."""
@@ -316,6 +342,19 @@ class Check:
                 vectors = {shape for shape in shapes.values() if len(shape) == 1}
                 self.need(len(vectors) <= 1, f"{owner!r} would have vectors of different lengths")
 
+    def left(self) -> set[int]:
+        """The ``id`` of every parameter that a module holds which does not leave."""
+        gone = {id(self.modules[stand_in.module]) for stand_in in self.plan.stand_ins}
+        found: set[int] = set()
+        waiting, seen = [self.model], set(gone)
+        while waiting:
+            module = waiting.pop()
+            if id(module) not in seen:
+                seen.add(id(module))
+                found |= {id(parameter) for parameter in module._parameters.values()}
+                waiting += [child for child in module._modules.values() if child is not None]
+        return found
+
     def report(self) -> None:
         """What the plan says of itself is what it does."""
         touched = {slot.tensor for slot in self.plan.slots}
@@ -327,10 +366,11 @@ class Check:
         if self.plan.before == self.plan.after == FREE:
             return
         parameters = {id(parameter) for parameter in self.model.parameters()}
+        left = self.left()
         count = sum(
             math.prod(self.shape(name))
             for name, tensor in self.tensors.items()
-            if id(tensor) in parameters
+            if id(tensor) in parameters and id(tensor) in left
         )
         for change in self.plan.biases:
             if change.like is not None and change.tensor not in self.tensors:

@@ -16,13 +16,16 @@ from graphprune.plan.changes import (
     FREE,
     BiasChange,
     Cost,
+    Cut,
     GroupPlan,
     IndexChange,
     LiteralChange,
     MergeChange,
+    PartPlan,
     Rescale,
     SizeChange,
     SlotPlan,
+    StandIn,
     chain,
 )
 from graphprune.plan.checks import check_alone, check_on
@@ -34,9 +37,11 @@ FORMAT = "graphprune-plan"
 VERSION = 3
 SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower precision
 MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, bound in ``api``
+PLURAL = {"block": "blocks", "branch": "branches"}
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
-__all__ = ["BiasChange", "Cost", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange", "Plan",
-           "Rescale", "SizeChange", "SlotPlan", "carry", "plan_of", "runs"]  # fmt: skip
+__all__ = ["BiasChange", "Cost", "Cut", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange",
+           "PartPlan", "Plan", "Rescale", "SizeChange", "SlotPlan", "StandIn", "carry",
+           "plan_of", "runs"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,9 @@ class Plan:
     biases: tuple[BiasChange, ...] = ()
     merges: tuple[MergeChange, ...] = ()
     zeroed: tuple[SlotPlan, ...] = ()  # slices that count as zero: all but ``kept``
+    parts: tuple[PartPlan, ...] = ()  # that leave whole
+    cuts: tuple[Cut, ...] = ()  # what counts as zero for them
+    stand_ins: tuple[StandIn, ...] = ()  # what takes the place of their modules
     weights: float | None = None  # a mark of the weights that these belong to
     notes: tuple[str, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
@@ -273,6 +281,9 @@ class Plan:
             biases=chain(self.biases, (b.before(first, made.get(b.tensor)) for b in later.biases)),
             merges=(*self.merges, *(change.before(first) for change in later.merges)),
             zeroed=(*self.zeroed, *(slot.zeroing(first.get(slot.key)) for slot in later.zeroed)),
+            parts=(*self.parts, *later.parts),
+            cuts=chain(self.cuts, later.cuts),
+            stand_ins=chain(self.stand_ins, later.stand_ins),
             weights=self.weights,
             notes=(*self.notes, *later.notes),
             evaluated=self.evaluated or later.evaluated,
@@ -302,7 +313,15 @@ class Plan:
         names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
         folded = [f"constants go to {shorten(names)}"] if names else []
         table = render(title, ("group", "channels", "kind", "layers"), rows)
-        return "\n".join((table, *folded, *self.notes))
+        return "\n".join((table, *self._parts(), *folded, *self.notes))
+
+    def _parts(self) -> list[str]:
+        """The parts that leave, a line for each kind."""
+        kinds = dict.fromkeys(part.kind for part in self.parts)
+        names = {kind: [part.name for part in self.parts if part.kind == kind] for kind in kinds}
+        return [
+            f"{PLURAL.get(kind, kind)} that leave: {shorten(names[kind], 12)}" for kind in kinds
+        ]
 
 
 def plan_of(model: object) -> Plan | None:

@@ -19,6 +19,7 @@ from graphprune.errors import InputError
 from graphprune.record.batches import check_loss
 
 COLUMNS = ("aligned", "free")
+PARTS = ("channels", "branches", "blocks")
 SCOPES = ("local", "global", "isomorphic")
 QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
 _UNITS = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
@@ -54,6 +55,7 @@ class Options(TypedDict, total=False):
     seed: int
     exact_only: bool
     columns: str
+    parts: str | Iterable[str]
     threads: int | None
     progress: bool
 
@@ -229,6 +231,18 @@ class Request:
             told=Told.ALWAYS,
         ),
     )
+    parts: tuple[str, ...] = field(
+        default=("channels",),
+        metadata=option(
+            'what may leave, any of ``"channels"``, ``"branches"`` (what is added to a stream) and '
+            '``"blocks"`` (modules that then hand on what they are given). A ratio is the fraction '
+            "of each; a target is met by all together, with the smallest change of the outputs on "
+            "``data``, or else on the example inputs. Parts leave in the order of their influence "
+            '(Men et al., "ShortGPT", 2024), or of the criteria ``"taylor"``, '
+            '``"reconstruction"`` and ``"random"``.',
+            short="What may leave: channels, branches, blocks.",
+        ),
+    )
     threads: int | None = field(
         default=None,
         metadata=option(
@@ -258,6 +272,8 @@ class Request:
                 given[name] = _fractions(name, given[name])
         if "keep" in given:
             given["keep"] = _patterns(given["keep"])
+        if "parts" in given:
+            given["parts"] = _parts(given["parts"])
         if hasattr(given.get("ratios"), "levels"):
             given["allocation"] = given.pop("ratios")
         elif "ratios" in given:
@@ -401,6 +417,14 @@ def _patterns(given: Any) -> tuple[str, ...]:
             f'keep must be a glob pattern of layers such as "layer1.*", or several; got {given!r}'
         )
     return patterns
+
+
+def _parts(given: Any) -> tuple[str, ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, str)
+    parts = tuple(given) if several else (given,)
+    if not parts or not all(isinstance(part, str) and part in PARTS for part in parts):
+        raise InputError(f"parts must be one or several of {', '.join(PARTS)}, not {given!r}")
+    return tuple(dict.fromkeys(parts))
 
 
 def _ratios(given: object) -> dict[str, float]:

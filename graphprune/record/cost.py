@@ -52,7 +52,7 @@ def lifetimes(recorded: Record) -> list[Lifetime]:
     Parameters, buffers and constants are left out.
     """
     nodes = list(recorded.graph.nodes)
-    roots = _storages(nodes)
+    roots = storages(nodes)
     places = {node: position for position, node in enumerate(nodes)}
     last: dict[fx.Node, int] = {}
     for node in nodes:
@@ -92,7 +92,7 @@ def recorded_bytes(node: fx.Node) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _storages(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
+def storages(nodes: list[fx.Node]) -> dict[fx.Node, fx.Node]:
     """The node that allocated the storage of every value."""
     roots: dict[fx.Node, fx.Node] = {}
     for node in nodes:

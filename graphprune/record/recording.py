@@ -8,7 +8,7 @@ non-maximum suppression) is run on the CPU with its real weights instead.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
 
+Watch = Callable[[nn.Module, Recorder], contextlib.AbstractContextManager[Any]]
+
+
+def unwatched(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[Any]:
+    """Nothing else is noted while a model is recorded."""
+    return contextlib.nullcontext()
+
 
 @torch.inference_mode(False)  # in it, ops are not taken apart
 def record(
@@ -32,6 +39,7 @@ def record(
     call: Call,
     training: bool,
     devices: Sequence[str] = ("meta", "cpu"),
+    watch: Watch = unwatched,
 ) -> Record:
     """Run a copy of the model on the inputs and record it.
 
@@ -40,6 +48,7 @@ def record(
         call: the inputs.
         training: record in train mode instead of eval mode.
         devices: where to run it, in this order, until it works.
+        watch: of the copy and its recorder makes what else is entered while the copy runs.
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -47,7 +56,7 @@ def record(
     failure: TraceError | None = None
     for device in devices:
         try:
-            return _record(model, call, training, device)
+            return _record(model, call, training, device, watch)
         except TraceError as error:
             error.__cause__ = error.__cause__ or failure
             failure = error
@@ -75,25 +84,34 @@ def _record(
     call: Call,
     training: bool,
     device: str,
+    watch: Watch,
 ) -> Record:
     def clone() -> nn.Module:
         copied = skeleton(model, device).train(training)
         return copied if device == "meta" else copied.to(device)
 
     try:
-        found = run(clone(), call, device, watch_mode=not training)
+        found = run(clone(), call, device, watch_mode=not training, watch=watch)
         if found.lengths:
             with scope.lengths():
-                found = run(clone(), call, device, watch_mode=not training)
+                found = run(clone(), call, device, watch_mode=not training, watch=watch)
         return found
     except TraceError as error:
         if training or not isinstance(error.__cause__, TypeError | ValueError):
             raise
-        return run(clone(), call, device)  # it may want ``training`` to be a plain bool
+        return run(
+            clone(), call, device, watch=watch
+        )  # it may want ``training`` to be a plain bool
 
 
 @torch.inference_mode(False)
-def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> Record:
+def run(
+    clone: nn.Module,
+    call: Call,
+    device: str,
+    watch_mode: bool = False,
+    watch: Watch = unwatched,
+) -> Record:
     """Record a model that may be marked and changed by running.
 
     Args:
@@ -101,6 +119,7 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
         call: the inputs.
         device: where the copy and the inputs are.
         watch_mode: notice whether the code looks at ``training``, in eval mode.
+        watch: of the copy and its recorder makes what else is entered while the copy runs.
     """
     args, kwargs = call.on(device)
     recorder = Recorder(clone, device, clone.training)
@@ -111,7 +130,13 @@ def run(clone: nn.Module, call: Call, device: str, watch_mode: bool = False) -> 
             recorder.placeholder(tensor)
     grad = torch.no_grad()
     try:
-        with outside.unchanged(clone) as caches, same_numbers(), grad, recorder:
+        with (
+            outside.unchanged(clone) as caches,
+            same_numbers(),
+            grad,
+            recorder,
+            watch(clone, recorder),
+        ):
             out = clone(*args, **kwargs)
     except Exception as error:
         failed = TraceError(

@@ -11,6 +11,7 @@ from torch import nn
 from graphprune.plan.plan import Plan
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
+from graphprune.verification.sums import hold
 
 
 def as_given(model: nn.Module, plan: Plan) -> nn.Module:
@@ -50,4 +51,6 @@ def with_constants(model: nn.Module, plan: Plan) -> nn.Module:
         assert vector is not None
         with torch.no_grad():
             vector += torch.tensor(change.values, dtype=torch.float64).to(vector)
+    if plan.cuts:
+        hold(copied, plan)
     return copied

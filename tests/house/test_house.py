@@ -33,7 +33,7 @@ FLOORS = (
     {"channels", "execute"},
     {"calibration", "criteria", "verification"},
     {"planning"},
-    {"masks"},
+    {"masks", "parts"},
     {"api"},
     {"testing", "training"},
     {"cli"},

@@ -1,0 +1,172 @@
+"""Modules that leave whole: what takes their place, and what of a plan is then left to do."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.plan.changes import StandIn
+from graphprune.plan.plan import Plan
+from graphprune.record.tensors import held_tensors, named_modules
+
+_PLAIN = (int, float, str, bool, tuple, type(None))
+_BOOKKEEPING = frozenset(vars(nn.Module()))
+
+
+class Emptied(nn.Module):
+    """In the place of a module that left: takes the same arguments and hands one of them on.
+
+    It has the plain attributes of the module that left, as code around it may read them.
+
+    Example:
+        >>> import torch
+        >>> from graphprune.execute.emptied import Emptied
+        >>> from graphprune.plan.changes import StandIn
+        >>> layer = Emptied(torch.nn.Linear(4, 4), StandIn("0", ("args.0",)))
+        >>> layer(torch.ones(2)), layer.in_features
+        (tensor([1., 1.]), 4)
+    """
+
+    def __init__(self, left: nn.Module, stand_in: StandIn) -> None:
+        super().__init__()
+        self.stood, self.gives, self.holder = type(left).__name__, stand_in.gives, stand_in.holder
+        self.names = _parameters(left)
+        for name, value in vars(left).items():
+            if name not in _BOOKKEEPING and name not in vars(self) and isinstance(value, _PLAIN):
+                setattr(self, name, value)
+        self.train(left.training)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module that left would hand on."""
+        items = [self._item(text, args, kwargs) for text in self.gives]
+        if not self.holder:
+            return items[0]
+        return tuple(items) if self.holder == "tuple" else items
+
+    def _item(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if text == "none":
+            return None
+        if text == "zero":
+            return _tensor((args, kwargs)).new_zeros(())
+        if text.startswith("zeros "):
+            way, _, dims = text.removeprefix("zeros ").partition(" in ")
+            like = self._given(way, args, kwargs)
+            if not dims:
+                return torch.zeros_like(like)
+            known = {int(dim) for dim in dims.split(",")}
+            return like.new_zeros([n if dim in known else 1 for dim, n in enumerate(like.shape)])
+        return self._given(text, args, kwargs)
+
+    def _given(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """An argument, given by place or by name."""
+        kind, first, *rest = text.split(".")
+        if kind == "args":
+            place = int(first)
+            value = args[place] if place < len(args) else kwargs[self.names[place]]
+        else:
+            value = kwargs[first] if first in kwargs else args[self.names.index(first)]
+        for key in rest:
+            value = value[int(key) if isinstance(value, tuple | list) else key]
+        return value
+
+    def extra_repr(self) -> str:
+        """What stood here."""
+        return f"was {self.stood}"
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # no signature to be had
+        return ()
+
+
+def _tensor(tree: Any) -> Tensor:
+    """The first tensor of nested arguments."""
+    if isinstance(tree, Tensor):
+        return tree
+    items = tree.values() if isinstance(tree, dict) else tree
+    for item in items if isinstance(items, tuple | list | type({}.values())) else ():
+        if isinstance(item, Tensor | tuple | list | dict):
+            try:
+                return _tensor(item)
+            except LookupError:
+                continue
+    raise LookupError("no tensor was given")
+
+
+def empty(model: nn.Module, stand_ins: Iterable[StandIn]) -> None:
+    """Put something small in the place of modules that leave, in place."""
+    gone = stood_for(model, stand_ins)
+    for _, module in named_modules(model):
+        for name, child in module._modules.items():
+            if child is not None and id(child) in gone:
+                module._modules[name] = gone[id(child)]
+
+
+def stood_for(model: nn.Module, stand_ins: Iterable[StandIn]) -> dict[int, nn.Module]:
+    """What takes the place of modules that leave, by their ``id``."""
+    modules = dict(named_modules(model))
+    return {
+        id(modules[stand_in.module]): Emptied(modules[stand_in.module], stand_in)
+        for stand_in in stand_ins
+    }
+
+
+def in_what_left(model: nn.Module, plan: Plan) -> Callable[[str], bool]:
+    """Tells of every name in a ``state_dict`` whether it lies in a module that leaves."""
+    gone = {id(model.get_submodule(stand_in.module)) for stand_in in plan.stand_ins}
+    named = model.named_modules(remove_duplicate=False) if gone else ()
+    prefixes = tuple(f"{name}." for name, module in named if id(module) in gone)
+    return lambda name: name.startswith(prefixes)
+
+
+def left_of(model: nn.Module, plan: Plan) -> tuple[set[str], set[str]]:
+    """The names of modules and of tensors that stay when modules have left."""
+    stand_ins = {stand_in.module for stand_in in plan.stand_ins}
+    known = dict(named_modules(model))
+    gone = {id(known[name]) for name in stand_ins if name in known}
+    modules: set[str] = set()
+    seen: set[int] = set()
+    held: set[int] = set()
+    names = {id(module): name for name, module in known.items()}
+    waiting: list[nn.Module] = [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) in seen or id(module) in gone:
+            continue
+        seen.add(id(module))
+        modules.add(names[id(module)])
+        held |= {id(value) for value in _values(module) if isinstance(value, Tensor)}
+        waiting += [child for child in module._modules.values() if child is not None]
+    return modules, {name for name, tensor in held_tensors(model) if id(tensor) in held}
+
+
+def _values(module: nn.Module) -> list[Any]:
+    state = vars(module)
+    return [*state["_parameters"].values(), *state["_buffers"].values(), *state.values()]
+
+
+def remaining(model: nn.Module, plan: Plan) -> Plan:
+    """What a plan changes in the modules that stay."""
+    modules, tensors = left_of(model, plan)
+    return replace(
+        plan,
+        slots=tuple(slot for slot in plan.slots if slot.tensor in tensors),
+        sizes=tuple(change for change in plan.sizes if change.module in modules),
+        literals=tuple(change for change in plan.literals if change.module in modules),
+        indices=tuple(change for change in plan.indices if change.tensor in tensors),
+        scales=tuple(change for change in plan.scales if change.tensor in tensors),
+        biases=tuple(c for c in plan.biases if _owner(c.tensor) in modules),
+        merges=tuple(change for change in plan.merges if change.tensor in tensors),
+        zeroed=tuple(slot for slot in plan.zeroed if slot.tensor in tensors),
+    )
+
+
+def _owner(tensor: str) -> str:
+    return tensor.rpartition(".")[0]

@@ -1,0 +1,189 @@
+"""How much parts matter: what they do to the stream, to the loss, or to the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from graphprune.calibration.outcome import outputs
+from graphprune.criteria import name_of
+from graphprune.measurement import drawn
+from graphprune.parts.find import Part
+from graphprune.record.batches import Batch, at_rest, batches, device_of, loss_of, run
+from graphprune.record.inputs import Call
+from graphprune.record.joins import Place, Sums
+
+_BATCHES = 8  # that parts are scored on
+_LEAST = 1e-12
+Sides = Mapping[Place, int]
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What parts are scored by: a model, batches of inputs, and a loss for those that need one."""
+
+    model: nn.Module
+    batches: tuple[Batch, ...]
+    loss: Callable[..., Any] | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, call: Call, data: Any, loss: Any) -> Evidence:
+        """The first batches of data; the example inputs where there are none."""
+        device = device_of(model)
+        if data is None:
+            args, kwargs = drawn(call, device)
+            return cls(model, (Batch(args, kwargs, ()),), loss)
+        found = []
+        for batch in batches(data):
+            found.append(Batch.of(batch).to(device))
+            if len(found) == _BATCHES:
+                break
+        return cls(model, tuple(found), loss)
+
+
+def ordered(
+    parts: Sequence[Part], evidence: Evidence, criterion: Any, seed: int, per_mac: bool
+) -> list[Part]:
+    """The parts, those first that matter least.
+
+    Args:
+        parts: what may leave.
+        evidence: the model and batches.
+        criterion: ``"random"``, ``"taylor"`` (the first-order change of the loss) and
+            ``"reconstruction"`` (the change of the outputs, greedily) as for channels; with all
+            others, parts are scored by their influence: one minus the cosine between the stream
+            before and after (Men et al., "ShortGPT", 2024).
+        seed: for random orders.
+        per_mac: divide scores by the multiply-accumulates that leave.
+    """
+    name = name_of(criterion)
+    if name == "random":
+        order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
+        return [parts[place] for place in order.tolist()]
+    if name == "reconstruction":
+        return _greedy(parts, evidence, per_mac)
+    scored = taylor(parts, evidence) if name.startswith("taylor") else influence(parts, evidence)
+    weight = {part.name: part.macs if per_mac else 1 for part in parts}
+    return sorted(parts, key=lambda part: scored[part.name] / weight[part.name])
+
+
+def influence(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
+    """One minus the mean cosine between the stream before and after every part."""
+    sides = {cut.key: cut.side for part in parts for cut in part.cuts}
+    streams: dict[Place, list[tuple[Tensor, Tensor]]] = {}
+
+    def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+        side = sides.get(place)
+        before = None if side is None else args[1 - side].detach().clone()
+        out = func(*args, **kwargs)
+        if before is not None:
+            streams.setdefault(place, []).append((before, out.detach()))
+        return out
+
+    totals = dict.fromkeys((part.name for part in parts), 0.0)
+    for batch in evidence.batches:
+        streams.clear()
+        with torch.no_grad(), at_rest(evidence.model), Sums(evidence.model, seen):
+            run(evidence.model, batch)
+        for part in parts:
+            first, last = streams.get(part.cuts[0].key, ()), streams.get(part.cuts[-1].key, ())
+            found = [_turn(before, after) for (before, _), (_, after) in zip(first, last)]
+            totals[part.name] += sum(found) / max(len(found), 1) / len(evidence.batches)
+    return totals
+
+
+def _turn(before: Tensor, after: Tensor) -> float:
+    """One minus the mean cosine of the rows of a batch."""
+    if before.shape != after.shape:
+        return 1.0
+    rows = after.double().reshape(len(after), -1)
+    return float(1 - F.cosine_similarity(before.double().reshape(rows.shape), rows).mean())
+
+
+def taylor(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
+    """How much the loss would change to first order, were what a part adds zero.
+
+    Molchanov et al., "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+    2017.
+    """
+    sides = {cut.key: cut.side for part in parts for cut in part.cuts}
+    changes = dict.fromkeys(sides, 0.0)
+
+    def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+        side = sides.get(place)
+        if side is not None and args[side].requires_grad:
+            added = args[side].detach().clone()
+
+            def note(grad: Tensor) -> None:
+                changes[place] += float((grad.double() * added.double()).sum())
+
+            given = [*args]
+            given[side] = args[side].clone()  # what is added in place has no gradient of its own
+            given[side].register_hook(note)
+            return func(*given, **kwargs)
+        return func(*args, **kwargs)
+
+    totals = dict.fromkeys((part.name for part in parts), 0.0)
+    for batch in evidence.batches:
+        changes.update(dict.fromkeys(sides, 0.0))
+        inputs = batch.args if len(batch.args) != 1 else batch.args[0]
+        whole = batch.kwargs or (inputs, *batch.targets)
+        with torch.enable_grad(), at_rest(evidence.model), Sums(evidence.model, seen):
+            loss = (evidence.loss or loss_of)(
+                evidence.model, whole if not batch.kwargs else batch.kwargs
+            )
+        parameters = [p for p in evidence.model.parameters() if p.requires_grad]
+        torch.autograd.grad(loss, parameters, allow_unused=True)
+        for part in parts:
+            totals[part.name] += abs(sum(changes[cut.key] for cut in part.cuts))
+    return totals
+
+
+def _greedy(parts: Sequence[Part], evidence: Evidence, per_mac: bool) -> list[Part]:
+    """Again and again the part without which, beside those before it, outputs change least."""
+    wanted = list(_outputs(evidence, {}))
+    left, order = list(parts), []
+    sides: dict[Place, int] = {}
+    while left:
+        errors = {}
+        for part in left:
+            tried = {**sides, **{cut.key: cut.side for cut in part.cuts}}
+            error = _error(wanted, _outputs(evidence, tried))
+            errors[part.name] = error / (part.macs if per_mac else 1)
+        best = min(left, key=lambda part: errors[part.name])
+        order.append(best)
+        left.remove(best)
+        sides.update({cut.key: cut.side for cut in best.cuts})
+    return order
+
+
+def _outputs(evidence: Evidence, sides: Sides) -> Iterator[list[Tensor]]:
+    """What the model returns for every batch when operands of some sums count as zero."""
+
+    def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+        side = sides.get(place)
+        if side is None:
+            return func(*args, **kwargs)
+        given = [*args]
+        given[side] = torch.zeros_like(given[side])
+        return func(*given, **kwargs)
+
+    for batch in evidence.batches:
+        with torch.no_grad(), at_rest(evidence.model), Sums(evidence.model, seen):
+            yield outputs(evidence.model, batch)
+
+
+def _error(wanted: Iterable[list[Tensor]], found: Iterable[list[Tensor]]) -> float:
+    """The squared error of outputs over their squares."""
+    gap = total = 0.0
+    for left, right in zip(wanted, found):
+        for one, other in zip(left, right):
+            if one.shape == other.shape:
+                gap += float((one.double() - other.double()).square().sum())
+                total += float(one.double().square().sum())
+    return gap / max(total, _LEAST)

@@ -1,0 +1,158 @@
+"""Where the code of a model adds two tensors, and what every call of a module was given.
+
+A sum is named by the module whose code runs it and by its place among the sums of that code, so
+that it is found again whenever the model runs, with whatever shapes and values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from graphprune.record.recorder import Record, Recorder
+from graphprune.record.tensors import named_modules
+
+Place = tuple[str, int]  # the module, and which of the sums in its code
+_SUMS = frozenset(("add", "add_"))
+
+
+class Sums(TorchFunctionMode):
+    """Sees the sums of two tensors in the code of each module.
+
+    Args:
+        model: what runs; hooks are put on its modules while the mode is entered.
+        seen: ``seen(place, function, args, kwargs)`` runs the function, or another in its stead.
+    """
+
+    def __init__(self, model: nn.Module, seen: Callable[[Place, Any, Any, Any], Any]) -> None:
+        super().__init__()
+        self.model, self.seen = model, seen
+        self.running: list[list[Any]] = []  # name of the module, and how many sums it has run
+        self.counts: dict[str, set[int]] = {}
+        self.handles: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") not in _SUMS or not self.running or not _both(args):
+            return func(*args, **kwargs)
+        top = self.running[-1]
+        place = (top[0], top[1])
+        top[1] += 1
+        return self.seen(place, func, args, kwargs)
+
+    def __enter__(self) -> Any:
+        for name, module in named_modules(self.model):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            self.handles += [
+                module.register_forward_pre_hook(self._entering(name)),
+                module.register_forward_hook(self._left, always_call=True),
+            ]
+        return TorchFunctionMode.__enter__(self)
+
+    def __exit__(self, *exc: Any) -> None:
+        TorchFunctionMode.__exit__(self, *exc)
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.running.clear()
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            self.running.append([name, 0])
+
+        return enter
+
+    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+        name, count = self.running.pop()
+        self.counts.setdefault(name, set()).add(count)
+
+
+def _both(args: Any) -> bool:
+    return len(args) == 2 and all(isinstance(arg, Tensor) for arg in args)
+
+
+@dataclass
+class Run:
+    """One call of a module: trees of what it was given and returned, with nodes for tensors."""
+
+    module: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    begin: int
+    out: Any = None
+    end: int = 0
+
+
+@dataclass
+class Watched:
+    """A recorded run with the calls of its modules and the sums in their code."""
+
+    record: Record = field(default_factory=lambda: Record(False))
+    nodes: list[fx.Node] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    sums: dict[Place, list[fx.Node]] = field(default_factory=dict)
+
+    def watching(self, model: nn.Module, recorder: Recorder) -> Watching:
+        """What to enter while a copy of the model runs under a recorder; the last run counts."""
+        self.record = recorder.record
+        self.runs, self.sums = [], {}
+        return Watching(self, model, recorder)
+
+
+class Watching:
+    """Notes calls and sums while a model is recorded."""
+
+    def __init__(self, watched: Watched, model: nn.Module, recorder: Recorder) -> None:
+        self.watched, self.model, self.recorder = watched, model, recorder
+        self.sums = Sums(model, self._sum)
+        self.open: list[Run] = []
+        self.handles: list[Any] = []
+
+    def __enter__(self) -> Watching:
+        for name, module in named_modules(self.model):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            self.handles += [
+                module.register_forward_pre_hook(self._entering(name), with_kwargs=True),
+                module.register_forward_hook(self._left),
+            ]
+        self.sums.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.sums.__exit__(*exc)
+        for handle in self.handles:
+            handle.remove()
+        self.watched.nodes = list(self.recorder.record.graph.nodes)
+        uneven = {name for name, counts in self.sums.counts.items() if len(counts) > 1}
+        for place in [place for place in self.watched.sums if place[0] in uneven]:
+            del self.watched.sums[place]  # the code of that module does not always run alike
+
+    def _sum(self, place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor):
+            self.watched.sums.setdefault(place, []).append(self.recorder.node_of(out))
+        return out
+
+    def _nodes(self, tree: Any) -> Any:
+        return pytree.tree_map_only(Tensor, self.recorder.node_of, tree)
+
+    def _entering(self, name: str) -> Callable[..., None]:
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given, named = self._nodes((args, kwargs))
+            self.open.append(Run(name, given, named, len(self.recorder.record.graph.nodes)))
+
+        return enter
+
+    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+        run = self.open.pop()
+        run.out = self._nodes(out)
+        run.end = len(self.recorder.record.graph.nodes)
+        self.watched.runs.append(run)

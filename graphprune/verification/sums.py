@@ -1,0 +1,68 @@
+"""Run a model's own code with operands of sums held at zero, where whole parts leave."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.plan.plan import Plan
+from graphprune.record import scope
+from graphprune.record.copying import copy_module
+from graphprune.record.joins import Place, Sums
+from graphprune.verification.follow import Undecided
+
+
+def hold(model: nn.Module, plan: Plan) -> None:
+    """Let what a plan cuts from sums count as zero while a model runs, in place."""
+    model.forward = HeldForward(model, vars(model).get("forward"), plan)
+
+
+class HeldForward:
+    """A forward that runs the model's own, where operands of some sums are zero.
+
+    Gradients flow as in the model: not at all through what counts as zero.
+    """
+
+    def __init__(self, module: nn.Module, inner: Any, plan: Plan) -> None:
+        self.module, self.inner, self.plan = module, inner, plan
+        self.sides = {cut.key: cut.side for cut in plan.cuts}
+        self.seen: set[Place] = set()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HeldForward:
+        """A copy for a copied module."""
+        inner = copy.deepcopy(self.inner, memo)
+        return HeldForward(copy_module(self.module, memo), inner, self.plan)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model.
+
+        Raises:
+            Undecided: a sum of the plan is not reached.
+        """
+        self.seen.clear()
+        with scope.recording(None), Sums(self.module, self._sum):
+            if self.inner is not None:
+                out = self.inner(*args, **kwargs)
+            else:
+                out = type(self.module).forward(self.module, *args, **kwargs)
+        missing = sorted(self._expected() - self.seen)
+        if missing:
+            name, place = missing[0]
+            raise Undecided(f"sum {place} in the code of {name!r} does not run here")
+        return out
+
+    def _expected(self) -> set[Place]:
+        """The sums that run: those in other parts that leave may not be reached any more."""
+        return {place for place in self.sides}
+
+    def _sum(self, place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+        side = self.sides.get(place)
+        if side is None:
+            return func(*args, **kwargs)
+        self.seen.add(place)
+        given = [*args]
+        given[side] = torch.zeros_like(given[side].detach())
+        return func(*given, **kwargs)
