@@ -1,4 +1,4 @@
-"""Run the python blocks of Markdown files: ``python docs/blocks.py`` refreshes what they print.
+"""Run the python blocks of Markdown files: ``docs/blocks.py [FILE ...]`` writes what they print.
 
 A ``text`` block right after a ``python`` block is what that block prints; ``...`` stands for
 anything. The blocks of one file share their names and run in a temporary directory.
@@ -94,5 +94,5 @@ def refresh(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    for file in FILES:
-        refresh(file)
+    for file in map(Path, sys.argv[1:]) if sys.argv[1:] else FILES:
+        refresh(file.resolve())

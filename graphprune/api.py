@@ -351,7 +351,17 @@ class ChannelGraph:
             f"{type(self.model).__name__} on {self.call}: {len(self)} groups of "
             f"{sum(group.size for group in self)} removable channels"
         )
-        return render(title, ("group", "channels", "kind", "layers", "why"), rows)
+        table = render(title, ("group", "channels", "kind", "layers", "why"), rows)
+        return "\n".join((table, *self.told_parts()))
+
+    def told_parts(self) -> list[str]:
+        """The branches and blocks that can leave whole, a line for each kind there is."""
+        kinds = {"branches": self.branches, "blocks": self.blocks}
+        return [
+            f"{kind} that can leave: {shorten([part.name for part in parts], 12)}"
+            for kind, parts in kinds.items()
+            if parts
+        ]
 
 
 @uncollected

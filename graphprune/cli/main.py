@@ -113,6 +113,7 @@ def shrink(
     max_kept: Annotated[float, typer.Option(help=short("max_kept"))] = 1.0,
     round_to: Annotated[int, typer.Option(help=short("round_to"))] = 1,
     uniform: Annotated[bool, typer.Option(help=short("uniform"))] = False,
+    parts: Annotated[str, typer.Option(help=short("parts"))] = "channels",
     threads: Annotated[int | None, typer.Option(help=short("threads"))] = None,
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
@@ -123,7 +124,7 @@ def shrink(
     as_json: Json = False,
     verify: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
 ) -> None:
-    """Remove channels from a model and save what is left."""
+    """Remove channels, branches or blocks from a model and save what is left."""
     with _session(as_json) as session:
         _check_folders(out, plan)
         _check_criterion(criterion)
@@ -133,6 +134,7 @@ def shrink(
             "seed": seed,
             "round_to": round_to,
             "uniform": uniform,
+            "parts": [part.strip() for part in parts.split(",")],
             "threads": threads,
             "ratios": {name: _number("ratios", text) for name, text in _pairs("ratios", ratios)},
         }
@@ -160,7 +162,7 @@ def shrink(
             _write_plan(applied, plan)
         if out is not None:
             save(small, out)
-        session.print(groups_of_plan(applied))
+        _say_plan(session, applied)
         session.print(costs(before, after))
         for note in applied.notes:
             session.print(escape(note))
@@ -190,7 +192,7 @@ def inspect(
     attention: Attention = "heads",
     as_json: Json = False,
 ) -> None:
-    """Show which channels of which layers live and die together."""
+    """Show which channels live and die together, and which branches and blocks can leave."""
     with _session(as_json) as session:
         _check_folders(draw)
         original = _model(model, None, 0)
@@ -199,6 +201,8 @@ def inspect(
             graph = trace(original, example, attention=attention)
         measured = measure(original, graph.call, latency=False)
         session.print(groups_of_graph(graph))
+        for line in graph.told_parts():
+            session.print(escape(line))
         session.print(cost(measured))
         if draw is not None:
             graph.draw(draw)
@@ -217,6 +221,8 @@ def inspect(
                     }
                     for group in graph.analysis.all_groups
                 ],
+                "blocks": [dataclasses.asdict(part) for part in graph.blocks],
+                "branches": [dataclasses.asdict(part) for part in graph.branches],
             }
         )
 
@@ -413,6 +419,14 @@ def _write_plan(plan: Plan, path: Path) -> None:
         plan.to_json(path)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def _say_plan(session: _Session, plan: Plan) -> None:
+    """What leaves: channels by group, and parts."""
+    if plan.groups or not plan.parts:
+        session.print(groups_of_plan(plan))
+    for line in plan.told_parts():
+        session.print(escape(line))
 
 
 def _say_verified(session: _Session, report: Report | None) -> None:

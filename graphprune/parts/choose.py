@@ -26,6 +26,7 @@ from graphprune.planning.options import Request, Target
 from graphprune.record.batches import device_of
 from graphprune.record.inputs import Call
 from graphprune.record.recording import dry
+from graphprune.record.tensors import fingerprint
 from graphprune.text import shorten
 
 _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made

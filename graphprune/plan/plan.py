@@ -313,9 +313,10 @@ class Plan:
         names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
         folded = [f"constants go to {shorten(names)}"] if names else []
         table = render(title, ("group", "channels", "kind", "layers"), rows)
-        return "\n".join((table, *self._parts(), *folded, *self.notes))
+        table = title if self.parts and not rows else table
+        return "\n".join((table, *self.told_parts(), *folded, *self.notes))
 
-    def _parts(self) -> list[str]:
+    def told_parts(self) -> list[str]:
         """The parts that leave, a line for each kind."""
         kinds = dict.fromkeys(part.kind for part in self.parts)
         names = {kind: [part.name for part in self.parts if part.kind == kind] for kind in kinds}
