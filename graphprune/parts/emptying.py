@@ -1,0 +1,299 @@
+"""What stands in for modules that leave, so that the code around them goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import fx
+
+from graphprune.ops.registry import op_of, packet_of
+from graphprune.parts.stream import (
+    PRODUCTS,
+    SUMS,
+    Stream,
+    aten,
+    holder_of,
+    is_getitem,
+    leaves,
+    operand,
+)
+from graphprune.plan.changes import Cut, StandIn
+from graphprune.record.joins import Place, Run
+
+
+class Zero(IntEnum):
+    """In which shape a value must be zero, so that the code around it goes on."""
+
+    SINGLE = 0  # one number
+    THIN = 1  # of size one in dimensions that are not known
+    WHOLE = 2
+
+
+class Emptying(Stream):
+    """What takes the place of modules when operands of sums count as zero."""
+
+    def stand_ins(self, cuts: Iterable[Cut]) -> list[StandIn] | None:
+        """What takes the place of the modules that leave; ``None`` where the code cannot go on."""
+        sides = {cut.key: cut.side for cut in cuts}
+        needed = self.needed(sides)
+        gone: dict[str, list[_Leaving]] = {}
+        waiting = [""]
+        while waiting:
+            name = waiting.pop()
+            leaving = self._leaving(name, needed, sides) if name else None
+            if leaving:
+                gone[name] = leaving
+            else:
+                waiting += self._children(name)
+        zeroes = self._zeroes(sides, gone)
+        if zeroes is None:
+            return None
+        known = self._known_dims(gone)
+        made = []
+        for name, leavings in gone.items():
+            ways = {leaving.gives(zeroes, known) for leaving in leavings}
+            holder, gives = ways.pop()
+            if ways or None in gives:
+                return None
+            made.append(StandIn(name, tuple(map(str, gives)), holder))
+        return sorted(made, key=lambda stand_in: stand_in.module)
+
+    def _children(self, name: str) -> list[str]:
+        prefix = f"{name}." if name else ""
+        children = self.modules[name]._modules if name in self.modules else {}
+        return [prefix + key for key, child in children.items() if child is not None]
+
+    def _leaving(
+        self, name: str, needed: set[fx.Node], sides: Mapping[Place, int]
+    ) -> list[_Leaving] | None:
+        """How every call of a module ends when the module leaves; ``None`` when it is needed."""
+        runs = self.calls.get(name)
+        if not runs or name not in self.modules:
+            return None
+        found = []
+        busy = False
+        for run in runs:
+            inside = self.nodes[run.begin : run.end]
+            busy = busy or any(node.op in ("call_function", "get_attr") for node in inside)
+            results = {node for _, node in leaves(run.out)}
+            for node in inside:
+                if (
+                    node.op == "call_function"
+                    and node not in results
+                    and self._escapes(node, run, needed)
+                ):
+                    return None
+            leaving = _Leaving.of(run, self, needed, sides)
+            if leaving is None:
+                return None
+            found.append(leaving)
+        return found if busy else None
+
+    def _escapes(self, node: fx.Node, run: Run, needed: set[fx.Node]) -> bool:
+        """Whether something outside of a call needs a value that the call does not return."""
+        return any(
+            user in needed and not run.begin <= self.place.get(user, run.begin) < run.end
+            for user in node.users
+        )
+
+    def _zeroes(
+        self, sides: Mapping[Place, int], gone: Mapping[str, list[_Leaving]]
+    ) -> dict[fx.Node, Zero] | None:
+        """The results of what leaves that must be zero, and in which shape."""
+        results = {
+            node for leavings in gone.values() for leaving in leavings for node in leaving.free
+        }
+        found: dict[fx.Node, Zero] = {}
+        for node, place in self.sums.items():
+            side = sides.get(place)
+            if side is None or self._inside(node, gone):
+                continue
+            in_place = node.target is aten.add_.Tensor and side == 0
+            shape = Zero.WHOLE if in_place else Zero.SINGLE
+            if not self._zero(operand(node, side), results, found, shape):
+                return None
+        return found
+
+    def _known_dims(self, gone: Mapping[str, list[_Leaving]]) -> dict[fx.Node, frozenset[int]]:
+        """The dimensions in which values keep their size although something else stands there.
+
+        Values that are not in the dictionary are as they were.
+        """
+        leavings = [leaving for leavings in gone.values() for leaving in leavings]
+        results = {node: leaving for leaving in leavings for node in leaving.free}
+        inside = {
+            node for leaving in leavings for node in self.nodes[leaving.run.begin : leaving.run.end]
+        }
+        known: dict[fx.Node, frozenset[int]] = {}
+        for node in self.nodes:
+            if node in results:
+                dims = results[node].like(node, known)
+                if dims is not None:
+                    known[node] = dims
+            elif node not in inside and not known.keys().isdisjoint(node.all_input_nodes):
+                known[node] = self._pointwise_dims(node, known)
+        return known
+
+    def _pointwise_dims(
+        self, node: fx.Node, known: Mapping[fx.Node, frozenset[int]]
+    ) -> frozenset[int]:
+        sources = node.all_input_nodes
+        rank = len(node.meta.get("shape", ()))
+        pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if not pointwise or any(len(s.meta.get("shape", ())) != rank for s in sources):
+            return frozenset()
+        return frozenset(range(rank)).intersection(*(known[s] for s in sources if s in known))
+
+    def _inside(self, node: fx.Node, gone: Mapping[str, list[_Leaving]]) -> bool:
+        """Whether a node belongs to the call of a module that leaves."""
+        place = self.place[node]
+        return any(
+            leaving.run.begin <= place < leaving.run.end
+            for leavings in gone.values()
+            for leaving in leavings
+        )
+
+    def _zero(
+        self, node: fx.Node, results: set[fx.Node], found: dict[fx.Node, Zero], shape: Zero
+    ) -> bool:
+        """Let a value be zero by letting what modules return be zero."""
+        if node in results:
+            passed = Zero.THIN if node in self.passed else Zero.SINGLE
+            found[node] = max(found.get(node, shape), shape, passed)
+            return True
+        if node.op != "call_function":
+            return False
+        operands = node.all_input_nodes
+        if packet_of(node) in PRODUCTS:
+            divided = packet_of(node) in (aten.div, aten.div_)
+            tried = operands[: 1 if divided else None]
+            return any(self._zero(each, results, found, shape) for each in tried)
+        if node.target in SUMS or op_of(node).signs or op_of(node).linear or is_getitem(node):
+            return all(self._zero(each, results, found, Zero.WHOLE) for each in operands)
+        return False
+
+    @cached_property
+    def passed(self) -> set[fx.Node]:
+        """Values that a module hands on as it got them: in train mode it may do more."""
+        return {
+            node
+            for run in self.watched.runs
+            for _, node in leaves(run.out)
+            if any(node is given for _, given in leaves((run.args, run.kwargs)))
+        }
+
+
+@dataclass
+class _Leaving:
+    """A call of a module that leaves: what hands on what, and what no one needs."""
+
+    run: Run
+    kept: dict[tuple[Any, ...], str]  # results that are needed, and the argument they equal
+    free: set[fx.Node]  # the others
+    given: dict[fx.Node, str]  # the arguments, and the way to each
+
+    @classmethod
+    def of(
+        cls, run: Run, stream: Stream, needed: set[fx.Node], sides: Mapping[Place, int]
+    ) -> _Leaving | None:
+        """What is known of a call; ``None`` where something of its results is still needed."""
+        if holder_of(run.out) is None:
+            return None
+        given: dict[fx.Node, str] = {}
+        sources: dict[fx.Node, str] = {}
+        for path, node in leaves((run.args, run.kwargs)):
+            text = ".".join(("kwargs" if path[0] else "args", *map(str, path[1:])))
+            sources.setdefault(stream.source(node, sides), text)
+            if node.op != "get_attr":
+                given.setdefault(node, text)
+        kept: dict[tuple[Any, ...], str] = {}
+        free: set[fx.Node] = set()
+        outer = _used_after(run, stream, needed, sides)
+        for path, node in leaves(run.out):
+            if node not in outer:
+                free.add(node)
+                continue
+            same = sources.get(stream.source(node, sides))
+            if same is None:
+                return None
+            kept[path] = same
+        return cls(run, kept, free, given)
+
+    def nearest(
+        self, node: fx.Node, known: Mapping[fx.Node, frozenset[int]]
+    ) -> tuple[fx.Node, frozenset[int]] | None:
+        """The argument most like a result, and the dimensions in which it has the same size."""
+        shape = node.meta["shape"]
+        found: list[tuple[fx.Node, frozenset[int]]] = []
+        for other in self.given:
+            if other.meta["dtype"] == node.meta["dtype"] and len(other.meta["shape"]) == len(shape):
+                same = (dim for dim, size in enumerate(shape) if other.meta["shape"][dim] == size)
+                found.append(
+                    (other, frozenset(same) & known.get(other, frozenset(range(len(shape)))))
+                )
+        return max(found, key=lambda pair: len(pair[1]), default=None)
+
+    def like(self, node: fx.Node, known: Mapping[fx.Node, frozenset[int]]) -> frozenset[int] | None:
+        """The dimensions in which what is returned in place of a result has its size; all."""
+        found = self.nearest(node, known)
+        dims = frozenset() if found is None else found[1]
+        return None if found and len(dims) == len(node.meta["shape"]) else dims
+
+    def gives(
+        self, zeroes: Mapping[fx.Node, Zero], known: Mapping[fx.Node, frozenset[int]]
+    ) -> tuple[str, tuple[str | None, ...]]:
+        """What a stand-in returns: its holder and its items; ``None`` where none would do."""
+        holder = holder_of(self.run.out) or ""
+        items = [self.run.out] if not holder else self.run.out
+        return holder, tuple(
+            self._item(item, (number,) if holder else (), zeroes, known)
+            for number, item in enumerate(items)
+        )
+
+    def _item(
+        self,
+        item: Any,
+        path: tuple[Any, ...],
+        zeroes: Mapping[fx.Node, Zero],
+        known: Mapping[fx.Node, frozenset[int]],
+    ) -> str | None:
+        if not isinstance(item, fx.Node):
+            return "none"
+        if path in self.kept:
+            return self.kept[path]
+        zero = zeroes.get(item)
+        if zero is Zero.SINGLE:
+            return "zero"
+        found = self.nearest(item, known)
+        if found is None or not (found[1] or zero is None):
+            return "zero" if zero is None else None
+        text = self.given[found[0]]
+        if zero is None:
+            return text
+        if item not in known:
+            return f"zeros {text}"
+        dims = ",".join(map(str, sorted(found[1])))
+        return f"zeros {text} in {dims}" if zero is Zero.THIN else None
+
+
+def _used_after(
+    run: Run, stream: Stream, needed: set[fx.Node], sides: Mapping[Place, int]
+) -> set[fx.Node]:
+    """The results of a call that something outside needs."""
+    found = set()
+    for _, node in leaves(run.out):
+        if node in stream.ends:
+            found.add(node)
+        for user in node.users:
+            inside = run.begin <= stream.place.get(user, -1) < run.end
+            if inside or user not in needed:
+                continue
+            side = sides.get(stream.sums[user]) if user in stream.sums else None
+            if side is None or user.args[1 - side] is node:
+                found.add(node)
+    return found
