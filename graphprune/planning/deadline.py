@@ -16,6 +16,7 @@ from graphprune.planning.select import Path
 
 _SAMPLES = 8  # shrunk models of random widths, from which times are fitted
 _NARROWEST = 0.25
+_MEASURED = 2.0  # seconds for the original and a small model
 _ROUNDS = 7  # of search, emission and measurement
 _NEAR = 0.97  # of the limit used, and of the prediction met: good enough
 _NARROW = 0.6  # 0: only MACs count, and some groups nearly vanish; 1: all groups get narrower
@@ -139,7 +140,7 @@ class Deadline:
         What slows the machine down for a while hits both: the median of the ratio is that of a
         quiet one.
         """
-        before, after = self.bench.totals([self.model, small], self.bench.clock, seconds=2.0)
+        before, after = self.bench.totals([self.model, small], self.bench.clock, seconds=_MEASURED)
         whole = float(np.median(before))
         return whole, whole * float(np.median(np.array(after) / np.array(before)))
 

@@ -64,6 +64,8 @@ def test_row_2_save_and_load_without_pickle(tmp_path):
 
 def test_row_3_latency_is_a_budget_and_in_the_report(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAPHPRUNE_CACHE", str(tmp_path))
+    monkeypatch.setattr("graphprune.planning.deadline._MEASURED", 0.1)
+    monkeypatch.setattr("graphprune.planning.latency._SECONDS", 0.01)
     plan = graphprune.trace(resnet(), X).plan(target={"latency": "1 s"}, threads=1)
     assert plan.request["latency"]["measured"] <= 1000
     assert re.search(r"latency on .*: .* ms -> .* ms \(.* %\) measured, .* ms predicted", str(plan))
