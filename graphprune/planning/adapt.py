@@ -435,9 +435,17 @@ def _computed(record: Record, node: fx.Node, path: Path, number: int) -> Express
     """What a plain int was probably computed from; a run shows whether that is so."""
     literal, formulas = _literal(node, path, number), record.leaked[number]
     source = None if literal is None else written(literal.site, path)
-    if len(formulas) > 1 or source is None or is_literal(source):
+    if source is None or is_literal(source):
         return number
-    return next(iter(formulas))
+    if len(formulas) > 1:  # of several numbers, one that measures what the op reads
+        formulas = {formula for formula in formulas if _measures(formula, node)}
+    return next(iter(formulas)) if len(formulas) == 1 else number
+
+
+def _measures(formula: Expression, node: fx.Node) -> bool:
+    """Whether a formula depends on sizes of what an op reads, and of nothing else."""
+    nodes = {leaf.node for leaf in extents(formula)}
+    return bool(nodes) and nodes <= set(node.all_input_nodes)
 
 
 def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:

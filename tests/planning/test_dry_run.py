@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.strategies import Spec
 from torch import nn
 from torch.nn import functional as F
 
@@ -283,3 +284,23 @@ def test_code_that_cannot_be_changed_freezes_what_it_is_about(error, monkeypatch
     small = graphprune.rebuild(model, 0.5, x)
     assert (small.inp.out_features, small.other.out_features) == (8, 6)
     assert small(x).shape == (4, 2)
+
+
+TWO_RATIOS = Spec(  # found by chance: two values of one width, cut at numbers computed from it
+    steps=(
+        ("Conv", (3, 3, 1, 1, "batch", "relu")), ("Experts", (3, 5, 2)), ("Split", (1, 2, 7)),
+        ("Pool", ("max",)), ("ByRatio", (7, 0.5)), ("Add", (4, 7, 7)), ("Scale", (7,)),
+        ("ByRatio", (7, 0.5)),
+    ),
+    heads=((8, False),),
+    seed=0,
+)  # fmt: skip
+
+
+def test_a_number_is_computed_from_the_size_of_what_it_cuts():
+    model, x = TWO_RATIOS.build(), TWO_RATIOS.inputs()
+    graph = graphprune.trace(model, x)
+    assert any("steps.7.conv" in group.layers for group in graph.groups)
+    for group in graph.groups:
+        graph.plan_of({group.name: [0]})
+    assert graphprune.verify(model, graphprune.rebuild(model, 0.4, x), x).difference < 1e-10
