@@ -26,6 +26,7 @@ from graphprune.execute.building import (
     put,
     reread,
 )
+from graphprune.execute.emptied import Emptied
 from graphprune.execute.forward import Rewritten
 from graphprune.execute.likeness import (
     Likeness,
@@ -101,7 +102,8 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
     for name, module in parts.items():
         vars(module).pop("save_pretrained", None)
         config = getattr(module, "config", None)
-        reason = refused.get(id(config)) or _follow(module, _below(before.plain, name), name, seen)
+        reason = refused.get(id(config)) or _gone(module)
+        reason = reason or _follow(module, _below(before.plain, name), name, seen)
         if reason:
             refused[id(config)] = reason
         if reason and _saved(module):
@@ -109,6 +111,12 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
             told.setdefault(reason, type(module).__name__)
     for reason, kind in told.items():
         warn(f"{_refusal(kind, reason)}; {kind}.save_pretrained refuses")
+
+
+def _gone(module: nn.Module) -> str:
+    """Which modules have left, and would be built again."""
+    gone = [name for name, part in named_modules(module) if isinstance(part, Emptied)]
+    return f"a model built from it has {shorten(gone, 3)}" if gone else ""
 
 
 def _parts(small: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -25,7 +25,7 @@ from graphprune.parts.stream import (
     same_shape,
     sides_of,
 )
-from graphprune.plan.changes import Cut
+from graphprune.plan.changes import Cut, StandIn
 from graphprune.record.joins import Place
 
 
@@ -168,7 +168,7 @@ class Finder(Emptying):
     def part(self, kind: str, cuts: tuple[Cut, ...]) -> Part | None:
         """A part by the sums that it is cut from; ``None`` where the code could not go on."""
         stand_ins = self.stand_ins(cuts)
-        if not stand_ins:
+        if not stand_ins or self._begins(stand_ins, cuts):
             return None
         names = [stand_in.module for stand_in in stand_ins]
         params = {name: self.params([name]) for name in names}
@@ -176,6 +176,33 @@ class Finder(Emptying):
         return Part(
             largest, kind, tuple(names), cuts, self.params(names), self._gain(sides_of(cuts))
         )
+
+    def _begins(self, stand_ins: Iterable[StandIn], cuts: Iterable[Cut]) -> bool:
+        """Whether the first of numbered layers would leave, or the first that keeps state.
+
+        Caches of keys and values ask their first entry how long they are.
+        """
+        if any(covers(s.module, first) for s in stand_ins for first in self._numbered_first):
+            return True
+        first = self.record.state[:1]
+        return bool(first) and first[0] not in self.needed(sides_of(cuts))
+
+    @cached_property
+    def _numbered_first(self) -> list[str]:
+        """Modules with number 0, of classes whose modules are numbered one after the other."""
+        numbers: dict[tuple[type, str], dict[int, str]] = {}
+        counts: dict[tuple[type, str], int] = {}
+        for name, module in self.modules.items():
+            for attribute, value in vars(module).items():
+                if type(value) is int and attribute != "training":
+                    key = type(module), attribute
+                    numbers.setdefault(key, {})[value] = name
+                    counts[key] = counts.get(key, 0) + 1
+        return [
+            known[0]
+            for key, known in numbers.items()
+            if len(known) > 1 and sorted(known) == list(range(counts[key]))
+        ]
 
     def params(self, names: Iterable[str]) -> int:
         """The parameters that no module holds any more when some have left."""

@@ -69,6 +69,7 @@ class Record:
     graph: fx.Graph = field(default_factory=fx.Graph)
     constants: dict[str, Tensor] = field(default_factory=dict)
     outputs: list[fx.Node] = field(default_factory=list)
+    state: list[fx.Node] = field(default_factory=list)  # tensors in objects that are returned
     counted: frozenset[int] | None = None  # places of those that count; all
     output_spec: object = None
     output_leaves: list[object] = field(default_factory=list)  # the class Tensor where one goes

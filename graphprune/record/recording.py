@@ -161,8 +161,8 @@ def run(
         result.counted = _counted(call.outputs, out, tensors, clone.training)
         if result.counted is not None:
             counted = [result.outputs[place] for place in sorted(result.counted)]
-    hidden = leaves if result.counted is None else ()  # of these, too, all count
-    inside = [recorder.node_of(t) for leaf in hidden for t in _tensors_in(leaf, set())]
+    result.state = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
+    inside = result.state if result.counted is None else ()  # of these, too, all count
     # what the model itself reads again, such as a cache of keys and values, is state: the small
     # model makes its own
     result.graph.output((*counted, *(node for node in inside if not node.users)))

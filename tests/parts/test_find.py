@@ -208,3 +208,58 @@ def test_a_block_alone_is_none_for_the_whole_model():
     graph = graphprune.trace(Whole(4).eval(), torch.randn(1, 4, 8, 8))
     assert [block.name for block in graph.blocks] == []
     assert [branch.name for branch in graph.branches] == ["conv1"]
+
+
+class Numbered(nn.Module):
+    """A layer that keeps what it saw in a cache, by its number."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number, self.layer = number, nn.Linear(6, 6)
+
+    def forward(self, x, cache):
+        cache.entries[self.number] = x
+        return x + self.layer(x)
+
+
+class Cache:
+    def __init__(self):
+        self.entries = {}
+
+
+class Remembering(nn.Module):
+    def __init__(self, numbers):
+        super().__init__()
+        self.layers = nn.ModuleList(map(Numbered, numbers))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        cache = Cache()
+        for layer in self.layers:
+            x = layer(x, cache)
+        return self.head(x), cache
+
+
+def test_the_first_of_numbered_layers_stays():
+    assert found(Remembering([0, 1, 2]), torch.randn(2, 6))[1] == ["layers.1", "layers.2"]
+    assert len(found(Remembering([4, 4, 4]), torch.randn(2, 6))[1]) == 3
+
+
+def test_a_cache_works_after_layers_have_left():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=30,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).double().eval()
+    ids, more = torch.randint(30, (2, 5)), torch.randint(30, (2, 1))
+    graph = graphprune.trace(model, {"input_ids": ids})
+    for parts in ("blocks", "branches"):
+        with pytest.warns(graphprune.errors.PruningWarning, match="a model built from it has"):
+            small = graphprune.rebuild(model, graph.plan(0.7, parts=parts))
+        with torch.no_grad():
+            cache = small(ids, use_cache=True).past_key_values
+            steps = small(more, past_key_values=cache).logits[:, -1]
+            once = small(torch.cat([ids, more], 1)).logits[:, -1]
+        torch.testing.assert_close(steps, once)

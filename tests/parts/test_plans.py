@@ -55,17 +55,14 @@ def test_small_equals_masked(make, kind, parts):
     assert left(small) <= left(model) - gone
 
 
-@given(
-    st.sampled_from(sorted(KINDS)).flatmap(
-        lambda name: st.tuples(
-            st.just(name), st.lists(st.sampled_from(KINDS[name][1]), min_size=2, max_size=4)
-        )
-    ),
-    st.data(),
+SPECS = st.sampled_from(sorted(KINDS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name), st.lists(st.sampled_from(KINDS[name][1]), min_size=2, max_size=4)
+    )
 )
-@settings(max_examples=12)
-def test_random_parts_of_random_networks(spec, data):
-    """Any set of parts, before or after channels, through JSON."""
+
+
+def parts_and_channels(spec, data):
     name, kinds = spec
     model, inputs = KINDS[name][0](*kinds)
     parts = data.draw(st.sampled_from(["blocks", "branches"]))
@@ -90,6 +87,20 @@ def test_random_parts_of_random_networks(spec, data):
             torch.equal(tensor, small.state_dict()[name])
             for name, tensor in again.state_dict().items()
         )
+
+
+@given(SPECS, st.data())
+@settings(max_examples=4)
+def test_random_parts_of_random_networks(spec, data):
+    """Any set of parts, before or after channels, through JSON."""
+    parts_and_channels(spec, data)
+
+
+@pytest.mark.slow
+@given(SPECS, st.data())
+@settings(max_examples=150)
+def test_random_parts_of_random_networks_at_length(spec, data):
+    parts_and_channels(spec, data)
 
 
 def test_of_a_ratio_that_fraction_leaves():
