@@ -41,7 +41,7 @@ class Emptied(nn.Module):
                 setattr(self, name, value)
         self.train(left.training)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> Any:
         """What the module that left would hand on."""
         items = [self._item(text, args, kwargs) for text in self.gives]
         if not self.holder:
@@ -86,7 +86,7 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
         return ()
 
 
-def _tensor(tree: Any) -> Tensor:
+def _tensor(tree: object) -> Tensor:
     """The first tensor of nested arguments."""
     if isinstance(tree, Tensor):
         return tree

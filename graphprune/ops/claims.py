@@ -121,7 +121,7 @@ def _each(sample: Sample, seed: int, function: Function) -> object:
     """A function of every tensor, zero here and there, and of whether it was drawn."""
     generator = torch.Generator().manual_seed(seed)
 
-    def mapped(part: Any, value: object) -> Any:
+    def mapped(part: object, value: object) -> Any:
         if not isinstance(value, Tensor):
             return value
         real = value.is_floating_point() or value.is_complex()

@@ -35,7 +35,7 @@ def of_convolution(x: object, weight: object, bias: object, *how: object) -> Fac
     return Factors((x, weight), product, bias, matrix=True, window=how)
 
 
-def convolution_fact(op: Overload, x: Fact, weight: Fact, bias: Fact | None, *how: Any) -> Fact:
+def convolution_fact(op: Overload, x: Fact, weight: Fact, bias: Fact | None, *how: object) -> Fact:
     """The padding is a known zero."""
     transposed = how[3]
     if not transposed and reached_nowhere(x, weight):

@@ -137,7 +137,7 @@ def _value(tree: object) -> Any:
     return [_value(item) for item in tree] if isinstance(tree, list | tuple) else tree
 
 
-def moved_fact(op: Overload, x: Any, *args: Any, **kwargs: Any) -> Any:
+def moved_fact(op: Overload, x: object, *args: object, **kwargs: object) -> Any:
     """Views stay views of the same memory, so that what is written into one is seen in all."""
     value = op(_value(x), *_value(args), **kwargs)
     unknown = op(_unknown(x), *_unknown(args), **kwargs)
@@ -146,7 +146,7 @@ def moved_fact(op: Overload, x: Any, *args: Any, **kwargs: Any) -> Any:
     return list(map(Fact, value, unknown))
 
 
-def moved_numbers_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def moved_numbers_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> Fact:
     """Ops that want floating point; what they pad with is known."""
     value = op(x.value, *args, **kwargs)
     if op.overloadpacket is torch.ops.aten.constant_pad_nd:

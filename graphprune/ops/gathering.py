@@ -29,7 +29,7 @@ PICKED = "channels picked by index"
 _AT = torch.tensor([0, 3])
 
 
-def picked_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def picked_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> Fact:
     """Positions picked by an index that does not depend on the input."""
     if not all(fact.constant for fact in found((args, kwargs))):
         raise Unfollowed("an index that depends on the input")
@@ -37,7 +37,7 @@ def picked_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
     return Fact(op(x.value, *args, **kwargs), op(x.unknown, *args, **kwargs))
 
 
-def embedding_fact(op: Overload, table: Fact, index: Fact, *args: Any) -> Fact:
+def embedding_fact(op: Overload, table: Fact, index: Fact, *args: object) -> Fact:
     """A column that is the same in all rows is known whatever row is read."""
     if index.constant:
         rows = index.value

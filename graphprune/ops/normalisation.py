@@ -32,7 +32,7 @@ def layer_norm_fact(
     shape: Sequence[int],
     weight: Fact | None = None,
     bias: Fact | None = None,
-    *rest: Any,
+    *rest: object,
 ) -> list[Fact]:
     """Statistics over the last dimensions."""
     normed = op(x.filled(), shape, None, None, *rest)[0]
@@ -40,7 +40,7 @@ def layer_norm_fact(
 
 
 def rms_norm_fact(
-    op: Overload, x: Fact, shape: Sequence[int], weight: Fact | None = None, *rest: Any
+    op: Overload, x: Fact, shape: Sequence[int], weight: Fact | None = None, *rest: object
 ) -> list[Fact]:
     """Statistics over the last dimensions."""
     normed = op(x.filled(), shape, None, *rest)[0]
@@ -121,7 +121,7 @@ def layer_norm(
     sample=of((2, 3, 4), [4], (4,), 1e-5),
 )
 def rms_norm(
-    walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None, *args: Any
+    walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None, *args: object
 ) -> list[Layers]:
     """The root of the mean square of the kept channels."""
     dims = range(x.ndim - len(shape), x.ndim)

@@ -44,7 +44,7 @@ def mul_fact(op: object, a: Fact, b: object, **kwargs: object) -> Fact:
     return Fact(out.value.masked_fill(zero, 0), out.unknown & ~zero)
 
 
-def where_fact(op: Overload, condition: Fact, *sides: Any) -> object:
+def where_fact(op: Overload, condition: Fact, *sides: object) -> object:
     """The side that is taken must be known, or both must agree."""
     if len(sides) != 2:
         raise Unfollowed("positions where a condition holds")
@@ -73,7 +73,7 @@ def log_sigmoid_fact(op: Overload, x: Fact) -> list[Fact]:
     return [Fact.checked(op(x.filled())[0], x.unknown.clone())]
 
 
-def copied_fact(op: Overload, x: Fact, **kwargs: Any) -> Fact:
+def copied_fact(op: Overload, x: Fact, **kwargs: object) -> Fact:
     """Memory of its own."""
     out = op(x.value, **kwargs)
     unknown = torch.empty_like(out, dtype=torch.bool)
@@ -87,14 +87,14 @@ def written_fact(op: object, x: Fact, source: Fact, *args: object) -> Fact:
     return x
 
 
-def overwritten_fact(op: Overload, x: Fact, *value: Any) -> Fact:
+def overwritten_fact(op: Overload, x: Fact, *value: object) -> Fact:
     """One number everywhere."""
     op(x.value, *values(value))
     x.unknown.fill_(any(bool(fact.unknown.any()) for fact in found(value)))
     return x
 
 
-def made_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def made_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> Fact:
     """Only the shape of the operand matters."""
     out: Tensor = op(x.value, *values(args), **kwargs)
     if any(not fact.constant for fact in found(args)):

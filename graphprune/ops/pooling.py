@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -21,7 +20,7 @@ aten = torch.ops.aten
 declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 
-def pooled_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> object:
+def pooled_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> object:
     """Weights are never negative: what an unknown position reaches, a one reaches as well."""
     out = op(x.filled(), *args, **kwargs)
     marks = op(x.unknown.double(), *args, **kwargs)
@@ -31,7 +30,7 @@ def pooled_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> object:
     return [Fact.checked(part, unknown.clone()) for part in out]
 
 
-def resampled_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def resampled_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> Fact:
     """Weights of both signs: a map is known when all of it is."""
     out = op(x.filled(), *args, **kwargs)
     return Fact.checked(out, along_unknown(x.unknown, [2, 3]).expand(out.shape).clone())

@@ -67,7 +67,7 @@ def reduced_fact(op: Any, x: Fact, *args: Any, **kwargs: Any) -> object:
     return [Fact.checked(part, unknown.reshape(part.shape)) for part in out]
 
 
-def along_fact(op: Overload, x: Fact, dim: int, *args: Any, **kwargs: Any) -> object:
+def along_fact(op: Overload, x: Fact, dim: int, *args: object, **kwargs: object) -> object:
     """Every position depends on all others along a dimension."""
     out = op(x.filled(), dim, *args, **kwargs)
     several = isinstance(out, tuple)
@@ -82,7 +82,7 @@ def of_sum(x: object, *args: object, **kwargs: object) -> Factors:
     return Factors((x,), lambda x: aten.sum(x, *args, **named))
 
 
-def sum_fact(op: Overload, x: Fact, *args: Any, **kwargs: Any) -> Fact:
+def sum_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> Fact:
     """Known where all that is added is known."""
     marks = of_sum(x, *args, **kwargs).product(x.unknown.double())
     return Fact.checked(op(x.filled(0), *args, **kwargs), marks > 0.5)
@@ -227,7 +227,9 @@ def mean(
     masked=variance_masked(torch.sqrt, both=True),
     sample=of((2, 5), [1]),
 )
-def var(walk: Walk, node: fx.Node, x: Value, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+def var(
+    walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object, **kwargs: object
+) -> Any:
     """Statistics over channels are taken over the kept ones."""
     kept = statistics(walk, node, x, dim, "variance over channels")
     return [kept, kept] if "items" in node.meta else kept

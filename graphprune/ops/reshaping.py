@@ -160,7 +160,7 @@ def channel_shuffle(walk: Walk, node: fx.Node, x: Value, groups: int) -> Layers:
 @declare(
     aten.im2col, fact=moved_numbers_fact, sample=of((1, 2, 4, 4), [2, 2], [1, 1], [0, 0], [1, 1])
 )
-def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Sequence[int], *args: Any) -> Layers:
+def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Sequence[int], *args: object) -> Layers:
     """Patches: each channel once for every place of the kernel, padding included."""
     layers = walk.settle(x, (x.ndim - 2, x.ndim - 1), "patches over channels")
     times = math.prod(kernel)
@@ -171,7 +171,7 @@ def im2col(walk: Walk, node: fx.Node, x: Value, kernel: Sequence[int], *args: An
 
 @declare(aten.col2im, sample=of((1, 8, 4), [4, 4], [2, 2], [1, 1], [0, 0], [2, 2]))
 def col2im(
-    walk: Walk, node: fx.Node, x: Value, size: Sequence[int], kernel: Sequence[int], *args: Any
+    walk: Walk, node: fx.Node, x: Value, size: Sequence[int], kernel: Sequence[int], *args: object
 ) -> Layers:
     """Sums of overlapping patches: a channel leaves with all places of the kernel."""
     layers = []

@@ -257,7 +257,7 @@ class _Leaving:
 
     def _item(
         self,
-        item: Any,
+        item: object,
         path: tuple[Any, ...],
         zeroes: Mapping[fx.Node, Zero],
         known: Mapping[fx.Node, frozenset[int]],

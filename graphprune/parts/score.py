@@ -47,7 +47,7 @@ class Evidence:
 
 
 def ordered(
-    parts: Sequence[Part], evidence: Evidence, criterion: Any, seed: int, per_mac: bool
+    parts: Sequence[Part], evidence: Evidence, criterion: object, seed: int, per_mac: bool
 ) -> list[Part]:
     """The parts, those first that matter least.
 

@@ -175,7 +175,7 @@ def holder_of(out: Any) -> str | None:
     return None
 
 
-def leaves(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
+def leaves(tree: object, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], fx.Node]]:
     """The nodes in nested data, with the way to each."""
     if isinstance(tree, fx.Node):
         yield path, tree
@@ -209,7 +209,7 @@ def is_getitem(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def _number(value: Any) -> bool:
+def _number(value: object) -> bool:
     return isinstance(value, int | float)
 
 

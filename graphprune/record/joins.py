@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.tensors import named_modules
 
@@ -37,7 +38,9 @@ class Sums(TorchFunctionMode):
         self.counts: dict[str, set[int]] = {}
         self.handles: list[Any] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if getattr(func, "__name__", "") not in _SUMS or not self.running or not _both(args):
             return func(*args, **kwargs)
@@ -56,7 +59,7 @@ class Sums(TorchFunctionMode):
             ]
         return TorchFunctionMode.__enter__(self)
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         TorchFunctionMode.__exit__(self, *exc)
         for handle in self.handles:
             handle.remove()
@@ -64,17 +67,17 @@ class Sums(TorchFunctionMode):
         self.running.clear()
 
     def _entering(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
+        def enter(module: nn.Module, args: object) -> None:
             self.running.append([name, 0])
 
         return enter
 
-    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+    def _left(self, module: nn.Module, args: object, out: object) -> None:
         name, count = self.running.pop()
         self.counts.setdefault(name, set()).add(count)
 
 
-def _both(args: Any) -> bool:
+def _both(args: Args) -> bool:
     return len(args) == 2 and all(isinstance(arg, Tensor) for arg in args)
 
 
@@ -126,7 +129,7 @@ class Watching:
         self.sums.__enter__()
         return self
 
-    def __exit__(self, *exc: Any) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.sums.__exit__(*exc)
         for handle in self.handles:
             handle.remove()
@@ -135,23 +138,23 @@ class Watching:
         for place in [place for place in self.watched.sums if place[0] in uneven]:
             del self.watched.sums[place]  # the code of that module does not always run alike
 
-    def _sum(self, place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+    def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:
         out = func(*args, **kwargs)
         if isinstance(out, Tensor):
             self.watched.sums.setdefault(place, []).append(self.recorder.node_of(out))
         return out
 
-    def _nodes(self, tree: Any) -> Any:
+    def _nodes(self, tree: object) -> Any:
         return pytree.tree_map_only(Tensor, self.recorder.node_of, tree)
 
     def _entering(self, name: str) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def enter(module: nn.Module, args: object, kwargs: object) -> None:
             given, named = self._nodes((args, kwargs))
             self.open.append(Run(name, given, named, len(self.recorder.record.graph.nodes)))
 
         return enter
 
-    def _left(self, module: nn.Module, args: Any, out: Any) -> None:
+    def _left(self, module: nn.Module, args: object, out: object) -> None:
         run = self.open.pop()
         run.out = self._nodes(out)
         run.end = len(self.recorder.record.graph.nodes)

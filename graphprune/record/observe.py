@@ -134,7 +134,7 @@ class _Products(TorchFunctionMode):
         self.callback = callback
 
     def __torch_function__(
-        self, func: Function, types_: Any, args: Args = (), kwargs: Kwargs | None = None
+        self, func: Function, types_: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.multi_head_attention_forward:

@@ -62,7 +62,7 @@ def _is_librarys(module: str) -> bool:
     return module.partition(".")[0] in _OWN
 
 
-def _look(item: Any, roots: set[str]) -> tuple[list[Any], Iterable[Any]]:
+def _look(item: object, roots: set[str]) -> tuple[list[Any], Iterable[Any]]:
     """The places of an object that can be written to, and what is in them."""
     if isinstance(item, MutableMapping | list | deque):
         values = list(item.values()) if isinstance(item, MutableMapping) else list(item)
@@ -83,7 +83,7 @@ def _look(item: Any, roots: set[str]) -> tuple[list[Any], Iterable[Any]]:
     return [], [own] if type(own) is dict and _is_of(type(item), roots) else ()
 
 
-def _is_of(item: Any, roots: set[str]) -> bool:
+def _is_of(item: object, roots: set[str]) -> bool:
     return str(item.__module__).partition(".")[0] in roots
 
 
@@ -125,7 +125,7 @@ def _put_back(place: Any, before: Any) -> bool:
 _ABSENT = object()
 
 
-def _is_empty(value: Any, depth: int = 2) -> bool:
+def _is_empty(value: object, depth: int = 2) -> bool:
     """Whether a value is a tensor on ``meta``, or holds some."""
     if isinstance(value, Tensor):
         return value.is_meta

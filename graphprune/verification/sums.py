@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.plan.plan import Plan
 from graphprune.record import scope
 from graphprune.record.copying import copy_module
@@ -58,7 +59,7 @@ class HeldForward:
         """The sums that run: those in other parts that leave may not be reached any more."""
         return {place for place in self.sides}
 
-    def _sum(self, place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+    def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:
         side = self.sides.get(place)
         if side is None:
             return func(*args, **kwargs)
