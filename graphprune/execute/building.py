@@ -107,7 +107,11 @@ class _Empty(TorchFunctionMode):
     """Weights are made empty before they are drawn: when shapes are asked they need no memory."""
 
     def __torch_function__(
-        self, func: Function, types: object, args: Args = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Function,
+        types: object,
+        args: Args = (),
+        kwargs: dict[str, object] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None and "size" not in kwargs:

@@ -180,7 +180,7 @@ def _name(packet: object) -> str:
     return str(packet)
 
 
-def packet_of(node: fx.Node) -> Any:
+def packet_of(node: fx.Node) -> object:
     """The op of a node, whichever overload it is."""
     return getattr(node.target, "overloadpacket", None)
 

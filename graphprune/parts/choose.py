@@ -203,7 +203,7 @@ class Chooser:
         return self._known_widths[key]
 
     @cached_property
-    def _known_widths(self) -> dict[Any, Widths]:
+    def _known_widths(self) -> dict[object, Widths]:
         return {}
 
     def _small(self, plan: Plan) -> nn.Module:

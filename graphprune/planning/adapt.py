@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -254,7 +253,7 @@ class Solver:
         return all(map(self._is_width, extents(expr)))
 
     def _problem(self, need: Need) -> Problem:
-        leaves: list[Any] = [*attributes(need.expression), need.literal]
+        leaves: list[object] = [*attributes(need.expression), need.literal]
         return Problem(
             need.node,
             need.given,

@@ -149,7 +149,7 @@ class Forms:
     def slots(self) -> dict[str, list[Any]]:
         """The sizes of every parameter and buffer that has dimensions."""
         labels = self.analysis.units.labels
-        sizes: dict[str, list[Any]] = {}
+        sizes: dict[str, list[object]] = {}
         for slot in self.analysis.slots:
             units = labels[slot.start : slot.start + slot.size]
             sizes.setdefault(slot.tensor, []).append(self.size((units,), slot.size))

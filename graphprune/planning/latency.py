@@ -96,7 +96,7 @@ class Stopwatch:
         self.entries: list[tuple[str, Any]] = []
         self.inside = False
 
-    def timed(self, name: str, func: Callable[..., Any], args: Args, kwargs: Kwargs) -> object:
+    def timed(self, name: str, func: Callable[..., object], args: Args, kwargs: Kwargs) -> object:
         """Run a function and note how long it took."""
         if self.cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]

@@ -36,8 +36,8 @@ class Identity:
 
     def __init__(self) -> None:
         self._objects: dict[int, Known] = {}
-        self._storages: dict[int, dict[Place, Any]] = {}
-        self._alive: list[Any] = []  # tensors and storages whose address is a key
+        self._storages: dict[int, dict[Place, object]] = {}
+        self._alive: list[object] = []  # tensors and storages whose address is a key
 
     def put(self, tensor: Tensor, source: object) -> None:
         """Remember what made a tensor."""

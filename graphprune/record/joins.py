@@ -49,7 +49,7 @@ class Sums(TorchFunctionMode):
         top[1] += 1
         return self.seen(place, func, args, kwargs)
 
-    def __enter__(self) -> Any:
+    def __enter__(self) -> object:
         for name, module in named_modules(self.model):
             if isinstance(module, torch.jit.ScriptModule):
                 continue

@@ -25,14 +25,14 @@ _PLAIN = (str, bytes, int, float, bool, type(None), Tensor, nn.Module, types.Bui
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[list[Any]]:
+def unchanged(model: nn.Module) -> Iterator[list[object]]:
     """Around a run of a copy on ``meta``: what its code keeps elsewhere stays as it is.
 
     Yields:
         Afterwards, the places where something had to be put back.
     """
     before = [(place, _items(place)) for place in _places(model)]
-    changed: list[Any] = []
+    changed: list[object] = []
     try:
         yield changed
     finally:
@@ -44,7 +44,7 @@ def _places(model: nn.Module) -> Iterator[Any]:
     kinds = {kind: None for _, module in named_modules(model) for kind in type(module).__mro__}
     mine = [kind for kind in kinds if not _is_librarys(kind.__module__)]
     roots = {kind.__module__.partition(".")[0] for kind in mine}
-    waiting: list[tuple[Any, int]] = [(kind, 0) for kind in mine]
+    waiting: list[tuple[object, int]] = [(kind, 0) for kind in mine]
     waiting += [(vars(sys.modules[k.__module__]), 0) for k in mine if k.__module__ in sys.modules]
     seen: set[int] = set()
     while waiting:

@@ -28,7 +28,7 @@ from graphprune.record.skeleton import skeleton
 Watch = Callable[[nn.Module, Recorder], contextlib.AbstractContextManager[Any]]
 
 
-def unwatched(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[Any]:
+def unwatched(model: nn.Module, recorder: Recorder) -> contextlib.AbstractContextManager[object]:
     """Nothing else is noted while a model is recorded."""
     return contextlib.nullcontext()
 

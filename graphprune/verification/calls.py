@@ -87,12 +87,12 @@ class Calls:
 
     values: dict[fx.Node, Value]
     used: int = 0  # answers given since the start of the run
-    _answers: dict[Key, dict[Any, Answer]] = field(default_factory=dict)
+    _answers: dict[Key, dict[object, Answer]] = field(default_factory=dict)
     _makers: dict[Key, dict[int, Answer]] = field(default_factory=dict)  # by occurrence
-    _symbols: dict[Any, int] = field(default_factory=dict)
+    _symbols: dict[object, int] = field(default_factory=dict)
     _known: dict[fx.Node, tuple[int, frozenset[int]]] = field(default_factory=dict)
     _seen: Counter[Key] = field(default_factory=Counter)
-    _calls: dict[Any, Call] = field(default_factory=dict)  # by what they were given
+    _calls: dict[object, Call] = field(default_factory=dict)  # by what they were given
     _found: dict[int, Answer] = field(default_factory=dict)  # to those calls, by their id
     _simple: int = 0  # how many values were looked at
 

@@ -103,7 +103,7 @@ class MaskedForward:
         self._follower: Follower | None = None
         self._functions: Functions | None = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> MaskedForward:
+    def __deepcopy__(self, memo: dict[int, object]) -> MaskedForward:
         """A copy for a copied module."""
         inner = copy.deepcopy(self.inner, memo)
         return MaskedForward(copy_module(self.module, memo), inner, self.plan)

@@ -55,7 +55,7 @@ class Result:
     outputs: list[Tensor]  # those that count
     grads: dict[str, Tensor | None] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    drawn: Any = None  # how far the generators of ``random`` and numpy have come
+    drawn: object = None  # how far the generators of ``random`` and numpy have come
 
 
 @dataclass(frozen=True)

@@ -262,7 +262,7 @@ class Functions(TorchFunctionMode):
             self._remember(self.dispatch.drawn[start:], nodes)
         return out
 
-    def _remember(self, drawn: Sequence[tuple[Any, Tensor]], nodes: Iterable[fx.Node]) -> None:
+    def _remember(self, drawn: Sequence[tuple[object, Tensor]], nodes: Iterable[fx.Node]) -> None:
         """Random numbers with the positions that stay: all, where they cannot be followed."""
         sources = [node for node in nodes if random_op(node.target)]
         for place, (func, numbers) in enumerate(drawn):
@@ -391,7 +391,7 @@ class Functions(TorchFunctionMode):
         out = run_op(node, args, kwargs)
         return self._harmless(node, out) if reads and packet_of(node) is aten.sum else out
 
-    def _harmless(self, node: fx.Node, out: Any) -> Any:
+    def _harmless(self, node: fx.Node, out: Any) -> object:
         """Statistics of rows that leave: one instead of zero, as code may divide by them."""
         if isinstance(out, tuple | list):
             items = node.meta["items"]

@@ -32,7 +32,7 @@ class HeldForward:
         self.sides = {cut.key: cut.side for cut in plan.cuts}
         self.seen: set[Place] = set()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> HeldForward:
+    def __deepcopy__(self, memo: dict[int, object]) -> HeldForward:
         """A copy for a copied module."""
         inner = copy.deepcopy(self.inner, memo)
         return HeldForward(copy_module(self.module, memo), inner, self.plan)
