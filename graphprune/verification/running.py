@@ -148,7 +148,7 @@ class Functions(TorchFunctionMode):
     ) -> contextlib.AbstractContextManager[object]:
         """Known ops need not be seen, but for random numbers, and tensors of other classes."""
         plain = all(type(tensor) in _PLAIN for tensor in tensors_in((args, kwargs)))
-        draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
+        draws = any(random_op(n.target) for n in nodes)
         if draws or not plain:
             return self._seeing()
         return _outside()
@@ -220,7 +220,7 @@ class Functions(TorchFunctionMode):
         leaves = [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, fx.Node)]
         if leaves != results:
             return
-        draws = any(random_op(n.target) and op_of(n).kernel is None for n in nodes)
+        draws = any(random_op(n.target) for n in nodes)
         free = not fresh and not draws and takes_any_size(call.parts[0], nodes)
         readers = tuple(node for node in nodes if self.follower.walk.marks.sums(node))
         self.follower.calls.put(

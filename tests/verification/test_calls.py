@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
+from graphprune.errors import VerificationError
 from graphprune.verification import calls
 from graphprune.verification.follow import Follower
 
@@ -203,3 +204,18 @@ def test_a_memory_without_sizes_would_be_noticed(monkeypatch):
     remembering, fresh = masked(model, *inputs[0])
     remembering(*inputs[0])
     assert not torch.allclose(remembering(*inputs[1]), fresh(*inputs[1]))
+
+
+def test_wrong_small_models_with_attention_are_different():
+    """Kernels of attention are said to draw random numbers; that decides nothing."""
+    torch.manual_seed(0)
+    model, x = Encoder().double().eval(), drawn(2, 3, 8, 8)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert graphprune.verify(model, small, x).verdict == "equal"
+    for weight in (small.norms[0].weight, small.qkv[1].weight):
+        right = weight.detach().clone()
+        with torch.no_grad():
+            weight *= 1 + 1e-6
+        with pytest.raises(VerificationError):
+            graphprune.verify(model, small, x)
+        weight.data = right
