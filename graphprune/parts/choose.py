@@ -150,7 +150,9 @@ class Chooser:
             cuts = {cut for each in trial for cut in each.cuts}
             one_side = len({cut.key for cut in cuts}) == len(cuts)
             gone = sum(_within(each, trial) for each in order)
-            if one_side and gone <= most and not _within(part, chosen):
+            if not one_side or gone > most or _within(part, chosen):
+                continue
+            if self._bare(trial) is not None:
                 chosen = trial
         return chosen
 

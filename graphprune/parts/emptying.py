@@ -53,7 +53,7 @@ class Emptying(Stream):
         zeroes = self._zeroes(sides, gone)
         if zeroes is None:
             return None
-        known = self._known_dims(gone)
+        known = self._known_dims(gone, sides)
         made = []
         for name, leavings in gone.items():
             ways = {leaving.gives(zeroes, known) for leaving in leavings}
@@ -119,7 +119,9 @@ class Emptying(Stream):
                 return None
         return found
 
-    def _known_dims(self, gone: Mapping[str, list[_Leaving]]) -> dict[fx.Node, frozenset[int]]:
+    def _known_dims(
+        self, gone: Mapping[str, list[_Leaving]], sides: Mapping[Place, int]
+    ) -> dict[fx.Node, frozenset[int]]:
         """The dimensions in which values keep their size although something else stands there.
 
         Values that are not in the dictionary are as they were.
@@ -135,6 +137,10 @@ class Emptying(Stream):
                 dims = results[node].like(node, known)
                 if dims is not None:
                     known[node] = dims
+            elif self.sums.get(node) in sides:
+                kept = operand(node, 1 - sides[self.sums[node]])
+                if kept in known:
+                    known[node] = known[kept]
             elif node not in inside and not known.keys().isdisjoint(node.all_input_nodes):
                 known[node] = self._pointwise_dims(node, known)
         return known

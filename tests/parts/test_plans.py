@@ -73,7 +73,7 @@ def parts_and_channels(spec, data):
     for step in (0, 1):
         graph = graphprune.trace(small, inputs)
         if first_parts == (step == 0):
-            if len(graph.blocks if parts == "blocks" else graph.branches) < 2:
+            if len(graph.finder.single_blocks if parts == "blocks" else graph.branches) < 2:
                 continue
             plan = graph.plan(ratio, **options)
         else:
