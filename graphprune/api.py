@@ -162,7 +162,7 @@ class ChannelGraph:
             >>> import torchvision, graphprune
             >>> graph = graphprune.trace(torchvision.models.resnet18())
             >>> len(graph.branches), graph.branches[0].name
-            (8, 'layer1.0')
+            (5, 'layer1.0')
         """
         return self.finder.branches
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.residual import Basic, images, texts
+from support.streams import Basic, images, texts
 from torch import nn
 from torch.nn import functional as F
 

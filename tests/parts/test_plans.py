@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.comparing import untouched
-from support.residual import CONVOLUTIONS, TOKENS, images, texts
+from support.streams import CONVOLUTIONS, TOKENS, images, texts
 from torch import nn
 
 import graphprune
