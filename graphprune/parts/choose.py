@@ -98,7 +98,7 @@ class Chooser:
         if not left:
             why = "all are kept" if known else "nothing is added to a stream that can leave alone"
             raise InputError(f"no {kinds} of this model can leave: {why}")
-        if len(left) == 1 and len(known) == 1:
+        if len(known) == 1 and not self.finder.first_stays:
             raise InputError(f"{left[0].name!r} alone can leave, and one of the {kinds} must stay")
         return left
 
@@ -143,7 +143,8 @@ class Chooser:
 
     def _apart(self, order: Sequence[Part], count: int) -> list[Part]:
         """Parts that leave together, at most so many with those inside; one at least stays."""
-        most = min(count, len(order) - 1)
+        others = self.finder.first_stays or len(self.parts) < len(self._known())
+        most = min(count, len(order) if others else len(order) - 1)
         chosen: list[Part] = []
         for part in order:
             trial = [*(p for p in chosen if not _within(p, [part])), part]

@@ -53,6 +53,8 @@ class Part:
 class Finder(Emptying):
     """What can leave of a model, as its recorded graph tells."""
 
+    first_stays = False  # whether the first of numbered layers would leave otherwise
+
     @cached_property
     def candidates(self) -> dict[Place, tuple[int, ...]]:
         """The operands of every sum that may count as zero: those computed from the other one."""
@@ -168,7 +170,10 @@ class Finder(Emptying):
     def part(self, kind: str, cuts: tuple[Cut, ...]) -> Part | None:
         """A part by the sums that it is cut from; ``None`` where the code could not go on."""
         stand_ins = self.stand_ins(cuts)
-        if not stand_ins or self._begins(stand_ins, cuts):
+        if not stand_ins:
+            return None
+        if self._begins(stand_ins, cuts):
+            self.first_stays = True
             return None
         names = [stand_in.module for stand_in in stand_ins]
         params = {name: self.params([name]) for name in names}

@@ -242,6 +242,13 @@ def test_what_is_kept_stays():
         assert [part.name for part in plan.parts] != ["blocks.0"]
 
 
+def test_where_something_else_stays_all_that_may_leaves():
+    model, x = images("inverted", "inverted", "inverted")
+    plan = graphprune.trace(model, x).plan(0.9, parts="blocks", keep="blocks.1")
+    assert {part.name for part in plan.parts} == {"blocks.0", "blocks.2"}
+    equal(model, plan, x)
+
+
 # --- budgets -------------------------------------------------------------------------------------
 
 
