@@ -17,7 +17,9 @@ def same_numbers(seed: int = 0, device: torch.device | None = None) -> Iterator[
     others = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for all devices
+            if devices:
+                torch.cuda.manual_seed(seed)
             np.random.seed(seed)
             random.seed(seed)
             yield
