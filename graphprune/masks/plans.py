@@ -14,7 +14,7 @@ from graphprune.masks.dead import Pass, Search, agree
 from graphprune.plan.plan import BiasChange, Cost, Plan, SlotPlan
 from graphprune.planning.make import assemble
 from graphprune.planning.rescaling import Rescaling
-from graphprune.planning.settle import Settled, follow
+from graphprune.planning.settle import Settled, follow, rehearse
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call, resized
 from graphprune.record.masked_names import masked_names
@@ -59,10 +59,13 @@ def dead_channels(
         kept = search.kept()
         finding = follow(model, call, settled, kept)
         settled = finding.settled
+        if not finding.possible:
+            continue
+        plan = assemble(call, settled, kept, {"masks": True, "fold": fold}, rescaling)
+        finding = rehearse(model, call, settled, plan, settled.analysis.alive(kept))
+        settled = finding.settled
         if finding.possible:
             break
-    request = {"masks": True, "fold": fold}
-    plan = assemble(call, settled, kept, request, rescaling)
     return replace(
         plan,
         biases=biases,

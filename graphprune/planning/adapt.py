@@ -444,7 +444,20 @@ def _computed(record: Record, node: fx.Node, path: Path, number: int) -> Express
 def _measures(formula: Expression, node: fx.Node) -> bool:
     """Whether a formula depends on sizes of what an op reads, and of nothing else."""
     nodes = {leaf.node for leaf in extents(formula)}
-    return bool(nodes) and nodes <= set(node.all_input_nodes)
+    return bool(nodes) and nodes <= _read(node)
+
+
+def _read(node: fx.Node) -> set[fx.Node]:
+    """What an op reads, and what that was before a slice that takes all of it."""
+    found: set[fx.Node] = set()
+    waiting = list(node.all_input_nodes)
+    while waiting:
+        source = waiting.pop()
+        found.add(source)
+        if op_of(source).linear and len(source.all_input_nodes) == 1:
+            (before,) = source.all_input_nodes
+            waiting += [before] if before.meta.get("shape") == source.meta.get("shape") else []
+    return found
 
 
 def _scalars(graph: Analysis) -> Iterator[tuple[fx.Node, float, Path]]:

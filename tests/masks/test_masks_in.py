@@ -5,11 +5,11 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import event, given, settings
+from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from support.comparing import assert_close, call
 from support.masking import DOUBLE, kill, randomise, shrunk
-from support.strategies import specs, zeroed
+from support.strategies import Spec, specs, zeroed
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -293,6 +293,12 @@ def test_a_dead_layer_keeps_one_channel(which):
     assert any("fc2: 1 constant channel stays: a layer keeps at least one" in n for n in plan.notes)
 
 
+PROJECTED = Spec(  # with one unit left, it would be as wide as its projection
+    (("Conv", (3, 1, 1, 1, "batch", "relu")), ("Projected", (1, 3, 2))), ((2, False),), 0
+)
+
+
+@example(PROJECTED, False, "exact")
 @given(specs(), st.booleans(), st.sampled_from(["exact", "exact", "none"]))
 @settings(max_examples=20)
 def test_random_networks_equal_themselves_masked(spec, rows, fold):
