@@ -1,7 +1,5 @@
 """Settings of the whole test suite: one thread, fixed seeds, deterministic hypothesis."""
 
-import gc
-
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
@@ -16,13 +14,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("deterministic")
-
-
-def pytest_collection_finish():
-    """What was imported and collected stays: the collector need not walk it again and again."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(autouse=True)
