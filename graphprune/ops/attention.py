@@ -88,6 +88,7 @@ def attention_meta(
     fact=attention_fact,
     meta=attention_meta,
     sample=of((2, 4, 3, 5), (2, 4, 6, 5), rows(2, 4, 6, 2), scale=0.5),
+    any_size=True,
 )
 def attention(
     walk: Walk,

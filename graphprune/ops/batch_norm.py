@@ -180,11 +180,13 @@ spelling(
     norm=flagged,
     meta=lambda *args: batch_norm_meta(flagged(*args)),
     saves=True,
+    any_size=True,
     sample=of(*_VECTORS, False, 0.1, 1e-5),
 )
 spelling(
     aten._native_batch_norm_legit,
     norm=flagged,
+    any_size=True,
     sample=of(*_VECTORS, False, 0.1, 1e-5),
 )
 spelling(  # their kernels run on a GPU alone
@@ -197,6 +199,7 @@ spelling(
     aten._native_batch_norm_legit_no_training,
     aten._batch_norm_no_update,
     norm=in_eval,
+    any_size=True,
     sample=of(*_VECTORS, 0.1, 1e-5),
 )
 spelling(

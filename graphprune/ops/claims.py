@@ -168,6 +168,32 @@ def kernel(target: Function, op: Op, sample: Sample) -> Iterator[str]:
         yield "kernel: other values than torch's"
 
 
+def values(target: Function, op: Op, sample: Sample) -> Iterator[str]:
+    """What is said of the values of the first result holds."""
+    if not (op.keeps or op.bounds or op.hull):
+        return
+    args, kwargs = sample.made()
+    first = next(leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+    first = first.clone()  # the op may write into it
+    out = run(target, args, kwargs)[0]
+    if op.keeps == "values" and not torch.equal(out, first):
+        yield "keeps: other values"
+    if op.keeps and not torch.equal(out.flatten(), first.flatten()):
+        yield "keeps: another order"
+    low, high = (float("-inf"), float("inf")) if op.bounds is None else op.bounds(*args, **kwargs)
+    if not bool(((out >= low) & (out <= high)).all()):
+        yield f"bounds: values outside of {low} to {high}"
+    inside = (first >= low) & (first <= high)
+    if op.clips and not torch.equal(out[inside], first[inside]):
+        yield "clips: values within the bounds change"
+    if op.hull:
+        given = [leaf for leaf in pytree.tree_leaves(sample.made()) if isinstance(leaf, Tensor)]
+        ends = [0.0, *(float(end) for t in given for end in (t.min(), t.max()))]
+        slack = 1e-12 * max(map(abs, ends))
+        if not min(ends) - slack <= float(out.min()) <= float(out.max()) <= max(ends) + slack:
+            yield "hull: values beyond those of the operands"
+
+
 CLAIMS = {
     "macs": macs,
     "factors": factors,
@@ -175,4 +201,5 @@ CLAIMS = {
     "fact": facts,
     "linear, powers or signs": scaling,
     "kernel": kernel,
+    "keeps, bounds, clips or hull": values,
 }

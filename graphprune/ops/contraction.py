@@ -136,7 +136,7 @@ def _read(walk: Walk, left: Value, right: Value, *dims: int) -> tuple[Value, Val
     return left, right
 
 
-@declare(aten.mm, factors=of_matrices, sample=of((3, 4), (4, 5)))
+@declare(aten.mm, factors=of_matrices, sample=of((3, 4), (4, 5)), any_size=True)
 def mm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[n, k] @ [k, m]``."""
     left, right = _read(walk, left, right, 1, 0)
@@ -151,6 +151,7 @@ def mm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     fact=linear_fact,
     meta=linear_meta,
     sample=of((2, 3, 4), (5, 4), (5,)),
+    any_size=True,
 )
 def linear(walk: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | None = None) -> Layers:
     """``x @ weight.T + bias`` along the last dimension."""
@@ -173,6 +174,7 @@ def linear(walk: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | Non
     functions=(torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__),
     meta=matmul_meta,
     sample=of((2, 3, 4), (4, 5)),
+    any_size=True,
 )
 def matmul(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """Products of matrices; a vector is a matrix of one row or column; batches broadcast."""
@@ -208,6 +210,7 @@ def _reshaped(value: Value, shape: tuple[int, ...]) -> Value:
     factors=added_to(of_matrices),
     meta=addmm_meta,
     sample=of((5,), (3, 4), (4, 5)),
+    any_size=True,
 )
 def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: object) -> Layers:
     """``bias + left @ right``."""
@@ -230,7 +233,7 @@ def dot(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     return ()
 
 
-@declare(aten.bmm, factors=of_others, sample=of((2, 3, 4), (2, 4, 5)))
+@declare(aten.bmm, factors=of_others, sample=of((2, 3, 4), (2, 4, 5)), any_size=True)
 def bmm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[b, n, k] @ [b, k, m]``."""
     left, right = inward_both(walk, left, right, turned=True)
@@ -243,7 +246,10 @@ def bmm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
 
 
 @declare(
-    aten.baddbmm, factors=added_to(of_others), sample=of((2, 3, 5), (2, 3, 4), (2, 4, 5), beta=2)
+    aten.baddbmm,
+    factors=added_to(of_others),
+    sample=of((2, 3, 5), (2, 3, 4), (2, 4, 5), beta=2),
+    any_size=True,
 )
 def baddbmm(
     walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_: object

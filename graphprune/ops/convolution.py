@@ -59,6 +59,7 @@ def groups_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Gi
     given=groups_given,
     layer=True,
     sample=of(*((2, 4, 5, 5), (6, 2, 3, 3), (6,)), *([2, 2], [1, 1], [1, 1], False, [0, 0], 2)),
+    any_size=True,
 )
 def convolution(
     walk: Walk,

@@ -276,6 +276,7 @@ def _same_along_rows(mask: Any) -> bool:
     fact=embedding_fact,
     rows="picked",
     sample=of((5, 3), torch.tensor([[0, 4], [2, 2]])),
+    any_size=True,
 )
 def embedding(walk: Walk, node: fx.Node, weight: Value, indices: Value, *args: object) -> Layers:
     """Rows of a table: which rows are read is known only at run time."""

@@ -130,6 +130,8 @@ def pad_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given
     places=True,
     sample=of((2, 6), 1, 2, 5),
     refused=of((7,), 0, 1, 7, 2),
+    any_size=True,
+    hull=True,
 )
 def slice_(
     walk: Walk,
@@ -175,7 +177,7 @@ def _read(walk: Walk, x: Value, dim: int, positions: Sequence[int]) -> None:
         walk.read_part(read, others)
 
 
-@declare(aten.rot90, fact=moved_fact, linear=True, sample=of((2, 3, 4), 1, [1, 2]))
+@declare(aten.rot90, fact=moved_fact, linear=True, sample=of((2, 3, 4), 1, [1, 2]), hull=True)
 def rot90(walk: Walk, node: fx.Node, x: Value, k: int = 1, dims: Any = (0, 1)) -> Layers:
     """A turn of maps; channels stay where they are."""
     return walk.settle(x, {d % x.ndim for d in dims}, "rotation of channels")
@@ -195,6 +197,8 @@ def roll(walk: Walk, node: fx.Node, x: Value, shifts: Any, dims: Any = ()) -> La
     given=select_given,
     places=True,
     sample=of((2, 6), 1, 3),
+    any_size=True,
+    hull=True,
 )
 def select(walk: Walk, node: fx.Node, x: Value, dim: int, index: int) -> Layers:
     """One position of a dimension, which must then stay."""
@@ -212,7 +216,7 @@ def _one(walk: Walk, x: Value, dim: int, index: int) -> Layers:
     )
 
 
-@declare(aten.unbind, linear=True, fact=moved_fact, sample=of((2, 3, 4), 1))
+@declare(aten.unbind, linear=True, fact=moved_fact, sample=of((2, 3, 4), 1), hull=True)
 def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
     """All positions of a dimension, one by one."""
     return [_one(walk, x, dim % x.ndim, index) for index in range(x.shape[dim])]
@@ -224,6 +228,8 @@ def unbind(walk: Walk, node: fx.Node, x: Value, dim: int = 0) -> list[Layers]:
     fact=moved_fact,
     given=parts_given,
     sample=of((2, 6), [2, 4], 1),
+    any_size=True,
+    hull=True,
 )
 @declare(
     aten.unsafe_split_with_sizes, fact=moved_fact, given=parts_given, sample=of((2, 6), [2, 4], 1)
@@ -240,7 +246,15 @@ def split_with_sizes(
     ]
 
 
-@declare(aten.split, linear=True, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
+@declare(
+    aten.split,
+    linear=True,
+    fact=moved_fact,
+    given=parts_given,
+    sample=of((2, 6), 3, 1),
+    any_size=True,
+    hull=True,
+)
 @declare(aten.unsafe_split, fact=moved_fact, given=parts_given, sample=of((2, 6), 3, 1))
 @declare(aten.split_copy, given=parts_given, sample=of((2, 6), 3, 1))
 def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[Layers]:
@@ -265,7 +279,7 @@ def split(walk: Walk, node: fx.Node, x: Value, size: Any, dim: int = 0) -> list[
     return [tuple(_part(layer, dim, n, n + size) for layer in x.layers) for n in starts]
 
 
-@declare(aten.tensor_split, linear=True, fact=moved_fact, sample=of((2, 6), 3, 1))
+@declare(aten.tensor_split, linear=True, fact=moved_fact, sample=of((2, 6), 3, 1), hull=True)
 def tensor_split(walk: Walk, node: fx.Node, x: Value, count: object, dim: int = 0) -> list[Layers]:
     """Parts of which the first ones are larger by one: columns stay together, as in ``split``."""
     dim %= x.ndim
@@ -292,6 +306,7 @@ def tensor_split(walk: Walk, node: fx.Node, x: Value, count: object, dim: int = 
     fact=cat_fact,
     meta=cat_meta,
     sample=of([(2, 3), (2, 4)], 1),
+    hull=True,
 )
 def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""
@@ -340,7 +355,7 @@ def _cat_ids(walk: Walk, parts: list[Value], dim: int) -> Tensor:
     return torch.cat(wide, dim)
 
 
-@declare(aten.stack, linear=True, fact=moved_fact, sample=of([(2, 3), (2, 3)], 1))
+@declare(aten.stack, linear=True, fact=moved_fact, sample=of([(2, 3), (2, 3)], 1), hull=True)
 def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation along a new dimension."""
     ndim = len(node.meta["shape"])
@@ -361,6 +376,7 @@ def stack(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     given=pad_given,
     places=True,
     sample=of((2, 3), [1, 2]),
+    any_size=True,
 )
 def constant_pad_nd(
     walk: Walk, node: fx.Node, x: Value, pad: Sequence[int], value: float = 0

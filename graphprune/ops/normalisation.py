@@ -102,6 +102,7 @@ def shape_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
     given=shape_given,
     layer=True,
     sample=of((2, 3, 4), [4], (4,), (4,), 1e-5),
+    any_size=True,
 )
 def layer_norm(
     walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None,
@@ -119,6 +120,7 @@ def layer_norm(
     given=shape_given,
     layer=True,
     sample=of((2, 3, 4), [4], (4,), 1e-5),
+    any_size=True,
 )
 def rms_norm(
     walk: Walk, node: fx.Node, x: Value, shape: Sequence[int], weight: Value | None, *args: object
@@ -207,6 +209,7 @@ def group_norm_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterato
     given=group_norm_given,
     layer=True,
     sample=of((2, 6, 4), (6,), (6,), *(Length(0, dim) for dim in range(3)), 3, 1e-5),
+    any_size=True,
 )
 def group_norm(
     walk: Walk, node: fx.Node, x: Value, weight: Value | None, bias: Value | None,

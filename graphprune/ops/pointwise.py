@@ -5,6 +5,7 @@ Ops that torch tags as pointwise need no declaration, unless something more is k
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,8 @@ from torch import Tensor, fx
 from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers
+from graphprune.ops.registry import between, free
 from graphprune.ops.registry import declare as _declare
-from graphprune.ops.registry import free
 from graphprune.ops.samples import bits, of, shares
 from graphprune.ops.values import FLOATING, Value
 from graphprune.ops.walk import Walk
@@ -134,8 +135,33 @@ def binary_in_place_meta(x: Tensor, y: object, *args: object, **kwargs: object) 
     return x if same and not kwargs else NotImplemented
 
 
+def clamped(
+    x: object, low: float | None = -1.0, high: float | None = 1.0, **named: float | None
+) -> tuple[float, float]:
+    """The bounds that are given."""
+    low, high = named.get("min", low), named.get("max", high)
+    return (-math.inf if low is None else low), (math.inf if high is None else high)
+
+
+def between_given(x: object, *args: object, **named: object) -> tuple[float, float]:
+    """The bounds of a clamp, which has none by default; those that are tensors are not known."""
+    ends = [named.get("min"), named.get("max")]
+    ends[: len(args)] = args
+    low, high = (end if isinstance(end, int | float) else None for end in ends)
+    return clamped(x, low, high)
+
+
 @declare("pointwise", fact=pointwise_fact)
 @declare("pointwise_")
+@declare(aten.exp, fact=pointwise_fact, bounds=between(0.0, math.inf), sample=of((2, 3)))
+@declare(
+    aten.clamp,
+    fact=pointwise_fact,
+    bounds=between_given,
+    clips=True,
+    sample=of((2, 3), -0.5, 0.5),
+)
+@declare(aten.clamp_, bounds=between_given, clips=True, sample=of((2, 3), -0.5, 0.5))
 @declare(aten._prelu_kernel, fact=pointwise_fact, sample=of((2, 3), (1, 3)))
 @declare(aten.prelu, fact=pointwise_fact, sample=of((2, 3), (3,)))
 @declare(aten.mul, fact=mul_fact, meta=binary_meta, powers=(1, 1), sample=of((2, 3), (2, 3)))
@@ -156,34 +182,86 @@ def binary_in_place_meta(x: Tensor, y: object, *args: object, **kwargs: object) 
 @declare(aten.threshold_, sample=of((2, 3), 0.1, 0.2))
 @declare(
     aten.relu,
+    fact=pointwise_fact,
+    meta=unary_meta,
+    activation=True,
+    sample=of((2, 3)),
+    bounds=between(0.0, math.inf),
+    clips=True,
+)
+@declare(
     aten.hardtanh,
+    fact=pointwise_fact,
+    meta=unary_meta,
+    activation=True,
+    sample=of((2, 3)),
+    bounds=clamped,
+    clips=True,
+)
+@declare(
     aten.hardswish,
-    aten.hardsigmoid,
     aten.gelu,
     aten.leaky_relu,
     aten.elu,
-    aten.sigmoid,
-    aten.tanh,
     aten.silu,
     fact=pointwise_fact,
     meta=unary_meta,
     activation=True,
     sample=of((2, 3)),
 )
+@declare(
+    aten.hardsigmoid,
+    aten.sigmoid,
+    fact=pointwise_fact,
+    meta=unary_meta,
+    activation=True,
+    sample=of((2, 3)),
+    bounds=between(0.0, 1.0),
+)
+@declare(
+    aten.tanh,
+    fact=pointwise_fact,
+    meta=unary_meta,
+    activation=True,
+    sample=of((2, 3)),
+    bounds=between(-1.0, 1.0),
+)
 @declare(aten.mish, aten.softplus, fact=pointwise_fact, activation=True, sample=of((2, 3)))
 @declare(
     aten.relu_,
+    meta=in_place_meta,
+    activation=True,
+    sample=of((2, 3)),
+    bounds=between(0.0, math.inf),
+    clips=True,
+)
+@declare(
     aten.hardtanh_,
+    meta=in_place_meta,
+    activation=True,
+    sample=of((2, 3)),
+    bounds=clamped,
+    clips=True,
+)
+@declare(
     aten.hardswish_,
     aten.leaky_relu_,
     aten.elu_,
     aten.silu_,
+    meta=in_place_meta,
+    activation=True,
+    sample=of((2, 3)),
+)
+@declare(
     aten.sigmoid_,
-    aten.tanh_,
     aten.hardsigmoid_,
     meta=in_place_meta,
     activation=True,
     sample=of((2, 3)),
+    bounds=between(0.0, 1.0),
+)
+@declare(
+    aten.tanh_, meta=in_place_meta, activation=True, sample=of((2, 3)), bounds=between(-1.0, 1.0)
 )
 @declare(aten.gelu_, aten.mish_, activation=True, sample=of((2, 3)))
 @declare(aten.celu_, aten.selu_, aten.rrelu_, sample=of((2, 3)))
@@ -207,9 +285,27 @@ def pointwise(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Lay
     return walk.broadcast(operands, len(node.meta["shape"]))
 
 
-@declare(aten.clone, aten._to_copy, fact=copied_fact, linear=True, sample=of((2, 3)))
+@declare(
+    aten.clone,
+    fact=copied_fact,
+    linear=True,
+    sample=of((2, 3)),
+    any_size=True,
+    hull=True,
+    keeps="values",
+)
+@declare(aten._to_copy, fact=copied_fact, linear=True, sample=of((2, 3)), any_size=True, hull=True)
 @declare(aten.lift_fresh_copy, fact=copied_fact, sample=of((2, 3)))
-@declare(aten.detach, aten.alias, fact=moved_fact, linear=True, sample=of((2, 3)))
+@declare(
+    aten.detach,
+    aten.alias,
+    fact=moved_fact,
+    linear=True,
+    sample=of((2, 3)),
+    any_size=True,
+    hull=True,
+    keeps="values",
+)
 @declare(aten.lift_fresh, fact=moved_fact, sample=of((2, 3)))
 @declare(aten.contiguous, aten.detach_, aten.requires_grad_, sample=of((2, 3)))
 @declare(aten.poisson, aten._standard_gamma, sample=of(shares(2, 3)))
@@ -219,8 +315,8 @@ def pointwise(walk: Walk, node: fx.Node, *args: object, **kwargs: object) -> Lay
 @declare(aten.randint_like, sample=of((2, 3), 5))
 @declare(aten.zero_, fact=overwritten_fact, sample=of((2, 3)))
 @declare(aten.fill_, fact=overwritten_fact, fills=True, sample=of((2, 3), 0.5))
-@declare(aten.zeros_like, aten.ones_like, fact=made_fact, sample=of((2, 3)))
-@declare(aten.full_like, fact=made_fact, fills=True, sample=of((2, 3), 0.5))
+@declare(aten.zeros_like, aten.ones_like, fact=made_fact, sample=of((2, 3)), any_size=True)
+@declare(aten.full_like, fact=made_fact, fills=True, sample=of((2, 3), 0.5), any_size=True)
 @declare(aten.empty_like, aten.rand_like, aten.randn_like, sample=of((2, 3)))
 def same(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """The result has the positions of the input."""

@@ -41,9 +41,9 @@ _WINDOWED = ("aten.avg_pool", "aten.max_pool")  # given kernel, stride and paddi
 _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name of an op
 
 
-@declare(aten.avg_pool1d, sample=of((2, 3, 6), [2]))
-@declare(aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d, sample=of((2, 3, 6), [2]))
-@declare(aten.max_pool1d, aten.max_pool1d_with_indices, sample=of((2, 3, 6), [2]))
+@declare(aten.avg_pool1d, sample=of((2, 3, 6), [2]), hull=True)
+@declare(aten.adaptive_avg_pool1d, aten.adaptive_max_pool1d, sample=of((2, 3, 6), [2]), hull=True)
+@declare(aten.max_pool1d, aten.max_pool1d_with_indices, sample=of((2, 3, 6), [2]), hull=True)
 @declare(
     aten.upsample_nearest1d,
     aten._upsample_nearest_exact1d,
@@ -52,27 +52,33 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
 )
 @declare(aten.upsample_linear1d, fact=pooled_fact, sample=of((2, 3, 6), [9], False))
 @declare(
-    aten.avg_pool2d, aten.max_pool2d_with_indices, fact=pooled_fact, sample=of((2, 3, 6, 6), [2, 2])
+    aten.avg_pool2d,
+    aten.max_pool2d_with_indices,
+    fact=pooled_fact,
+    sample=of((2, 3, 6, 6), [2, 2]),
+    any_size=True,
+    hull=True,
 )
 @declare(
     aten._adaptive_avg_pool2d,
-    aten.adaptive_max_pool2d,
     fact=pooled_fact,
     sample=of((2, 3, 6, 6), [2, 2]),
+    any_size=True,
+    hull=True,
 )
-@declare(aten.adaptive_avg_pool2d, aten.max_pool2d, sample=of((2, 3, 6, 6), [2, 2]))
+@declare(aten.adaptive_max_pool2d, fact=pooled_fact, sample=of((2, 3, 6, 6), [2, 2]), hull=True)
+@declare(aten.adaptive_avg_pool2d, aten.max_pool2d, sample=of((2, 3, 6, 6), [2, 2]), hull=True)
 @declare(
-    aten.upsample_nearest2d,
-    aten._upsample_nearest_exact2d,
-    fact=moved_numbers_fact,
-    sample=of((2, 3, 6, 6), [9, 9]),
+    aten.upsample_nearest2d, fact=moved_numbers_fact, sample=of((2, 3, 6, 6), [9, 9]), any_size=True
 )
+@declare(aten._upsample_nearest_exact2d, fact=moved_numbers_fact, sample=of((2, 3, 6, 6), [9, 9]))
 @declare(
     aten.upsample_bilinear2d,
-    aten._upsample_bilinear2d_aa,
     fact=pooled_fact,
     sample=of((2, 3, 6, 6), [9, 9], False),
+    any_size=True,
 )
+@declare(aten._upsample_bilinear2d_aa, fact=pooled_fact, sample=of((2, 3, 6, 6), [9, 9], False))
 @declare(
     aten.upsample_bicubic2d,
     aten._upsample_bicubic2d_aa,
@@ -84,14 +90,18 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
     aten.max_pool3d_with_indices,
     fact=pooled_fact,
     sample=of((1, 2, 4, 4, 4), [2, 2, 2]),
+    hull=True,
 )
 @declare(
     aten._adaptive_avg_pool3d,
     aten.adaptive_max_pool3d,
     fact=pooled_fact,
     sample=of((1, 2, 4, 4, 4), [2, 2, 2]),
+    hull=True,
 )
-@declare(aten.adaptive_avg_pool3d, aten.max_pool3d, sample=of((1, 2, 4, 4, 4), [2, 2, 2]))
+@declare(
+    aten.adaptive_avg_pool3d, aten.max_pool3d, sample=of((1, 2, 4, 4, 4), [2, 2, 2]), hull=True
+)
 @declare(
     aten.upsample_nearest3d,
     aten._upsample_nearest_exact3d,
@@ -124,7 +134,9 @@ def _moving(
     return [k != 1 or s != 1 or p != 0 for k, s, p in zip(wide, step, pad)]
 
 
-@declare(aten.fractional_max_pool2d, sample=of((2, 3, 6, 6), [2, 2], [3, 3], shares(2, 3, 2)))
+@declare(
+    aten.fractional_max_pool2d, sample=of((2, 3, 6, 6), [2, 2], [3, 3], shares(2, 3, 2)), hull=True
+)
 def fractional_max_pool(
     walk: Walk, node: fx.Node, x: Value, kernel: object, size: object, samples: Value
 ) -> list[Layers]:

@@ -13,8 +13,8 @@ from graphprune.ops.calls import Overload, target_of
 from graphprune.ops.fact import Fact, Unfollowed, along_unknown, arguments
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Layers, varying
+from graphprune.ops.registry import between, free, zeroes
 from graphprune.ops.registry import declare as _declare
-from graphprune.ops.registry import free, zeroes
 from graphprune.ops.samples import of
 from graphprune.ops.values import FLOATING, Value
 from graphprune.ops.walk import Walk
@@ -182,7 +182,7 @@ def mean_meta(x: Tensor, dim: object = None, keepdim: bool = False, **kwargs: ob
     return x.new_empty(shape) if len(gone) == len(dim) else NotImplemented
 
 
-@declare(aten.sum, factors=of_sum, fact=sum_fact, sample=of((2, 3, 4), [1]))
+@declare(aten.sum, factors=of_sum, fact=sum_fact, sample=of((2, 3, 4), [1]), any_size=True)
 def sum_(
     walk: Walk, node: fx.Node, x: Value, dim: object = None, keepdim: bool = False, **_: object
 ) -> Layers:
@@ -194,7 +194,12 @@ def sum_(
 
 
 @declare(
-    aten.mean, fact=reduced_fact, masked=mean_masked, meta=mean_meta, sample=of((2, 3, 4), [1])
+    aten.mean,
+    fact=reduced_fact,
+    masked=mean_masked,
+    meta=mean_meta,
+    sample=of((2, 3, 4), [1]),
+    any_size=True,
 )
 def mean(
     walk: Walk, node: fx.Node, x: Value, dim: object = None, keepdim: bool = False, **_: object
@@ -292,19 +297,30 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
     fact=along_fact,
     masked=softmax_masked(torch.softmax),
     sample=of((2, 5), 1, False),
+    any_size=True,
+    bounds=between(0.0, 1.0),
 )
 @declare(
     aten._safe_softmax,
+    fact=along_fact,
+    masked=softmax_masked(torch.softmax),
+    sample=of((2, 5), 1),
+    any_size=True,
+)
+@declare(
     aten.softmax,
     fact=along_fact,
     masked=softmax_masked(torch.softmax),
     sample=of((2, 5), 1),
+    any_size=True,
+    bounds=between(0.0, 1.0),
 )
 @declare(
     aten._log_softmax,
     fact=along_fact,
     masked=softmax_masked(torch.log_softmax),
     sample=of((2, 5), 1, False),
+    any_size=True,
 )
 @declare(
     aten.log_softmax,
@@ -340,7 +356,9 @@ def logsumexp(
     sample=of((2, 5), 1),
     refused=of((5,), 0),
 )
-@declare(aten.any, aten.all, fact=reduced_fact, sample=of((2, 5), 1), refused=of((5,), 0))
+@declare(
+    aten.any, aten.all, fact=reduced_fact, sample=of((2, 5), 1), refused=of((5,), 0), any_size=True
+)
 def extremum(
     walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object, **_: object
 ) -> Layers:
@@ -362,12 +380,14 @@ def _largest(walk: Walk, x: Value, dims: set[int], shape: tuple[int, ...], text:
     fact=reduced_fact,
     masked=largest_masked(aten.amax, -torch.inf),
     sample=of((2, 5), [1]),
+    any_size=True,
 )
 @declare(
     aten.amin,
     fact=reduced_fact,
     masked=largest_masked(aten.amin, torch.inf),
     sample=of((2, 5), [1]),
+    any_size=True,
 )
 def amax(
     walk: Walk, node: fx.Node, x: Value, dim: object = None, *args: object, **_: object
@@ -422,7 +442,8 @@ def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object)
     return layers if "items" in node.meta else layers[0]
 
 
-@declare(aten.cumsum, aten.cumprod, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
+@declare(aten.cumsum, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0), any_size=True)
+@declare(aten.cumprod, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
 @declare(aten.sort, rows="ordered", sample=of((2, 5), 1), refused=of((5,), 0))
 @declare(aten.topk, rows="ordered", sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
 def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> object:

@@ -25,6 +25,11 @@ def free(out: object, *args: object, **kwargs: object) -> int:
     return 0
 
 
+def between(low: float, high: float) -> View:
+    """Bounds of an op that do not depend on its arguments."""
+    return lambda *args, **kwargs: (low, high)
+
+
 def zeroes(keep: object, *args: object, **kwargs: object) -> Any:
     """Statistics that are right when what left is zero, as norms are: those of the op itself."""
     return NotImplemented
@@ -63,6 +68,12 @@ class Op:
         scaled: it takes a scale from a width when it is given none.
         saves: its results but the first are saved for the backward, and hardly ever read.
         activation: it bends the output of a layer, position by position.
+        keeps: what its result shares with its first operand: the ``"values"``, or the values in
+            the same ``"order"`` under another shape.
+        bounds: ``rule(*args)`` returns the interval in which its results lie, whatever it reads.
+        clips: values of its first operand within these bounds stay as they are.
+        hull: its results lie between the smallest and the largest of its operands and zero.
+        any_size: what it does to ids does not depend on sizes of dimensions without ids.
     """
 
     channels: View | None = None
@@ -84,6 +95,11 @@ class Op:
     layer: bool = False
     fills: bool = False
     activation: bool = False
+    keeps: str = ""
+    bounds: View | None = None
+    clips: bool = False
+    hull: bool = False
+    any_size: bool = False
     rows: str = ""
     functions: tuple[object, ...] = ()
     scaled: bool = False

@@ -51,11 +51,36 @@ def sizes_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
         yield Given(list(given), new, "size", places=[(node, dim) for dim in range(len(given))])
 
 
-@declare(aten.permute, linear=True, fact=moved_fact, sample=of((2, 3, 4), [2, 0, 1]))
-@declare(aten.movedim, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2))
-@declare(aten.transpose, aten.transpose_, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2))
-@declare(aten.t, aten.t_, linear=True, fact=moved_fact, sample=of((2, 3)))
-@declare(aten.unsqueeze, aten.unsqueeze_, linear=True, fact=moved_fact, sample=of((2, 3), 1))
+@declare(
+    aten.permute,
+    linear=True,
+    fact=moved_fact,
+    sample=of((2, 3, 4), [2, 0, 1]),
+    any_size=True,
+    hull=True,
+)
+@declare(aten.movedim, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2), hull=True)
+@declare(
+    aten.transpose,
+    linear=True,
+    fact=moved_fact,
+    sample=of((2, 3, 4), 0, 2),
+    any_size=True,
+    hull=True,
+)
+@declare(aten.transpose_, linear=True, fact=moved_fact, sample=of((2, 3, 4), 0, 2), hull=True)
+@declare(aten.t, linear=True, fact=moved_fact, sample=of((2, 3)), any_size=True, hull=True)
+@declare(aten.t_, linear=True, fact=moved_fact, sample=of((2, 3)), hull=True)
+@declare(
+    aten.unsqueeze,
+    linear=True,
+    fact=moved_fact,
+    sample=of((2, 3), 1),
+    any_size=True,
+    hull=True,
+    keeps="order",
+)
+@declare(aten.unsqueeze_, linear=True, fact=moved_fact, sample=of((2, 3), 1), hull=True)
 def permuted(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
     """Dimensions change places: the op is run on the layers as they are."""
     op = target_of(node)
@@ -66,15 +91,18 @@ def permuted(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
 _VIEWS = {aten.unsqueeze_: aten.unsqueeze, aten.transpose_: aten.transpose, aten.t_: aten.t}
 
 
-@declare(aten.tril, aten.triu, fact=moved_fact, linear=True, sample=of((2, 3, 4), -1))
+@declare(aten.tril, aten.triu, fact=moved_fact, linear=True, sample=of((2, 3, 4), -1), hull=True)
 def triangle(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
     """Half of a matrix: which one a position lies in depends on all before it."""
     return walk.settle(x, {x.ndim - 2, x.ndim - 1}, "half of a matrix of channels")
 
 
-@declare(aten.squeeze, aten.squeeze_, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1))
-@declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]))
-@declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]))
+@declare(
+    aten.squeeze, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1), hull=True, keeps="order"
+)
+@declare(aten.squeeze_, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1), hull=True)
+@declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]), hull=True)
+@declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]), hull=True)
 def moved(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """Run the op on the ids."""
     op = target_of(node)
@@ -137,6 +165,7 @@ def diagonal(
     fact=moved_fact,
     given=sizes_given,
     sample=of((3, 1), [2, 3, 4]),
+    hull=True,
 )
 def expand(walk: Walk, node: fx.Node, x: Value, size: object, **_: object) -> Layers:
     """Copies of a single position can be cut anywhere: they get fresh ids."""
@@ -191,6 +220,8 @@ def col2im(
     fact=view_fact,
     given=sizes_given,
     sample=of((2, 3, 4), [2, 12]),
+    hull=True,
+    keeps="order",
 )
 @declare(
     aten._reshape_alias,

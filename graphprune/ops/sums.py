@@ -91,6 +91,7 @@ def einsum_macs(out: object, equation: str, tensors: Any, **kwargs: Any) -> obje
     factors=of_einsum,
     macs=einsum_macs,
     sample=of("bik,bkj->bij", [(2, 3, 4), (2, 4, 5)]),
+    any_size=True,
 )
 def einsum(walk: Walk, node: fx.Node, equation: str, tensors: Sequence[Value]) -> Layers:
     """Every letter is a dimension of the product; those that the result lacks are summed."""

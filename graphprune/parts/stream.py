@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from graphprune.ops.registry import op_of, packet_of
+from graphprune.ops.registry import op_of
 from graphprune.ops.views import macs_of
 from graphprune.plan.changes import Cut
 from graphprune.record.cost import recorded_shape, storages
@@ -19,14 +20,9 @@ from graphprune.record.recording import record
 from graphprune.record.tensors import named_modules
 
 aten = torch.ops.aten
+Bounds = tuple[float, float]
 SUMS = {aten.add.Tensor, aten.add_.Tensor}
-_SAME = {aten.detach, aten.alias, aten.clone}  # the values of their input
-_ORDERED = {aten.view, aten.reshape, aten._unsafe_view, aten.unsqueeze, aten.squeeze}
-_RECTIFIED = {aten.relu, aten.relu_}
-_CLAMPED = {aten.hardtanh, aten.hardtanh_, aten.clamp, aten.clamp_}
-PRODUCTS = {aten.mul, aten.mul_, aten.div, aten.div_}
-_NOT_NEGATIVE = {aten.relu, aten.relu_, aten.sigmoid, aten.sigmoid_, aten._softmax, aten.exp}
-_LARGEST = {aten.max_pool2d_with_indices, aten.max_pool3d_with_indices, aten.avg_pool2d}
+_UNBOUNDED = -math.inf, math.inf
 
 
 class Stream:
@@ -94,15 +90,13 @@ class Stream:
             return operand(node, 1 - sides[place])
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
-        first, packet = node.args[0], packet_of(node)
-        if packet in _SAME:
-            return first
-        if packet in _ORDERED:
+        op = op_of(node)
+        if op.keeps == "values":
+            return node.args[0]
+        if op.keeps == "order":
             return self._turned_back(node, sides, passed)
-        if packet in _RECTIFIED and self._not_negative(first, sides):
-            return first
-        if packet in _CLAMPED and self._clamped(first, node, sides):
-            return first
+        if op.clips and _lies_in(self._bounds(node.args[0], sides), _own_bounds(node)):
+            return node.args[0]
         return None
 
     def _turned_back(
@@ -112,10 +106,8 @@ class Stream:
         seen: list[Place] = []
         found = first_of(node)
         while not same_shape(found, node):
-            if packet_of(found) in _ORDERED:
-                found = first_of(found)
-                continue
-            before = self.before(found, sides, seen)
+            order = op_of(found).keeps == "order"
+            before = first_of(found) if order else self.before(found, sides, seen)
             if before is None:
                 return None
             found = before
@@ -123,28 +115,18 @@ class Stream:
             passed += seen
         return found
 
-    def _not_negative(self, node: fx.Node, sides: Mapping[Place, int]) -> bool:
-        for _ in range(len(self.nodes)):
-            node = self.source(node, sides)
-            packet = packet_of(node)
-            if packet in _NOT_NEGATIVE:
-                return True
-            if packet in _CLAMPED:
-                low: Any = node.args[1] if len(node.args) > 1 else None
-                return _number(low) and bool(low >= 0)
-            through = packet in _LARGEST or (op_of(node).linear and packet is not aten.neg)
-            if not (is_getitem(node) or through):
-                return False
-            first = node.args[0]
-            if not isinstance(first, fx.Node):
-                return False
-            node = first
-        return False
-
-    def _clamped(self, node: fx.Node, like: fx.Node, sides: Mapping[Place, int]) -> bool:
-        """Whether values lie within the bounds of a clamp already."""
-        node = self.source(node, sides)
-        return packet_of(node) in _CLAMPED and node.args[1:] == like.args[1:]
+    def _bounds(self, node: fx.Node, sides: Mapping[Place, int]) -> Bounds:
+        """The interval in which the values of a node lie, whatever the inputs are."""
+        while op_of(node).bounds is None:
+            first = is_getitem(node) and node.args[1] == 0
+            before = first_of(node) if first else self.before(node, sides)
+            if before is None:
+                break
+            node = before
+        if op_of(node).bounds is not None or not op_of(node).hull:
+            return _own_bounds(node)
+        found = [(0.0, 0.0), *(self._bounds(each, sides) for each in node.all_input_nodes)]
+        return min(low for low, _ in found), max(high for _, high in found)
 
     def above(self, node: fx.Node) -> set[fx.Node]:
         """All nodes that a node is computed from."""
@@ -209,8 +191,14 @@ def is_getitem(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float)
+def _own_bounds(node: fx.Node) -> Bounds:
+    """The interval in which the results of an op lie."""
+    rule = op_of(node).bounds
+    return _UNBOUNDED if rule is None else rule(*node.args, **node.kwargs)
+
+
+def _lies_in(inner: Bounds, outer: Bounds) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]
 
 
 def same_shape(one: fx.Node, other: fx.Node) -> bool:

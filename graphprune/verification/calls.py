@@ -19,26 +19,13 @@ from torch import Tensor, fx
 
 from graphprune.ops.calls import TENSOR
 from graphprune.ops.ids import Shape, reshape_blocks, varying
-from graphprune.ops.registry import packet_of
+from graphprune.ops.registry import op_of, packet_of
 from graphprune.ops.values import Value
 
 aten = torch.ops.aten
 RESHAPES = {  # nothing but the shape of their result says what they do
     TENSOR.view, TENSOR.reshape, torch.reshape, TENSOR.flatten, torch.flatten,
     TENSOR.unflatten, torch.unflatten,
-}  # fmt: skip
-_ANY_SIZE = {  # what these do to ids does not depend on sizes of dimensions without ids
-    aten.linear, aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.einsum,
-    aten.scaled_dot_product_attention, aten.convolution, aten.embedding, aten.softmax,
-    aten._softmax, aten._log_softmax, aten._safe_softmax, aten.native_layer_norm,
-    aten._fused_rms_norm, aten.native_batch_norm, aten._native_batch_norm_legit,
-    aten._native_batch_norm_legit_no_training, aten.mean, aten.sum, aten.amax, aten.amin,
-    aten.permute, aten.transpose, aten.t, aten.unsqueeze, aten.detach, aten.alias, aten.clone,
-    aten._to_copy, aten.slice, aten.select, aten.split, aten.split_with_sizes,
-    aten.max_pool2d_with_indices, aten.avg_pool2d, aten._adaptive_avg_pool2d,
-    aten.upsample_nearest2d, aten.upsample_bilinear2d, aten.constant_pad_nd,
-    aten.native_group_norm, aten.cumsum, aten.all, aten.any, aten.zeros_like, aten.ones_like,
-    aten.full_like,
 }  # fmt: skip
 JOINS = {torch.cat, torch.concat, torch.concatenate, torch.stack}
 _JOIN = {aten.cat, aten.stack}
@@ -236,12 +223,10 @@ def takes_any_size(func: object, nodes: Sequence[fx.Node]) -> bool:
     """Whether what ops do to ids does not depend on the sizes of dimensions without ids."""
     if func is _RESHAPE:  # its blocks are compared
         return True
-    packets = {
-        packet_of(node)
-        for node in nodes
-        if torch.Tag.pointwise not in getattr(node.target, "tags", ())
-    }
-    return packets <= _ANY_SIZE or (func in JOINS and packets <= _ANY_SIZE | _JOIN)
+    others = [n for n in nodes if torch.Tag.pointwise not in getattr(n.target, "tags", ())]
+    return all(
+        op_of(node).any_size or (func in JOINS and packet_of(node) in _JOIN) for node in others
+    )
 
 
 def fits(value: Value, out: Tensor) -> bool:
