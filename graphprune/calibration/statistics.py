@@ -12,6 +12,11 @@ from graphprune.errors import InputError
 from graphprune.record.batches import device_of, evaluated, forward
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm with running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
 def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
     """Replace the running statistics of every BatchNorm by averages over batches.
 
@@ -30,7 +35,7 @@ def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
     norms = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm) and has_statistics(module)
     }
     if not norms:
         raise InputError(

@@ -10,22 +10,29 @@ from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphprune.calibration.outcome import distance
-from graphprune.calibration.statistics import reestimate
+from graphprune.calibration.statistics import has_statistics, reestimate
 from graphprune.criteria import name_of
 from graphprune.errors import InputError
 from graphprune.execute.shrink import hollow, shrink
+from graphprune.measurement import drawn
 from graphprune.parts.find import Finder, Part
 from graphprune.parts.score import Evidence, ordered
+from graphprune.parts.stream import covers
 from graphprune.plan.plan import Cost, PartPlan, Plan
 from graphprune.planning.budget import TITLES, amount_text
 from graphprune.planning.latency import Bench
 from graphprune.planning.options import Request, Target
-from graphprune.record.batches import device_of
+from graphprune.record.batches import at_rest, device_of
 from graphprune.record.inputs import Call
+from graphprune.record.outputs import fields
+from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recording import dry
+from graphprune.record.skeleton import without_weights
 from graphprune.record.tensors import fingerprint
 from graphprune.text import shorten
 
@@ -78,7 +85,7 @@ class Chooser:
         if self.request.target:
             return self._within()
         count = round((self.request.ratio or 0.0) * len(self.parts))
-        made = self.without(self.picked(count))
+        made = self.without(self._apart(self.order, count))
         if "channels" not in self.request.parts:
             return made
         rest = replace(self.request, parts=("channels",))
@@ -112,7 +119,7 @@ class Chooser:
         return any(
             fnmatch.fnmatchcase(name, pattern)
             for name in self.finder.modules
-            if any(name == root or name.startswith(f"{root}.") for root in part.modules)
+            if any(covers(root, name) for root in part.modules)
         )
 
     @cached_property
@@ -137,10 +144,6 @@ class Chooser:
         """The parts in the order in which they leave for a budget; not all of them."""
         return self._apart(self.order, len(self.order))
 
-    def picked(self, count: int) -> list[Part]:
-        """The parts that leave when so many should; those that lie in others count as well."""
-        return self._apart(self.order, count)
-
     def _apart(self, order: Sequence[Part], count: int) -> list[Part]:
         """Parts that leave together, at most so many with those inside; one at least stays."""
         others = self.finder.first_stays or len(self.parts) < len(self._known())
@@ -158,21 +161,37 @@ class Chooser:
         return chosen
 
     def _runs(self, parts: Sequence[Part]) -> bool:
-        """Whether the code of the model goes on without some parts, and returns the same shapes."""
+        """Whether the code goes on without some parts, and returns the same shapes.
+
+        In train mode as well, where the whole model runs in it. A model that reads values is run
+        on its device, with its weights.
+        """
         plan = self._bare(parts)
         if plan is None:
             return False
+        on_meta = self.finder.record.device == "meta"
+        models = (self.model, self._small(plan)) if not on_meta else (
+            without_weights(self.model), hollow(self.model, plan)
+        )  # fmt: skip
+        for training in (False, True):
+            whole, rest = (self._shapes(model, training, on_meta) for model in models)
+            if whole is not None and rest != whole:
+                return False
+        return True
+
+    def _shapes(self, model: nn.Module, training: bool, on_meta: bool) -> list[object] | None:
+        """The shapes of what a model returns; ``None`` where it does not run."""
         try:
-            with_parts, without = (
-                [tuple(leaf.shape) for leaf in dry(clone, self.call) if hasattr(leaf, "shape")]
-                for clone in (
-                    hollow(self.model, replace(plan, stand_ins=())),
-                    hollow(self.model, plan),
-                )
-            )
+            with at_rest(model), same_numbers(), torch.no_grad():
+                model.train(training)
+                if on_meta:
+                    found = dry(model, self.call)
+                else:
+                    args, kwargs = drawn(self.call, device_of(model))
+                    found = pytree.tree_leaves(fields(model(*args, **kwargs)))
         except Exception:  # whatever the code of the model raises
-            return self.finder.record.device != "meta"
-        return with_parts == without
+            return None
+        return [tuple(leaf.shape) for leaf in found if isinstance(leaf, Tensor)]
 
     def _bare(self, parts: Sequence[Part]) -> Plan | None:
         cuts = tuple(dict.fromkeys(cut for part in parts for cut in part.cuts))
@@ -238,18 +257,19 @@ class Chooser:
 
     def _latency(self, plan: Plan) -> float:
         """Milliseconds, as a share of the original's that ran in turns."""
-        bench = Bench(self.call, device_of(self.model), self.request.threads)
-        if not plan.cuts:
-            return self._whole_latency
-        models = [self.model, self._small(plan)]
-        before, after = bench.totals(models, bench.clock, seconds=_SECONDS)
-        return self._whole_latency * float(np.median(np.array(after) / np.array(before)))
+        share = 1.0
+        if plan.cuts:
+            before, after = self._timed(self.model, self._small(plan))
+            share = float(np.median(np.array(after) / np.array(before)))
+        return self._whole_latency * share
 
     @cached_property
     def _whole_latency(self) -> float:
+        return float(np.median(self._timed(self.model)))
+
+    def _timed(self, *models: nn.Module) -> list[list[float]]:
         bench = Bench(self.call, device_of(self.model), self.request.threads)
-        (times,) = bench.totals([self.model], bench.clock, seconds=_SECONDS)
-        return float(np.median(times))
+        return bench.totals(models, bench.clock, seconds=_SECONDS)
 
     def _fits(self, count: int) -> bool:
         amounts = self.amounts(self.without(self.chain[:count]))
@@ -300,11 +320,7 @@ class Chooser:
         """Without so many parts, and as narrow as the targets then demand: the error, the plan."""
         made = self.without(self.chain[:count])
         targets = {name: Target(limit, False) for name, limit in self.limits.items()}
-        if count and all(
-            amount <= self.limits[name]
-            for name, amount in self.amounts(made).items()
-            if name in self.limits
-        ):
+        if count and self._fits(count):
             plan = made
         else:
             rest = replace(self.request, parts=("channels",), target=targets, ratio=None)
@@ -314,13 +330,8 @@ class Chooser:
     def error(self, plan: Plan) -> float:
         """The squared error of the outputs as a fraction of their variance."""
         small = shrink(self.model, plan)
-        if self.request.data is not None and any(
-            isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-            for module in small.modules()
-        ):
-            whole = [(b.args if len(b.args) > 1 else b.args[0]) if b.args else b.kwargs
-                     for b in self.evidence.batches]  # fmt: skip
-            reestimate(small, [(item,) for item in whole])
+        if self.request.data is not None and any(map(has_statistics, small.modules())):
+            reestimate(small, [batch.whole for batch in self.evidence.batches])
         batches = self.evidence.batches
         found = distance(small, self.model, batches, [None] * len(batches))
         return math.inf if found is None else found
@@ -340,7 +351,4 @@ class Chooser:
 def _within(part: Part, others: Sequence[Part]) -> bool:
     """Whether all modules of a part leave with others."""
     roots = [module for other in others for module in other.modules]
-    return all(
-        any(module == root or module.startswith(f"{root}.") for root in roots)
-        for module in part.modules
-    )
+    return all(any(covers(root, module) for root in roots) for module in part.modules)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from enum import IntEnum
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import fx
 
-from graphprune.ops.registry import op_of, packet_of
+from graphprune.ops.registry import op_of
 from graphprune.parts.stream import (
-    PRODUCTS,
-    SUMS,
     Stream,
     aten,
     holder_of,
@@ -24,14 +20,6 @@ from graphprune.parts.stream import (
 )
 from graphprune.plan.changes import Cut, StandIn
 from graphprune.record.joins import Place, Run
-
-
-class Zero(IntEnum):
-    """In which shape a value must be zero, so that the code around it goes on."""
-
-    SINGLE = 0  # one number
-    THIN = 1  # of size one in dimensions that are not known
-    WHOLE = 2
 
 
 class Emptying(Stream):
@@ -81,13 +69,9 @@ class Emptying(Stream):
             inside = self.nodes[run.begin : run.end]
             busy = busy or any(node.op in ("call_function", "get_attr") for node in inside)
             results = {node for _, node in leaves(run.out)}
-            for node in inside:
-                if (
-                    node.op == "call_function"
-                    and node not in results
-                    and self._escapes(node, run, needed)
-                ):
-                    return None
+            own = [n for n in inside if n.op == "call_function" and n not in results]
+            if any(self._escapes(node, run, needed) for node in own):
+                return None
             leaving = _Leaving.of(run, self, needed, sides)
             if leaving is None:
                 return None
@@ -103,19 +87,21 @@ class Emptying(Stream):
 
     def _zeroes(
         self, sides: Mapping[Place, int], gone: Mapping[str, list[_Leaving]]
-    ) -> dict[fx.Node, Zero] | None:
-        """The results of what leaves that must be zero, and in which shape."""
+    ) -> dict[fx.Node, bool] | None:
+        """The results of what leaves that must be zero, and whether in their whole shape.
+
+        Where they need not, they have size one in all dimensions but the first: sums broadcast.
+        """
         results = {
             node for leavings in gone.values() for leaving in leavings for node in leaving.free
         }
-        found: dict[fx.Node, Zero] = {}
+        found: dict[fx.Node, bool] = {}
         for node, place in self.sums.items():
             side = sides.get(place)
             if side is None or self._inside(node, gone):
                 continue
-            in_place = node.target is aten.add_.Tensor and side == 0
-            shape = Zero.WHOLE if in_place else Zero.SINGLE
-            if not self._zero(operand(node, side), results, found, shape):
+            whole = node.target is aten.add_.Tensor and side == 0  # it is written into
+            if not self._zero(operand(node, side), results, found, whole):
                 return None
         return found
 
@@ -165,33 +151,21 @@ class Emptying(Stream):
         )
 
     def _zero(
-        self, node: fx.Node, results: set[fx.Node], found: dict[fx.Node, Zero], shape: Zero
+        self, node: fx.Node, results: set[fx.Node], found: dict[fx.Node, bool], whole: bool
     ) -> bool:
         """Let a value be zero by letting what modules return be zero."""
         if node in results:
-            passed = Zero.THIN if node in self.passed else Zero.SINGLE
-            found[node] = max(found.get(node, shape), shape, passed)
+            found[node] = found.get(node, False) or whole
             return True
         if node.op != "call_function":
             return False
-        operands = node.all_input_nodes
-        if packet_of(node) in PRODUCTS:
-            divided = packet_of(node) in (aten.div, aten.div_)
-            tried = operands[: 1 if divided else None]
-            return any(self._zero(each, results, found, shape) for each in tried)
-        if node.target in SUMS or op_of(node).signs or op_of(node).linear or is_getitem(node):
-            return all(self._zero(each, results, found, Zero.WHOLE) for each in operands)
+        op, operands = op_of(node), node.all_input_nodes
+        factors = [each for each, power in zip(operands, op.powers) if power > 0]
+        if len(op.powers) > 1:
+            return any(self._zero(each, results, found, whole) for each in factors)
+        if op.signs or op.linear or is_getitem(node):
+            return all(self._zero(each, results, found, True) for each in operands)
         return False
-
-    @cached_property
-    def passed(self) -> set[fx.Node]:
-        """Values that a module hands on as it got them: in train mode it may do more."""
-        return {
-            node
-            for run in self.watched.runs
-            for _, node in leaves(run.out)
-            if any(node is given for _, given in leaves((run.args, run.kwargs)))
-        }
 
 
 @dataclass
@@ -251,7 +225,7 @@ class _Leaving:
         return None if found and len(dims) == len(node.meta["shape"]) else dims
 
     def gives(
-        self, zeroes: Mapping[fx.Node, Zero], known: Mapping[fx.Node, frozenset[int]]
+        self, zeroes: Mapping[fx.Node, bool], known: Mapping[fx.Node, frozenset[int]]
     ) -> tuple[str, tuple[str | None, ...]]:
         """What a stand-in returns: its holder and its items; ``None`` where none would do."""
         holder = holder_of(self.run.out) or ""
@@ -265,26 +239,22 @@ class _Leaving:
         self,
         item: object,
         path: tuple[Any, ...],
-        zeroes: Mapping[fx.Node, Zero],
+        zeroes: Mapping[fx.Node, bool],
         known: Mapping[fx.Node, frozenset[int]],
     ) -> str | None:
         if not isinstance(item, fx.Node):
             return "none"
         if path in self.kept:
             return self.kept[path]
-        zero = zeroes.get(item)
-        if zero is Zero.SINGLE:
-            return "zero"
-        found = self.nearest(item, known)
-        if found is None or not (found[1] or zero is None):
-            return "zero" if zero is None else None
+        found, whole = self.nearest(item, known), zeroes.get(item)
+        if found is None or not found[1]:
+            return None if whole else "zero"
         text = self.given[found[0]]
-        if zero is None:
+        if whole is None:  # nothing that stays depends on it
             return text
-        if item not in known:
-            return f"zeros {text}"
-        dims = ",".join(map(str, sorted(found[1])))
-        return f"zeros {text} in {dims}" if zero is Zero.THIN else None
+        if whole:
+            return f"zeros {text}" if item not in known else None
+        return f"zeros {text} in {min(found[1])}"
 
 
 def _used_after(

@@ -15,10 +15,9 @@ from functools import cached_property
 
 from torch import fx
 
-from graphprune.ops.registry import op_of, packet_of
+from graphprune.ops.registry import op_of
 from graphprune.parts.emptying import Emptying
 from graphprune.parts.stream import (
-    PRODUCTS,
     SUMS,
     covers,
     leaves,
@@ -97,7 +96,7 @@ class Finder(Emptying):
                     other = [each for each in user.all_input_nodes if each not in seen]
                     if other and any(each in self.above(node) for each in other):
                         return True
-                elif op_of(user).linear or packet_of(user) in PRODUCTS:
+                elif op_of(user).linear or len(op_of(user).powers) > 1:
                     waiting.append(user)
         return False
 

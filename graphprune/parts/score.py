@@ -16,7 +16,7 @@ from graphprune.measurement import drawn
 from graphprune.parts.find import Part
 from graphprune.record.batches import Batch, at_rest, batches, device_of, loss_of, run
 from graphprune.record.inputs import Call
-from graphprune.record.joins import Place, Sums
+from graphprune.record.joins import Place, Sums, at_zero
 
 _BATCHES = 8  # that parts are scored on
 _LEAST = 1e-12
@@ -131,12 +131,8 @@ def taylor(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
     totals = dict.fromkeys((part.name for part in parts), 0.0)
     for batch in evidence.batches:
         changes.update(dict.fromkeys(sides, 0.0))
-        inputs = batch.args if len(batch.args) != 1 else batch.args[0]
-        whole = batch.kwargs or (inputs, *batch.targets)
         with torch.enable_grad(), at_rest(evidence.model), Sums(evidence.model, seen):
-            loss = (evidence.loss or loss_of)(
-                evidence.model, whole if not batch.kwargs else batch.kwargs
-            )
+            loss = (evidence.loss or loss_of)(evidence.model, batch.whole)
         parameters = [p for p in evidence.model.parameters() if p.requires_grad]
         torch.autograd.grad(loss, parameters, allow_unused=True)
         for part in parts:
@@ -167,11 +163,7 @@ def _outputs(evidence: Evidence, sides: Sides) -> Iterator[list[Tensor]]:
 
     def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
         side = sides.get(place)
-        if side is None:
-            return func(*args, **kwargs)
-        given = [*args]
-        given[side] = torch.zeros_like(given[side])
-        return func(*given, **kwargs)
+        return func(*args, **kwargs) if side is None else at_zero(func, args, kwargs, side)
 
     for batch in evidence.batches:
         with torch.no_grad(), at_rest(evidence.model), Sums(evidence.model, seen):

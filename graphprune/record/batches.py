@@ -56,6 +56,12 @@ class Batch:
             return cls(tuple(inputs), {}, targets)
         raise InputError(f"a batch must be {_KINDS}; found {describe(batch)}")
 
+    @property
+    def whole(self) -> Any:
+        """The batch as a ``DataLoader`` yields such."""
+        inputs = self.args[0] if len(self.args) == 1 else self.args
+        return self.kwargs or (inputs, *self.targets)
+
     def to(self, device: torch.device, copy: bool = False) -> Batch:
         """The same batch with all its tensors on a device, copied where a model may write."""
         moved = pytree.tree_map_only(

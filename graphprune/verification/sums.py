@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 
 from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.plan.plan import Plan
 from graphprune.record import scope
 from graphprune.record.copying import copy_module
-from graphprune.record.joins import Place, Sums
+from graphprune.record.joins import Place, Sums, at_zero
 from graphprune.verification.follow import Undecided
 
 
@@ -49,21 +48,15 @@ class HeldForward:
                 out = self.inner(*args, **kwargs)
             else:
                 out = type(self.module).forward(self.module, *args, **kwargs)
-        missing = sorted(self._expected() - self.seen)
+        missing = sorted(self.sides.keys() - self.seen)
         if missing:
             name, place = missing[0]
             raise Undecided(f"sum {place} in the code of {name!r} does not run here")
         return out
-
-    def _expected(self) -> set[Place]:
-        """The sums that run: those in other parts that leave may not be reached any more."""
-        return {place for place in self.sides}
 
     def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:
         side = self.sides.get(place)
         if side is None:
             return func(*args, **kwargs)
         self.seen.add(place)
-        given = [*args]
-        given[side] = torch.zeros_like(given[side].detach())
-        return func(*given, **kwargs)
+        return at_zero(func, args, kwargs, side)
