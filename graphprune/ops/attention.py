@@ -109,10 +109,10 @@ def attention(
         key, value = (_repeated(other, query.shape[-3]) for other in (key, value))
     query, key = inward_both(walk, query, key, turned=False)
     contract(walk, query, key, ndim - 1, ndim - 1)
-    turned = tuple(layer.transpose(-1, -2) for layer in free(key, ndim - 1))
+    turned = tuple(layer.transpose(-1, -2) for layer in free(walk, key, ndim - 1))
     length = key.shape[-2]
     sides = [
-        Value((*query.shape[:-1], 1), tuple(free(query, ndim - 1))),
+        Value((*query.shape[:-1], 1), tuple(free(walk, query, ndim - 1))),
         Value((*key.shape[:-2], 1, length), turned),
     ]
     scores = walk.broadcast([*sides, *masks], ndim)
@@ -122,8 +122,8 @@ def attention(
     weights = Value((*query.shape[:-1], length), kept)
     contract(walk, weights, value, ndim - 1, ndim - 2)
     sides = [
-        Value((*query.shape[:-1], 1), tuple(free(weights, ndim - 1))),
-        Value((*value.shape[:-2], 1, value.shape[-1]), tuple(free(value, ndim - 2))),
+        Value((*query.shape[:-1], 1), tuple(free(walk, weights, ndim - 1))),
+        Value((*value.shape[:-2], 1, value.shape[-1]), tuple(free(walk, value, ndim - 2))),
     ]
     return walk.broadcast(sides, ndim)
 

@@ -37,8 +37,8 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
                 walk.collapse(layer, {dim})
         sides.append([layer.reshape(-1) for layer in pure])
     here, there = sides
-    walk.write(left, [right], free(left, left_dim))
-    walk.write(right, [left], free(right, right_dim))
+    walk.write(left, [right], free(walk, left, left_dim))
+    walk.write(right, [left], free(walk, right, right_dim))
     for value, other, own, others in ((left, right, here, there), (right, left, there, here)):
         for ids in own:
             if not others:
@@ -51,14 +51,14 @@ def contract(walk: Walk, left: Value, right: Value, left_dim: int, right_dim: in
         walk.mask(*sides[0], *sides[1])
 
 
-def free(value: Value, dim: int) -> list[Tensor]:
+def free(walk: Walk, value: Value, dim: int) -> list[Tensor]:
     """The layers of a value that remain when ``dim`` is summed away (kept with size 1)."""
     rest = []
     for layer in value.layers:
         if layer.shape[dim] == 1:
             rest.append(layer)
         elif len(varying(layer)) > 1:
-            rest.append(layer.narrow(dim, 0, 1))
+            rest.append(walk.row(layer, {dim}))
     return rest
 
 
@@ -141,7 +141,7 @@ def mm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[n, k] @ [k, m]``."""
     left, right = _read(walk, left, right, 1, 0)
     contract(walk, left, right, 1, 0)
-    return (*free(left, 1), *free(right, 0))
+    return (*free(walk, left, 1), *free(walk, right, 0))
 
 
 @declare(
@@ -160,9 +160,9 @@ def linear(walk: Walk, node: fx.Node, x: Value, weight: Value, bias: Value | Non
                        weight.constant, weight.given, weight.linear)  # fmt: skip
     x = walk.read_along(x, x.ndim - 1)
     contract(walk, x, weight, x.ndim - 1, 1)
-    out = [layer.reshape(-1) for layer in free(weight, 1)]
+    out = [layer.reshape(-1) for layer in free(walk, weight, 1)]
     shape = (*x.shape[:-1], weight.shape[0])
-    layers = [*free(x, x.ndim - 1), *(along(ids, x.ndim - 1, x.ndim) for ids in out)]
+    layers = [*free(walk, x, x.ndim - 1), *(along(ids, x.ndim - 1, x.ndim) for ids in out)]
     product = Value(shape, tuple(layers))
     found = product.layers if bias is None else walk.broadcast([product, bias], x.ndim)
     return tuple(layer.reshape(layer.shape[: len(node.meta["shape"])]) for layer in found)
@@ -184,7 +184,7 @@ def matmul(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     dims = wide_left.ndim - 1, wide_right.ndim - 2
     wide_left, wide_right = _read(walk, wide_left, wide_right, *dims)
     contract(walk, wide_left, wide_right, wide_left.ndim - 1, wide_right.ndim - 2)
-    a, b = (tuple(free(v, d)) for v, d in
+    a, b = (tuple(free(walk, v, d)) for v, d in
             ((wide_left, wide_left.ndim - 1), (wide_right, wide_right.ndim - 2)))  # fmt: skip
     sides = [
         Value((*wide_left.shape[:-1], 1), a),
@@ -223,7 +223,7 @@ def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_
 def mv(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[n, k] @ [k]``."""
     contract(walk, left, right, 1, 0)
-    return tuple(layer.reshape(-1) for layer in free(left, 1))
+    return tuple(layer.reshape(-1) for layer in free(walk, left, 1))
 
 
 @declare(aten.dot, aten.vdot, factors=of_others, sample=of((4,), (4,)))
@@ -241,7 +241,11 @@ def bmm(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     b, n, _ = left.shape
     m = right.shape[2]
     return walk.broadcast(
-        [Value((b, n, 1), tuple(free(left, 2))), Value((b, 1, m), tuple(free(right, 1)))], 3
+        [
+            Value((b, n, 1), tuple(free(walk, left, 2))),
+            Value((b, 1, m), tuple(free(walk, right, 1))),
+        ],
+        3,
     )
 
 

@@ -85,13 +85,13 @@ def convolution(
     weight = replace(weight, layers=walk.settle(weight, range(2, ndim), Natural.KERNEL))
     out_channels = node.meta["shape"][1]
     x = walk.read_along(x, 1) if groups == 1 else x
-    rows = free(x, 1)
+    rows = free(walk, x, 1)
     for layer in x.on(1):
         walk.collapse(layer, {1} if len(varying(layer)) > 1 else ())
     if groups == 1:
         in_dim = 0 if transposed else 1
         contract(walk, x, weight, 1, in_dim)
-        own = [layer.reshape(-1) for layer in free(weight, in_dim)]
+        own = [layer.reshape(-1) for layer in free(walk, weight, in_dim)]
     else:
         own = _grouped(walk, x, weight, groups, transposed, out_channels)
     product = Value(
@@ -187,6 +187,6 @@ def deform_conv2d(
     x = replace(x, layers=walk.settle(x, mixed, "convolution over channels"))
     weight = replace(weight, layers=walk.settle(weight, {2, 3}, "kernel size"))
     contract(walk, x, weight, 1, 1)
-    own = [along(layer.reshape(-1), 1, 4) for layer in free(weight, 1)]
+    own = [along(layer.reshape(-1), 1, 4) for layer in free(walk, weight, 1)]
     shaped = Value((1, *bias.shape, 1, 1), tuple(along(ids, 1, 4) for ids in bias.layers))
     return walk.broadcast([Value(node.meta["shape"], tuple(own)), shaped], 4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+from torch import Tensor
+
 from graphprune.ops.ids import align, varying
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
@@ -16,11 +18,13 @@ def inward(walk: Walk, value: Value, dims: Iterable[int]) -> Value:
     Ids that vary over a summed dimension and another one (heads x width) are then tied along
     the other one: the same columns go in all heads. Otherwise whole heads go.
     """
-    layers = []
+    layers: list[Tensor] = []
     for layer in value.layers:
         others = varying(layer) - set(dims)
         inside = walk.attention == "head_dim" and others and varying(layer) != others
-        layers.append(walk.collapse(layer, others) if inside else layer)
+        if inside:
+            walk.collapse(layer, others)
+        layers += walk.sides(layer, others) if inside else [layer]
     return replace(value, layers=tuple(layers))
 
 
@@ -40,15 +44,13 @@ def inward_both(walk: Walk, left: Value, right: Value, turned: bool) -> tuple[Va
         if a.shape == b.shape and b.shape[-2] == 1:
             walk.tie(a, b)
             walk.align(a, varying(a) - {ndim - 1})
-            return _first_head(left, dims[0]), _first_head(right, dims[1])
+            return _one_head(walk, left, dims[0]), _one_head(walk, right, dims[1])
     return inward(walk, left, dims[:1]), inward(walk, right, dims[1:])
 
 
-def _first_head(value: Value, dim: int) -> Value:
-    layers = []
+def _one_head(walk: Walk, value: Value, dim: int) -> Value:
+    layers: list[Tensor] = []
     for layer in value.layers:
-        if layer.shape[dim] > 1:
-            for other in varying(layer) - {dim}:
-                layer = layer.narrow(other, 0, 1)
-        layers.append(layer)
+        others = varying(layer) - {dim}
+        layers += walk.sides(layer, others) if others and layer.shape[dim] > 1 else [layer]
     return replace(value, layers=tuple(layers))

@@ -46,6 +46,14 @@ def compact(full: Tensor) -> Tensor:
     return full
 
 
+def first_along(layer: Tensor, dims: Iterable[int]) -> Tensor:
+    """The first places of a layer along ``dims``."""
+    for dim in dims:
+        if layer.shape[dim] > 1:
+            layer = layer.narrow(dim, 0, 1)
+    return layer
+
+
 def spread(layer: Tensor, shape: Sequence[int], dims: Iterable[int] | None = None) -> Tensor:
     """Expand a layer (without memory) to ``shape``, or only along ``dims``."""
     wanted = range(len(shape)) if dims is None else dims
@@ -174,10 +182,7 @@ class Ties:
 
     def collapse(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
         """Tie everything along ``dims`` and return the layer without them."""
-        first = layer
-        for dim in dims:
-            if first.shape[dim] > 1:
-                first = first.narrow(dim, 0, 1)
+        first = first_along(layer, dims)
         if first is not layer:
             self.tie(first, layer)
         return first

@@ -194,7 +194,7 @@ def grouped_mm(
         wide = 16 // node.meta["dtype"].itemsize
         for layer in (*x.layers, *weight.layers):
             _in_blocks(walk, layer.flatten(), wide)
-    return tuple(layer.squeeze(0) for layer in free(weight, 1))
+    return tuple(layer.squeeze(0) for layer in free(walk, weight, 1))
 
 
 def _in_blocks(walk: Walk, ids: Tensor, width: int) -> None:

@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.calls import target_of
-from graphprune.ops.ids import Alternatives, Layers, Shape, Ties, Way, align, along, varying
+from graphprune.ops.ids import (
+    Alternatives,
+    Layers,
+    Shape,
+    Ties,
+    Way,
+    align,
+    along,
+    first_along,
+    varying,
+)
 from graphprune.ops.marks import Marks, Statistics
 from graphprune.ops.registry import Op, op_name, op_of
 from graphprune.ops.values import Natural, Reason, Value
@@ -44,7 +54,15 @@ def _is_linear(op: Op, inputs: Sequence[Value]) -> bool:
 
 @dataclass
 class Walk:
-    """What rules are applied with, node by node: they write to its ties and its marks."""
+    """What rules are applied with, node by node: they write to its ties and its marks.
+
+    Where a plan is followed instead of made, ``by_blocks``, ``row`` and ``leaves`` ask it.
+
+    Attributes:
+        by_blocks: whether a grid that a node reads along a dimension is cut along this one.
+        row: what stands for a layer along some dimensions, of size 1 there.
+        leaves: whether any ids of a layer are known to leave.
+    """
 
     ties: Ties
     slots: Callable[[str], Value | None]
@@ -55,6 +73,8 @@ class Walk:
     copied: list[tuple[int, int]] = field(default_factory=list)
     unused: set[fx.Node] = field(default_factory=set)
     by_blocks: Callable[[fx.Node, Tensor, int], bool] = lambda node, layer, dim: False
+    row: Callable[[Tensor, Iterable[int]], Tensor] = first_along
+    leaves: Callable[[Tensor], bool] = lambda layer: False
     crossed: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
     node: fx.Node | None = None
 
@@ -172,8 +192,20 @@ class Walk:
         self.ties.tie(a, b)
 
     def collapse(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
-        """Tie the ids of a layer along ``dims``."""
-        return self.ties.collapse(layer, dims)
+        """Tie the ids of a layer along ``dims`` and return what stands for it there."""
+        row = self.row(layer, dims)
+        if row is not layer:
+            self.tie(row, layer)
+        return row
+
+    def sides(self, layer: Tensor, dims: Iterable[int]) -> Layers:
+        """What stands for a grid along ``dims``; of one that was cut both ways, its other side too.
+
+        Several plans in a row cut a grid (heads x width) along either side.
+        """
+        side = self.row(layer, varying(layer) - set(dims))
+        row = self.row(layer, dims)
+        return (row, side) if self.leaves(side) else (row,)
 
     def align(self, layer: Tensor, dims: Iterable[int]) -> None:
         """Parts along ``dims`` that must stay equally large: they keep equal columns."""
@@ -334,13 +366,15 @@ class Walk:
         The grid is cut along its other side, which the result still has (``crossed`` tells what
         leaves then), or along this one where ``by_blocks`` says so.
         """
-        layers = []
+        layers: list[Tensor] = []
         for layer in value.layers:
             others = varying(layer) - {dim}
             if layer.shape[dim] > 1 and others and self.node is not None:
                 self.crossed.append((self.node, layer.narrow(dim, 0, 1)))
-                blocks = self.by_blocks(self.node, layer, dim)
-                layer = self.collapse(layer, others) if blocks else layer
+                if self.by_blocks(self.node, layer, dim):
+                    self.collapse(layer, others)
+                    layers += self.sides(layer, others)
+                    continue
             layers.append(layer)
         return replace(value, layers=tuple(layers))
 

@@ -234,8 +234,8 @@ class Dispatch(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> object:
         recorder, kwargs = self.recorder, kwargs or {}
-        if recorder.device == "meta" and _mixed((args, kwargs)) and _meta((args, kwargs)):
-            args, kwargs = pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
+        if recorder.device == "meta":
+            args, kwargs = on_one_device(recorder, func, args, kwargs)
         on_meta = recorder.device == "meta"
         moves = torch.Tag.inplace_view in func.tags and not recorder.opaque
         before = recorder.plain(args) if moves else None  # it is read where it was
@@ -278,16 +278,33 @@ def _names(func: object) -> tuple[str, ...]:
     return code.co_varnames[: code.co_argcount] if code is not None else ()
 
 
+def on_one_device(recorder: Any, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments of an op on ``meta``, where constants of the code that lie elsewhere come too.
+
+    Raises:
+        RuntimeError: the op would write what it computes into one of these; it is not the same one
+            that the code goes on with.
+    """
+    if not (_mixed((args, kwargs)) and _meta((args, kwargs))):
+        return args, kwargs
+    named = dict(zip((argument.name for argument in func._schema.arguments), args)) | kwargs
+    for argument in func._schema.arguments:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        if written and _mixed(named.get(argument.name)):
+            raise RuntimeError(f"{func} writes on another device than the one it reads on")
+    return pytree.tree_map_only(Tensor, _to_meta(recorder), (args, kwargs))
+
+
 def _to_meta(recorder: Any) -> Callable[[Tensor], Tensor]:
     """Moves constants that live on another device to meta, keeping their node."""
 
     def move(tensor: Tensor) -> Tensor:
         if tensor.is_meta:
             return tensor
-        moved = torch.empty_like(tensor, device="meta")
-        node = recorder.node_of(tensor)
-        recorder.nodes[id(moved)] = node
-        recorder.alive.append(moved)
+        with _plain():
+            moved = torch.empty_like(tensor, device="meta")
+        if not recorder.opaque:  # else it is inside of an op, which has its node already
+            recorder.identity.put(moved, recorder.node_of(tensor))
         return moved
 
     return move

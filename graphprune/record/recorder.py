@@ -24,7 +24,7 @@ from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
 from graphprune.record.identity import Identity, storage_key
-from graphprune.record.modes import TORCH, Dispatch, EvalFlag, Functions, lost
+from graphprune.record.modes import TORCH, Dispatch, EvalFlag, Functions, lost, on_one_device
 from graphprune.record.sites import Site, computes_floats, find_site, forward_of
 from graphprune.record.sizes import (
     CONTAINERS,
@@ -261,13 +261,15 @@ class Recorder:
 
     def whole(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a composite op and record it as one node."""
-        self.opaque = True
         schema: Any = target._schema
         tensors = [a.name for a in schema.arguments[len(args) : 3] if a.name in kwargs]
         args = (*args, *(kwargs[name] for name in tensors))
         kwargs = {name: value for name, value in kwargs.items() if name not in tensors}
+        on_meta = self.device == "meta"
+        if on_meta:
+            args, kwargs = on_one_device(self, target, args, kwargs)
+        self.opaque = True
         try:
-            on_meta = self.device == "meta"
             kernel = op_of(target).kernel or target
             out = run_on_meta(target, args, kwargs) if on_meta else kernel(*args, **kwargs)
         finally:

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from graphprune.channels.analysis import integers_in, slots_of
 from graphprune.errors import GraphPruneError
 from graphprune.ops.calls import FUNCTORCH
-from graphprune.ops.ids import Alternatives, Ties
+from graphprune.ops.ids import Alternatives, Ties, first_along
 from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 from graphprune.plan.plan import Plan
@@ -29,6 +29,7 @@ from graphprune.record.tensors import held_tensors
 from graphprune.verification.calls import Calls
 
 _UNKNOWN, _STAYS, _GONE = 0, 1, 2
+_RANK = np.array([1, 2, 0])  # of these, in a row that stands or falls as a whole
 
 
 @contextlib.contextmanager
@@ -71,8 +72,31 @@ class Fates:
         return found
 
     def any_gone(self, layer: Tensor) -> bool:
-        """Whether any of the ids of a layer leaves."""
-        return bool((self.known[layer.numpy()] == _GONE).any())
+        """Whether any of the ids of a layer is known to leave."""
+        return bool((self._known(layer) == _GONE).any())
+
+    def row(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
+        """What stands for a layer along some dimensions: what stays of it, if anything does.
+
+        Of a grid that several plans cut both ways, the first row or column may have left while
+        others stay.
+        """
+        dims = [dim for dim in dims if layer.shape[dim] > 1]
+        first = first_along(layer, dims)
+        if not dims or bool((self._known(first) == _STAYS).all()):
+            return first
+        kept = [dim for dim in range(layer.dim()) if dim not in dims]
+        ids = layer.permute(*kept, *dims).flatten(len(kept))
+        best = torch.from_numpy(_RANK[self._known(ids)]).argmax(-1, keepdim=True)
+        return ids.gather(-1, best).reshape(first.shape)
+
+    def _known(self, layer: Tensor) -> np.ndarray:
+        """What is known of the ids of a layer."""
+        ids = layer.numpy()
+        if ids.size and int(ids.max()) >= self.walk.first_fresh:
+            self.update()
+        known: np.ndarray = self.known[ids]
+        return known
 
     def gone(self, ids: Tensor) -> np.ndarray:
         """Those ids of parameters that leave."""
@@ -156,7 +180,13 @@ class Follower:
         numbers = integers_in(held_tensors(module))
         attention = plan.request.get("attention", "heads")
         self.walk = Walk(
-            ties, lambda name: moving.get(name), attention, numbers.get, by_blocks=self._by_blocks
+            ties,
+            lambda name: moving.get(name),
+            attention,
+            numbers.get,
+            by_blocks=self._by_blocks,
+            row=lambda layer, dims: self.fates.row(layer, dims),
+            leaves=lambda layer: self.fates.any_gone(layer),
         )
         starts = {(slot.tensor, slot.dim): slot.start for slot in slots}
         self.fates = Fates(self.walk, plan, starts)

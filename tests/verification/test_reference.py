@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
 
@@ -162,6 +163,49 @@ def test_two_rounds_of_columns_and_whole_groups():
     masked = graphprune.mask(net, twice.graphprune_plan)
     close(masked(x), twice(x))
     assert graphprune.verify(net, twice, x).verdict == "equal"
+
+
+CUT_BOTH_WAYS = (
+    "attention_scaled_by_a_shape",
+    "attention_fused_causal_own_scale",
+    "attention_by_einsum",
+    "attention_gated_by_head",
+    "packed_attention_sliced",
+)
+
+
+@pytest.mark.parametrize("name", CUT_BOTH_WAYS)
+def test_heads_in_one_round_and_columns_in_another(name):
+    """Of heads x width, the first head and the first column may both have left."""
+    entry = ZOO[name]
+    model, inputs = entry.build(), entry.inputs()
+    for orders in (("heads", "head_dim"), ("head_dim", "heads")):
+        small = model
+        for attention in orders:
+            graph = graphprune.trace(small, inputs, attention=attention)
+            small = graphprune.rebuild(small, graph.plan(0.4, criterion="random", seed=0))
+        assert graphprune.verify(model, small, inputs).difference < 1e-10
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_columns_of_a_layer_of_torch_that_has_lost_heads(weights):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c = nn.Linear(6, 16), nn.Linear(16, 3)
+            self.b = nn.MultiheadAttention(16, 4, batch_first=True)
+
+        def forward(self, x):
+            x = self.a(x)
+            return self.c(self.b(x, x, x, need_weights=weights)[0])
+
+    torch.manual_seed(0)
+    model, x = Model().double().eval(), drawn(2, 5, 6)
+    small = model
+    for attention in ("heads", "head_dim"):
+        graph = graphprune.trace(small, x, attention=attention)
+        small = graphprune.rebuild(small, graph.plan(0.5, criterion="random", seed=0))
+    close(graphprune.mask(model, small.graphprune_plan)(x), small(x))
 
 
 class Ratio(nn.Module):
