@@ -180,12 +180,11 @@ def _values(record: Record) -> list[fx.Node]:
 
 def _depends_on_values(node: fx.Node) -> bool:
     """Whether the shape of a result depends on values: selected boxes, say."""
+    if getattr(node.target, "overloadpacket", None) is aten.index:
+        return any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
     tags = getattr(node.target, "tags", ())
-    packet = getattr(node.target, "overloadpacket", None)
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return True
-    if packet is aten.index:
-        return any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
     return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims")
 
 

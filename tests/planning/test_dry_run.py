@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.strategies import Spec
+from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
 
@@ -258,6 +259,18 @@ def test_how_many_rows_values_choose_is_another_matter():
     assert small.stem.out_features == 8
     assert len(small(x)) != len(model(x)), "or this shows nothing"
     assert graphprune.verify(model, small, x).difference < 1e-10
+
+
+def test_rows_of_a_table_are_as_many_as_asked_for():
+    """Places chosen by whole numbers hide nothing of what is run behind them."""
+    entry = ZOO["window_attention"]
+    model, x = entry.build(), entry.inputs()
+    small = model
+    for ratio, seed in ((0.4, 0), (0.5, 1)):
+        plan = graphprune.trace(small, x).plan(ratio, criterion="random", seed=seed)
+        small = graphprune.rebuild(small, plan)
+    assert graphprune.verify(model, small, x).difference < 1e-10
+    assert small.thing.inner.attention.qkv.out_features == 18, "two of four heads of three"
 
 
 class Literal(nn.Module):
