@@ -10,6 +10,7 @@ from graphprune.planning.options import Options
 from graphprune.verification.masked import mask
 from graphprune.verification.report import verify
 from graphprune.version import __version__ as __version__
+from graphprune.vocabulary.trim import trim_vocabulary
 
 __all__ = [  # and __version__, which a star does not import
     "ChannelGraph",
@@ -23,6 +24,7 @@ __all__ = [  # and __version__, which a star does not import
     "rebuild",
     "save",
     "trace",
+    "trim_vocabulary",
     "verify",
 ]
 

@@ -23,6 +23,7 @@ from graphprune.masks.plans import check_request, dead_channels, told_of_nothing
 from graphprune.parts.choose import Chooser
 from graphprune.parts.find import Finder, Part
 from graphprune.plan.plan import CELL, MAKERS, Cost, Plan
+from graphprune.plan.vocabulary import for_small
 from graphprune.planning.costs import cost
 from graphprune.planning.make import assemble, check_follows, check_kept, make_plan
 from graphprune.planning.options import Options, Request
@@ -428,6 +429,7 @@ def _shrunk(model: nn.Module, plan: Plan, call: Call | None, inplace: bool) -> n
     with whole_or_not(model, written(plan)) if inplace else contextlib.nullcontext():
         small = shrink(model, plan, inplace=inplace)
         if before is not None:
+            call = None if call is None else for_small(call, small, plan.vocabularies)
             follow_config(small, before, call)
         return small
 

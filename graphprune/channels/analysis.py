@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -16,10 +16,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 
 from graphprune.channels.resolve import Units, resolve
-from graphprune.ops.ids import Pairs, Shape, Ties, along
+from graphprune.channels.slots import Rows, Slot, integers_in, slots_of
+from graphprune.ops.ids import Pairs, Shape, Ties
 from graphprune.ops.marks import Marks, Statistics
 from graphprune.ops.values import Natural, Reason, Value
 from graphprune.ops.walk import Walk
+from graphprune.plan.vocabulary import Vocabulary
 from graphprune.record.layers import remembered
 from graphprune.record.recorder import Record
 from graphprune.record.sizes import Comparison, attributes, expression
@@ -33,28 +35,6 @@ from graphprune.record.tensors import (
 )
 
 _PROJECTION = re.compile(r"\bweight_hr_l\d+(_reverse)?$")  # [projected, hidden] of an LSTM
-
-
-@dataclass(frozen=True)
-class Slot:
-    """One dimension of one parameter or buffer, with the range of ids of its slices."""
-
-    tensor: str
-    dim: int
-    start: int
-    size: int
-    weight: bool  # a parameter of two or more dimensions
-    parameter: bool
-
-    @property
-    def module(self) -> str:
-        """The qualified name of the module that holds the tensor."""
-        return self.tensor.rpartition(".")[0]
-
-    @property
-    def layer(self) -> str:
-        """The module, for people; the tensor itself, where the model holds it."""
-        return self.module or self.tensor
 
 
 @dataclass(frozen=True)
@@ -150,16 +130,21 @@ class Analysis:
     shapes: Mapping[str, tuple[Shape, int, bool]] = field(repr=False)
     remembered: tuple[Comparison, ...] = ()  # sizes of torch's layers that code of the model reads
     later: Later = Later()
+    vocabulary: Vocabulary | None = None  # of which ids leave with the rows
     _last: list[Pruned] = field(default_factory=list, repr=False)  # what was asked for last
 
     @classmethod
     def build(
-        cls, model: nn.Module, records: Sequence[Record], attention: str = "heads"
+        cls,
+        model: nn.Module,
+        records: Sequence[Record],
+        attention: str = "heads",
+        rows: Rows | None = None,
     ) -> Analysis:
         """Analyse recorded forward passes of a model; see ``trace`` for ``attention``."""
         turned: set[fx.Node] = set()  # where blocks leave, as nothing in them can
         while True:
-            slots, walk, units = _walked(model, records, attention, turned)
+            slots, walk, units = _walked(model, records, attention, turned, rows)
             stuck = {node for node, ids in walk.crossed if units.stay(ids)} - turned
             if not stuck:
                 break
@@ -312,13 +297,19 @@ class Pruned:
 
 
 def _walked(
-    model: nn.Module, records: Sequence[Record], attention: str, turned: Set[fx.Node]
+    model: nn.Module,
+    records: Sequence[Record],
+    attention: str,
+    turned: Set[fx.Node],
+    rows: Rows | None,
 ) -> tuple[tuple[Slot, ...], Walk, Units]:
     """The walk over recorded forward passes, and the units that it leaves."""
     ties = Ties()
     slots, values = slots_of(model, ties)
     walk = Walk(ties, values.get, attention, integers_in(named_tensors(model)).get)
     walk.by_blocks = lambda node, layer, dim: node in turned
+    if rows is not None:
+        rows.free(walk, slots)
     for record in records:  # ids made from here on belong to no parameter
         walk.run(record.graph)
     _tie_unread(model, records, values, ties)
@@ -352,31 +343,6 @@ def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Compari
         owners = {leaf.module for item in read for leaf in attributes(item)}
         nodes = {str(node.target): node for node in record.graph.nodes if node.op == "get_attr"}
         yield from remembered(model, owners, nodes) if owners else ()
-
-
-def integers_in(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The vectors of integers: they may name channels."""
-    return {
-        name: tensor.detach().cpu()
-        for name, tensor in tensors
-        if tensor.dtype == torch.int64 and tensor.dim() == 1 and not tensor.is_meta
-    }
-
-
-def slots_of(model: nn.Module, ties: Ties) -> tuple[tuple[Slot, ...], dict[str, Value]]:
-    """All dimensions of all parameters and buffers, with ids of their own for every slice."""
-    slots, values = [], {}
-    parameters = {id(p) for p in model.parameters()}
-    for name, tensor in held_tensors(model):
-        layers = []
-        for dim, size in enumerate(tensor.shape):
-            if size > 1:
-                ids = ties.fresh(size)
-                weight = id(tensor) in parameters and tensor.dim() > 1
-                slots.append(Slot(name, dim, int(ids[0]), size, weight, id(tensor) in parameters))
-                layers.append(along(ids, dim, tensor.dim()))
-        values[name] = Value(tuple(tensor.shape), tuple(layers), constant=True, linear=True)
-    return tuple(slots), values
 
 
 def _tables(graph: Analysis) -> Iterator[tuple[Tensor, Reason]]:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from graphprune.channels.analysis import Analysis, Group, Member, Slot
+from graphprune.channels.analysis import Analysis, Group, Member
 from graphprune.channels.resolve import Units
+from graphprune.channels.slots import Slot
 from graphprune.ops.calls import args_of
 from graphprune.ops.ids import varying
 from graphprune.plan.plan import SlotPlan

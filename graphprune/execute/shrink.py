@@ -13,6 +13,7 @@ from graphprune.errors import GraphPruneError, PlanError
 from graphprune.execute.emptied import empty, left_of, remaining, stood_for
 from graphprune.execute.fold import fold, merged, recompute_masked
 from graphprune.execute.forward import rewrite_forward
+from graphprune.execute.ids import follow_ids
 from graphprune.execute.rollback import replace_data, whole_or_not
 from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
@@ -112,6 +113,7 @@ def _follow(model: nn.Module, plan: Plan) -> None:
         _resize(model.get_submodule(change.module), change)
     for _, module in named_modules(model):
         refresh(module)
+    follow_ids(model, plan)
     rewrite_forward(model, plan.literals)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,9 @@ class Walk:
     leaves: Callable[[Tensor], bool] = lambda layer: False
     crossed: list[tuple[fx.Node, Tensor]] = field(default_factory=list)
     node: fx.Node | None = None
+    rows: Tensor | None = None  # ids of rows that may leave, though tables and outputs hold them
+    lookups: Set[fx.Node] = frozenset()  # ops that read such rows by ids
+    returned: list[Tensor] = field(default_factory=list)  # what outputs hold, where there are any
 
     def __post_init__(self) -> None:
         self.first_fresh = self.ties.size
@@ -96,7 +99,10 @@ class Walk:
                 self.values[node] = value or Value(node.meta["shape"], constant=True)
             elif node.op == "output":
                 for value in self._values(node.args):
-                    self.freeze_value(value, Reason(Natural.OUTPUT))
+                    if self.rows is None:
+                        self.freeze_value(value, Reason(Natural.OUTPUT))
+                    else:
+                        self.returned += value.layers
             elif node.target is not operator.getitem:
                 self.apply(node)
         self.finish()
@@ -104,6 +110,19 @@ class Walk:
     def finish(self) -> None:
         """What is known only when all ops were seen."""
         self.marks.finish(self.ties)
+        if self.rows is not None and self.returned:
+            labels = torch.from_numpy(self.ties.components())
+            for layer in self.returned:
+                ids = layer.reshape(-1)
+                free = torch.isin(labels[ids], labels[self.rows])
+                self.ties.freeze(ids[~free], Reason(Natural.OUTPUT))
+            self.returned = []
+
+    def _looked_up(self, layer: Tensor) -> bool:
+        """Whether the current op reads rows that may leave by ids, which leave with them."""
+        if self.rows is None or self.node not in self.lookups:
+            return False
+        return bool(torch.isin(layer, self.rows).all())
 
     def apply(self, node: fx.Node) -> None:
         """Apply the rule of one op to the values that it reads."""
@@ -242,7 +261,8 @@ class Walk:
         kept = []
         for layer in value.layers:
             if varying(layer) <= dims:
-                self.freeze(layer, text)
+                if not self._looked_up(layer):
+                    self.freeze(layer, text)
             else:
                 kept.append(self.collapse(layer, dims))
         return tuple(kept)

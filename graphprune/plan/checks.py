@@ -36,6 +36,7 @@ from graphprune.plan.changes import (
     SlotPlan,
     StandIn,
 )
+from graphprune.plan.vocabulary import problems
 from graphprune.record.sites import (
     INNER_SIZES,
     TIMES,
@@ -60,6 +61,8 @@ _GIVES = re.compile(
     re.ASCII,
 )
 _BOOKKEEPING = frozenset(vars(nn.Module()))
+_CHANGES = ("slots", "sizes", "literals", "indices", "scales", "biases", "cuts", "stand_ins",
+            "vocabularies")  # fmt: skip
 # The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
 SIZES = frozenset({
     "in_channels", "out_channels", "groups", "in_features", "out_features", "in1_features",
@@ -81,7 +84,7 @@ def check_alone(plan: object, name: str = "the plan") -> None:
 
 
 def _problems(plan: Any) -> Iterator[str]:
-    for field in ("slots", "sizes", "literals", "indices", "scales", "biases", "cuts", "stand_ins"):
+    for field in _CHANGES:
         counts = Counter(change.key for change in getattr(plan, field))
         yield from (f"two {field} for {key}" for key, count in counts.items() if count > 1)
     for slot in (*plan.slots, *plan.zeroed):
@@ -94,6 +97,7 @@ def _problems(plan: Any) -> Iterator[str]:
         if not _increasing(group.kept, group.size):
             yield f"the channels of group {group.name!r} are not in order, or too large"
     yield from _wrong_values(plan)
+    yield from problems(plan)
     request = plan.request
     while request:
         if not isinstance(request, Mapping):

@@ -30,6 +30,7 @@ from graphprune.plan.changes import (
 )
 from graphprune.plan.checks import check_alone, check_on
 from graphprune.plan.coding import decode, encode, loads, runs
+from graphprune.plan.vocabulary import Vocabulary
 from graphprune.record.tensors import fingerprint, mark, named_tensors
 from graphprune.text import render, share, shorten
 
@@ -40,8 +41,8 @@ MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, 
 PLURAL = {"block": "blocks", "branch": "branches"}
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "Cut", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange",
-           "PartPlan", "Plan", "Rescale", "SizeChange", "SlotPlan", "StandIn", "carry",
-           "plan_of", "runs"]  # fmt: skip
+           "PartPlan", "Plan", "Rescale", "SizeChange", "SlotPlan", "StandIn",
+           "Vocabulary", "carry", "plan_of", "runs"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Plan:
     parts: tuple[PartPlan, ...] = ()  # that leave whole
     cuts: tuple[Cut, ...] = ()  # what counts as zero for them
     stand_ins: tuple[StandIn, ...] = ()  # what takes the place of their modules
+    vocabularies: tuple[Vocabulary, ...] = ()  # of which ids leave
     weights: float | None = None  # a mark of the weights that these belong to
     notes: tuple[str, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
@@ -106,6 +108,12 @@ class Plan:
             left &= set(range(places) if told is None else told)
             request = request.get("after") or {}
         return sorted(left)
+
+    @property
+    def widths(self) -> tuple[SlotPlan, ...]:
+        """The slots without the rows of vocabularies, which are read where their ids are given."""
+        rows = {row for vocabulary in self.vocabularies for row in vocabulary.rows}
+        return tuple(slot for slot in self.slots if slot.key not in rows)
 
     @property
     def removed(self) -> int:
@@ -284,6 +292,7 @@ class Plan:
             parts=(*self.parts, *later.parts),
             cuts=chain(self.cuts, later.cuts),
             stand_ins=chain(self.stand_ins, later.stand_ins),
+            vocabularies=chain(self.vocabularies, later.vocabularies),
             weights=self.weights,
             notes=(*self.notes, *later.notes),
             evaluated=self.evaluated or later.evaluated,
@@ -303,6 +312,7 @@ class Plan:
                 shorten(group.layers, width=CELL),
             )
             for group in self.groups
+            if len(group.kept) < group.size or not self.vocabularies
         ]
         title = (
             f"parameters {self.before.params:,} -> {self.after.params:,} "
@@ -313,8 +323,9 @@ class Plan:
         names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
         folded = [f"constants go to {shorten(names)}"] if names else []
         table = render(title, ("group", "channels", "kind", "layers"), rows)
-        table = title if self.parts and not rows else table
-        return "\n".join((table, *self.told_parts(), *folded, *self.notes))
+        table = title if (self.parts or self.vocabularies) and not rows else table
+        told = (*self.told_parts(), *map(str, self.vocabularies))
+        return "\n".join((table, *told, *folded, *self.notes))
 
     def told_parts(self) -> list[str]:
         """The parts that leave, a line for each kind."""

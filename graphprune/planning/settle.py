@@ -258,6 +258,15 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, solved: adapt.Changes) -> P
         for name, ids in analysis.marks.renumbered.items()
         if (values := analysis.integers.get(name)) is not None and not alive[ids].all()
     ]
+    ids = analysis.vocabulary
+    rows = next((slot.kept for slot in slots if ids and slot.key in ids.rows), None)
+    ids = ids if ids is None or rows is None else replace(ids, kept=rows)
     return Plan(
-        analysis.architecture, (), tuple(slots), tuple(sizes), tuple(literals), tuple(indices)
+        analysis.architecture,
+        (),
+        tuple(slots),
+        tuple(sizes),
+        tuple(literals),
+        tuple(indices),
+        vocabularies=() if ids is None else (ids,),
     )

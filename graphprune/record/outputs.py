@@ -84,6 +84,12 @@ def fields(out: object) -> Any:
     return vars(out) if hasattr(out, "__dict__") else out
 
 
+def named_leaves(out: object) -> list[tuple[str, Tensor]]:
+    """The tensors in an output, in order, each with the way to it: ``"['logits']"``."""
+    found = pytree.tree_flatten_with_path(fields(out))[0]
+    return [(pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, Tensor)]
+
+
 def _is_name(value: object) -> bool:
     if isinstance(value, tuple):
         return bool(value) and all(map(_is_name, value))

@@ -72,6 +72,7 @@ class Record:
     state: list[fx.Node] = field(default_factory=list)  # tensors in objects that are returned
     counted: frozenset[int] | None = None  # places of those that count; all
     output_spec: object = None
+    output_names: list[str] = field(default_factory=list)  # the ways to the tensors in the output
     output_leaves: list[object] = field(default_factory=list)  # the class Tensor where one goes
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)

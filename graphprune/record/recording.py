@@ -20,7 +20,7 @@ from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
 from graphprune.record import outside, scope
 from graphprune.record.inputs import Call
-from graphprune.record.outputs import Outputs, fields
+from graphprune.record.outputs import Outputs, fields, named_leaves
 from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
@@ -151,6 +151,7 @@ def run(
     result = recorder.record
     result.caches = bool(caches)
     leaves, result.output_spec = pytree.tree_flatten(fields(out))
+    result.output_names = [name for name, _ in named_leaves(out)]
     for leaf in leaves:
         result.output_leaves.append(Tensor if isinstance(leaf, Tensor) else leaf)
         if isinstance(leaf, Tensor):

@@ -214,7 +214,7 @@ class _Index:
 def _index(file: str) -> _Index:
     parsed, found = tree(file), _Index()
     for node in ast.walk(parsed) if parsed is not None else ():
-        if isinstance(node, ast.Call | ast.BinOp | ast.Subscript | ast.AugAssign):
+        if isinstance(node, ast.Call | ast.BinOp | ast.Subscript | ast.AugAssign | ast.Compare):
             found.spans.update(dict.fromkeys(spans_of(node), node))
         elif isinstance(node, ast.Lambda):
             found.lambdas.setdefault(span_of(node.body), node)
@@ -361,6 +361,9 @@ def holders(node: object, site: Site, path: Path) -> Iterator[Holder]:
         yield Holder(node, "left" if site.count < 0 else "right", rest)
     elif isinstance(node, ast.AugAssign):
         yield Holder(node, "value", rest)
+    elif isinstance(node, ast.Compare) and len(node.ops) == 1:
+        first = is_literal(node.left) and not is_literal(node.comparators[0])
+        yield Holder(node, "left", rest) if first else Holder(node.comparators, 0, rest)
     elif isinstance(node, ast.Subscript) and head == 1:
         yield _inside(node, "slice", rest)
 

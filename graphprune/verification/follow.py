@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from graphprune.channels.analysis import integers_in, slots_of
+from graphprune.channels.slots import integers_in, slots_of
 from graphprune.errors import GraphPruneError
 from graphprune.ops.calls import FUNCTORCH
 from graphprune.ops.ids import Alternatives, Ties, first_along
@@ -49,7 +49,7 @@ class Fates:
     def __init__(self, walk: Walk, plan: Plan, starts: dict[tuple[str, int], int]) -> None:
         self.walk = walk
         self.known = np.full(walk.first_fresh, _STAYS, np.int8)
-        for slot in plan.slots:
+        for slot in plan.widths:
             start = starts.get((slot.tensor, slot.dim))
             if slot.blocks == 1 and start is not None:  # of blocks, what the weight reads is zeroed
                 gone = np.setdiff1d(np.arange(slot.size), slot.kept)

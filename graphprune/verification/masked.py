@@ -69,7 +69,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         return masked
     tensors = dict(held_tensors(masked))
     with torch.no_grad():
-        for slot in plan.slots:
+        for slot in plan.widths:
             tensor = tensors[slot.tensor]
             tensor.masked_fill_(~slot.stays(tensor.shape).to(tensor.device), 0)
     return masked

@@ -27,6 +27,7 @@ from graphprune.verification.masked import MaskedForward, mask, run_masked
 from graphprune.verification.reference import with_constants
 from graphprune.verification.running import backward
 from graphprune.verification.setting import Precision, copied
+from graphprune.verification.vocabulary import Ids
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ class Models:
             _unround(self.small, small, self.original, plan)
         self.device = next(self.original.parameters()).device
         self.kept = kept_indices(plan)
+        self.ids = Ids(plan, self.original)
 
     @cached_property
     def followed(self) -> MaskedForward:
@@ -150,7 +152,9 @@ class Models:
     def run(self, model: nn.Module, trial: Trial, *modes: Any) -> Result:
         """Run one of the models; its buffers are afterwards as they were."""
         model.train(trial.training)
-        args, kwargs = trial.call.on(self.device)
+        small = model is self.small
+        call = self.ids.small(trial.call) if small else trial.call
+        args, kwargs = call.on(self.device)
         places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
         values = [(buffer, buffer.clone()) for buffer in model.buffers()]
         grads: dict[str, Tensor | None] = {}
@@ -160,7 +164,7 @@ class Models:
                 entered.enter_context(torch.set_grad_enabled(trial.backward))
                 for mode in (Precision(self.dtype), *modes):
                     entered.enter_context(mode)
-                outputs = self._counted(model(*args, **kwargs), trial.training)
+                outputs = self._counted(model(*args, **kwargs), trial.training, small)
                 if trial.backward:
                     self._backward(model, outputs)
                     grads = {name: p.grad for name, p in model.named_parameters()}
@@ -176,9 +180,12 @@ class Models:
                         buffer.copy_(value)
         return Result(outputs, grads, buffers, drawn)
 
-    def _counted(self, out: object, training: bool) -> list[Tensor]:
+    def _counted(self, out: object, training: bool, small: bool) -> list[Tensor]:
         """The tensors of an output that must be equal."""
         found = tensors_of(out)
+        if self.plan.vocabularies and not small:
+            with aside():
+                found = self.ids.kept(out)
         return [found[place] for place in self.plan.counted(len(found), training)]
 
     def _backward(self, model: nn.Module, outputs: list[Tensor]) -> None:

@@ -176,7 +176,9 @@ def _report(session: Session, call: Call) -> Report:
     reason = session.constant()
     if not any(check.decided for check in outputs):
         reason = outputs[0].note if outputs else "nothing was compared"
-    return Report(tuple(checks), session.tolerance, session.plan.exact, reason)
+    told = "inputs held ids that left: others stood in their place"
+    notes = (told,) if session.ids.replaced else ()
+    return Report(tuple(checks), session.tolerance, session.plan.exact, reason, notes)
 
 
 def _refused(call: Call, dtype: torch.dtype, error: DoesNotRun) -> ModelError:

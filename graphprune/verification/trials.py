@@ -20,9 +20,10 @@ Draw = Callable[[Tensor, tuple[int, ...], torch.Generator], Tensor]
 
 def given(models: Models, call: Call) -> Call:
     """The example inputs, in the precision of the comparison."""
-    return call.map(
+    call = call.map(
         lambda t: t.to(models.device, models.dtype if t.is_floating_point() else t.dtype)
     )
+    return models.ids.both(call)
 
 
 def alike(models: Models, call: Call) -> list[Call]:
@@ -64,7 +65,8 @@ def drawn(models: Models, call: Call, shapes: Shapes, draw: Draw) -> Call:
             return draw(values, shape, generator).to(models.device, models.dtype)
         return _repeated(values, shape, generator).to(models.device)
 
-    return call.map(change)
+    call = models.ids.both(call.map(change))
+    return call if draw is _repeated else models.ids.drawn(call, generator)
 
 
 def _normal(values: Tensor, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
