@@ -151,7 +151,7 @@ def test_pads_count_places():
     """The number of the padding is also added to places there, and must therefore stay."""
     model, inputs = model_of("RobertaForMaskedLM")
     model.config.bos_token_id = None
-    with untouched(model), pytest.raises(InputError, match="1 becomes 0.*keep all ids below"):
+    with untouched(model), pytest.raises(InputError, match=r"1 becomes 0.*keep all ids below"):
         graphprune.trim_vocabulary(model, [5, 8, 13], inputs)
 
 
