@@ -10,20 +10,25 @@ from graphprune.planning.options import Options
 from graphprune.verification.masked import mask
 from graphprune.verification.report import verify
 from graphprune.version import __version__ as __version__
+from graphprune.vocabulary.counting import kept_ids_by_count
+from graphprune.vocabulary.tokenizer import MappedTokenizer, trim_tokenizer
 from graphprune.vocabulary.trim import trim_vocabulary
 
 __all__ = [  # and __version__, which a star does not import
     "ChannelGraph",
+    "MappedTokenizer",
     "Measurement",
     "Options",
     "Plan",
     "calibrate",
+    "kept_ids_by_count",
     "load",
     "mask",
     "measure",
     "rebuild",
     "save",
     "trace",
+    "trim_tokenizer",
     "trim_vocabulary",
     "verify",
 ]

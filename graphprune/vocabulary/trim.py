@@ -30,6 +30,7 @@ from graphprune.record.tensors import held_tensors
 from graphprune.text import shorten
 from graphprune.vocabulary.find import Found, Search
 from graphprune.vocabulary.flow import Number, kinds
+from graphprune.vocabulary.tokenizer import beside
 
 
 def trim_vocabulary(
@@ -39,6 +40,7 @@ def trim_vocabulary(
     *,
     embedding: str | None = None,
     output: str | bool | None = None,
+    tokenizer: object = None,
 ) -> nn.Module:
     """Make a model with fewer ids, whose logits of these ids are the original's.
 
@@ -53,6 +55,8 @@ def trim_vocabulary(
         example_inputs: as for :func:`trace`, with old ids; inferred when absent.
         embedding: the table, by the name of its module or parameter, where it is not clear.
         output: the layer that makes the logits, where it is not clear; ``False`` where none does.
+        tokenizer: the tokenizer of the ids: its special and added tokens, its bytes, and the parts
+            that tokens are made of stay as well, so that :func:`trim_tokenizer` can trim it.
 
     Returns:
         A model of the same classes that takes new ids. Its ``graphprune_plan.vocabularies`` map
@@ -73,7 +77,7 @@ def trim_vocabulary(
         >>> torch.allclose(small(torch.tensor([[1, 3]])), logits)
         True
     """
-    call, plan = planned(model, ids, example_inputs, embedding, output)
+    call, plan = planned(model, ids, example_inputs, embedding, output, tokenizer)
     return rebuild(model, plan, call)
 
 
@@ -83,6 +87,7 @@ def planned(
     example_inputs: object = None,
     embedding: str | None = None,
     output: str | bool | None = None,
+    tokenizer: object = None,
 ) -> tuple[Call, Plan]:
     """The plan by which ids leave, and the inputs that it was made with."""
     check_model(model)
@@ -96,10 +101,16 @@ def planned(
             f"{found.vocabulary.size - 1} ({shorten([r[0] for r in found.vocabulary.rows])})"
         )
     added = dict(_added(model, found, asked))
-    kept = tuple(sorted({*asked, *added}))
+    parts = {} if tokenizer is None else beside(tokenizer, {*asked, *added})
+    parts = {n: why for n, why in parts.items() if n < found.vocabulary.size}
+    kept = tuple(sorted({*asked, *added, *parts}))
     vocabulary = replace(found.vocabulary, kept=kept)
-    notes = [f"ids that stay as the model names them: {shorten(list(map(_told, added.items())))}"]
-    plan = _assembled(model, call, found, vocabulary, notes if added else [])
+    notes = [
+        f"ids that stay as the {who} names them: {shorten(list(map(_told, more.items())), 6)}"
+        for who, more in (("model", added), ("tokenizer", parts))
+        if more
+    ]
+    plan = _assembled(model, call, found, vocabulary, notes)
     return call, Trial(model, call, search.records, found, plan).settled()
 
 
