@@ -67,7 +67,7 @@ def _recorded(
     if plan is not None:
         shrink(clone, plan, inplace=True)
     try:
-        return run(clone, call, original.device), True
+        return run(clone, call, original.device, caches=original.caches), True
     except TraceError as error:
         if not isinstance(error.record, Record):
             raise

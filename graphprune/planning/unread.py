@@ -195,8 +195,9 @@ def _passing(
     found = _sides()
     if analysis.records[0].device != "meta":
         return found
-    before = _shapes(without_weights(model), call)
-    after = _shapes(hollow(model, plan), call)
+    caches = analysis.records[0].caches
+    before = _shapes(without_weights(model), call, caches)
+    after = _shapes(hollow(model, plan), call, caches)
     for name in before.keys() & after.keys():
         for old, new in zip(before[name], after[name]):
             for holder in (name, *itertools.islice(_around(name), 1)):
@@ -206,7 +207,7 @@ def _passing(
     return found
 
 
-def _shapes(clone: nn.Module, call: Call) -> dict[str, list[tuple[int, ...]]]:
+def _shapes(clone: nn.Module, call: Call, caches: bool) -> dict[str, list[tuple[int, ...]]]:
     """The shapes of what every module of a copy on ``meta`` takes and returns, in order."""
     found: dict[str, list[tuple[int, ...]]] = {}
 
@@ -219,7 +220,7 @@ def _shapes(clone: nn.Module, call: Call) -> dict[str, list[tuple[int, ...]]]:
             lambda _, args, kwargs, out, name=name: see(name, (args, kwargs, out)), with_kwargs=True
         )
     try:
-        dry(clone.eval(), call)
+        dry(clone.eval(), call, caches=caches)
     except Exception:  # whatever the code of a model raises
         return {}
     return found

@@ -81,7 +81,7 @@ class Record:
     leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
     lengths: bool = False  # whether ``len`` of a tensor was asked for
     doubts: bool = False  # whether floats in the code may have been computed from sizes
-    caches: bool = False  # whether the code keeps tensors outside of the model
+    caches: bool = False  # whether the code may keep tensors outside of the model
     branches: bool = True  # whether code of the model may have looked at ``training``
 
     @property

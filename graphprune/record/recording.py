@@ -111,6 +111,7 @@ def run(
     device: str,
     watch_mode: bool = False,
     watch: Watch = unwatched,
+    caches: bool = True,
 ) -> Record:
     """Record a model that may be marked and changed by running.
 
@@ -120,6 +121,7 @@ def run(
         device: where the copy and the inputs are.
         watch_mode: notice whether the code looks at ``training``, in eval mode.
         watch: of the copy and its recorder makes what else is entered while the copy runs.
+        caches: whether its code may keep tensors outside of the model.
     """
     args, kwargs = call.on(device)
     recorder = Recorder(clone, device, clone.training)
@@ -131,7 +133,7 @@ def run(
     grad = torch.no_grad()
     try:
         with (
-            outside.unchanged(clone) as caches,
+            outside.unchanged(clone) if caches else contextlib.nullcontext([]) as kept,
             same_numbers(),
             grad,
             recorder,
@@ -149,7 +151,8 @@ def run(
         raise failed from error
     recorder.forget_looks()
     result = recorder.record
-    result.caches = bool(caches)
+    found = any(name.startswith("constant_") for name in result.constants)  # kept before, perhaps
+    result.caches = bool(kept) or found
     leaves, result.output_spec = pytree.tree_flatten(fields(out))
     result.output_names = [name for name, _ in named_leaves(out)]
     for leaf in leaves:
@@ -210,7 +213,7 @@ def dry(
         clone: the copy.
         call: the inputs.
         ran: gets a line for every op and what it was given, when there is a list for it.
-        caches: whether its code keeps tensors outside of the model.
+        caches: whether its code may keep tensors outside of the model.
     """
     args, kwargs = call.on("meta")
     kept = outside.unchanged(clone) if caches else contextlib.nullcontext()

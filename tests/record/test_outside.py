@@ -145,3 +145,23 @@ def test_what_else_a_run_has_written_stays():
     graphprune.trace(Counting().eval(), X)
     assert counted["calls"] > 0
     assert "table" not in counted
+
+
+def test_a_table_that_was_there_is_not_made_anew_without_values():
+    """It fits the model as it is; the small one wants another."""
+    known = {}
+
+    class AsWide(Net):
+        def table(self, x):
+            width = int(self.a.weight.shape[0])
+            if "ramp" not in known or len(known["ramp"]) != width:
+                known["ramp"] = torch.arange(1.0, width + 1, device=x.device)
+            return known["ramp"].mean()
+
+    torch.manual_seed(0)
+    model = AsWide().eval()
+    out = model(X)
+    small = graphprune.rebuild(model, 0.5, X)
+    assert small.a.out_features == 4
+    assert not known["ramp"].is_meta
+    assert torch.equal(model(X), out)
