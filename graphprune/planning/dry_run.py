@@ -196,29 +196,33 @@ def _compared(node: fx.Node) -> bool:
 
 
 def what_runs(
-    model: nn.Module, call: Call, analysis: Analysis, plan: Plan
-) -> list[list[str]] | None:
+    model: nn.Module, call: Call, original: Record, plan: Plan, clone: nn.Module | None = None
+) -> list[str] | None:
     """Every op that the small model of a plan runs, and the numbers that it is given.
 
-    ``None`` when it does not run.
+    Args:
+        model: the model of the plan.
+        call: inputs it runs on.
+        original: how it is run.
+        plan: what it loses.
+        clone: its small model on ``meta``, when there is one already.
+
+    Returns:
+        A line for each op; ``None`` when the small model does not run.
     """
-    found: list[list[str]] = []
-    for original in analysis.records:
-        batch, ran = _batch(original, call), list[str]()
-        if original.device == "meta":
-            try:
-                dry(hollow(model, plan).train(original.training), batch, ran, original.caches)
-            except Exception:  # whatever the code of a model raises
-                return None
-        else:
-            small, complete = _recorded(model, batch, original, plan)
-            if not complete:
-                return None
-            for node in small.ops:
-                numbers = [a for a in pytree.tree_leaves(node.args) if not isinstance(a, fx.Node)]
-                ran.append(f"{node.target} {numbers} {node.meta.get('shape')}")
-        found.append(ran)
-    return found
+    batch, ran = _batch(original, call), list[str]()
+    if original.device == "meta":
+        clone = hollow(model, plan) if clone is None else clone
+        try:
+            dry(clone.train(original.training), batch, ran, original.caches)
+        except Exception:  # whatever the code of a model raises
+            return None
+        return ran
+    small, complete = _recorded(model, batch, original, plan)
+    for node in small.ops:
+        numbers = [a for a in pytree.tree_leaves(node.args) if not isinstance(a, fx.Node)]
+        ran.append(f"{node.target} {numbers} {node.meta.get('shape')}")
+    return ran if complete else None
 
 
 @torch.inference_mode(False)

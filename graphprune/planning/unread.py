@@ -16,18 +16,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from graphprune.arguments import is_int
 from graphprune.channels.analysis import Analysis
 from graphprune.execute.shrink import hollow
+from graphprune.ops.ids import Shape
 from graphprune.plan.plan import Plan, SizeChange
 from graphprune.planning.dry_run import what_runs
 from graphprune.record.inputs import Call
-from graphprune.record.recording import dry
+from graphprune.record.recorder import Record, shapes_in
 from graphprune.record.sizes import Attribute, attributes, expression, plain
-from graphprune.record.skeleton import without_weights
 from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
 
@@ -47,39 +46,54 @@ def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) ->
         analysis: what the plan was made of.
         plan: with all other changes.
     """
-    if not plan.slots:
-        return plan
-    inside = _inside(model, call, plan)
-    passing = _passing(model, call, analysis, plan)
     read = _read(analysis) | {change.key for change in plan.sizes}
-    mentioned = _mentioned(model)
+    leaves = [leaf for leaf in _remembered(model) if leaf not in read] if plan.slots else []
+    mentioned = _mentioned(model) if leaves else set()
+    leaves = [leaf for leaf in leaves if leaf.name not in mentioned]
+    if not leaves:
+        return plan
+    owners = {leaf.module for leaf in leaves}
+    small = hollow(model, plan)
+    inside = _inside(model, small, call, plan, owners)
+    passed = _watched(small)
+    ran = what_runs(model, call, analysis.records[0], plan, small)
+    passing = _passing(analysis.records[0], passed if ran is not None else {})
     certain, doubtful = [], []
-    for leaf in _remembered(model):
+    for leaf in leaves:
         near = passing[leaf.module].get(leaf.value, set())
         within = inside[leaf.module].get(leaf.value, set())
         found = (near or within) - {leaf.value}
-        if leaf in read or leaf.name in mentioned or not found:
+        if not found:
             continue
         if len(found) == 1 and leaf.value not in near | within:
             new = next(iter(found))
             certain.append(SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, new))
         elif near or not passing[leaf.module]:
             doubtful.append(leaf)
-    followed = _harmless(model, call, analysis, plan, certain)
+    followed = _harmless(model, call, analysis, plan, certain, ran)
     return replace(followed, notes=(*plan.notes, *_told(doubtful)))
 
 
 def _harmless(
-    model: nn.Module, call: Call, analysis: Analysis, plan: Plan, changes: list[SizeChange]
+    model: nn.Module,
+    call: Call,
+    analysis: Analysis,
+    plan: Plan,
+    changes: list[SizeChange],
+    ran: list[str] | None,
 ) -> Plan:
-    """The plan with those changes that leave all that runs as it is."""
+    """The plan with those changes that leave all that runs as it is: ``ran`` first."""
     if not changes:
         return plan
-    before = what_runs(model, call, analysis, plan)
+    others = analysis.records[1:]
+    before = [ran, *(what_runs(model, call, record, plan) for record in others)]
 
     def tried(more: list[SizeChange]) -> bool:
         other = replace(plan, sizes=(*plan.sizes, *more))
-        return before is not None and what_runs(model, call, analysis, other) == before
+        return None not in before and all(
+            what_runs(model, call, record, other) == lines
+            for record, lines in zip(analysis.records, before)
+        )
 
     if not tried(changes):
         changes = [change for change in changes[:_ALONE] if tried([change])]
@@ -172,34 +186,32 @@ def _sides() -> defaultdict[str, Became]:
     return defaultdict(lambda: defaultdict(set))
 
 
-def _inside(model: nn.Module, call: Call, plan: Plan) -> defaultdict[str, Became]:
-    """For every module what the sizes inside it became; those that stayed are in it, too."""
+def _inside(
+    model: nn.Module, clone: nn.Module, call: Call, plan: Plan, owners: set[str]
+) -> defaultdict[str, Became]:
+    """For some modules what the sizes inside them became; those that stayed are in it, too."""
     found = _sides()
     changed = {(change.module, change.name) for change in plan.sizes}
-    small = dict(named_modules(hollow(model, plan)))
+    small = dict(named_modules(clone))
     given = {side for tensor in call.tensors() for side in tensor.shape[1:]}
-    for name, module in named_modules(model):
+    for name in owners:
         for side in given:
             found[name][side].add(side)
-        other = small.get(name)  # what was compiled is plain in the copy
-        for old, new in _sizes(name, module, other, changed) if other is not None else ():
-            for around in (name, *_around(name)):
-                found[around][old].add(new)
+    for name, module in named_modules(model):
+        around = [holder for holder in (name, *_around(name)) if holder in owners]
+        if not around or name not in small:  # what was compiled is plain in the copy
+            continue
+        for old, new in _sizes(name, module, small[name], changed):
+            for holder in around:
+                found[holder][old].add(new)
     return found
 
 
-def _passing(
-    model: nn.Module, call: Call, analysis: Analysis, plan: Plan
-) -> defaultdict[str, Became]:
+def _passing(record: Record, after: dict[str, list[Shape]]) -> defaultdict[str, Became]:
     """For every module what the sizes became that go into it and its parts, and come out."""
     found = _sides()
-    if analysis.records[0].device != "meta":
-        return found
-    caches = analysis.records[0].caches
-    before = _shapes(without_weights(model), call, caches)
-    after = _shapes(hollow(model, plan), call, caches)
-    for name in before.keys() & after.keys():
-        for old, new in zip(before[name], after[name]):
+    for name in record.passed.keys() & after.keys():
+        for old, new in zip(record.passed[name], after[name]):
             for holder in (name, *itertools.islice(_around(name), 1)):
                 for was, now in zip(old[1:], new[1:]):
                     if was != now or holder == name:
@@ -207,22 +219,14 @@ def _passing(
     return found
 
 
-def _shapes(clone: nn.Module, call: Call, caches: bool) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes of what every module of a copy on ``meta`` takes and returns, in order."""
-    found: dict[str, list[tuple[int, ...]]] = {}
-
-    def see(name: str, values: object) -> None:
-        leaves = (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
-        found.setdefault(name, []).extend(tuple(leaf.shape) for leaf in leaves)
-
+def _watched(clone: nn.Module) -> dict[str, list[Shape]]:
+    """Gets the shapes of what every module of a copy takes and returns, when that runs."""
+    found: dict[str, list[Shape]] = {}
     for name, module in named_modules(clone):
         module.register_forward_hook(
-            lambda _, args, kwargs, out, name=name: see(name, (args, kwargs, out)), with_kwargs=True
+            lambda _, *passed, name=name: found.setdefault(name, []).extend(shapes_in(passed)),
+            with_kwargs=True,
         )
-    try:
-        dry(clone.eval(), call, caches=caches)
-    except Exception:  # whatever the code of a model raises
-        return {}
     return found
 
 

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from graphprune.errors import PACKAGE
 from graphprune.ops.calls import FUNCTORCH, Args, Function, Kwargs, target_of
 from graphprune.ops.given import Number
+from graphprune.ops.ids import Shape
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
@@ -76,6 +77,7 @@ class Record:
     output_leaves: list[object] = field(default_factory=list)  # the class Tensor where one goes
     calls: list[tuple[str, fx.Node]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    passed: dict[str, list[Shape]] = field(default_factory=dict)  # into modules and out of them
     comparisons: list[Comparison] = field(default_factory=list)
     leaks: bool = False  # whether sizes were turned into plain ints
     leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
@@ -358,10 +360,11 @@ class Recorder:
         self.innermost = None
         self.record.used.add(name)
 
-    def leave(self, out: object) -> None:
-        """After the forward of every module."""
-        name = self.stack.pop()
-        self.running.pop()
+    def leave(self, *passed: object) -> None:
+        """After the forward of every module: what went in, and last what came out."""
+        out, name, module = passed[-1], self.stack.pop(), self.running.pop()
+        if id(module) in self.names:
+            self.record.passed.setdefault(name, []).extend(shapes_in(passed))
         if out is None and self.innermost is None:
             self.innermost = name
         node = self.identity.find(out) if isinstance(out, Tensor) else None
@@ -434,6 +437,13 @@ class Recorder:
     def __exit__(self, *exc: Any) -> None:
         self.recording = False
         self.entered.__exit__(*exc)
+
+
+def shapes_in(values: object) -> list[Shape]:
+    """The shapes of the tensors in what is passed to a module, and from it."""
+    with torch._C.DisableTorchFunction():
+        leaves = pytree.tree_leaves(values)
+        return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _copied(tensor: Tensor) -> Tensor:

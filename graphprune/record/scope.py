@@ -70,7 +70,7 @@ def _change() -> None:
         _undo.callback(torch.backends.mha.set_fastpath_enabled, True)
     for handle in (
         nn_module.register_module_forward_pre_hook(_enter),
-        nn_module.register_module_forward_hook(_leave, always_call=True),
+        nn_module.register_module_forward_hook(_leave, with_kwargs=True, always_call=True),
     ):
         _undo.callback(handle.remove)
     _put(torch.autograd.Function, "apply", classmethod(_apply))
@@ -126,10 +126,10 @@ def _enter(module: nn.Module, args: object) -> None:
         recorder.enter(module)
 
 
-def _leave(module: nn.Module, args: object, out: object) -> None:
+def _leave(module: nn.Module, *passed: object) -> None:
     recorder = current()
     if recorder is not None:
-        recorder.leave(out)
+        recorder.leave(*passed)
 
 
 def _apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
