@@ -131,9 +131,11 @@ def run(
         if isinstance(tensor, Tensor):
             recorder.placeholder(tensor)
     grad = torch.no_grad()
+    nothing: list[object] = []
+    watching = outside.unchanged(clone) if caches else contextlib.nullcontext(nothing)
     try:
         with (
-            outside.unchanged(clone) if caches else contextlib.nullcontext([]) as kept,
+            watching as kept,
             same_numbers(),
             grad,
             recorder,
