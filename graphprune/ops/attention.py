@@ -14,6 +14,7 @@ from graphprune.ops.fact import Fact, arguments
 from graphprune.ops.factors import Factors
 from graphprune.ops.heads import inward_both
 from graphprune.ops.ids import Layers
+from graphprune.ops.made import made
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of, rows
 from graphprune.ops.values import Value
@@ -76,7 +77,7 @@ def attention_meta(
     scores = (*query.shape[:-1], key.shape[-2])
     if mask is not None and torch.broadcast_shapes(mask.shape, scores) != scores:
         return NotImplemented
-    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+    return made(query, (*query.shape[:-1], value.shape[-1]))
 
 
 @declare(

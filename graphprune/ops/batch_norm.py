@@ -10,6 +10,7 @@ from torch import Tensor, fx
 
 from graphprune.ops.fact import Fact, along_unknown
 from graphprune.ops.ids import Layers, along, varying
+from graphprune.ops.made import made
 from graphprune.ops.reduction import moments
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free, op_of
@@ -129,8 +130,8 @@ def batch_norm_meta(norm: Norm) -> object:
     for vector in (norm.weight, norm.bias, norm.mean, norm.var):
         if vector is not None and tuple(vector.shape) != (channels,):
             return NotImplemented
-    saved = x.new_empty(channels if norm.training else 0)
-    return torch.empty_like(x), saved, saved
+    saved = made(x, (channels if norm.training else 0,))
+    return x.clone(), saved, saved
 
 
 def batch_norm_channels(walk: Walk, node: fx.Node, norm: Norm) -> list[Layers]:

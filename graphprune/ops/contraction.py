@@ -13,6 +13,7 @@ from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
 from graphprune.ops.heads import inward_both
 from graphprune.ops.ids import Layers, along, varying
+from graphprune.ops.made import made
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
 from graphprune.ops.values import Natural, Value
@@ -104,7 +105,7 @@ def addmm_meta(
         return NotImplemented
     if not left.dtype is right.dtype is bias.dtype:
         return NotImplemented
-    return left.new_empty((left.shape[0], right.shape[1]))
+    return made(left, (left.shape[0], right.shape[1]))
 
 
 def linear_meta(x: Tensor, weight: Tensor, bias: Any = None) -> object:
@@ -113,7 +114,7 @@ def linear_meta(x: Tensor, weight: Tensor, bias: Any = None) -> object:
     plain = plain and x.dtype is weight.dtype
     if bias is not None:
         plain = plain and tuple(bias.shape) == (weight.shape[0],) and bias.dtype is x.dtype
-    return x.new_empty((*x.shape[:-1], weight.shape[0])) if plain else NotImplemented
+    return made(x, (*x.shape[:-1], weight.shape[0])) if plain else NotImplemented
 
 
 def matmul_meta(left: Tensor, right: Tensor) -> object:
@@ -125,7 +126,7 @@ def matmul_meta(left: Tensor, right: Tensor) -> object:
     batch = left.shape[:-2]
     if batch != right.shape[:-2]:
         batch = torch.broadcast_shapes(batch, right.shape[:-2])
-    return left.new_empty((*batch, left.shape[-2], right.shape[-1]))
+    return made(left, (*batch, left.shape[-2], right.shape[-1]))
 
 
 def _read(walk: Walk, left: Value, right: Value, *dims: int) -> tuple[Value, Value]:

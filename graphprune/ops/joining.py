@@ -15,6 +15,7 @@ from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.fact import Fact, moved_fact, moved_numbers_fact
 from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import KEPT, Layers, along, compact, spread, varying
+from graphprune.ops.made import made
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
 from graphprune.ops.samples import of
@@ -42,7 +43,7 @@ def cat_meta(tensors: Sequence[Tensor], dim: int = 0) -> object:
         if not alike or not tensor.is_contiguous():
             return NotImplemented
     width = sum(tensor.shape[dim] for tensor in tensors)
-    return first.new_empty((*rest[0], width, *rest[1]))
+    return made(first, (*rest[0], width, *rest[1]))
 
 
 def parts_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:

@@ -15,6 +15,7 @@ from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.fact import Fact, along_unknown
 from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import Alternatives, Layers, Way, varying
+from graphprune.ops.made import made
 from graphprune.ops.reduction import count_of, kept_zero, moments
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
@@ -77,13 +78,13 @@ def rms_norm_masked(
 def layer_norm_meta(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> object:
     """The plain form."""
     dims = len(shape)
-    if not x.is_contiguous() or list(x.shape[x.dim() - dims :]) != list(shape):
+    if list(x.shape[x.dim() - dims :]) != list(shape):
         return NotImplemented
     for affine in (weight, bias):
         if affine is not None and list(affine.shape) != list(shape):
             return NotImplemented
-    saved = x.new_empty((*x.shape[: x.dim() - dims], *[1] * dims))
-    return torch.empty_like(x), saved, saved
+    saved = made(x, (*x.shape[: x.dim() - dims], *[1] * dims))
+    return made(x, x.shape), saved, saved
 
 
 def shape_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
@@ -188,8 +189,8 @@ def group_norm_meta(
     for affine in (weight, bias):
         if affine is not None and tuple(affine.shape) != (channels,):
             return NotImplemented
-    saved = x.new_empty((batch, groups))
-    return torch.empty_like(x), saved, saved
+    saved = made(x, (batch, groups))
+    return x.clone(), saved, saved
 
 
 def group_norm_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:

@@ -15,10 +15,16 @@ from torch import Tensor, fx
 from graphprune.ops.calls import Overload
 from graphprune.ops.fact import Fact, Unfollowed, found, moved_fact, values
 from graphprune.ops.ids import Layers
+from graphprune.ops.made import (
+    binary_in_place_meta,
+    binary_meta,
+    in_place_meta,
+    unary_meta,
+)
 from graphprune.ops.registry import between, free
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.samples import bits, of, shares
-from graphprune.ops.values import FLOATING, Value
+from graphprune.ops.values import Value
 from graphprune.ops.walk import Walk
 
 aten = torch.ops.aten
@@ -101,38 +107,6 @@ def made_fact(op: Overload, x: Fact, *args: object, **kwargs: object) -> Fact:
     if any(not fact.constant for fact in found(args)):
         return Fact(out, torch.ones_like(out, dtype=torch.bool))
     return Fact.known(out)
-
-
-def unary_meta(x: Tensor, *args: object, **kwargs: object) -> object:
-    """Floating point, of the same shape."""
-    if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
-        return NotImplemented
-    return torch.empty_like(x)
-
-
-def in_place_meta(x: Tensor, *args: object, **kwargs: object) -> object:
-    """Floating point, of the same shape."""
-    if x.dtype not in FLOATING or any(isinstance(arg, Tensor) for arg in args):
-        return NotImplemented
-    return x
-
-
-def binary_meta(x: object, y: object, *args: object, **kwargs: object) -> object:
-    """Floating point, of the same shape."""
-    if not (isinstance(x, Tensor) and isinstance(y, Tensor)) or args or kwargs:
-        return NotImplemented
-    if x.dtype is not y.dtype or x.dim() != y.dim():
-        return NotImplemented
-    if x.shape == y.shape:
-        return torch.empty_like(x) if x.stride() == y.stride() else NotImplemented
-    plain = x.is_contiguous() and all(n in (1, m) for m, n in zip(x.shape, y.shape))
-    return torch.empty_like(x) if plain else NotImplemented
-
-
-def binary_in_place_meta(x: Tensor, y: object, *args: object, **kwargs: object) -> object:
-    """Floating point, of the same shape."""
-    same = isinstance(y, Tensor) and x.shape == y.shape and x.dtype is y.dtype
-    return x if same and not kwargs else NotImplemented
 
 
 def clamped(

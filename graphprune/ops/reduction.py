@@ -13,6 +13,7 @@ from graphprune.ops.calls import Overload, target_of
 from graphprune.ops.fact import Fact, Unfollowed, along_unknown, arguments
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Layers, varying
+from graphprune.ops.made import made
 from graphprune.ops.registry import between, free, zeroes
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.samples import of
@@ -179,7 +180,7 @@ def mean_meta(x: Tensor, dim: object = None, keepdim: bool = False, **kwargs: ob
         return NotImplemented
     gone = {d % x.dim() for d in dim}
     shape = [1 if d in gone else n for d, n in enumerate(x.shape) if keepdim or d not in gone]
-    return x.new_empty(shape) if len(gone) == len(dim) else NotImplemented
+    return made(x, shape) if len(gone) == len(dim) else NotImplemented
 
 
 @declare(aten.sum, factors=of_sum, fact=sum_fact, sample=of((2, 3, 4), [1]), any_size=True)
