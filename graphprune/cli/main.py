@@ -1,22 +1,18 @@
-"""The command line: ``graphprune demo | shrink | inspect | verify | check``."""
+"""The command line: ``graphprune demo | shrink | trim-vocabulary | inspect | verify | check``."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from graphprune.api import rebuild, trace
+from graphprune.cli.ids import chosen_ids, load_tokenizer
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.printing import (
     checks,
@@ -26,25 +22,27 @@ from graphprune.cli.printing import (
     groups_of_plan,
     report_data,
 )
+from graphprune.cli.session import (
+    Session,
+    check_folders,
+    say_verified,
+    session,
+    write_plan,
+)
 from graphprune.criteria import criteria, find
 from graphprune.criteria.registry import WEIGHTS
 from graphprune.errors import (
-    CheckFailed,
-    GraphPruneError,
     InputError,
-    PruningWarning,
-    VerificationError,
 )
 from graphprune.execute.checkpoint import load, save
 from graphprune.measurement import measure
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.planning.options import Options, short
 from graphprune.testing import check as try_plans
-from graphprune.verification.report import Report
 from graphprune.verification.report import verify as compare
 from graphprune.version import __version__
-
-OK, DIFFERS, MISTAKE = 0, 1, 2
+from graphprune.vocabulary.tokenizer import trim_tokenizer
+from graphprune.vocabulary.trim import trim_vocabulary
 
 app = typer.Typer(
     name="graphprune",
@@ -86,10 +84,10 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Train, shrink, verify and fine-tune a small ResNet on handwritten digits (half a minute)."""
-    from graphprune.cli.demo import run
+    from graphprune.cli.demo import run as demonstrate
 
-    with _session(as_json) as session:
-        session.finish(dataclasses.asdict(run(epochs, out, session.console)))
+    with session(as_json) as run:
+        run.finish(dataclasses.asdict(demonstrate(epochs, out, run.console)))
 
 
 @app.command()
@@ -125,8 +123,8 @@ def shrink(
     verify: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
 ) -> None:
     """Remove channels, branches or blocks from a model and save what is left."""
-    with _session(as_json) as session:
-        _check_folders(out, plan)
+    with session(as_json) as run:
+        check_folders(out, plan)
         _check_criterion(criterion)
         options: Options = {
             "criterion": criterion,
@@ -148,35 +146,115 @@ def shrink(
             options["max_kept"] = max_kept
         original = _model(model, weights, seed)
         example = parse_inputs(inputs, original)
-        with session.status("analysing"):
+        with run.status("analysing"):
             small = rebuild(original, ratio, example, attention=attention, **options)
         applied = plan_of(small)
         assert applied is not None  # rebuild leaves it there
         report = None
         if verify:
-            with session.status("verifying"):
+            with run.status("verifying"):
                 report = compare(original, small, example, seed=seed)
-        with session.status("measuring"):
+        with run.status("measuring"):
             before, after = measure(original, example), measure(small, example)
         if plan is not None:
-            _write_plan(applied, plan)
+            write_plan(applied, plan)
         if out is not None:
             save(small, out)
-        _say_plan(session, applied)
-        session.print(costs(before, after))
+        _say_plan(run, applied)
+        run.print(costs(before, after))
         for note in applied.notes:
-            session.print(escape(note))
-        _say_verified(session, report)
+            run.print(escape(note))
+        say_verified(run, report)
         for title, path in (("small model", out), ("plan", plan)):
             if path is not None:
-                session.print(f"{title} written to [bold]{escape(str(path))}[/]")
+                run.print(f"{title} written to [bold]{escape(str(path))}[/]")
         if out is None:
-            session.print("[dim]nothing was saved: pass --out small.safetensors[/]")
-        session.finish(
+            run.print("[dim]nothing was saved: pass --out small.safetensors[/]")
+        run.finish(
             {
                 "model": model,
                 "before": dataclasses.asdict(before),
                 "after": dataclasses.asdict(after),
+                "verified": report_data(report),
+                "out": None if out is None else str(out),
+                "plan": json.loads(applied.to_json()),
+            }
+        )
+
+
+@app.command("trim-vocabulary")
+def trim(
+    model: Model,
+    ids: Annotated[
+        str | None, typer.Option(help="Ids that stay: 0-99,512, or a file that holds them.")
+    ] = None,
+    text: Annotated[
+        list[Path], typer.Option(help="Texts by whose tokens ids are counted, one a line.")
+    ] = [],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="tokenizer.json of the library tokenizers.")
+    ] = None,
+    min_count: Annotated[int, typer.Option(help="How often an id must occur in --text.")] = 1,
+    top: Annotated[int | None, typer.Option(help="How many ids of --text stay at most.")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Part of the tokens of --text that stay, in (0, 1].")
+    ] = None,
+    embedding: Annotated[str | None, typer.Option(help="The table, where it is not clear.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="The layer of the logits, where it is not clear.")
+    ] = None,
+    weights: Weights = None,
+    out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
+    tokenizer_out: Annotated[
+        Path | None, typer.Option(help="Write the trimmed tokenizer (tokenizer.json).")
+    ] = None,
+    inputs: Inputs = [],
+    seed: Seed = 0,
+    as_json: Json = False,
+    verify: Annotated[bool, typer.Option(help="Compare with the original.")] = True,
+) -> None:
+    """Keep some ids of a vocabulary: rows of tables and of output layers leave."""
+    with session(as_json) as run:
+        check_folders(out, plan, tokenizer_out)
+        if tokenizer_out is not None and tokenizer is None:
+            raise InputError("--tokenizer-out needs --tokenizer, which is trimmed")
+        known = None if tokenizer is None else load_tokenizer(tokenizer)
+        kept = chosen_ids(ids, text, known, min_count, top, share)
+        original = _model(model, weights, seed)
+        example = parse_inputs(inputs, original)
+        with run.status("analysing"):
+            small = trim_vocabulary(
+                original, kept, example, embedding=embedding, output=output, tokenizer=known
+            )
+        applied = plan_of(small)
+        assert applied is not None  # it was made by one
+        trimmed = None if tokenizer_out is None else trim_tokenizer(known, small)
+        report = None
+        if verify:
+            with run.status("verifying"):
+                report = compare(original, small, example, seed=seed)
+        if plan is not None:
+            write_plan(applied, plan)
+        if out is not None:
+            save(small, out)
+        if trimmed is not None:
+            trimmed.save(str(tokenizer_out))
+        run.print(escape(str(applied)))
+        say_verified(run, report)
+        for title, path in (
+            ("small model", out), ("plan", plan), ("tokenizer", tokenizer_out),
+        ):  # fmt: skip
+            if path is not None:
+                run.print(f"{title} written to [bold]{escape(str(path))}[/]")
+        if out is None:
+            run.print("[dim]nothing was saved: pass --out small.safetensors[/]")
+        run.finish(
+            {
+                "model": model,
+                "ids": [vocabulary.kept for vocabulary in applied.vocabularies],
+                "before": dataclasses.asdict(applied.before),
+                "after": dataclasses.asdict(applied.after),
                 "verified": report_data(report),
                 "out": None if out is None else str(out),
                 "plan": json.loads(applied.to_json()),
@@ -193,21 +271,21 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show which channels live and die together, and which branches and blocks can leave."""
-    with _session(as_json) as session:
-        _check_folders(draw)
+    with session(as_json) as run:
+        check_folders(draw)
         original = _model(model, None, 0)
         example = parse_inputs(inputs, original)
-        with session.status("analysing"):
+        with run.status("analysing"):
             graph = trace(original, example, attention=attention)
         measured = measure(original, graph.call, latency=False)
-        session.print(groups_of_graph(graph))
+        run.print(groups_of_graph(graph))
         for line in graph.told_parts():
-            session.print(escape(line))
-        session.print(cost(measured))
+            run.print(escape(line))
+        run.print(cost(measured))
         if draw is not None:
             graph.draw(draw)
-            session.print(f"picture written to [bold]{escape(str(draw))}[/]")
-        session.finish(
+            run.print(f"picture written to [bold]{escape(str(draw))}[/]")
+        run.finish(
             {
                 "model": model,
                 "cost": dataclasses.asdict(measured),
@@ -237,15 +315,15 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check that a saved small model equals the masked original (not after fine-tuning)."""
-    with _session(as_json) as session:
+    with session(as_json) as run:
         original = _model(model, weights, seed)
         example = parse_inputs(inputs, original)
         loaded = load(small, original)
-        with session.status("verifying"):
+        with run.status("verifying"):
             report = compare(original, loaded, example, seed=seed)
-        session.print(checks(report))
-        _say_verified(session, report)
-        session.finish({"model": model, "small": str(small), "verified": report_data(report)})
+        run.print(checks(report))
+        say_verified(run, report)
+        run.finish({"model": model, "small": str(small), "verified": report_data(report)})
 
 
 @app.command()
@@ -259,13 +337,13 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Try random plans on a model: rebuild, run, verify, save and load, original untouched."""
-    with _session(as_json) as session:
+    with session(as_json) as run:
         original = _model(model, weights, seed)
         example = parse_inputs(inputs, original)
-        with session.status(f"trying {plans} plans"):
+        with run.status(f"trying {plans} plans"):
             report = try_plans(original, example, plans, seed, attention=attention)
-        session.print(escape(str(report)))
-        session.finish({**vars(report), "model": model})
+        run.print(escape(str(report)))
+        run.finish({**vars(report), "model": model})
 
 
 def _print_version(wanted: bool) -> None:
@@ -295,73 +373,6 @@ def main() -> None:
 
 
 # --- a run of a command -----------------------------------------------------------------------
-
-
-class _Session:
-    """Where a command writes: tables for people, or one JSON document."""
-
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.stdout = sys.stdout
-        self.console = Console(quiet=as_json, highlight=False)
-        self.errors = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.warnings: list[str] = []
-
-    def print(self, what: object) -> None:
-        """Show something to people."""
-        self.console.print(what)
-
-    @contextlib.contextmanager
-    def status(self, text: str) -> Iterator[None]:
-        """Show what takes time, on a terminal."""
-        if self.as_json or not self.console.is_terminal:
-            yield
-        else:
-            with self.console.status(f"{text} ..."):
-                yield
-
-    def warn(
-        self,
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        """Stands in for ``warnings.showwarning``."""
-        if issubclass(category, PruningWarning):
-            self.warnings.append(str(message))
-        self.errors.print(f"warning: {message}", markup=False, style="yellow")
-
-    def finish(self, document: dict[str, object]) -> None:
-        """Print the JSON document when it was asked for."""
-        if self.as_json:
-            content = {"ok": "error" not in document, **document, "warnings": self.warnings}
-            print(json.dumps(content, indent=2), file=self.stdout)
-
-    def fail(self, error: Exception) -> int:
-        """Tell a person or a script what went wrong; the exit code."""
-        self.errors.print(f"error: {error}", markup=False, style="red")
-        self.finish({"error": {"type": type(error).__name__, "message": str(error)}})
-        return DIFFERS if isinstance(error, VerificationError | CheckFailed) else MISTAKE
-
-
-@contextlib.contextmanager
-def _session(as_json: bool) -> Iterator[_Session]:
-    session = _Session(as_json)
-    code = OK
-    # A model's own prints must not get into the JSON document.
-    quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with warnings.catch_warnings(), quiet:
-        warnings.simplefilter("default")
-        warnings.showwarning = session.warn
-        try:
-            yield session
-        except GraphPruneError as error:
-            code = session.fail(error)
-    if code:
-        raise typer.Exit(code)
 
 
 def _model(text: str, weights: Path | None, seed: int) -> Any:
@@ -405,39 +416,9 @@ def _number(option: str, text: str) -> float:
         raise InputError(f"--{option} needs a number after the sign =, got {text!r}") from None
 
 
-def _check_folders(*paths: Path | None) -> None:
-    """A wrong folder is told before anything long is done."""
-    for path in paths:
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"no folder {str(path.parent)!r} to write {path.name!r} into")
-        if path is not None and path.is_dir():
-            raise InputError(f"{str(path)!r} is a folder: name a file")
-
-
-def _write_plan(plan: Plan, path: Path) -> None:
-    try:
-        plan.to_json(path)
-    except OSError as error:
-        raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
-
-
-def _say_plan(session: _Session, plan: Plan) -> None:
+def _say_plan(run: Session, plan: Plan) -> None:
     """What leaves: channels by group, and parts."""
     if plan.groups or not plan.parts:
-        session.print(groups_of_plan(plan))
+        run.print(groups_of_plan(plan))
     for line in plan.told_parts():
-        session.print(escape(line))
-
-
-def _say_verified(session: _Session, report: Report | None) -> None:
-    if report is None:
-        session.print("[yellow]not verified[/]")
-        return
-    if report.verdict != "equal":
-        session.print(f"[yellow]not decided[/]: {report.reason}")
-        return
-    reference = "" if report.exact else " (statistics over the kept channels)"
-    session.print(
-        f"[green]verified[/]: the small model equals the masked original{reference}, largest "
-        f"relative difference {report.difference:.1e}"
-    )
+        run.print(escape(line))

@@ -18,7 +18,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.tensors import aliases, held_tensors
 from graphprune.text import shorten
-from graphprune.vocabulary.flow import Kind, kinds
+from graphprune.vocabulary.flow import Kind, computed, kinds
 
 Row = tuple[str, int]
 Place = tuple[int, int]  # an output, and the dimension of its logits
@@ -107,6 +107,8 @@ class Search:
     def _only(self, largest: int) -> Kind:
         """The kind of ids, where it is clear which one is meant."""
         found = self.kinds[0]
+        for kind in computed(self.records[0], self.tensors) if not found else ():
+            self._sound(kind)
         if not found:
             raise InputError(
                 "no embedding table of this model is read by ids from its inputs, as recorded with "

@@ -115,7 +115,23 @@ def kinds(record: Record, values: Mapping[str, Tensor]) -> list[Kind]:
         record: a recorded forward pass.
         values: parameters and buffers, for the numbers in those that hold ids.
     """
-    return Flow(record, values).kinds()
+    return [kind for kind in Flow(record, values).kinds() if kind.inputs]
+
+
+def computed(record: Record, values: Mapping[str, Tensor]) -> list[Kind]:
+    """The kinds that look up rows and are computed from inputs, in some way that is no move."""
+    found = []
+    for kind in Flow(record, values).kinds():
+        waiting = [] if kind.inputs else [node for node, _ in kind.others]
+        seen: set[fx.Node] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in seen:
+                seen.add(node)
+                waiting += node.all_input_nodes
+        if any(node.op == "placeholder" and _whole(node) for node in seen):
+            found.append(kind)
+    return found
 
 
 class Flow:
@@ -188,7 +204,7 @@ class Flow:
                 joined.remove(other)
                 kind.join(other)
             joined.append(kind)
-        return [kind for kind in joined if kind.inputs]
+        return joined
 
     def _note(self, node: fx.Node, found: Mapping[fx.Node, Kind]) -> None:
         """What a node makes of the kinds."""

@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 import graphprune
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
-from graphprune.cli.main import DIFFERS, MISTAKE, OK, app
+from graphprune.cli.main import app
+from graphprune.cli.session import DIFFERS, MISTAKE, OK
 from graphprune.errors import CheckpointError, InputError
 
 SOURCE = """

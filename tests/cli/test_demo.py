@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from graphprune.cli.main import MISTAKE, OK, app
+from graphprune.cli.main import app
+from graphprune.cli.session import MISTAKE, OK
 
 
 @pytest.fixture(autouse=True)
