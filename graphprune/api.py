@@ -22,10 +22,17 @@ from graphprune.execute.shrink import shrink, written
 from graphprune.masks.plans import check_request, dead_channels, told_of_nothing
 from graphprune.parts.choose import Chooser
 from graphprune.parts.find import Finder, Part
+from graphprune.parts.mixtures import Experts, Mixtures
 from graphprune.plan.plan import CELL, MAKERS, Cost, Plan
 from graphprune.plan.vocabulary import for_small
 from graphprune.planning.costs import cost
-from graphprune.planning.make import assemble, check_follows, check_kept, make_plan
+from graphprune.planning.make import (
+    assemble,
+    check_follows,
+    check_kept,
+    counted_outputs,
+    make_plan,
+)
 from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, sensitivity
 from graphprune.planning.settle import Settled, analyse
@@ -182,6 +189,25 @@ class ChannelGraph:
         return self.finder.blocks
 
     @property
+    def experts(self) -> tuple[Experts, ...]:
+        """The mixtures of which experts can leave, in the order in which they run.
+
+        What an expert is made of, and whether the code goes on with fewer, is tried on a copy of
+        every mixture with drawn weights.
+        """
+        return self.mixtures.found
+
+    @cached_property
+    def mixtures(self) -> Mixtures:
+        """What finds the mixtures."""
+        return Mixtures(self.model, self.call, self.finder)
+
+    @property
+    def counted(self) -> dict[str, object]:
+        """Which outputs count, as a plan says it; empty where all do."""
+        return counted_outputs(self.analysis)
+
+    @property
     def cost(self) -> Cost:
         """Parameters, MACs of the example inputs, and bytes of the model."""
         return cost(self.analysis)
@@ -263,7 +289,7 @@ class ChannelGraph:
     def widths(self, request: Request) -> Plan:
         """The plan for a request that was checked."""
         if request.parts != ("channels",):
-            return Chooser(self.model, self.call, request, self.finder, self, self._again).plan()
+            return Chooser(self.model, self.call, request, self.mixtures, self, self._again).plan()
         plan = make_plan(self.model, self.call, self.settled, request)
         return with_unread(self.model, self.call, self.analysis, plan)
 
@@ -356,13 +382,16 @@ class ChannelGraph:
         return "\n".join((table, *self.told_parts()))
 
     def told_parts(self) -> list[str]:
-        """The branches and blocks that can leave whole, a line for each kind there is."""
+        """The parts that can leave whole, a line for each kind there is."""
         kinds = {"branches": self.branches, "blocks": self.blocks}
-        return [
+        lines = [
             f"{kind} that can leave: {shorten([part.name for part in parts], 12)}"
             for kind, parts in kinds.items()
             if parts
         ]
+        if self.experts:
+            lines.append(f"experts of which some can leave: {shorten(map(str, self.experts), 12)}")
+        return lines
 
 
 @uncollected

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
-from graphprune.execute.emptied import in_what_left
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
 from graphprune.execute.weightless import weightless
 from graphprune.plan.coding import loads
+from graphprune.plan.leaving import in_what_left, names_after
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.masked_names import masked_names, masks_of_state, renamed, set_masks
@@ -348,13 +348,16 @@ def _check_fit(content: _Content, original: nn.Module) -> None:
     sizes = {(slot.tensor, slot.dim): slot.width for slot in content.plan.slots}
     found = {name: tuple(tensor.shape) for name, tensor in content.tensors.items()}
     found |= {name: found[owner] for name, owner in content.aliases.items() if owner in found}
+    after = names_after(content.plan)
     expected = {
-        name: tuple(sizes.get((first.get(name, name), d), n) for d, n in enumerate(value.shape))
+        after(name): tuple(
+            sizes.get((first.get(name, name), d), n) for d, n in enumerate(value.shape)
+        )
         for name, value in original.state_dict(keep_vars=True).items()
         if isinstance(value, Tensor) and not left(name)
     }
     expected |= {  # biases for the constants of removed channels
-        change.tensor: (sizes.get(change.like, len(change.values)),)
+        after(change.tensor): (sizes.get(change.like, len(change.values)),)
         for change in content.plan.biases
         if change.like is not None
     }

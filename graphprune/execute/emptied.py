@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.plan.changes import StandIn
+from graphprune.plan.leaving import gone_modules, left_of
 from graphprune.plan.plan import Plan
-from graphprune.record.tensors import held_tensors, named_modules
+from graphprune.record.tensors import named_modules
 
 _PLAIN = (int, float, str, bool, tuple, type(None))
 _BOOKKEEPING = frozenset(vars(nn.Module()))
@@ -100,56 +100,33 @@ def _tensor(tree: object) -> Tensor:
     raise LookupError("no tensor was given")
 
 
-def empty(model: nn.Module, stand_ins: Iterable[StandIn]) -> None:
+def empty(model: nn.Module, plan: Plan) -> None:
     """Put something small in the place of modules that leave, in place."""
-    gone = stood_for(model, stand_ins)
+    gone = stood_for(model, plan)
     for _, module in named_modules(model):
         for name, child in module._modules.items():
             if child is not None and id(child) in gone:
                 module._modules[name] = gone[id(child)]
 
 
-def stood_for(model: nn.Module, stand_ins: Iterable[StandIn]) -> dict[int, nn.Module]:
-    """What takes the place of modules that leave, by their ``id``."""
+def move_up(model: nn.Module, plan: Plan) -> None:
+    """Take experts out of their containers; those that stay take the first keys."""
+    for change in plan.experts:
+        for container in change.containers:
+            held = model.get_submodule(container.name)._modules
+            modules = [held[container.keys[expert]] for expert in change.kept]
+            held.clear()
+            held.update(zip(container.keys, modules))
+
+
+def stood_for(model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
+    """What takes the place of modules that leave, by their ``id``: of experts for a moment."""
     modules = dict(named_modules(model))
-    return {
-        id(modules[stand_in.module]): Emptied(modules[stand_in.module], stand_in)
-        for stand_in in stand_ins
-    }
-
-
-def in_what_left(model: nn.Module, plan: Plan) -> Callable[[str], bool]:
-    """Tells of every name in a ``state_dict`` whether it lies in a module that leaves."""
-    gone = {id(model.get_submodule(stand_in.module)) for stand_in in plan.stand_ins}
-    named = model.named_modules(remove_duplicate=False) if gone else ()
-    prefixes = tuple(f"{name}." for name, module in named if id(module) in gone)
-    return lambda name: name.startswith(prefixes)
-
-
-def left_of(model: nn.Module, plan: Plan) -> tuple[set[str], set[str]]:
-    """The names of modules and of tensors that stay when modules have left."""
-    stand_ins = {stand_in.module for stand_in in plan.stand_ins}
-    known = dict(named_modules(model))
-    gone = {id(known[name]) for name in stand_ins if name in known}
-    modules: set[str] = set()
-    seen: set[int] = set()
-    held: set[int] = set()
-    names = {id(module): name for name, module in known.items()}
-    waiting: list[nn.Module] = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) in seen or id(module) in gone:
-            continue
-        seen.add(id(module))
-        modules.add(names[id(module)])
-        held |= {id(value) for value in _values(module) if isinstance(value, Tensor)}
-        waiting += [child for child in module._modules.values() if child is not None]
-    return modules, {name for name, tensor in held_tensors(model) if id(tensor) in held}
-
-
-def _values(module: nn.Module) -> list[Any]:
-    state = vars(module)
-    return [*state["_parameters"].values(), *state["_buffers"].values(), *state.values()]
+    found: dict[int, nn.Module] = {id(gone): nn.Identity() for gone in gone_modules(model, plan)}
+    for stand_in in plan.stand_ins:
+        module = modules[stand_in.module]
+        found[id(module)] = Emptied(module, stand_in)
+    return found
 
 
 def remaining(model: nn.Module, plan: Plan) -> Plan:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import GraphPruneError, PlanError
-from graphprune.execute.emptied import empty, left_of, remaining, stood_for
+from graphprune.execute.emptied import empty, move_up, remaining, stood_for
 from graphprune.execute.fold import fold, merged, recompute_masked
 from graphprune.execute.forward import rewrite_forward
 from graphprune.execute.ids import follow_ids
 from graphprune.execute.rollback import replace_data, whole_or_not
+from graphprune.plan.leaving import leaves_modules, left_of
 from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
@@ -67,10 +68,10 @@ def written(plan: Plan) -> set[str]:
 
 def _carried_out(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     earlier, whole = plan_of(model), plan
-    plan = remaining(model, plan) if plan.stand_ins else plan
+    plan = remaining(model, plan) if leaves_modules(plan) else plan
     kept, full = kept_indices(plan), merged(model, plan)
     if inplace:
-        empty(model, plan.stand_ins)
+        empty(model, plan)
         for name, tensor in held_tensors(model):
             if name in full:
                 tensor.detach().copy_(full[name])
@@ -84,13 +85,14 @@ def _carried_out(model: nn.Module, plan: Plan, inplace: bool) -> nn.Module:
     fold(model, plan, kept)
     recompute_masked(model)
     _follow(model, plan)
+    move_up(model, plan)
     carry(model, whole if earlier is None else earlier.then(whole))
     return model
 
 
 def hollow(model: nn.Module, plan: Plan) -> nn.Module:
     """What :func:`shrink` makes, on ``meta``: quickly made, to see whether it would run."""
-    plan = remaining(model, plan) if plan.stand_ins else plan
+    plan = remaining(model, plan) if leaves_modules(plan) else plan
     left: dict[str, dict[int, int]] = {}
     for slot in plan.slots:
         left.setdefault(slot.tensor, {})[slot.dim] = slot.width
@@ -100,8 +102,9 @@ def hollow(model: nn.Module, plan: Plan) -> nn.Module:
         if name in left
     }
     clone = without_weights(model, shapes)
-    empty(clone, plan.stand_ins)
+    empty(clone, plan)
     _follow(clone, plan)
+    move_up(clone, plan)
     return clone
 
 
@@ -121,8 +124,8 @@ def _cut_copy(
     model: nn.Module, plan: Plan, kept: Mapping[str, Kept], full: Mapping[str, Tensor]
 ) -> nn.Module:
     """A copy of the model with smaller tensors, without the modules that leave."""
-    memo: dict[int, object] = {**stood_for(model, plan.stand_ins)}
-    left = left_of(model, plan)[1] if plan.stand_ins else None
+    memo: dict[int, object] = {**stood_for(model, plan)}
+    left = left_of(model, plan)[1] if leaves_modules(plan) else None
     for name, tensor in held_tensors(model):
         if left is not None and name not in left:
             continue

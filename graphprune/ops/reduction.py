@@ -349,8 +349,8 @@ def logsumexp(
     return drop(kept, dims, node.meta["shape"])
 
 
+@declare(aten.argmax, fact=reduced_fact, chooses=True, sample=of((2, 5), 1), refused=of((5,), 0))
 @declare(
-    aten.argmax,
     aten.argmin,
     aten.prod,
     fact=reduced_fact,
@@ -399,7 +399,11 @@ def amax(
 
 
 @declare(
-    aten.max, fact=reduced_fact, masked=largest_masked(aten.max, -torch.inf), sample=of((2, 5), 1)
+    aten.max,
+    fact=reduced_fact,
+    masked=largest_masked(aten.max, -torch.inf),
+    chooses=True,
+    sample=of((2, 5), 1),
 )
 @declare(
     aten.min, fact=reduced_fact, masked=largest_masked(aten.min, torch.inf), sample=of((2, 5), 1)
@@ -445,8 +449,14 @@ def ranked(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object)
 
 @declare(aten.cumsum, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0), any_size=True)
 @declare(aten.cumprod, fact=along_fact, sample=of((2, 5), 1), refused=of((5,), 0))
-@declare(aten.sort, rows="ordered", sample=of((2, 5), 1), refused=of((5,), 0))
-@declare(aten.topk, rows="ordered", sample=of((2, 5), 2, 1), refused=of((5,), 2, 0))
+@declare(aten.sort, rows="ordered", chooses=True, sample=of((2, 5), 1), refused=of((5,), 0))
+@declare(
+    aten.topk,
+    rows="ordered",
+    chooses=True,
+    sample=of((2, 5), 2, 1),
+    refused=of((5,), 2, 0),
+)
 def ordered(walk: Walk, node: fx.Node, x: Value, *args: Any, **kwargs: Any) -> object:
     """Ops along one dimension whose result depends on all of its positions."""
     op = target_of(node)

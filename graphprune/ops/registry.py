@@ -64,6 +64,7 @@ class Op:
         fills: a number it is given becomes the value of a tensor.
         rows: how it chooses rows: ``"picked"`` at places that other arguments name, ``"ordered"``
             by values, ``"written"`` over in their place.
+        chooses: it finds the places of the largest of its operand.
         functions: functions of torch that are recorded as this op, whatever they are made of.
         scaled: it takes a scale from a width when it is given none.
         saves: its results but the first are saved for the backward, and hardly ever read.
@@ -101,6 +102,7 @@ class Op:
     hull: bool = False
     any_size: bool = False
     rows: str = ""
+    chooses: bool = False
     functions: tuple[object, ...] = ()
     scaled: bool = False
     saves: bool = False

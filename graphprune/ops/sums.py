@@ -162,6 +162,13 @@ def grouped(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **kwargs: A
     return torch.cat([product, product.new_zeros(x.shape[0] - len(product), product.shape[1])])
 
 
+def grouped_meta(x: Tensor, weight: Tensor, *_: object, **__: object) -> Tensor:
+    """The shape in double precision, in which torch has none."""
+    if x.dtype is not torch.float64 or x.dim() != 2 or weight.dim() != 3:
+        return NotImplemented
+    return x.new_empty(x.shape[0], weight.shape[2])
+
+
 @declare(
     "transformers.grouped_mm_fallback",
     factors=of_groups,
@@ -173,6 +180,7 @@ def grouped(x: Tensor, weight: Tensor, offs: Any = None, *args: Any, **kwargs: A
     factors=of_groups,
     fact=groups_fact,
     kernel=grouped,
+    meta=grouped_meta,
     functions=_GROUPED,
     sample=of((5, 8), (2, 8, 12), torch.tensor([2, 5], dtype=torch.int32)).single(),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, Protocol, TypeVar
@@ -332,6 +332,66 @@ class StandIn:
     def then(self, later: StandIn) -> StandIn:
         """The last one counts."""
         return later
+
+
+@dataclass(frozen=True)
+class Container:
+    """A list or dictionary of modules, one for every expert, by its keys."""
+
+    name: str
+    keys: tuple[str, ...]
+
+    def moved(self, kept: Iterable[int]) -> Iterator[tuple[str, str]]:
+        """The names of modules that stay, and what they become: they take the first keys."""
+        for old, new in zip((self.keys[expert] for expert in kept), self.keys):
+            yield f"{self.name}.{old}", f"{self.name}.{new}"
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """The experts of a mixture that stay, as if the scores of the others were minus infinity.
+
+    Attributes:
+        mixture: the module that chooses among experts.
+        routers: the weights whose products score them.
+        size: how many experts there are.
+        kept: those that stay.
+        slices: the tensors that hold a slice for every expert, with the dimension.
+        added: of these, vectors that are added to the scores.
+        containers: of one module for every expert.
+    """
+
+    mixture: str
+    routers: tuple[str, ...]
+    size: int
+    kept: Runs
+    slices: tuple[tuple[str, int], ...]
+    added: tuple[str, ...] = ()
+    containers: tuple[Container, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The module."""
+        return self.mixture
+
+    @property
+    def gone(self) -> list[int]:
+        """The experts that leave."""
+        return sorted(set(range(self.size)) - set(self.kept))
+
+    def then(self, later: ExpertsPlan) -> ExpertsPlan:
+        """Those that stay of the ones that stayed."""
+        if later.size != len(self.kept):
+            raise PlanError(
+                f"the later plan expects {later.size} experts in {self.mixture!r}, where "
+                f"{len(self.kept)} are left: make it for the small model"
+            )
+        return replace(self, kept=tuple(self.kept[expert] for expert in later.kept))
+
+    def moved(self) -> Iterator[tuple[str, str]]:
+        """The names of modules that stay, and what they become."""
+        for container in self.containers:
+            yield from container.moved(self.kept)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from graphprune.plan.changes import (
     FREE,
     BiasChange,
     Cut,
+    ExpertsPlan,
     IndexChange,
     LiteralChange,
     MergeChange,
@@ -37,6 +38,7 @@ from graphprune.plan.changes import (
     StandIn,
 )
 from graphprune.plan.vocabulary import problems
+from graphprune.plan.leaving import left_of
 from graphprune.record.sites import (
     INNER_SIZES,
     TIMES,
@@ -62,7 +64,7 @@ _GIVES = re.compile(
 )
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 _CHANGES = ("slots", "sizes", "literals", "indices", "scales", "biases", "cuts", "stand_ins",
-            "vocabularies")  # fmt: skip
+            "vocabularies", "experts")  # fmt: skip
 # The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
 SIZES = frozenset({
     "in_channels", "out_channels", "groups", "in_features", "out_features", "in1_features",
@@ -93,6 +95,9 @@ def _problems(plan: Any) -> Iterator[str]:
             yield f"{where} cannot have {slot.size} indices in {slot.blocks} blocks"
         elif not all(_increasing(part, slot.size) for part in slot.by_block):
             yield f"the indices of {where} are not in order, or too large"
+    for change in plan.experts:
+        if not change.kept or not _increasing(change.kept, change.size):
+            yield f"the experts of {change.mixture!r} are not in order, or too many"
     for group in plan.groups:
         if not _increasing(group.kept, group.size):
             yield f"the channels of group {group.name!r} are not in order, or too large"
@@ -158,6 +163,8 @@ class Check:
             self.cut(cut)
         for stand_in in self.plan.stand_ins:
             self.stand_in(stand_in)
+        for change in self.plan.experts:
+            self.experts(change)
         for slot in (*self.plan.slots, *self.plan.zeroed):
             self.slot(slot)
         for size in self.plan.sizes:
@@ -208,6 +215,30 @@ class Check:
         fits = known and one and all(_GIVES.fullmatch(text) for text in stand_in.gives)
         self.need(bool(fits), f"nothing can take the place of {stand_in.module!r} like that")
 
+    def experts(self, change: ExpertsPlan) -> None:
+        """A mixture of so many experts, all slices of which are cut alike."""
+        where = f"the experts of {change.mixture!r}"
+        self.module(change.mixture)
+        cut = {slot.key: slot for slot in self.plan.slots}
+        for name, dim in change.slices:
+            slot = cut.get((name, dim))
+            fits = slot is not None and (slot.size, slot.kept) == (change.size, change.kept)
+            self.need(fits or not change.gone, f"{name!r} is not cut as {where} are")
+        sliced = {name for name, _ in change.slices}
+        scores = {*change.routers, *change.added} <= sliced and change.routers
+        self.need(bool(scores), f"{where} have no such scores")
+        for name in change.added:
+            vector = self.tensor(name)
+            self.need(vector.dim() == 1 and vector.is_floating_point(), f"{name!r} is no vector")
+        for container in change.containers:
+            held = self.module(container.name)
+            kind = isinstance(held, nn.ModuleList | nn.ModuleDict | nn.Sequential)
+            same = kind and tuple(held._modules) == container.keys
+            self.need(
+                same and len(container.keys) == change.size and None not in held._modules.values(),
+                f"{container.name!r} does not hold {where}",
+            )
+
     def slot(self, slot: SlotPlan) -> None:
         """A dimension of the right size, in blocks of rows that are there."""
         shape = tuple(self.tensor(slot.tensor, slot.dim).shape)
@@ -222,7 +253,7 @@ class Check:
         """An attribute that is a size, with the value that it has, and a new one in range."""
         module, where = self.module(change.module), f"{change.module}.{change.name}".lstrip(".")
         value = _remembered(module, change.name)
-        self.need(_may_be_size(module, change.name), f"{where} is no size that a plan can change")
+        self.need(may_be_size(module, change.name), f"{where} is no size that a plan can change")
         for key in change.path:
             named = isinstance(value, dict) and key in value
             placed = type(value) in CONTAINERS and type(key) is int and 0 <= key < len(value)
@@ -346,19 +377,6 @@ class Check:
                 vectors = {shape for shape in shapes.values() if len(shape) == 1}
                 self.need(len(vectors) <= 1, f"{owner!r} would have vectors of different lengths")
 
-    def left(self) -> set[int]:
-        """The ``id`` of every parameter that a module holds which does not leave."""
-        gone = {id(self.modules[stand_in.module]) for stand_in in self.plan.stand_ins}
-        found: set[int] = set()
-        waiting, seen = [self.model], set(gone)
-        while waiting:
-            module = waiting.pop()
-            if id(module) not in seen:
-                seen.add(id(module))
-                found |= {id(parameter) for parameter in module._parameters.values()}
-                waiting += [child for child in module._modules.values() if child is not None]
-        return found
-
     def report(self) -> None:
         """What the plan says of itself is what it does."""
         touched = {slot.tensor for slot in self.plan.slots}
@@ -370,11 +388,11 @@ class Check:
         if self.plan.before == self.plan.after == FREE:
             return
         parameters = {id(parameter) for parameter in self.model.parameters()}
-        left = self.left()
+        left = left_of(self.model, self.plan)[1]
         count = sum(
             math.prod(self.shape(name))
             for name, tensor in self.tensors.items()
-            if id(tensor) in parameters and id(tensor) in left
+            if id(tensor) in parameters and name in left
         )
         for change in self.plan.biases:
             if change.like is not None and change.tensor not in self.tensors:
@@ -394,7 +412,7 @@ def _remembered(module: nn.Module, name: str) -> Any:
     return vars(module).get(name)
 
 
-def _may_be_size(module: nn.Module, name: str) -> bool:
+def may_be_size(module: nn.Module, name: str) -> bool:
     """Whether a number of a module may be a width: of torch's own layers some are not."""
     if name in SIZES:
         return True

@@ -17,6 +17,7 @@ from graphprune.plan.changes import (
     BiasChange,
     Cost,
     Cut,
+    ExpertsPlan,
     GroupPlan,
     IndexChange,
     LiteralChange,
@@ -31,6 +32,7 @@ from graphprune.plan.changes import (
 from graphprune.plan.checks import check_alone, check_on
 from graphprune.plan.coding import decode, encode, loads, runs
 from graphprune.plan.vocabulary import Vocabulary
+from graphprune.plan.leaving import names_before, renamed
 from graphprune.record.tensors import fingerprint, mark, named_tensors
 from graphprune.text import render, share, shorten
 
@@ -40,9 +42,9 @@ SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower prec
 MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, bound in ``api``
 PLURAL = {"block": "blocks", "branch": "branches"}
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
-__all__ = ["BiasChange", "Cost", "Cut", "GroupPlan", "IndexChange", "LiteralChange", "MergeChange",
-           "PartPlan", "Plan", "Rescale", "SizeChange", "SlotPlan", "StandIn",
-           "Vocabulary", "carry", "plan_of", "runs"]  # fmt: skip
+__all__ = ["BiasChange", "Cost", "Cut", "ExpertsPlan", "GroupPlan", "IndexChange",
+           "LiteralChange", "MergeChange", "PartPlan", "Plan", "Rescale", "SizeChange", "SlotPlan",
+           "StandIn", "Vocabulary", "carry", "plan_of", "runs"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Plan:
     cuts: tuple[Cut, ...] = ()  # what counts as zero for them
     stand_ins: tuple[StandIn, ...] = ()  # what takes the place of their modules
     vocabularies: tuple[Vocabulary, ...] = ()  # of which ids leave
+    experts: tuple[ExpertsPlan, ...] = ()  # of which mixtures which ones stay
     weights: float | None = None  # a mark of the weights that these belong to
     notes: tuple[str, ...] = ()
     evaluated: bool = False  # zeroed parameters do not make the masked model
@@ -111,8 +114,9 @@ class Plan:
 
     @property
     def widths(self) -> tuple[SlotPlan, ...]:
-        """The slots without the rows of vocabularies, which are read where their ids are given."""
+        """The slots without the slices of what is chosen by ids, or by the scores of experts."""
         rows = {row for vocabulary in self.vocabularies for row in vocabulary.rows}
+        rows |= {key for experts in self.experts for key in experts.slices}
         return tuple(slot for slot in self.slots if slot.key not in rows)
 
     @property
@@ -268,6 +272,8 @@ class Plan:
         Args:
             later: a plan for a model made by this one; any other is a ``PlanError``.
         """
+        if any(change.containers for change in self.experts):
+            later = renamed(later, names_before(self))
         first = {slot.key: slot for slot in self.slots}
         made = {change.tensor: change.like for change in self.biases}
         groups = {group.key: group for group in self.groups}
@@ -293,6 +299,7 @@ class Plan:
             cuts=chain(self.cuts, later.cuts),
             stand_ins=chain(self.stand_ins, later.stand_ins),
             vocabularies=chain(self.vocabularies, later.vocabularies),
+            experts=chain(self.experts, later.experts),
             weights=self.weights,
             notes=(*self.notes, *later.notes),
             evaluated=self.evaluated or later.evaluated,
@@ -323,17 +330,19 @@ class Plan:
         names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
         folded = [f"constants go to {shorten(names)}"] if names else []
         table = render(title, ("group", "channels", "kind", "layers"), rows)
-        table = title if (self.parts or self.vocabularies) and not rows else table
         told = (*self.told_parts(), *map(str, self.vocabularies))
+        table = title if told and not rows else table
         return "\n".join((table, *told, *folded, *self.notes))
 
     def told_parts(self) -> list[str]:
         """The parts that leave, a line for each kind."""
         kinds = dict.fromkeys(part.kind for part in self.parts)
         names = {kind: [part.name for part in self.parts if part.kind == kind] for kind in kinds}
-        return [
+        lines = [
             f"{PLURAL.get(kind, kind)} that leave: {shorten(names[kind], 12)}" for kind in kinds
         ]
+        gone = [f"{e.mixture or 'model'}: {runs(e.gone)}" for e in self.experts if e.gone]
+        return lines + ([f"experts that leave: {shorten(gone, 12)}"] if gone else [])
 
 
 def plan_of(model: object) -> Plan | None:

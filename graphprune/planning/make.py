@@ -171,7 +171,7 @@ def assemble(
         before=cost(analysis),
         after=cost(analysis, alive),
         inputs=str(call),
-        request={"attention": analysis.attention, **_counted(analysis), **(request or {})},
+        request={"attention": analysis.attention, **counted_outputs(analysis), **(request or {})},
         notes=(*bare.notes, *_told((request or {}).get("latency")), *unread(analysis)),
     )
 
@@ -183,7 +183,7 @@ def _broken(analysis: Analysis, alive: np.ndarray) -> bool:
     return any(not alive[layer.numpy()].all() for layer in layers)
 
 
-def _counted(analysis: Analysis) -> dict[str, object]:
+def counted_outputs(analysis: Analysis) -> dict[str, object]:
     """Which outputs count, as places among the tensors of the output, by mode."""
     modes = {
         "train" if record.training else "eval": sorted(record.counted)

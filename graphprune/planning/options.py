@@ -19,7 +19,7 @@ from graphprune.errors import InputError
 from graphprune.record.batches import check_loss
 
 COLUMNS = ("aligned", "free")
-PARTS = ("channels", "branches", "blocks")
+PARTS = ("channels", "branches", "blocks", "experts")
 SCOPES = ("local", "global", "isomorphic")
 QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
 _UNITS = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
@@ -234,13 +234,15 @@ class Request:
     parts: tuple[str, ...] = field(
         default=("channels",),
         metadata=option(
-            'what may leave, any of ``"channels"``, ``"branches"`` (what is added to a stream) and '
-            '``"blocks"`` (modules that then hand on what they are given). A ratio is the fraction '
-            "of each; a target is met by all together, with the smallest change of the outputs on "
-            "``data``, or else on the example inputs. Parts leave in the order of their influence "
-            '(Men et al., "ShortGPT", 2024), or of the criteria ``"taylor"``, '
-            '``"reconstruction"`` and ``"random"``.',
-            short="What may leave: channels, branches, blocks.",
+            'what may leave, any of ``"channels"``, ``"branches"`` (what is added to a stream), '
+            '``"blocks"`` (modules that then hand on what they are given) and ``"experts"`` (of '
+            "mixtures). A ratio is the fraction of each, and of the experts of every mixture; a "
+            "target is met by all together, with the smallest change of the outputs on ``data``, "
+            "or else on the example inputs. Parts leave in the order of their influence (Men et "
+            'al., "ShortGPT", 2024), experts of what they add where they are chosen (Lasby et al., '
+            '"REAP the Experts", 2025), or of the criteria ``"taylor"``, ``"reconstruction"`` and '
+            '``"random"``.',
+            short="What may leave: channels, branches, blocks, experts.",
         ),
     )
     threads: int | None = field(

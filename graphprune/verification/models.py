@@ -17,6 +17,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from graphprune.errors import GraphPruneError
 from graphprune.execute.shrink import cut, kept_indices, shrink
+from graphprune.plan.leaving import leaves_modules, names_before
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
@@ -158,6 +159,7 @@ class Models:
         places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
         values = [(buffer, buffer.clone()) for buffer in model.buffers()]
         grads: dict[str, Tensor | None] = {}
+        name_of = names_before(self.plan) if model is self.small else str
         try:
             with contextlib.ExitStack() as entered:
                 entered.enter_context(same_numbers(self.seed, self.device))
@@ -167,9 +169,9 @@ class Models:
                 outputs = self._counted(model(*args, **kwargs), trial.training, small)
                 if trial.backward:
                     self._backward(model, outputs)
-                    grads = {name: p.grad for name, p in model.named_parameters()}
+                    grads = {name_of(name): p.grad for name, p in model.named_parameters()}
                 drawn = random.getstate(), str(np.random.get_state())
-            buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+            buffers = {name_of(name): b.detach().clone() for name, b in model.named_buffers()}
         finally:
             model.zero_grad(set_to_none=True)
             for place, before in places:
@@ -300,7 +302,7 @@ class Models:
         peak = _peak(wanted.buffers.values())
         for name, buffer in self.original.named_buffers():
             kept = self.kept.get(name, {})
-            if name not in found.buffers and self.plan.stand_ins:
+            if name not in found.buffers and leaves_modules(self.plan):
                 continue  # of a module that left
             other = found.buffers[name] if small else cut(found.buffers[name], kept)
             shape = cut(buffer, kept).shape

@@ -51,6 +51,6 @@ def with_constants(model: nn.Module, plan: Plan) -> nn.Module:
         assert vector is not None
         with torch.no_grad():
             vector += torch.tensor(change.values, dtype=torch.float64).to(vector)
-    if plan.cuts:
+    if plan.cuts or plan.experts:
         hold(copied, plan)
     return copied

@@ -1,4 +1,4 @@
-"""Run a model's own code with operands of sums held at zero, where whole parts leave."""
+"""Run a model's own code as if whole parts had left: what they add is zero, or never chosen."""
 
 from __future__ import annotations
 
@@ -12,18 +12,22 @@ from graphprune.plan.plan import Plan
 from graphprune.record import scope
 from graphprune.record.copying import copy_module
 from graphprune.record.joins import Place, Sums, at_zero
+from graphprune.record.tensors import held_tensors
 from graphprune.verification.follow import Undecided
+from graphprune.verification.scores import Scores, without_scores
 
 
 def hold(model: nn.Module, plan: Plan) -> None:
-    """Let what a plan cuts from sums count as zero while a model runs, in place."""
+    """Let parts that leave by a plan count for nothing while a model runs, in place."""
+    without_scores(dict(held_tensors(model)), plan.experts)
     model.forward = HeldForward(model, vars(model).get("forward"), plan)
 
 
 class HeldForward:
-    """A forward that runs the model's own, where operands of some sums are zero.
+    """A forward that runs the model's own, where parts that leave count for nothing.
 
-    Gradients flow as in the model: not at all through what counts as zero.
+    Operands of some sums are zero, and scores of some experts minus infinity. Gradients flow as in
+    the model: not at all through what counts as zero.
     """
 
     def __init__(self, module: nn.Module, inner: Any, plan: Plan) -> None:
@@ -40,10 +44,11 @@ class HeldForward:
         """Run the model.
 
         Raises:
-            Undecided: a sum of the plan is not reached.
+            Undecided: a sum or a router of the plan is not reached.
         """
         self.seen.clear()
-        with scope.recording(None), Sums(self.module, self._sum):
+        scores = Scores(self.module, self.plan.experts)
+        with scope.recording(None), Sums(self.module, self._sum), scores:
             if self.inner is not None:
                 out = self.inner(*args, **kwargs)
             else:
@@ -52,6 +57,7 @@ class HeldForward:
         if missing:
             name, place = missing[0]
             raise Undecided(f"sum {place} in the code of {name!r} does not run here")
+        scores.check()
         return out
 
     def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:

@@ -1,0 +1,146 @@
+"""Which branches and blocks leave: those first that matter least, as long as the code goes on."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from graphprune.errors import InputError
+from graphprune.parts.find import Finder, Part
+from graphprune.parts.score import Evidence, ordered
+from graphprune.parts.stream import covers
+from graphprune.parts.trial import goes_on
+from graphprune.plan.plan import PartPlan, Plan
+from graphprune.planning.options import Request
+from graphprune.record.inputs import Call
+from graphprune.record.tensors import fingerprint
+from graphprune.text import shorten
+
+
+@dataclass
+class Depth:
+    """The branches and blocks of a model, in the order in which they leave.
+
+    Args:
+        model: it is not touched.
+        call: inputs it runs on.
+        request: what is asked for.
+        finder: what can leave.
+        evidence: what parts are scored on.
+    """
+
+    model: nn.Module
+    call: Call
+    request: Request
+    finder: Finder
+    evidence: Evidence
+
+    @property
+    def steps(self) -> int:
+        """How many can leave."""
+        return len(self.chain)
+
+    def plan(self, count: int) -> Plan:
+        """The plan by which the first so many leave."""
+        return self._without(self.chain[:count])
+
+    def share(self, ratio: float) -> Plan:
+        """The plan by which a fraction of them leaves."""
+        return self._without(self._apart(self.order, round(ratio * len(self.parts))))
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """What may leave: of branches and blocks, without those that must be kept."""
+        known = self._known()
+        spared = [
+            part
+            for part in known
+            if any(self._names(pattern, part) for pattern in self.request.keep)
+        ]
+        left = tuple(part for part in known if part not in spared)
+        kinds = " or ".join(kind for kind in self.request.parts if kind != "channels")
+        if not left:
+            why = "all are kept" if known else "nothing is added to a stream that can leave alone"
+            raise InputError(f"no {kinds} of this model can leave: {why}")
+        if len(known) == 1 and not self.finder.first_stays:
+            raise InputError(f"{left[0].name!r} alone can leave, and one of the {kinds} must stay")
+        return left
+
+    def _known(self) -> tuple[Part, ...]:
+        if "branches" in self.request.parts:  # blocks leave when all their branches do
+            return self.finder.branches
+        return self.finder.single_blocks
+
+    def _names(self, pattern: str, part: Part) -> bool:
+        """Whether a pattern names a module of a part, or one around it."""
+        return any(
+            fnmatch.fnmatchcase(name, pattern)
+            for name in self.finder.modules
+            if any(covers(root, name) for root in part.modules)
+        )
+
+    @cached_property
+    def order(self) -> list[Part]:
+        """The parts that the code goes on without, those first that matter least."""
+        per_mac = bool(self.request.target)
+        criterion, seed = self.request.criterion, self.request.seed
+        order = ordered(self.parts, self.evidence, criterion, seed, per_mac)
+        if not self._runs(self._apart(order, len(order))):
+            order = [part for part in order if self._runs([part])]
+        if not order:
+            raise InputError(f"none of {shorten([p.name for p in self.parts])} can leave alone")
+        return order
+
+    @cached_property
+    def chain(self) -> list[Part]:
+        """The parts in the order in which they leave for a budget; not all of them."""
+        return self._apart(self.order, len(self.order))
+
+    def _apart(self, order: Sequence[Part], count: int) -> list[Part]:
+        """Parts that leave together, at most so many with those inside; one at least stays."""
+        others = self.finder.first_stays or len(self.parts) < len(self._known())
+        most = min(count, len(order) if others else len(order) - 1)
+        chosen: list[Part] = []
+        for part in order:
+            trial = [*(p for p in chosen if not _within(p, [part])), part]
+            cuts = {cut for each in trial for cut in each.cuts}
+            one_side = len({cut.key for cut in cuts}) == len(cuts)
+            gone = sum(_within(each, trial) for each in order)
+            if not one_side or gone > most or _within(part, chosen):
+                continue
+            if self._bare(trial) is not None:
+                chosen = trial
+        return chosen
+
+    def _runs(self, parts: Sequence[Part]) -> bool:
+        """Whether the code goes on without some parts."""
+        plan = self._bare(parts)
+        return plan is not None and goes_on(self.model, self.call, self.finder.record, plan)
+
+    def _bare(self, parts: Sequence[Part]) -> Plan | None:
+        cuts = tuple(dict.fromkeys(cut for part in parts for cut in part.cuts))
+        if len({cut.key for cut in cuts}) < len(cuts):
+            return None  # both operands of a sum
+        stand_ins = self.finder.stand_ins(cuts)
+        if stand_ins is None:
+            return None
+        told = tuple(PartPlan(part.name, part.kind, part.params, part.macs) for part in parts)
+        return Plan(
+            fingerprint(self.model), (), (), parts=told, cuts=cuts, stand_ins=tuple(stand_ins)
+        )
+
+    def _without(self, parts: Sequence[Part]) -> Plan:
+        plan = self._bare(parts)
+        if plan is None:
+            raise InputError(f"{shorten([p.name for p in parts])} cannot leave together")
+        return plan
+
+
+def _within(part: Part, others: Sequence[Part]) -> bool:
+    """Whether all modules of a part leave with others."""
+    roots = [module for other in others for module in other.modules]
+    return all(any(covers(root, module) for root in roots) for module in part.modules)

@@ -1,0 +1,175 @@
+"""Which experts leave: of every mixture the same share, those first that matter least."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from graphprune.errors import InputError
+from graphprune.parts.mixtures import Experts, Mixtures
+from graphprune.parts.score import Evidence
+from graphprune.parts.stream import covers
+from graphprune.parts.trial import goes_on
+from graphprune.parts.usage import scores
+from graphprune.plan.plan import Plan, SizeChange
+from graphprune.planning.options import Request
+from graphprune.record.tensors import fingerprint
+
+
+@dataclass
+class MixtureLadder:
+    """The experts of a model, in the order in which they leave.
+
+    Args:
+        found: the mixtures of a model.
+        request: what is asked for.
+        evidence: what experts are scored on.
+    """
+
+    found: Mixtures
+    request: Request
+    evidence: Evidence
+
+    @cached_property
+    def mixtures(self) -> tuple[Experts, ...]:
+        """The mixtures of which experts may leave.
+
+        Raises:
+            InputError: there is none.
+        """
+        known = self.found.found
+        if not known:
+            raise InputError("no experts of this model can leave: no mixture of them was found")
+        left = tuple(mixture for mixture in known if not self._spared(mixture))
+        if not left:
+            raise InputError("no experts of this model can leave: all are kept")
+        if not self._runs(left):
+            left = tuple(mixture for mixture in left if self._runs([mixture]))
+        if not left:
+            raise InputError(
+                "experts cannot leave: the outputs of the model would have other shapes, or its "
+                "code does not run; say which outputs count, such as outputs='logits'"
+            )
+        return left
+
+    def _runs(self, mixtures: Sequence[Experts]) -> bool:
+        """Whether the code goes on when an expert of each group leaves."""
+        kept = {
+            m.name: [e for e in range(m.size) if e % (m.size // m.groups)] for m in mixtures
+        }  # fmt: skip
+        plan = self._joined({m.name: m for m in mixtures}, kept)
+        return goes_on(self.found.model, self.found.call, self.found.finder.record, plan)
+
+    def _spared(self, mixture: Experts) -> bool:
+        """Whether a pattern names a mixture, or something in it that is no expert."""
+        containers = [container.name for container in mixture.whole.containers]
+        names = [
+            name
+            for name in self.found.finder.modules
+            if covers(mixture.name, name) and not any(name.startswith(f"{c}.") for c in containers)
+        ]
+        return any(fnmatch.filter(names, pattern) for pattern in self.request.keep)
+
+    def _held(self, mixture: Experts) -> set[int]:
+        """The experts that must be kept by their names."""
+        return {
+            expert
+            for container in mixture.whole.containers
+            for expert, key in enumerate(container.keys)
+            for pattern in self.request.keep
+            if fnmatch.fnmatchcase(f"{container.name}.{key}", pattern)
+        }
+
+    # --- how many -----------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """How often an expert of every group of a mixture can leave."""
+        return max(self._most(mixture) for mixture in self.mixtures)
+
+    def _most(self, mixture: Experts) -> int:
+        return min((mixture.size - mixture.least) // mixture.groups, self._free(mixture))
+
+    def _free(self, mixture: Experts) -> int:
+        """How many of the experts of a group need not be kept."""
+        return min(len(order) for order in self.order[mixture.name])
+
+    def plan(self, count: int) -> Plan:
+        """The plan after so many steps."""
+        return self._without({m.name: min(count, self._most(m)) for m in self.mixtures})
+
+    def share(self, ratio: float) -> Plan:
+        """The plan by which a fraction of the experts of every mixture leaves.
+
+        Raises:
+            InputError: more would leave than can.
+        """
+        counts = {}
+        for mixture in self.mixtures:
+            each = mixture.size // mixture.groups
+            counts[mixture.name] = count = round(ratio * each)
+            if count > self._most(mixture):
+                stay = mixture.size - count * mixture.groups
+                most = self._most(mixture) * mixture.groups
+                raise InputError(
+                    f"of the {mixture.size} experts of {mixture.name!r} {stay} would stay, and "
+                    f"{mixture.size - most} must: so many are chosen at once, or kept; the largest "
+                    f"ratio is {most / mixture.size:.3g}"
+                )
+        return self._without(counts)
+
+    # --- which --------------------------------------------------------------------------------
+
+    @cached_property
+    def order(self) -> dict[str, list[list[int]]]:
+        """The experts of every group of every mixture that may leave, in this order."""
+        found = scores(self.found.model, self.mixtures, self.evidence, self.request)
+        order = {}
+        for mixture in self.mixtures:
+            values, held = found[mixture.name], self._held(mixture)
+            each = mixture.size // mixture.groups
+            groups = [range(start, start + each) for start in range(0, mixture.size, each)]
+            order[mixture.name] = [
+                sorted((e for e in group if e not in held), key=lambda e: (values[e], -e))
+                for group in groups
+            ]
+        return order
+
+    def _without(self, counts: dict[str, int]) -> Plan:
+        kept = {}
+        for mixture in self.mixtures:
+            gone = {e for g in self.order[mixture.name] for e in g[: counts[mixture.name]]}
+            kept[mixture.name] = [e for e in range(mixture.size) if e not in gone]
+        return self._joined({mixture.name: mixture for mixture in self.mixtures}, kept)
+
+    def _joined(self, mixtures: dict[str, Experts], kept: dict[str, list[int]]) -> Plan:
+        """The plan by which these experts stay."""
+        made = [mixtures[name].keeping(experts, self.found.model) for name, experts in kept.items()]
+        made = [plan for plan in made if plan.experts[0].gone]
+        plan = Plan(
+            fingerprint(self.found.model),
+            (),
+            tuple(slot for plan in made for slot in plan.slots),
+            tuple(change for plan in made for change in plan.sizes),
+            experts=tuple(experts for plan in made for experts in plan.experts),
+        )
+        return replace(plan, sizes=(*plan.sizes, *self._outer(mixtures, kept)))
+
+    def _outer(self, mixtures: dict[str, Experts], kept: dict[str, list[int]]) -> list[SizeChange]:
+        """Attributes of modules around mixtures that say the same as those within."""
+        found = []
+        for name, module in self.found.finder.modules.items():
+            around = [m for m in mixtures if (m != name and covers(name, m)) or (not name and m)]
+            sizes = {(mixtures[m].size, len(kept[m])) for m in around}
+            if len(sizes) != 1:
+                continue
+            old, new = sizes.pop()
+            known = {attribute for m in around for _, attribute in mixtures[m].numbers}
+            found += [
+                SizeChange(name, attribute, (), old, new)
+                for attribute, value in vars(module).items()
+                if attribute in known and type(value) is int and value == old != new
+            ]
+        return found

@@ -1,0 +1,421 @@
+"""Find mixtures of experts, of which some can leave.
+
+Nothing is told by names or classes. What ranks the products of a weight chooses among its rows; the
+smallest module around it that holds a slice of a tensor or a module for each of them is a mixture.
+Whether its code goes on with fewer, and computes then what it computes when the scores of the
+others are minus infinity, is tried: on a copy of the mixture alone, with drawn weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphprune.execute.shrink import shrink
+from graphprune.measurement import drawn
+from graphprune.ops.fact import arguments
+from graphprune.ops.registry import op_of
+from graphprune.parts.find import Finder
+from graphprune.plan.changes import Container, ExpertsPlan, SizeChange, SlotPlan
+from graphprune.plan.checks import may_be_size
+from graphprune.plan.plan import Plan
+from graphprune.record.batches import at_rest, device_of
+from graphprune.record.copying import copy_module
+from graphprune.record.inputs import Call
+from graphprune.record.tensors import fingerprint, held_tensors, named_modules
+from graphprune.verification.models import tensors_of
+from graphprune.verification.report import verify
+
+_LISTS = nn.ModuleList | nn.ModuleDict | nn.Sequential
+_WIDTHS = {nn.Linear: "out_features", nn.Conv1d: "out_channels", nn.Conv2d: "out_channels"}
+_UNSURE = 4  # attributes that may or may not say how many experts there are
+Attribute = tuple[str, str]  # a module, and what it remembers
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts, of which some can leave.
+
+    Attributes:
+        name: the module that chooses among them.
+        size: how many there are.
+        least: how many must stay.
+        groups: into so many groups they are put, in each of which equally many stay.
+        params: parameters of one expert, with its scores.
+        plan: which tensors, containers and scores belong to them.
+        numbers: the attributes that say how many there are.
+    """
+
+    name: str
+    size: int
+    least: int
+    groups: int
+    params: int
+    plan: ExpertsPlan = field(repr=False)
+    numbers: tuple[Attribute, ...] = field(repr=False)
+
+    def __str__(self) -> str:
+        return f"{self.name or 'model'} ({self.size})"
+
+    @property
+    def whole(self) -> ExpertsPlan:
+        """What belongs to the experts, by its names in the model."""
+        return _whole(self.plan, self.name)
+
+    def keeping(self, kept: Sequence[int], model: nn.Module) -> Plan:
+        """The plan by which only these stay.
+
+        Args:
+            kept: the places of those that stay, in order.
+            model: the one that holds the mixture.
+        """
+        whole = self.whole
+        numbers = [(_join(self.name, module), name) for module, name in self.numbers]
+        return _plan(model, replace(whole, kept=tuple(kept)), numbers)
+
+
+def _join(owner: str, name: str) -> str:
+    return ".".join(filter(None, (owner, name)))
+
+
+def _whole(plan: ExpertsPlan, name: str) -> ExpertsPlan:
+    """A plan for a mixture as one for the model that it is a part of."""
+    return replace(
+        plan,
+        mixture=name,
+        routers=tuple(_join(name, tensor) for tensor in plan.routers),
+        slices=tuple((_join(name, tensor), dim) for tensor, dim in plan.slices),
+        added=tuple(_join(name, tensor) for tensor in plan.added),
+        containers=tuple(replace(c, name=_join(name, c.name)) for c in plan.containers),
+    )
+
+
+def _plan(model: nn.Module, experts: ExpertsPlan, numbers: Sequence[Attribute]) -> Plan:
+    """The plan by which experts leave, and attributes say how many stay."""
+    size, kept = experts.size, experts.kept
+    return Plan(
+        fingerprint(model),
+        (),
+        tuple(SlotPlan(name, dim, size, kept) for name, dim in experts.slices),
+        tuple(SizeChange(module, name, (), size, len(kept)) for module, name in numbers),
+        experts=(experts,),
+    )
+
+
+@dataclass
+class Mixtures:
+    """The mixtures of a model, as its recorded graph and trials tell."""
+
+    model: nn.Module
+    call: Call
+    finder: Finder
+
+    @cached_property
+    def found(self) -> tuple[Experts, ...]:
+        """The mixtures of which experts can leave, in the order in which they run."""
+        found: dict[str, Experts] = {}
+        for name, (least, routers) in self._candidates().items():
+            experts = self._tried(name, least, routers)
+            if experts is not None:
+                found[name] = experts
+        return tuple(found.values())
+
+    def inputs(self, names: Sequence[str]) -> dict[str, Call]:
+        """What mixtures are given when the model runs on the example inputs."""
+        found: dict[str, Call] = {}
+        modules = self.finder.modules
+
+        def seen(name: str) -> Any:
+            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+                call = Call(args, kwargs)
+                found.setdefault(name, call.map(lambda t: t.detach().clone()))
+
+            return note
+
+        handles = [
+            modules[name].register_forward_pre_hook(seen(name), with_kwargs=True) for name in names
+        ]
+        try:
+            args, kwargs = drawn(self.call, device_of(self.model))
+            with at_rest(self.model), torch.no_grad():
+                self.model(*args, **kwargs)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    # --- candidates ---------------------------------------------------------------------------
+
+    def _candidates(self) -> dict[str, tuple[int, dict[str, int]]]:
+        """Modules that may be mixtures: how many experts they choose, and their routers."""
+        ranked: dict[str, list[tuple[fx.Node, dict[str, int]]]] = {}
+        for node in self.finder.nodes:
+            if node.op == "call_function" and op_of(node).chooses:
+                routers = self._routers(node)
+                if len({self._size(item) for item in routers.items()}) == 1:
+                    owner = next(iter(routers)).rpartition(".")[0]
+                    ranked.setdefault(owner, []).append((node, routers))
+        found: dict[str, tuple[int, dict[str, int]]] = {}
+        for owner, choices in ranked.items():
+            routers = {name: dim for _, known in choices for name, dim in known.items()}
+            size = self._size(next(iter(routers.items())))
+            name = self._mixture(owner, size)
+            if name is not None:
+                least = max(_least(node, size) for node, _ in choices)
+                known, others = found.get(name, (1, {}))
+                found[name] = max(known, least), {**others, **routers}
+        return found
+
+    def _size(self, router: tuple[str, int]) -> int:
+        name, dim = router
+        return self._tensors[name].shape[dim]
+
+    @cached_property
+    def _tensors(self) -> dict[str, Tensor]:
+        return dict(held_tensors(self.model))
+
+    def _routers(self, node: fx.Node) -> dict[str, int]:
+        """The weights of which products are ranked, with the dimension of what is chosen."""
+        found: dict[str, int] = {}
+        waiting, seen = [*node.all_input_nodes], set[fx.Node]()
+        while waiting:
+            each = waiting.pop()
+            if each in seen or each.op != "call_function":
+                continue
+            seen.add(each)
+            if not self.finder.macs.get(each):
+                waiting += each.all_input_nodes
+                continue
+            shape = each.meta.get("shape", ())
+            for name in filter(None, map(self._weight, each.all_input_nodes)):
+                sides = self._tensors[name].shape
+                wide = [dim for dim, n in enumerate(sides[:2]) if len(sides) > 1 and n in shape[1:]]
+                if wide:
+                    found[name] = wide[0]
+        return found
+
+    def _weight(self, node: fx.Node) -> str | None:
+        """The tensor of the model of which a value is a view, or a copy in another type."""
+        while node.op == "call_function" and len(node.all_input_nodes) == 1:
+            node = node.all_input_nodes[0]
+        name = str(node.target)
+        return name if node.op == "get_attr" and name in self._tensors else None
+
+    def _mixture(self, owner: str, size: int) -> str | None:
+        """The smallest module around a router that holds so many of what an expert is made of."""
+        name = owner
+        while True:
+            below = self.finder.modules[name]
+            if self.finder.calls.get(name) or not name:
+                stacks = any(t.dim() > 2 and t.shape[0] == size for _, t in held_tensors(below))
+                if stacks or any(_containers(below, size)):
+                    return name
+            if not name:
+                return None
+            name = name.rpartition(".")[0]
+
+    # --- trials -------------------------------------------------------------------------------
+
+    def _tried(self, name: str, least: int, routers: dict[str, int]) -> Experts | None:
+        """A mixture, if its code goes on with fewer experts."""
+        module = self.finder.modules[name]
+        prefix = f"{name}." if name else ""
+        if not all(router.startswith(prefix) for router in routers):
+            return None
+        inner = {router.removeprefix(prefix): dim for router, dim in routers.items()}
+        size = self._size(next(iter(routers.items())))
+        plan = _described(module, inner, size, self._added(routers, prefix))
+        numbers = _numbers(module, plan)
+        kind = (type(module), plan, least, _outline(module))
+        if kind not in self._known:
+            call = self.inputs([name]).get(name)
+            trial = None if call is None else _Trial(module, call, plan, least)
+            self._known[kind] = None if trial is None else trial.result(numbers)
+        result = self._known[kind]
+        if result is None:
+            return None
+        fewest, groups, chosen = result
+        return Experts(name, size, fewest, groups, _params(module, plan), plan, chosen)
+
+    @cached_property
+    def _known(self) -> dict[Any, tuple[int, int, tuple[Attribute, ...]] | None]:
+        return {}
+
+    def _added(self, routers: dict[str, int], prefix: str) -> set[str]:
+        """The vectors that are added to scores."""
+        found = set()
+        for node in self.finder.nodes:
+            if node.op == "call_function" and op_of(node).signs:
+                for name in filter(None, map(self._weight, node.all_input_nodes)):
+                    if name.startswith(prefix) and self._tensors[name].dim() == 1:
+                        found.add(name.removeprefix(prefix))
+        return found
+
+
+def _least(node: fx.Node, size: int) -> int:
+    """How many of so many experts a ranking needs."""
+    operand = node.all_input_nodes[0].meta["shape"]
+    found = arguments(node.target, node.args, node.kwargs)
+    count, wide = found.get("k", 1), operand[-1] if operand else size
+    whole = isinstance(count, int) and wide and size % wide == 0
+    return count * (size // wide) if whole else 1
+
+
+def _containers(module: nn.Module, size: int) -> Iterator[tuple[str, nn.Module]]:
+    """The containers of so many modules with parameters of their own."""
+    for name, part in named_modules(module):
+        if not isinstance(part, _LISTS) or len(part._modules) != size:
+            continue
+        held = [list(child.parameters()) for child in part._modules.values() if child is not None]
+        apart = {id(parameter) for own in held for parameter in own}
+        if len(held) == size and all(held) and len(apart) == sum(map(len, held)):
+            yield name, part
+
+
+def _described(
+    module: nn.Module, routers: dict[str, int], size: int, added: set[str]
+) -> ExpertsPlan:
+    """What belongs to the experts of a mixture."""
+    containers = [Container(name, tuple(part._modules)) for name, part in _containers(module, size)]
+    inside = tuple(f"{container.name}." for container in containers)
+    tensors = {n: t for n, t in held_tensors(module) if not n.startswith(inside or "\0")}
+    owners = {name.rpartition(".")[0] for name in routers}
+    stacks = {name.rpartition(".")[0] for name, t in tensors.items() if _is_stack(t, size)}
+    slices = dict(routers)
+    for name, tensor in tensors.items():
+        owner = name.rpartition(".")[0]
+        vector = tensor.dim() == 1 and owner in {*owners, *stacks, ""}
+        rows = _is_stack(tensor, size) or (owner in stacks and owner not in owners)
+        if name not in slices and tensor.shape[:1] == (size,) and (vector or rows):
+            slices[name] = 0
+    scores = tuple(sorted(name for name in slices if name in added))
+    return ExpertsPlan(
+        "", tuple(routers), size, tuple(range(size)), tuple(slices.items()), scores,
+        tuple(containers),
+    )  # fmt: skip
+
+
+def _is_stack(tensor: Tensor, size: int) -> bool:
+    return tensor.dim() > 2 and tensor.shape[0] == size
+
+
+def _numbers(module: nn.Module, plan: ExpertsPlan) -> list[Attribute]:
+    """The attributes of a mixture that may say how many experts there are."""
+    inside = tuple(f"{container.name}." for container in plan.containers)
+    owners = {name.rpartition(".")[0] for name in plan.routers}
+    found = []
+    for name, part in named_modules(module):
+        if name.startswith(inside or "\0"):
+            continue
+        width = next((width for kind, width in _WIDTHS.items() if type(part) is kind), None)
+        for attribute, value in vars(part).items():
+            if type(value) is not int or value != plan.size or not may_be_size(part, attribute):
+                continue
+            own = attribute == width and name in owners
+            if own or not type(part).__module__.startswith("torch.nn"):
+                found.append((name, attribute))
+    return found
+
+
+def _outline(module: nn.Module) -> tuple[Any, ...]:
+    """What the code of a module may depend on besides the values of tensors."""
+    return tuple(
+        (name, type(part), tuple((k, v) for k, v in vars(part).items() if type(v) in (int, bool)),
+         tuple((k, tuple(t.shape)) for k, t in part._parameters.items() if t is not None))
+        for name, part in named_modules(module)
+    )  # fmt: skip
+
+
+def _params(module: nn.Module, plan: ExpertsPlan) -> int:
+    """The parameters of one expert."""
+    tensors = {name: t for name, t in held_tensors(module) if isinstance(t, nn.Parameter)}
+    count = sum(tensors[name].numel() for name, _ in plan.slices if name in tensors)
+    count += sum(
+        p.numel() for c in plan.containers for p in module.get_submodule(c.name).parameters()
+    )
+    return count // plan.size
+
+
+class _Trial:
+    """Trials with a mixture alone, with drawn weights, on what it is given in the model."""
+
+    def __init__(self, module: nn.Module, call: Call, plan: ExpertsPlan, least: int) -> None:
+        self.module, self.call, self.plan, self.least = copy_module(module, {}), call, plan, least
+        vars(self.module).pop("graphprune_plan", None)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for _, tensor in held_tensors(self.module):
+                if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                    scale = 1 / math.sqrt(max(tensor.shape[-1], 1)) if tensor.dim() else 1.0
+                    values = torch.randn(tensor.shape, generator=generator) * scale
+                    tensor.copy_(values.to(tensor))
+
+    def result(self, numbers: Sequence[Attribute]) -> tuple[int, int, tuple[Attribute, ...]] | None:
+        """How many must stay, in how many groups, and which attributes follow."""
+        for groups in self._groupings():
+            for chosen in _subsets(numbers):
+                if not self._equal(self.plan.size - groups, groups, chosen):
+                    continue
+                first = max(groups, -(-self.least // groups) * groups)
+                for count in range(first, self.plan.size, groups):
+                    if self._equal(count, groups, chosen):
+                        return count, groups, chosen
+        return None
+
+    def _groupings(self) -> list[int]:
+        """In how many groups experts may be put."""
+        size = self.plan.size
+        values = {
+            value
+            for _, part in named_modules(self.module)
+            for value in vars(part).values()
+            if type(value) is int and 1 < value < size and size % value == 0
+        }
+        return [1, *sorted(values)]
+
+    def _equal(self, count: int, groups: int, numbers: Sequence[Attribute]) -> bool:
+        """Whether the mixture with so many experts is the one without the scores of the others."""
+        size = self.plan.size
+        if not 0 < count < size:
+            return False
+        generator = torch.Generator().manual_seed(count)
+        height = size // groups
+        kept = sorted(
+            group * height + place
+            for group in range(groups)
+            for place in torch.randperm(height, generator=generator)[: count // groups].tolist()
+        )
+        plan = _plan(self.module, replace(self.plan, kept=tuple(kept)), numbers)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                plan = self._counted(plan)
+                return verify(self.module, plan, self.call).verdict == "equal"
+        except Exception:  # whatever the code of a model raises where experts are missing
+            return False
+
+    def _counted(self, plan: Plan) -> Plan:
+        """The plan, by which those outputs count that have the same shape without experts."""
+        args, kwargs = self.call.on(device_of(self.module))
+        shapes = []
+        for model in (self.module, shrink(self.module, plan)):
+            with at_rest(model), torch.no_grad():
+                shapes.append([tuple(t.shape) for t in tensors_of(model(*args, **kwargs))])
+        same = [place for place, (a, b) in enumerate(zip(*shapes)) if a == b]
+        return replace(plan, request={"outputs": {"eval": same}})
+
+
+def _subsets(numbers: Sequence[Attribute]) -> Iterator[tuple[Attribute, ...]]:
+    """All attributes, then fewer and fewer of them."""
+    yield tuple(numbers)
+    if len(numbers) <= _UNSURE:
+        for count in range(len(numbers) - 1, -1, -1):
+            yield from itertools.combinations(numbers, count)

@@ -1,0 +1,175 @@
+"""How much experts matter: by what they add for the tokens that choose them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.criteria import name_of
+from graphprune.parts.mixtures import Experts
+from graphprune.parts.score import Evidence
+from graphprune.plan.changes import ExpertsPlan
+from graphprune.planning.options import Request
+from graphprune.record.batches import at_rest, loss_of, run
+from graphprune.record.copying import copy_module
+from graphprune.record.inputs import Call
+from graphprune.record.tensors import held_tensors
+from graphprune.verification.masked import mask
+from graphprune.verification.models import tensors_of
+
+Scores = dict[str, list[float]]
+_SILENT = 1e-9  # of the largest change: what a token that does not choose an expert gets from it
+
+
+def scores(
+    model: nn.Module, mixtures: Sequence[Experts], evidence: Evidence, request: Request
+) -> Scores:
+    """A score for every expert of every mixture; those with small ones leave first.
+
+    Args:
+        model: the model; it is not touched.
+        mixtures: those of which experts may leave.
+        evidence: the batches.
+        request: with its criterion: ``"random"``; ``"taylor"``, the first-order change of the loss
+            without the weights of an expert; ``"reconstruction"``, the squared change of what the
+            mixture returns when an expert is never chosen; with all others the mean norm of what an
+            expert adds for the tokens that choose it, times its router's weight (Lasby et al.,
+            "REAP the Experts", 2025).
+    """
+    name = name_of(request.criterion)
+    if name == "random":
+        generator = torch.Generator().manual_seed(request.seed)
+        return {m.name: torch.rand(m.size, generator=generator).tolist() for m in mixtures}
+    if name.startswith("taylor"):
+        return _taylor(model, mixtures, evidence)
+    calls = _calls(model, mixtures, evidence)
+    found = {}
+    for mixture in mixtures:
+        module = copy_module(model.get_submodule(mixture.name), {}).eval()
+        vars(module).pop("graphprune_plan", None)
+        scored = _error if name == "reconstruction" else _added
+        found[mixture.name] = scored(module, mixture, calls[mixture.name])
+    return found
+
+
+def _calls(
+    model: nn.Module, mixtures: Sequence[Experts], evidence: Evidence
+) -> dict[str, list[Call]]:
+    """What mixtures are given for the batches."""
+    found: dict[str, list[Call]] = {mixture.name: [] for mixture in mixtures}
+
+    def seen(name: str) -> Any:
+        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+            found[name].append(Call(args, kwargs).map(lambda t: t.detach().clone()))
+
+        return note
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(seen(name), with_kwargs=True)
+        for name in found
+    ]
+    try:
+        for batch in evidence.batches:
+            with torch.no_grad(), at_rest(model):
+                run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _result(module: nn.Module, call: Call) -> Tensor:
+    """What a mixture returns first: [tokens, width]."""
+    with torch.no_grad(), at_rest(module):
+        out = tensors_of(module(*call.args, **call.kwargs))[0]
+    return out.reshape(-1, out.shape[-1]).double()
+
+
+def _slices(module: nn.Module, plan: ExpertsPlan, expert: int) -> list[Tensor]:
+    """What an expert is made of, without its scores."""
+    tensors = dict(held_tensors(module))
+    scored = {*plan.routers, *plan.added}
+    owners = {name.rpartition(".")[0] for name in plan.routers}
+    found = [
+        tensors[name].select(dim, expert)
+        for name, dim in plan.slices
+        if name not in scored and (name.rpartition(".")[0] not in owners or tensors[name].dim() > 2)
+    ]
+    for container in plan.containers:
+        part = module.get_submodule(f"{container.name}.{container.keys[expert]}")
+        found += list(part.parameters())
+    return found
+
+
+def _added(module: nn.Module, mixture: Experts, calls: Sequence[Call]) -> list[float]:
+    """The mean norm of what each expert adds, over the tokens that choose it."""
+    whole = [_result(module, call) for call in calls]
+    found = []
+    for expert in range(mixture.size):
+        slices = _slices(module, mixture.plan, expert)
+        before = [part.detach().clone() for part in slices]
+        with torch.no_grad():
+            for part in slices:
+                part.zero_()
+        norms = [(_result(module, call) - out).norm(dim=-1) for call, out in zip(calls, whole)]
+        with torch.no_grad():
+            for part, values in zip(slices, before):
+                part.copy_(values)
+        added = torch.cat(norms) if norms else torch.zeros(1)
+        chosen = added[added > _SILENT * float(added.max())]
+        found.append(float(chosen.mean()) if len(chosen) else 0.0)
+    return found
+
+
+def _error(module: nn.Module, mixture: Experts, calls: Sequence[Call]) -> list[float]:
+    """The squared change of what a mixture returns when an expert is never chosen."""
+    whole = [_result(module, call) for call in calls]
+    alone = replace(mixture, name="")
+    found = []
+    for expert in range(mixture.size):
+        kept = [other for other in range(mixture.size) if other != expert]
+        masked = mask(module, alone.keeping(kept, module))
+        pairs = ((_result(masked, call), out) for call, out in zip(calls, whole))
+        found.append(sum(float((one - other).square().sum()) for one, other in pairs))
+    return found
+
+
+def _taylor(model: nn.Module, mixtures: Sequence[Experts], evidence: Evidence) -> Scores:
+    """How much the loss would change to first order without the weights of an expert."""
+    found = {mixture.name: [0.0] * mixture.size for mixture in mixtures}
+    for batch in evidence.batches:
+        with torch.enable_grad(), at_rest(model):
+            loss = (evidence.loss or loss_of)(model, batch.whole)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        changes = {
+            id(p): p.detach().double() * grad.double()
+            for p, grad in zip(parameters, grads)
+            if grad is not None
+        }
+        for mixture in mixtures:
+            module = model.get_submodule(mixture.name)
+            for expert, total in enumerate(_sums(module, mixture.plan, changes)):
+                found[mixture.name][expert] += abs(total)
+    return found
+
+
+def _sums(module: nn.Module, plan: ExpertsPlan, changes: dict[int, Tensor]) -> list[float]:
+    """For every expert the sum of what belongs to its weights."""
+    totals = [0.0] * plan.size
+    tensors = dict(held_tensors(module))
+    for name, dim in plan.slices:
+        change = changes.get(id(tensors[name]))
+        if change is not None and name not in plan.routers:
+            sums = change.transpose(0, dim).flatten(1).sum(1) if change.dim() > 1 else change
+            totals = [a + b for a, b in zip(totals, sums.tolist())]
+    for container in plan.containers:
+        for expert, key in enumerate(container.keys):
+            part = module.get_submodule(f"{container.name}.{key}")
+            known = (changes[id(p)] for p in part.parameters() if id(p) in changes)
+            totals[expert] += sum(float(change.sum()) for change in known)
+    return totals
