@@ -115,8 +115,9 @@ def move_up(model: nn.Module, plan: Plan) -> None:
         for container in change.containers:
             held = model.get_submodule(container.name)._modules
             modules = [held[container.keys[expert]] for expert in change.kept]
-            held.clear()
             held.update(zip(container.keys, modules))
+            for key in container.keys[len(modules) :]:
+                del held[key]
 
 
 def stood_for(model: nn.Module, plan: Plan) -> dict[int, nn.Module]:

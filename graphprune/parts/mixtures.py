@@ -24,6 +24,7 @@ from graphprune.measurement import drawn
 from graphprune.ops.fact import arguments
 from graphprune.ops.registry import op_of
 from graphprune.parts.find import Finder
+from graphprune.parts.stream import covers
 from graphprune.plan.changes import Container, ExpertsPlan, SizeChange, SlotPlan
 from graphprune.plan.checks import may_be_size
 from graphprune.plan.plan import Plan
@@ -38,6 +39,7 @@ _LISTS = nn.ModuleList | nn.ModuleDict | nn.Sequential
 _WIDTHS = {nn.Linear: "out_features", nn.Conv1d: "out_channels", nn.Conv2d: "out_channels"}
 _UNSURE = 4  # attributes that may or may not say how many experts there are
 Attribute = tuple[str, str]  # a module, and what it remembers
+Result = tuple[int, int, tuple[Attribute, ...]]  # how many must stay; groups; what follows
 
 
 @dataclass(frozen=True)
@@ -232,21 +234,27 @@ class Mixtures:
             return None
         inner = {router.removeprefix(prefix): dim for router, dim in routers.items()}
         size = self._size(next(iter(routers.items())))
-        plan = _described(module, inner, size, self._added(routers, prefix))
-        numbers = _numbers(module, plan)
+        silent = {n: 0 for n in _scoring(module, size) if n not in inner}
+        added = self._added(routers, prefix)
+        for known in (inner, {**inner, **silent}) if silent else (inner,):
+            plan = _described(module, known, size, added)
+            result = self._result(name, plan, least)
+            if result is not None:
+                return Experts(name, size, *result[:2], _params(module, plan), plan, result[2])
+        return None
+
+    def _result(self, name: str, plan: ExpertsPlan, least: int) -> Result | None:
+        """What trials tell; of equal mixtures one is tried."""
+        module = self.finder.modules[name]
         kind = (type(module), plan, least, _outline(module))
         if kind not in self._known:
             call = self.inputs([name]).get(name)
             trial = None if call is None else _Trial(module, call, plan, least)
-            self._known[kind] = None if trial is None else trial.result(numbers)
-        result = self._known[kind]
-        if result is None:
-            return None
-        fewest, groups, chosen = result
-        return Experts(name, size, fewest, groups, _params(module, plan), plan, chosen)
+            self._known[kind] = None if trial is None else trial.result(_numbers(module, plan))
+        return self._known[kind]
 
     @cached_property
-    def _known(self) -> dict[Any, tuple[int, int, tuple[Attribute, ...]] | None]:
+    def _known(self) -> dict[Any, Result | None]:
         return {}
 
     def _added(self, routers: dict[str, int], prefix: str) -> set[str]:
@@ -255,7 +263,7 @@ class Mixtures:
         for node in self.finder.nodes:
             if node.op == "call_function" and op_of(node).signs:
                 for name in filter(None, map(self._weight, node.all_input_nodes)):
-                    if name.startswith(prefix) and self._tensors[name].dim() == 1:
+                    if name.startswith(prefix) and _is_vector(self._tensors[name]):
                         found.add(name.removeprefix(prefix))
         return found
 
@@ -269,22 +277,37 @@ def _least(node: fx.Node, size: int) -> int:
     return count * (size // wide) if whole else 1
 
 
-def _containers(module: nn.Module, size: int) -> Iterator[tuple[str, nn.Module]]:
+def _containers(module: nn.Module, size: int) -> Iterator[Container]:
     """The containers of so many modules with parameters of their own."""
     for name, part in named_modules(module):
-        if not isinstance(part, _LISTS) or len(part._modules) != size:
+        if not isinstance(part, _LISTS):
             continue
-        held = [list(child.parameters()) for child in part._modules.values() if child is not None]
-        apart = {id(parameter) for own in held for parameter in own}
-        if len(held) == size and all(held) and len(apart) == sum(map(len, held)):
-            yield name, part
+        held = {
+            key: list(child.parameters())
+            for key, child in part._modules.items()
+            if child is not None
+        }
+        keys = tuple(key for key, own in held.items() if own)
+        apart = {id(parameter) for own in held.values() for parameter in own}
+        if len(keys) == size and len(apart) == sum(map(len, held.values())):
+            yield Container(name, keys)
+
+
+def _scoring(module: nn.Module, size: int) -> Iterator[str]:
+    """The weights of layers with an output for every expert: some run in training alone."""
+    inside = tuple(f"{container.name}." for container in _containers(module, size))
+    for name, part in named_modules(module):
+        own = type(part) in _WIDTHS and not f"{name}.".startswith(inside or "\0")
+        weight = part._parameters.get("weight") if own else None
+        if weight is not None and weight.shape[0] == size:
+            yield f"{name}.weight".lstrip(".")
 
 
 def _described(
     module: nn.Module, routers: dict[str, int], size: int, added: set[str]
 ) -> ExpertsPlan:
     """What belongs to the experts of a mixture."""
-    containers = [Container(name, tuple(part._modules)) for name, part in _containers(module, size)]
+    containers = tuple(_containers(module, size))
     inside = tuple(f"{container.name}." for container in containers)
     tensors = {n: t for n, t in held_tensors(module) if not n.startswith(inside or "\0")}
     owners = {name.rpartition(".")[0] for name in routers}
@@ -292,15 +315,22 @@ def _described(
     slices = dict(routers)
     for name, tensor in tensors.items():
         owner = name.rpartition(".")[0]
-        vector = tensor.dim() == 1 and owner in {*owners, *stacks, ""}
+        if name in slices or size not in tensor.shape:
+            continue
+        scored = owner in {"", *stacks} or any(covers(router, owner) for router in owners)
         rows = _is_stack(tensor, size) or (owner in stacks and owner not in owners)
-        if name not in slices and tensor.shape[:1] == (size,) and (vector or rows):
+        if _is_vector(tensor) and scored:
+            slices[name] = tensor.shape.index(size)
+        elif rows and tensor.shape[0] == size:
             slices[name] = 0
     scores = tuple(sorted(name for name in slices if name in added))
     return ExpertsPlan(
-        "", tuple(routers), size, tuple(range(size)), tuple(slices.items()), scores,
-        tuple(containers),
-    )  # fmt: skip
+        "", tuple(routers), size, tuple(range(size)), tuple(slices.items()), scores, containers
+    )
+
+
+def _is_vector(tensor: Tensor) -> bool:
+    return tensor.dim() > 0 and max(tensor.shape) == tensor.numel()
 
 
 def _is_stack(tensor: Tensor, size: int) -> bool:
@@ -358,7 +388,7 @@ class _Trial:
                     values = torch.randn(tensor.shape, generator=generator) * scale
                     tensor.copy_(values.to(tensor))
 
-    def result(self, numbers: Sequence[Attribute]) -> tuple[int, int, tuple[Attribute, ...]] | None:
+    def result(self, numbers: Sequence[Attribute]) -> Result | None:
         """How many must stay, in how many groups, and which attributes follow."""
         for groups in self._groupings():
             for chosen in _subsets(numbers):

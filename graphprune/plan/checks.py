@@ -229,13 +229,15 @@ class Check:
         self.need(bool(scores), f"{where} have no such scores")
         for name in change.added:
             vector = self.tensor(name)
-            self.need(vector.dim() == 1 and vector.is_floating_point(), f"{name!r} is no vector")
+            fits = vector.numel() == change.size and vector.is_floating_point()
+            self.need(fits, f"{name!r} is no vector of scores")
         for container in change.containers:
             held = self.module(container.name)
             kind = isinstance(held, nn.ModuleList | nn.ModuleDict | nn.Sequential)
-            same = kind and tuple(held._modules) == container.keys
+            known = {key for key, part in held._modules.items() if part is not None}
+            same = kind and {*container.keys} <= known
             self.need(
-                same and len(container.keys) == change.size and None not in held._modules.values(),
+                same and len({*container.keys}) == len(container.keys) == change.size,
                 f"{container.name!r} does not hold {where}",
             )
 

@@ -74,14 +74,15 @@ class Scores(TorchFunctionMode):
         return out.index_fill(dim, torch.tensor(plan.gone, device=out.device), -math.inf)
 
     def check(self) -> None:
-        """Raise unless all routers have run.
+        """Raise unless a router of every mixture has run.
 
         Raises:
-            Undecided: names one that has not.
+            Undecided: names a mixture of which none has.
         """
-        missing = sorted(self.plans.keys() - self.seen)
-        if missing:
-            raise Undecided(f"{missing[0]!r} scores no experts here")
+        ran = {self.plans[router].mixture for router in self.seen}
+        for plan in self.plans.values():
+            if plan.mixture not in ran:
+                raise Undecided(f"nothing scores the experts of {plan.mixture!r} here")
 
 
 def without_scores(tensors: Mapping[str, Tensor], plans: Iterable[ExpertsPlan]) -> None:
@@ -90,4 +91,4 @@ def without_scores(tensors: Mapping[str, Tensor], plans: Iterable[ExpertsPlan]) 
         for change in plans:
             for name in change.added:
                 gone = torch.tensor(change.gone, dtype=torch.int64, device=tensors[name].device)
-                tensors[name].index_fill_(0, gone, -math.inf)
+                tensors[name].index_fill_(dict(change.slices)[name], gone, -math.inf)
