@@ -64,8 +64,9 @@ def _is_librarys(module: str) -> bool:
 
 def _look(item: object, roots: set[str]) -> tuple[list[Any], Iterable[Any]]:
     """The places of an object that can be written to, and what is in them."""
-    if isinstance(item, MutableMapping | list | deque):
-        values = list(item.values()) if isinstance(item, MutableMapping) else list(item)
+    own = isinstance(item, MutableMapping) and _is_of(type(item), roots)
+    if isinstance(item, list | deque | dict) or (isinstance(item, MutableMapping) and not own):
+        values = [*_items(item).values()] if isinstance(item, MutableMapping) else list(item)
         return [item], values if len(values) <= _MANY or "__name__" in item else ()
     if isinstance(item, types.CellType):
         return [item], _items(item).values()
@@ -79,8 +80,8 @@ def _look(item: object, roots: set[str]) -> tuple[list[Any], Iterable[Any]]:
         return [], [vars(item)] if item.__name__.partition(".")[0] in roots else ()
     if isinstance(item, type):
         return ([item], vars(item).values()) if _is_of(item, roots) else ([], ())
-    own = getattr(item, "__dict__", None)
-    return [], [own] if type(own) is dict and _is_of(type(item), roots) else ()
+    state = getattr(item, "__dict__", None)
+    return [], [state] if type(state) is dict and _is_of(type(item), roots) else ()
 
 
 def _is_of(item: object, roots: set[str]) -> bool:
@@ -96,6 +97,8 @@ def _items(place: Any) -> Any:
             return {"cell_contents": place.cell_contents}
         except ValueError:
             return {}
+    if isinstance(place, dict):  # what is in it: a class of its own may make values when read
+        return dict(dict.items(place))
     return dict(vars(place)) if isinstance(place, type) else dict(place)
 
 

@@ -1,5 +1,6 @@
 """Tables that the first call of a model makes and keeps: a recording leaves none behind."""
 
+import collections
 import functools
 
 import pytest
@@ -165,3 +166,60 @@ def test_a_table_that_was_there_is_not_made_anew_without_values():
     assert small.a.out_features == 4
     assert not known["ramp"].is_meta
     assert torch.equal(model(X), out)
+
+
+class Lazy(dict):
+    """Makes its values when they are read, of which some cannot be made here."""
+
+    def __getitem__(self, key):
+        raise ImportError(f"{key} is not installed")
+
+    def values(self):
+        return [self[key] for key in ("a", "b")]
+
+    def keys(self):
+        return ["a", "b"]
+
+    def __iter__(self):
+        return iter(self.keys())
+
+    def items(self):
+        return [(key, self[key]) for key in self]
+
+    def __len__(self):
+        return 2
+
+
+class Counting(collections.UserDict):
+    """A mapping of the model's own library, which holds its data in an attribute."""
+
+
+LAZY = Lazy()
+COUNTING = Counting()
+
+
+class InMapping(Net):
+    def table(self, x):
+        if len(x) not in COUNTING:
+            COUNTING[len(x)] = ramp(x)
+        return COUNTING[len(x)]
+
+
+def test_mappings_are_not_asked_for_values_that_they_would_make():
+    torch.manual_seed(0)
+    graph = graphprune.trace(Net2().eval(), X)
+    assert [(group.layers, group.size) for group in graph] == [(("a", "b"), 8)]
+
+
+class Net2(Net):
+    def table(self, x):
+        assert len(LAZY) == 2
+        return ramp(x)
+
+
+def test_what_a_mapping_holds_is_put_back():
+    torch.manual_seed(0)
+    model = InMapping().eval()
+    graphprune.trace(model, X)
+    assert not any(value.is_meta for value in COUNTING.data.values())
+    assert torch.isfinite(model(X)).all()
