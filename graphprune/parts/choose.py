@@ -14,7 +14,7 @@ from torch import nn
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.statistics import has_statistics, reestimate
 from graphprune.criteria import name_of
-from graphprune.errors import InputError
+from graphprune.errors import InputError, warn
 from graphprune.execute.shrink import shrink
 from graphprune.parts.depth import Depth
 from graphprune.parts.experts import MixtureLadder
@@ -30,6 +30,7 @@ from graphprune.record.inputs import Call
 
 _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made
 _NEARER = 2  # rounds of halving the steps around the best one
+_COLLAPSE = 0.5  # of the variance of the outputs: more of it lost is told
 _SECONDS = 1.0  # that two models run in turns to be timed
 
 
@@ -91,10 +92,21 @@ class Chooser:
 
         Raises:
             InputError: no such part can leave, or a target cannot be met.
+
+        Warns:
+            PruningWarning: on the data, little is left of what the outputs say.
         """
-        if self.request.target:
-            return self._within()
-        made = self.told(self.ladder.share(self.request.ratio or 0.0))
+        plan = self._within() if self.request.target else self._share(self.request.ratio or 0.0)
+        lost = 0.0 if self.request.data is None else self.error(plan)
+        if lost > _COLLAPSE:
+            warn(
+                f"on the data, the outputs without these parts differ from the original's by "
+                f"{min(lost, 9.99):.0%} of their variance: let fewer leave, or train afterwards"
+            )
+        return plan
+
+    def _share(self, ratio: float) -> Plan:
+        made = self.told(self.ladder.share(ratio))
         return made.then(self._rest(made, self.request)) if self.rest else made
 
     def _rest(self, made: Plan, request: Request) -> Plan:

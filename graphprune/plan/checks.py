@@ -37,8 +37,8 @@ from graphprune.plan.changes import (
     SlotPlan,
     StandIn,
 )
-from graphprune.plan.vocabulary import problems
 from graphprune.plan.leaving import left_of
+from graphprune.plan.vocabulary import problems
 from graphprune.record.sites import (
     INNER_SIZES,
     TIMES,

@@ -31,8 +31,8 @@ from graphprune.plan.changes import (
 )
 from graphprune.plan.checks import check_alone, check_on
 from graphprune.plan.coding import decode, encode, loads, runs
-from graphprune.plan.vocabulary import Vocabulary
 from graphprune.plan.leaving import names_before, renamed
+from graphprune.plan.vocabulary import Vocabulary
 from graphprune.record.tensors import fingerprint, mark, named_tensors
 from graphprune.text import render, share, shorten
 

@@ -1,6 +1,7 @@
 """Experts that leave: which mixtures are found, which experts, and what is made of the rest."""
 
 import json
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,7 @@ from graphprune.planning.options import Request
 from graphprune.record.inputs import Call
 from graphprune.verification import scores as held
 
-pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*channels were removed")
 FEWEST = {"a dictionary, one for each token": 1, "groups": 4, "groups and a correction": 4}
 
 
@@ -335,3 +336,17 @@ def test_mixtures_of_one_size_share_a_trial(monkeypatch):
     model = Around(*(Stacked() for _ in range(4))).double().eval()
     assert len(graphprune.trace(model, torch.randn(2, 4, 5).double()).experts) == 4
     assert len(tried) == 1
+
+
+def test_a_collapse_is_told():
+    model, inputs = built("a list")
+    with torch.no_grad():
+        for layer in model.layers:
+            for parameter in layer.experts.parameters():
+                parameter.mul_(4)
+    graph = graphprune.trace(model, inputs)
+    with pytest.warns(graphprune.errors.PruningWarning, match="of their variance"):
+        graph.plan(0.6, parts="experts", criterion="random", data=[inputs])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graph.plan(0.6, parts="experts", criterion="random")
