@@ -86,8 +86,12 @@ def fields(out: object) -> Any:
 
 def named_leaves(out: object) -> list[tuple[str, Tensor]]:
     """The tensors in an output, in order, each with the way to it: ``"['logits']"``."""
-    found = pytree.tree_flatten_with_path(fields(out))[0]
-    return [(pytree.keystr(path), leaf) for path, leaf in found if isinstance(leaf, Tensor)]
+    tree = fields(out)
+    try:
+        found = [(pytree.keystr(way), leaf) for way, leaf in pytree.tree_flatten_with_path(tree)[0]]
+    except ValueError:  # of a class that pytree was told of, but not what its parts are called
+        found = [(f"[{place}]", leaf) for place, leaf in enumerate(pytree.tree_leaves(tree))]
+    return [(name, leaf) for name, leaf in found if isinstance(leaf, Tensor)]
 
 
 def _is_name(value: object) -> bool:

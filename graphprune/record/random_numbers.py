@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,3 +27,16 @@ def same_numbers(seed: int = 0, device: torch.device | None = None) -> Iterator[
     finally:
         random.setstate(others[0])
         np.random.set_state(others[1])
+
+
+def states() -> object:
+    """How far the generators of ``random`` and numpy have come, to be compared."""
+    known: Any = np.random.get_state(legacy=False)
+    inner = known["state"]
+    return (
+        random.getstate(),
+        inner["key"].tobytes(),
+        inner["pos"],
+        known["has_gauss"],
+        known["gauss"],
+    )

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -21,8 +19,8 @@ from graphprune.plan.leaving import leaves_modules, names_before
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
-from graphprune.record.random_numbers import same_numbers
-from graphprune.record.tensors import held_tensors
+from graphprune.record.random_numbers import same_numbers, states
+from graphprune.record.tensors import held_tensors, named_modules
 from graphprune.verification.follow import Undecided, aside
 from graphprune.verification.masked import MaskedForward, mask, run_masked
 from graphprune.verification.reference import with_constants
@@ -156,8 +154,9 @@ class Models:
         small = model is self.small
         call = self.ids.small(trial.call) if small else trial.call
         args, kwargs = call.on(self.device)
-        places = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]
-        values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        held = [module._buffers for _, module in named_modules(model) if module._buffers]
+        places = [(buffers, dict(buffers)) for buffers in held]
+        values = [(b, b.clone()) for buffers in held for b in buffers.values() if b is not None]
         grads: dict[str, Tensor | None] = {}
         name_of = names_before(self.plan) if model is self.small else str
         try:
@@ -170,7 +169,7 @@ class Models:
                 if trial.backward:
                     self._backward(model, outputs)
                     grads = {name_of(name): p.grad for name, p in model.named_parameters()}
-                drawn = random.getstate(), str(np.random.get_state())
+                drawn = states()
             buffers = {name_of(name): b.detach().clone() for name, b in model.named_buffers()}
         finally:
             model.zero_grad(set_to_none=True)

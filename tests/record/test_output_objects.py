@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 import graphprune
 
@@ -60,3 +61,27 @@ def test_what_only_the_caller_reads_is_an_output(cached):
     graph = graphprune.trace(Decoder(cached), torch.randn(2, 3, 6))
     kept = {m.slot.tensor for group in graph.frozen for m in group.members if m.slot.size == 5}
     assert kept == (set() if cached else {"aside.weight", "aside.bias"})
+
+
+class Sample(dict):
+    """A class that pytree is told of, but not what its parts are called."""
+
+
+pytree.register_pytree_node(
+    Sample, lambda out: ([*out.values()], [*out]), lambda values, keys: Sample(zip(keys, values))
+)
+
+
+def test_parts_without_names_are_outputs_too():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return Sample(sample=self.b(self.a(x)))
+
+    model, x = Net().double(), torch.randn(2, 4, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.a.out_features == 4
+    assert graphprune.verify(model, small, x).difference <= 1e-10
