@@ -34,7 +34,7 @@ from graphprune.planning.make import (
     make_plan,
 )
 from graphprune.planning.options import Options, Request
-from graphprune.planning.sensitivity import Sensitivity, sensitivity
+from graphprune.planning.sensitivity import Sensitivity, of_parts, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
@@ -289,9 +289,12 @@ class ChannelGraph:
     def widths(self, request: Request) -> Plan:
         """The plan for a request that was checked."""
         if request.parts != ("channels",):
-            return Chooser(self.model, self.call, request, self.mixtures, self, self._again).plan()
+            return self._chooser(request).plan()
         plan = make_plan(self.model, self.call, self.settled, request)
         return with_unread(self.model, self.call, self.analysis, plan)
+
+    def _chooser(self, request: Request) -> Chooser:
+        return Chooser(self.model, self.call, request, self.mixtures, self, self._again)
 
     def _again(self, model: nn.Module) -> ChannelGraph:
         """The graph of a smaller model."""
@@ -332,18 +335,21 @@ class ChannelGraph:
     ) -> Sensitivity:
         """Measure how much an evaluation drops when each group alone loses channels.
 
+        With ``parts="blocks"``, say, when each part alone leaves.
+
         Args:
             model: the model, of the architecture that was traced.
             evaluate: a number for a model, larger for better ones; it is called with the model
                 and with one smaller model for each group and fraction, in the mode of the model.
-            fractions: how much to remove, each in (0, 1).
+            fractions: how much to remove, each in (0, 1); branches and blocks leave whole.
             options: criterion, keep, exact_only and others; see :class:`graphprune.Options`.
 
         Returns:
             The drops. They print, plot, and can be planned with:
             ``graph.plan(ratios=sensitivity.allocation(0.5))``, or
             ``graph.plan(target={"macs": 0.5}, ratios=sensitivity)``, by which channels leave
-            first where that costs least.
+            first where that costs least; as ``ratios`` for the same ``parts``, these leave in
+            the order of their drops.
 
         Raises:
             InputError: a wrong fraction, a model of another architecture, or an evaluation that is
@@ -360,7 +366,11 @@ class ChannelGraph:
         if "target" in options:
             raise InputError("sensitivity takes no target: pass what it returns to a plan with one")
         request = Request.of(0.0, options)
-        return sensitivity(model, self.call, self.settled, evaluate, fractions, request)
+        found = sensitivity(model, self.call, self.settled, evaluate, fractions, request)
+        if request.parts == ("channels",):
+            return found
+        parts = self._chooser(request).alone(fractions)
+        return replace(found, curves=(*found.curves, *of_parts(model, evaluate, found.base, parts)))
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

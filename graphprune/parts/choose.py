@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from graphprune.calibration.statistics import has_statistics, reestimate
 from graphprune.criteria import name_of
 from graphprune.errors import InputError, warn
 from graphprune.execute.shrink import shrink
-from graphprune.parts.depth import Depth
+from graphprune.parts.depth import Alone, Depth
 from graphprune.parts.experts import MixtureLadder
 from graphprune.parts.mixtures import Mixtures
 from graphprune.parts.score import Evidence
@@ -65,6 +65,9 @@ class Ladder(Protocol):
 
     def share(self, ratio: float) -> Plan:
         """The plan by which a fraction of them leaves."""
+
+    def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
+        """Each of them, with plans by which it alone leaves."""
 
 
 @dataclass
@@ -131,6 +134,14 @@ class Chooser:
         if "experts" in self.request.parts:
             return tuple(kind for kind in self.request.parts if kind != "experts")
         return tuple(kind for kind in self.request.parts if kind == "channels")
+
+    def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
+        """Every part that may leave, with plans for it alone."""
+        if "experts" in self.request.parts:
+            yield from self.ladder.alone(fractions)
+        if {"blocks", "branches"} & {*self.request.parts}:
+            depth = Depth(self.model, self.call, self.request, self.mixtures.finder, self.evidence)
+            yield from depth.alone(fractions)
 
     def told(self, plan: Plan) -> Plan:
         """A plan that says what it was asked for, and what it costs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,8 @@ from graphprune.planning.options import Request
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
 from graphprune.text import shorten
+
+Alone = tuple[str, str, tuple[str, ...], int, Mapping[float, Plan]]
 
 
 @dataclass
@@ -51,6 +53,12 @@ class Depth:
     def share(self, ratio: float) -> Plan:
         """The plan by which a fraction of them leaves."""
         return self._without(self._apart(self.order, round(ratio * len(self.parts))))
+
+    def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
+        """Every part that can leave by itself, with the plan for it."""
+        for part in self.parts:
+            if self._runs([part]):
+                yield part.kind, part.name, part.modules, 1, {1.0: self._without([part])}
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -88,7 +96,12 @@ class Depth:
         """The parts that the code goes on without, those first that matter least."""
         per_mac = bool(self.request.target)
         criterion, seed = self.request.criterion, self.request.seed
-        order = ordered(self.parts, self.evidence, criterion, seed, per_mac)
+        measured = {} if self.request.allocation is None else self.request.allocation.parts()
+        if all(part.name in measured for part in self.parts):
+            weights = {part.name: part.macs if per_mac else 1 for part in self.parts}
+            order = sorted(self.parts, key=lambda p: measured[p.name] / weights[p.name])
+        else:
+            order = ordered(self.parts, self.evidence, criterion, seed, per_mac)
         if not self._runs(self._apart(order, len(order))):
             order = [part for part in order if self._runs([part])]
         if not order:

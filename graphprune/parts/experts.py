@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from graphprune.errors import InputError
+from graphprune.parts.depth import Alone
 from graphprune.parts.mixtures import Experts, Mixtures
 from graphprune.parts.score import Evidence
 from graphprune.parts.stream import covers
@@ -119,6 +120,19 @@ class MixtureLadder:
                     f"ratio is {most / mixture.size:.3g}"
                 )
         return self._without(counts)
+
+    def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
+        """Every mixture, with the plans by which some of its experts leave."""
+        for mixture in self.mixtures:
+            each = mixture.size // mixture.groups
+            counts = dict.fromkeys(round(fraction * each) for fraction in fractions)
+            plans = {
+                count / each: self._without(dict.fromkeys(self.order, 0) | {mixture.name: count})
+                for count in counts
+                if 0 < count <= self._most(mixture)
+            }
+            modules = tuple(c.name for c in mixture.whole.containers) or mixture.whole.routers
+            yield "experts", mixture.name, modules, mixture.size, plans
 
     # --- which --------------------------------------------------------------------------------
 

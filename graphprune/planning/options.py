@@ -34,6 +34,9 @@ class Allocation(Protocol):
     def levels(self, slots: Iterable[tuple[str, int]], size: int) -> np.ndarray | None:
         """Increasing levels at which a group of these slots loses its channels, one by one."""
 
+    def parts(self) -> Mapping[str, float]:
+        """What is lost without parts, by their names."""
+
 
 class Options(TypedDict, total=False):
     """The options of ``graph.plan`` and ``rebuild``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from graphprune.arguments import is_number
 from graphprune.channels.analysis import Group
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
+from graphprune.plan.plan import Plan
 from graphprune.planning.draft import Draft
 from graphprune.planning.make import assemble
 from graphprune.planning.options import Request, check_ratio
@@ -37,6 +38,7 @@ class Curve:
         ratios: fractions removed, increasing.
         drops: the evaluation of the whole model minus that of the model without them.
         slots: the dimensions of tensors that the group ties, which tell it from other groups.
+        kind: ``"channels"``; or ``"block"``, ``"branch"`` or ``"experts"`` of a part, by its name.
     """
 
     key: str
@@ -45,6 +47,7 @@ class Curve:
     ratios: tuple[float, ...]
     drops: tuple[float, ...]
     slots: tuple[tuple[str, int], ...] = ()
+    kind: str = "channels"
 
     def at(self, ratios: np.ndarray) -> np.ndarray:
         """The drop at fractions in between, never falling; beyond the last one it rises on."""
@@ -62,7 +65,7 @@ class Sensitivity:
 
     Attributes:
         base: the evaluation of the whole model.
-        curves: one for each group that can lose channels.
+        curves: one for each group that can lose channels, and for each part that can leave.
     """
 
     base: float
@@ -84,6 +87,8 @@ class Sensitivity:
             raise InputError(f"max_drop must be at least 0, got {max_drop!r}")
         found = {}
         for curve in self.curves:
+            if curve.kind != "channels":
+                continue
             removed = np.arange(curve.size) / curve.size
             removed = removed[removed <= curve.ratios[-1] + 1e-9]  # beyond nothing was measured
             found[curve.key] = float(removed[curve.at(removed) <= max_drop + 1e-12].max())
@@ -99,6 +104,10 @@ class Sensitivity:
                 level[-1] = math.inf
                 return level
         return None
+
+    def parts(self) -> dict[str, float]:
+        """The drop of every part without all of it, or as much as was tried, by its name."""
+        return {c.key: c.drops[-1] for c in self.curves if c.kind != "channels"}
 
     def plot(self, path: str | Path) -> Path:
         """Draw the drops of all groups against the fractions removed.
@@ -141,6 +150,40 @@ def sensitivity(
     request: Request,
 ) -> Sensitivity:
     """Measure every group by itself; see ``ChannelGraph.sensitivity``."""
+    asked = _asked(evaluate, fractions)
+    if fingerprint(model) != settled.analysis.architecture:
+        raise InputError("the model is not of the architecture that was traced: trace it first")
+    base = number_of(evaluate(model))
+    curves = [] if "channels" not in request.parts else _curves(
+        model, call, settled, evaluate, asked, request, base
+    )  # fmt: skip
+    return Sensitivity(base, tuple(curves))
+
+
+def of_parts(
+    model: nn.Module,
+    evaluate: Evaluate,
+    base: float,
+    parts: Iterable[tuple[str, str, tuple[str, ...], int, Mapping[float, Plan]]],
+) -> tuple[Curve, ...]:
+    """What evaluation loses without parts.
+
+    Args:
+        model: the whole model.
+        evaluate: the evaluation.
+        base: that of the whole model.
+        parts: kind, name, modules and size of every one, with plans by the fraction that leaves.
+    """
+    curves = []
+    for kind, name, modules, size, plans in parts:
+        drops = {r: base - number_of(evaluate(shrink(model, plan))) for r, plan in plans.items()}
+        if drops:
+            found = tuple(drops), tuple(drops.values())
+            curves.append(Curve(name, modules, size, *found, kind=kind))
+    return tuple(curves)
+
+
+def _asked(evaluate: Any, fractions: Any) -> tuple[float, ...]:
     if not callable(evaluate):
         raise InputError(f"evaluate must be a function model -> number, not {evaluate!r}")
     if not isinstance(fractions, Iterable):
@@ -148,9 +191,18 @@ def sensitivity(
     asked = tuple(sorted(check_ratio(fraction, "each of fractions", "") for fraction in fractions))
     if not asked or asked[0] == 0 or len(set(asked)) < len(asked):
         raise InputError(f"fractions must be different numbers in (0, 1), got {list(fractions)}")
-    if fingerprint(model) != settled.analysis.architecture:
-        raise InputError("the model is not of the architecture that was traced: trace it first")
-    base = _number(evaluate(model))
+    return asked
+
+
+def _curves(
+    model: nn.Module,
+    call: Call,
+    settled: Settled,
+    evaluate: Evaluate,
+    asked: tuple[float, ...],
+    request: Request,
+    base: float,
+) -> list[Curve]:
     draft = Draft(model, call, settled, request)
     groups = [group for group in settled.analysis.groups if group.name in draft.scores]
     curves = []
@@ -169,7 +221,7 @@ def sensitivity(
                 continue  # the code of the model ties it to what stays
             plan = assemble(call, finding.settled, chosen, rescaling=draft.rescaling)
             small = shrink(model, plan)
-            drops[exact] = base - _number(evaluate(small))
+            drops[exact] = base - number_of(evaluate(small))
         if drops:
             curves.append(
                 Curve(
@@ -181,10 +233,15 @@ def sensitivity(
                     group.slots,
                 )
             )
-    return Sensitivity(base, tuple(curves))
+    return curves
 
 
-def _number(value: Any) -> float:
+def number_of(value: Any) -> float:
+    """What an evaluation returned.
+
+    Raises:
+        InputError: it is no finite number.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -350,3 +350,21 @@ def test_a_collapse_is_told():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         graph.plan(0.6, parts="experts", criterion="random")
+
+
+def test_sensitivity_of_mixtures():
+    model, inputs = useless()
+    graph = graphprune.trace(model, inputs)
+    wanted = model(inputs).detach()
+    found = graph.sensitivity(
+        model,
+        lambda small: -(small(inputs) - wanted).square().mean().item(),
+        (0.2, 0.6, 0.9),
+        parts=("channels", "experts"),
+        data=[inputs],
+    )
+    (curve,) = (curve for curve in found.curves if curve.kind == "experts")
+    assert (curve.key, curve.ratios) == ("layers.0", (0.2, 0.6))
+    assert 0 <= curve.drops[0] < curve.drops[1]
+    assert {c.kind for c in found.curves} == {"channels", "experts"}
+    assert "layers.0" not in found.allocation(1.0)

@@ -364,3 +364,23 @@ def test_a_wrong_stand_in_is_told_apart():
     with pytest.raises(graphprune.errors.VerificationError):
         graphprune.verify(model, small, x)
     assert StandIn(name, ("args.0",)) in plan.stand_ins
+
+
+@pytest.mark.parametrize("parts", ["blocks", "branches"])
+def test_sensitivity_of_parts(parts):
+    """Each alone leaves; as ratios, the drops say in which order they do."""
+    model, inputs = images("basic", "inverted", "basic")
+    graph = graphprune.trace(model, inputs)
+    wanted = model(inputs).detach()
+    with untouched(model):
+        found = graph.sensitivity(
+            model, lambda small: -(small(inputs) - wanted).square().mean().item(), parts=parts
+        )
+    known = graph.finder.single_blocks if parts == "blocks" else graph.branches
+    assert [curve.key for curve in found.curves] == [part.name for part in known]
+    assert all(curve.ratios == (1.0,) and curve.drops[0] > 0 for curve in found.curves)
+    assert found.allocation(1.0) == {}
+    least = min(found.curves, key=lambda curve: curve.drops[-1])
+    plan = graph.plan(1 / len(known), parts=parts, ratios=found)
+    assert [part.name for part in plan.parts] == [least.key]
+    assert least.key in str(found)
