@@ -253,12 +253,14 @@ class ChannelGraph:
         return drawing.to_networkx(self.analysis)
 
     def draw(self, path: str | Path) -> Path:
-        """Draw the groups and the layers they tie.
+        """Draw the groups and the layers they tie, and the blocks and experts that can leave.
 
         Args:
             path: where to write; the suffix chooses the format (``.svg``, ``.png``, ``.pdf``).
         """
-        return drawing.draw(self.analysis, type(self.model).__name__, Path(path))
+        parts = [part.modules for part in self.finder.single_blocks]
+        parts += [mixture.modules for mixture in self.experts]
+        return drawing.draw(self.analysis, type(self.model).__name__, Path(path), parts)
 
     @uncollected
     def plan(self, ratio: float | None = None, **options: Unpack[Options]) -> Plan:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _COLOURS = {"exact": "#1f6f9f", "renormalising": "#b9770e", "frozen": "#8a8f98"}
+_LEAVES, _BAR = "#3d8361", 0.12  # of parts; inches from the left
 _INK, _PALE, _STRIPE = "#20262e", "#7b838d", "#f5f7f9"
 _ROW, _LANE, _CHARACTER = 0.23, 0.92, 0.066  # inches; the last one is of the small mono font
 _LARGEST = 12_000  # pixels of the longer side of a raster image
@@ -41,12 +43,21 @@ def to_networkx(analysis: Analysis) -> nx.Graph:
     return graph
 
 
-def draw(analysis: Analysis, title: str, path: Path) -> Path:
-    """Layers in rows as they run; each group is a line with a dot on every layer it touches."""
+def draw(analysis: Analysis, title: str, path: Path, parts: Sequence[Sequence[str]] = ()) -> Path:
+    """Layers in rows as they run; each group is a line with a dot on every layer it touches.
+
+    Args:
+        analysis: the groups.
+        title: above the picture.
+        path: where to write.
+        parts: modules of every part that can leave whole; it is a bar beside its layers.
+    """
     groups = analysis.all_groups
     layers = _layers(analysis, groups)
     bands = _bands(groups, {name: number for number, name in enumerate(layers)})
-    page = _Page.of(title, layers, 1 + max((band.lane for band in bands), default=0))
+    spans = [span for modules in parts for span in _spans(layers, modules)]
+    lanes = 1 + max((band.lane for band in bands), default=0)
+    page = _Page.of(title, layers, lanes, 5.8 if spans else 4.4)
     figure = new_figure(page.width, page.height)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -56,7 +67,11 @@ def draw(analysis: Analysis, title: str, path: Path) -> Path:
     _names(axes, page, layers)
     for band in bands:
         _line(axes, page, band)
-    _legend(axes, page, [kind for kind in _COLOURS if any(g.kind == kind for g in groups)])
+    for first, last in spans:
+        ends = [page.y(first) - _ROW / 3, page.y(last) + _ROW / 3]
+        axes.plot([_BAR, _BAR], ends, color=_LEAVES, linewidth=3, solid_capstyle="butt")
+    kinds = [kind for kind in _COLOURS if any(g.kind == kind for g in groups)]
+    _legend(axes, page, kinds, bool(spans))
     dpi = min(160.0, _LARGEST / max(page.width, page.height))
     undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix.lower())
     from matplotlib import rc_context
@@ -85,11 +100,11 @@ class _Page:
     top: float
 
     @classmethod
-    def of(cls, title: str, layers: Sequence[str], lanes: int) -> _Page:
-        """A page with room for these names and this many lanes."""
+    def of(cls, title: str, layers: Sequence[str], lanes: int, least: float) -> _Page:
+        """A page with room for these names, this many lanes, and the legend."""
         leaf = 0.25 + _CHARACTER * (_longest(_block(name) for name in layers) + 2)
         first = leaf + _CHARACTER * _longest(_leaf(name) for name in layers) + 0.35
-        width = max(first + lanes * _LANE + 0.05, 4.4, 0.5 + 0.12 * len(title))
+        width = max(first + lanes * _LANE + 0.05, least, 0.5 + 0.12 * len(title))
         return cls(width, 0.95 + _ROW * len(layers) + 0.5, leaf, first, 0.95)
 
     def x(self, lane: int) -> float:
@@ -145,6 +160,15 @@ def _bands(groups: Sequence[Group], rows: Mapping[str, int]) -> list[_Band]:
     return bands
 
 
+def _spans(layers: Sequence[str], modules: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """The first and last of rows that follow each other and lie in some modules."""
+    inside = [any(f"{layer}.".startswith(f"{name}.") for name in modules) for layer in layers]
+    for held, run in itertools.groupby(enumerate(inside), key=lambda item: item[1]):
+        rows = [row for row, _ in run]
+        if held:
+            yield rows[0], rows[-1]
+
+
 def _writers(group: Group) -> int:
     return len({m.slot.module for m in group.members if m.slot.weight and not m.reads})
 
@@ -188,7 +212,7 @@ def _dots(axes: Axes, x: float, ys: Sequence[float], colour: str, hollow: bool) 
     axes.scatter([x] * len(ys), ys, s=26, color=face, edgecolors=colour, linewidths=1.4, zorder=4)
 
 
-def _legend(axes: Axes, page: _Page, kinds: Sequence[str]) -> None:
+def _legend(axes: Axes, page: _Page, kinds: Sequence[str], parts: bool) -> None:
     x, y = 0.3, page.height - 0.26
     for text, hollow in (("writes", False), ("reads", True)):
         _dots(axes, x, [y], _INK, hollow)
@@ -199,3 +223,6 @@ def _legend(axes: Axes, page: _Page, kinds: Sequence[str]) -> None:
         axes.plot([x, x + 0.16], [y, y], color=_COLOURS[kind], linewidth=5, solid_capstyle="round")
         axes.text(x + 0.27, y, kind, size=8, color=_INK, va="center")
         x += 0.5 + _CHARACTER * len(kind)
+    if parts:
+        axes.plot([x, x], [y - 0.07, y + 0.07], color=_LEAVES, linewidth=3, solid_capstyle="butt")
+        axes.text(x + 0.12, y, "can leave", size=8, color=_INK, va="center")

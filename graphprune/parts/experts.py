@@ -131,8 +131,7 @@ class MixtureLadder:
                 for count in counts
                 if 0 < count <= self._most(mixture)
             }
-            modules = tuple(c.name for c in mixture.whole.containers) or mixture.whole.routers
-            yield "experts", mixture.name, modules, mixture.size, plans
+            yield "experts", mixture.name, mixture.modules, mixture.size, plans
 
     # --- which --------------------------------------------------------------------------------
 

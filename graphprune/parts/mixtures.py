@@ -72,6 +72,14 @@ class Experts:
         """What belongs to the experts, by its names in the model."""
         return _whole(self.plan, self.name)
 
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """What the experts lie in."""
+        whole = self.whole
+        stacks = (name.rpartition(".")[0] for name, _ in whole.slices if name not in whole.routers)
+        names = [container.name for container in whole.containers] or [*stacks]
+        return tuple(dict.fromkeys(filter(None, names)))
+
     def keeping(self, kept: Sequence[int], model: nn.Module) -> Plan:
         """The plan by which only these stay.
 

@@ -384,3 +384,12 @@ def test_sensitivity_of_parts(parts):
     plan = graph.plan(1 / len(known), parts=parts, ratios=found)
     assert [part.name for part in plan.parts] == [least.key]
     assert least.key in str(found)
+
+
+def test_parts_are_drawn(tmp_path):
+    """A bar beside the layers of every block; none where no block can leave."""
+    model, inputs = images("basic", "inverted")
+    text = graphprune.trace(model, inputs).draw(tmp_path / "blocks.svg").read_text()
+    assert "<!-- can leave -->" in text
+    plain = graphprune.trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
+    assert "<!-- can leave -->" not in plain.draw(tmp_path / "plain.svg").read_text()
