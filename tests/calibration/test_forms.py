@@ -126,7 +126,10 @@ def test_lists_of_images(form, method):
 
     def gap():
         scores = []
-        keep = lambda *given: scores.append(given[2].detach())  # noqa: E731
+
+        def keep(*given):
+            return scores.append(given[2].detach())
+
         handles = [model.scores.register_forward_hook(keep) for model in (net, small)]
         for batch in data:
             net(batch)

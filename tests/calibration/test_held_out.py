@@ -78,7 +78,10 @@ def test_what_makes_the_outputs_worse_is_undone(monkeypatch, method, good):
     layers = nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 3)
     net, small = small_of(nn.Sequential(*layers), x)
     state = copy.deepcopy(small.state_dict())
-    changed = lambda: sum(not torch.equal(t, state[n]) for n, t in small.state_dict().items())  # noqa: E731
+
+    def changed():
+        return sum(not torch.equal(t, state[n]) for n, t in small.state_dict().items())
+
     most = good * (2 if method == "repair" else 1)
     monkeypatch.setattr(refit, "distance", lambda *_: 1.0 if changed() <= most else 2.0)
     report = calibrate(small, net, [x], method=method)

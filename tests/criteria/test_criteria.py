@@ -136,7 +136,10 @@ def test_forms_of_taylor_differ_over_batches():
     data = list(INPUTS.split(1))
     for form, wanted in (("squared", 12.5), ("signed", 3.5), ("absolute", 3.5)):
         assert float(score(by_hand(), Taylor(form, "reads"), data, total)[0]) == wanted
-    turned = lambda model, batch: model(batch).sum() * (1 if batch[0, 0] else -1)  # noqa: E731
+
+    def turned(model, batch):
+        return model(batch).sum() * (1 if batch[0, 0] else -1)
+
     for form, wanted in (("squared", 12.5), ("signed", 0.5), ("absolute", 3.5)):
         assert float(score(by_hand(), Taylor(form, "reads"), data, turned)[0]) == wanted
 
@@ -217,7 +220,10 @@ def test_aggregation_over_slots(name):
 @pytest.mark.parametrize("name", NORMALISATIONS)
 def test_normalisation(name):
     graph = graphprune.trace(by_hand(), INPUTS)
-    fixed = lambda *_: torch.tensor([4.0, 2.0, 6.0])  # noqa: E731
+
+    def fixed(*_):
+        return torch.tensor([4.0, 2.0, 6.0])
+
     costs = {group.name: 5.0 for group in graph.groups}
     (found,) = scores(fixed, graph.groups, {}, 0, normalise=name, costs=costs).values()
     torch.testing.assert_close(found, torch.tensor(NORMALISED[name], dtype=torch.float64))
@@ -228,7 +234,10 @@ def test_normalisation(name):
 @pytest.mark.parametrize("name", NORMALISATIONS)
 def test_negative_scores_keep_their_order(name):
     """A criterion may count downwards; a mean below zero must not turn its order round."""
-    falling = lambda group, *_: -1.0 - torch.arange(group.size)  # noqa: E731
+
+    def falling(group, *_):
+        return -1.0 - torch.arange(group.size)
+
     plan = graphprune.trace(by_hand(), INPUTS).plan(
         0.4, criterion=falling, scope="global", normalise=name
     )

@@ -128,7 +128,10 @@ def test_weights_that_the_loss_does_not_reach():
             return self.main(x), self.side(x)
 
     x, y = torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
-    loss = lambda model, batch: F.cross_entropy(model(batch)[0], y)  # noqa: E731
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch)[0], y)
+
     with pytest.warns(graphprune.errors.PruningWarning, match="no gradient of the loss reaches"):
         plan = graphprune.trace(Branches(), x).plan(0.5, criterion="taylor", data=[x], loss=loss)
     assert [len(group.kept) for group in plan.groups] == [3, 6]

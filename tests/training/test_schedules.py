@@ -130,7 +130,9 @@ def test_impossible_schedules_are_refused(make, text):
 
 
 def test_any_function_and_any_number_is_a_schedule():
-    function = lambda step: 0.1 * step  # noqa: E731
+    def function(step):
+        return 0.1 * step
+
     assert as_schedule(function) is function
     assert sparsity_at(function, 3) == pytest.approx(0.3)
     assert as_schedule(0.4)(0) == 0.4

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.branches import Branches
 from torch import nn
 from torch.nn import functional as F
 
@@ -99,20 +100,6 @@ class Swapped(nn.Module):
         weights = one.sum(1, keepdim=True), two.sum(1, keepdim=True)
         one, two = one + 0 * left, two + 0 * right
         return self.c(left * one) / weights[0] + self.d(right * two) / weights[1]
-
-
-class Branches(nn.Module):
-    """The same functions with other weights, as the values of the input say."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
-        self.a, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x):
-        h = self.norm(self.stem(x))
-        h = F.linear(h, self.a) if float(x.sum()) > 0 else F.linear(h, self.b)
-        return self.head(F.softmax(h, -1))
 
 
 class Stacked(nn.Module):

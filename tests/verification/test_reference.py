@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from support.branches import Branches
 from support.zoo import ZOO
 from torch import nn
 from torch.nn import functional as F
@@ -87,20 +88,6 @@ def test_counts_that_come_from_values(skip):
     masked, small = pair(Routed(skip), x)
     for inputs in (x, x.flip(0), drawn(8, 6), drawn(3, 6), drawn(1, 6)):
         close(masked(inputs), small(inputs))
-
-
-class Branches(nn.Module):
-    """The same functions with other weights, as the values of the input say."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem, self.norm, self.head = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
-        self.a, self.b = nn.Parameter(torch.randn(8, 8)), nn.Parameter(torch.randn(8, 8))
-
-    def forward(self, x):
-        h = self.norm(self.stem(x))
-        h = F.linear(h, self.a) if float(x.sum()) > 0 else F.linear(h, self.b) * 2
-        return self.head(F.softmax(h, -1))
 
 
 @pytest.mark.filterwarnings("ignore:.*as the model does not read them")
