@@ -253,6 +253,12 @@ def _check(small: nn.Module, model: nn.Module, method: str) -> Plan:
     check_model(small)
     check_model(model)
     plan.check(model)
+    if any(len(vocabulary.kept) < vocabulary.size for vocabulary in plan.vocabularies):
+        raise InputError(
+            "the two models read different ids of tokens, and one batch cannot be given to both: "
+            "let channels leave and calibrate first, then call trim_vocabulary, which changes "
+            "nothing else"
+        )
     return plan
 
 

@@ -67,7 +67,7 @@ class Vocabulary:
         table = torch.full((self.size,), GONE, dtype=ids.dtype)
         table[list(self.kept)] = torch.arange(len(self.kept), dtype=ids.dtype)
         inside = (ids >= 0) & (ids < self.size)
-        found = table.to(ids.device)[ids.clamp(0, self.size - 1)]
+        found = table.to(ids.device)[ids.clamp(0, self.size - 1).long()]
         return torch.where(inside, found, ids)
 
     def settled(self, ids: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ class Vocabulary:
         new = self.to_new(ids)
         lost = (new == GONE) & (ids >= 0) | (ids >= self.size)
         choice = torch.tensor(self.kept, dtype=ids.dtype, device=ids.device)
-        return torch.where(lost, choice[ids.clamp(min=0) % len(self.kept)], ids)
+        return torch.where(lost, choice[ids.clamp(min=0).long() % len(self.kept)], ids)
 
     def then(self, later: Vocabulary) -> Vocabulary:
         """This choice followed by one among the ids that stayed."""
@@ -95,11 +95,11 @@ class Vocabulary:
 def input_names(call: Call, model: nn.Module) -> list[str]:
     """What the tensors of a call are called: by argument, and the way into nested ones."""
     found = pytree.tree_flatten_with_path((call.args, call.kwargs))[0]
-    known = _parameters(model)
+    known = parameter_names(model)
     return [_name(path, known) for path, leaf in found if isinstance(leaf, Tensor)]
 
 
-def _parameters(model: nn.Module) -> list[str]:
+def parameter_names(model: nn.Module) -> list[str]:
     """The names of the positional arguments of a model."""
     try:
         signature = inspect.signature(type(model).forward)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.channels.slots import Rows, Slot
@@ -21,7 +21,7 @@ from graphprune.text import shorten
 from graphprune.vocabulary.flow import Kind, computed, kinds
 
 Row = tuple[str, int]
-Place = tuple[int, int]  # an output, and the dimension of its logits
+Place = tuple[str, int]  # an output, and the dimension of its logits
 
 
 @dataclass(frozen=True)
@@ -92,14 +92,13 @@ class Search:
         logits = Logits(
             self.model, self.records, tables, frozenset().union(*(k.lookups for k in same))
         )
-        rows, places = logits.rows(output)
-        names = self.records[0].output_names
+        rows, named = logits.rows(output)
         whole = Vocabulary(
             size,
             tuple(range(size)),
             tuple(sorted(rows)),
             tuple(self.names[place] for place in sorted(kind.inputs)),
-            tuple((names[place], dim) for place, dim in places),
+            tuple(sorted(named)),
         )
         analysis = logits.analysis(rows)
         return Found(tuple(same), analysis, _group(analysis, rows, size), whole)
@@ -183,25 +182,29 @@ class Logits:
         """The unit of each row of the tables."""
         return _labels(self.first, next(s for s in self.first.slots if _row(s) in self.tables))
 
+    def layers(self, analysis: Analysis) -> Iterator[tuple[str, Tensor, np.ndarray]]:
+        """The outputs that count, each with what varies along it, and the units there."""
+        for record in self.records:
+            for place, (node, name) in enumerate(zip(record.outputs, record.output_names)):
+                if record.counted is None or place in record.counted:
+                    for layer in analysis.values[node].layers:
+                        yield name, layer, analysis.units.labels[layer.reshape(-1).numpy()]
+
     def outputs(self, analysis: Analysis) -> Iterator[tuple[Place, np.ndarray]]:
         """The outputs that have a place for every id along a dimension, with the units there."""
-        record = self.records[0]
-        for place, node in enumerate(record.outputs):
-            if record.counted is not None and place not in record.counted:
-                continue
-            for layer in analysis.values[node].layers:
-                for dim, size in enumerate(layer.shape):
-                    if size == self.size == layer.numel():
-                        yield (place, dim), analysis.units.labels[layer.reshape(-1).numpy()]
+        for name, layer, units in self.layers(analysis):
+            for dim, size in enumerate(layer.shape):
+                if size == self.size == layer.numel():
+                    yield (name, dim), units
 
     def tied(self) -> bool:
         """Whether the tables themselves make logits."""
         return any((units == self.labels).all() for _, units in self.outputs(self.first))
 
-    def candidates(self) -> dict[Row, Place]:
+    def candidates(self) -> dict[Row, set[Place]]:
         """The weights whose rows may be logits: nothing reads what they make but the output."""
         reads = self.first.marks.read_ids(self.first.ties.size)
-        found: dict[Row, Place] = {}
+        found: dict[Row, set[Place]] = {}
         for place, units in self.outputs(self.first):
             mine = np.zeros(len(self.first.units.frozen), bool)
             mine[units] = True
@@ -210,10 +213,10 @@ class Logits:
             weights = [slot for slot in slots if slot.weight]
             alone = len(weights) == 1 and (_labels(self.first, weights[0]) == units).all()
             if alone and not any(reads[slot.start] for slot in slots):
-                found[_row(weights[0])] = place
+                found.setdefault(_row(weights[0]), set()).add(place)
         return found
 
-    def rows(self, output: str | bool | None) -> tuple[set[Row], list[Place]]:
+    def rows(self, output: str | bool | None) -> tuple[set[Row], set[Place]]:
         """All tensors with a row for every id, and the outputs that have a logit for each.
 
         Raises:
@@ -225,17 +228,24 @@ class Logits:
         analysis = self.analysis(rows)
         slot = next(slot for slot in analysis.slots if _row(slot) in self.tables)
         units = _labels(analysis, slot)
-        places = [place for place, found in self.outputs(analysis) if (found == units).all()]
+        places = {place for place, found in self.outputs(analysis) if (found == units).all()}
         mine = np.zeros(len(analysis.units.frozen), bool)
         mine[units] = True
         for other in analysis.slots:
             if mine[_labels(analysis, other)].any():
                 rows.add(_row(other))
         self._followed(analysis, mine)
+        for name, _, found in self.layers(analysis):
+            if mine[found].any() and not (len(found) == self.size and (found == units).all()):
+                raise InputError(
+                    f"output {name or 'of the model'} holds logits of some ids, or in another "
+                    "order: let it return all of them, and choose outside of the model"
+                )
         return rows, places
 
     def _chosen(self, output: str | bool | None) -> set[Row]:
         found = self.candidates()
+        others = {place for place, _ in self.outputs(self.first)}.difference(*found.values())
         if isinstance(output, str):
             names = aliases(self.model)
             wanted = {names.get(name, name) for name in (output, f"{output}.weight")}
@@ -246,11 +256,12 @@ class Logits:
                     f"makes an output alone; there are: {shorten([r[0] for r in found]) or 'none'}"
                 )
             return rows
-        if len(found) > 1:
+        if len(found) > 1 or (found and others):
+            also = f" (output {min(others)[0]} has {self.size} channels as well)" if others else ""
             raise InputError(
                 f"it is not clear which layer makes the logits of {self.size} ids: "
-                f"{', '.join(sorted(row[0] for row in found))}; pass output= with the name of one, "
-                "or output=False where none does"
+                f"{', '.join(sorted(row[0] for row in found))}{also}; pass output= with the name "
+                "of one, or output=False where none does"
             )
         return set(found)
 

@@ -41,15 +41,21 @@ MOVES: dict[Any, tuple[int, ...]] = {
     **dict.fromkeys((aten.masked_scatter, aten.masked_scatter_), (0, 2)),
     **dict.fromkeys((aten.index_put, aten.index_put_, aten._unsafe_index_put), (0, 2)),
     **dict.fromkeys((aten.scatter, aten.scatter_, aten.index_copy, aten.index_copy_), (0, 3)),
+    **dict.fromkeys((aten.clamp, aten.clamp_, aten.clamp_min, aten.clamp_min_, aten.clamp_max,
+                     aten.clamp_max_), (0,)),
     aten.where: (1, 2),
 }  # fmt: skip
 _FILLED = {aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_}  # by a tensor, last
 # Ops that put a number among values, by the place of the number.
-_PUTS: dict[Any, int] = {
-    aten.masked_fill: 2, aten.masked_fill_: 2, aten.fill: 1, aten.fill_: 1, aten.full: 1,
-    aten.full_like: 1, aten.new_full: 2, aten.constant_pad_nd: 2, aten.scalar_tensor: 0,
-    aten.scatter: 3, aten.scatter_: 3, aten.where: 2,
+_PUTS: dict[Any, tuple[int, ...]] = {
+    aten.masked_fill: (2,), aten.masked_fill_: (2,), aten.fill: (1,), aten.fill_: (1,),
+    aten.full: (1,), aten.full_like: (1,), aten.new_full: (2,), aten.constant_pad_nd: (2,),
+    aten.scalar_tensor: (0,), aten.scatter: (3,), aten.scatter_: (3,), aten.where: (1, 2),
+    aten.clamp: (1, 2), aten.clamp_: (1, 2), aten.clamp_min: (1,), aten.clamp_min_: (1,),
+    aten.clamp_max: (1,), aten.clamp_max_: (1,),
 }  # fmt: skip
+_PADS = {aten.constant_pad_nd: 0}  # what they put where no number is given
+_ADDS = {aten.index_put, aten.index_put_, aten._unsafe_index_put}  # where they accumulate
 _MADE = {
     **dict.fromkeys((aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_), 0),
     **dict.fromkeys((aten.ones, aten.ones_like, aten.new_ones), 1),
@@ -60,12 +66,12 @@ _LIKE = {  # read the shape of their input
     for name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
                  "randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
 }  # fmt: skip
-_EQUAL = {aten.eq, aten.ne, aten.eq_, aten.ne_}
+_EQUAL = {aten.eq, aten.ne, aten.isin}
 _ORDER = {aten.lt: 0, aten.ge: 0, aten.le: 1, aten.gt: 1}  # what to add to be a bound from below
 _PLACES = {aten.argmax, aten.argmin, aten.argsort}  # depend on the order of values alone
 _INDICES = {aten.max, aten.min, aten.sort, aten.topk, aten.cummax}  # with their results' second
 _THROUGH = {aten.detach, aten.alias, aten._to_copy, aten.clone, aten.view, aten.t, aten.mul}
-_WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+_WHOLE = frozenset({torch.int64, torch.int32})  # what can be ids
 
 
 @dataclass(frozen=True)
@@ -223,15 +229,37 @@ class Flow:
             kind.inputs.add(int(str(node.target).rpartition("_")[2]))
         elif node.op == "get_attr":
             self._constant(node, kind)
+        elif self._computes(node):
+            kind.others.append((node, f"{op_name(node)} makes ids"))
         elif packet in _PUTS:
-            place = _PUTS[packet]
-            given = node.args[place] if place < len(node.args) else node.kwargs.get("value", 0)
-            if isinstance(given, int | float):
-                kind.numbers.append(Number(node, int(given)))
+            self._put(node, kind)
         elif packet in _MADE:
             kind.numbers.append(Number(node, _MADE[packet]))
         elif packet not in MOVES and packet not in _EMPTY and node.target is not operator.getitem:
             kind.others.append((node, f"{op_name(node)} makes ids"))
+
+    def _put(self, node: fx.Node, kind: Kind) -> None:
+        """Numbers that an op puts among ids."""
+        packet = packet_of(node)
+        given: list[Any] = [node.args[n] for n in _PUTS[packet] if n < len(node.args)]
+        given += [node.kwargs[name] for name in ("value", "min", "max") if name in node.kwargs]
+        given = given or [_PADS[packet]] if packet in _PADS else given
+        for number in given:
+            if isinstance(number, float) and not number.is_integer():
+                kind.others.append((node, f"{op_name(node)} puts {number} among ids"))
+            elif isinstance(number, int | float):
+                kind.numbers.append(Number(node, int(number)))
+
+    def _computes(self, node: fx.Node) -> bool:
+        """Whether an op that moves ids adds them up, or takes values that are none."""
+        packet = packet_of(node)
+        if "reduce" in getattr(node.target, "_overloadname", ""):
+            return True
+        if packet in _ADDS and True in (*node.args[3:4], node.kwargs.get("accumulate")):
+            return True
+        places = MOVES.get(packet, ()) if packet not in _FILLED else (0,)
+        given = [item for n in places if n < len(node.args) for item in _flat(node.args[n])]
+        return any("dtype" in item.meta and not _whole(item) for item in given)
 
     def _constant(self, node: fx.Node, kind: Kind) -> None:
         """Ids in a constant or a buffer."""

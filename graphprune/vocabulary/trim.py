@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
@@ -16,7 +19,7 @@ from graphprune.execute.ids import special_ids
 from graphprune.execute.shrink import hollow, shrink
 from graphprune.plan.changes import LiteralChange, SizeChange, chain
 from graphprune.plan.plan import Plan
-from graphprune.plan.vocabulary import Vocabulary, for_small
+from graphprune.plan.vocabulary import Vocabulary, for_small, parameter_names
 from graphprune.planning.make import assemble
 from graphprune.planning.settle import Settled, _change, _records, follow, rehearse
 from graphprune.planning.unread import with_unread
@@ -31,6 +34,8 @@ from graphprune.text import shorten
 from graphprune.vocabulary.find import Found, Search
 from graphprune.vocabulary.flow import Number, kinds
 from graphprune.vocabulary.tokenizer import beside
+
+_LENGTH = 8  # of texts that are tried where no inputs are given
 
 
 def trim_vocabulary(
@@ -110,6 +115,8 @@ def planned(
         for who, more in (("model", added), ("tokenizer", parts))
         if more
     ]
+    if not vocabulary.outputs:
+        notes.append(f"no output has a logit for each of {vocabulary.size:,} ids: outputs stay")
     plan = _assembled(model, call, found, vocabulary, notes)
     return call, Trial(model, call, search.records, found, plan).settled()
 
@@ -141,8 +148,15 @@ def numbers(ids: Any) -> list[int]:
 
 
 def _recorded(model: nn.Module, example_inputs: object) -> tuple[Call, Record]:
+    """The inputs, and what they were recorded as; ids are tried where none are given."""
     if example_inputs is not None:
         return called(example_inputs, lambda call: record(model, call, training=False))
+    ids = torch.zeros((2, _LENGTH), dtype=torch.int64)
+    names = [name for name in parameter_names(model) if name.endswith("input_ids")]
+    for call in (Call((ids,)), Call((), dict.fromkeys(names, ids))):
+        if call.args or call.kwargs:
+            with contextlib.suppress(TraceError):
+                return call, record(model, call, training=False)
     return infer(model, lambda call: record(model, call, False, devices=("meta",)))
 
 
@@ -268,33 +282,44 @@ class Trial:
             )
         known = {number.node for number in mine.numbers} | mine.lookups
         for one, other in zip(original.ops, small.ops):
-            if one not in known and not self._alike(one, other):
+            if not self._alike(one, other, one in known):
                 raise InputError(
                     f"{_where(one)} is given other numbers with fewer ids{self._moved}"
                 )
+        wanted = [self._wanted(number) for number in mine.numbers]
         return [
-            (number, wanted)
-            for number, other in zip(mine.numbers, theirs)
-            if (wanted := self._wanted(number)) is not None and other.value != wanted
+            (number, new)
+            for number, new, other in zip(mine.numbers, wanted, theirs)
+            if not self._right(number, new, other.value)
         ]
 
-    def _wanted(self, number: Number) -> int | None:
-        """What a number in the code must become; ``None`` where it does not matter."""
-        kept, size = self.vocabulary.kept, self.vocabulary.size
+    def _wanted(self, number: Number) -> int:
+        """What a number in the code must become: all ids stay on their side of it."""
         if number.bound is None:
-            inside = 0 <= number.value < size
-            return self.vocabulary.new_id(number.value) if inside else None
-        below = sum(old < number.value + number.bound for old in kept)
-        return below - number.bound
+            new = self.vocabulary.new_id(number.value)
+            assert new is not None  # it was added to those that stay
+            return new
+        least = number.value + number.bound
+        return bisect.bisect_left(self.vocabulary.kept, least) - number.bound
 
-    def _alike(self, one: fx.Node, other: fx.Node) -> bool:
-        """Whether two ops are the same, and are given the same numbers; sizes aside."""
+    def _right(self, number: Number, wanted: int, found: int) -> bool:
+        """Whether a number is as it must be; beyond all ids, one is as good as another."""
+        last = len(self.vocabulary.kept)
+        if number.bound is not None:
+            wanted, found = wanted + number.bound, found + number.bound
+            return found == wanted or found <= wanted == 0 or found >= wanted == last
+        inside = 0 <= number.value < self.vocabulary.size
+        return found == wanted if inside else found < 0 > number.value or found >= last
+
+    def _alike(self, one: fx.Node, other: fx.Node, known: bool) -> bool:
+        """Whether two ops are the same, and are given the same numbers; sizes and ids aside."""
         before, after = self.vocabulary.size, len(self.vocabulary.kept)
         pairs = zip(_given(one), _given(other), strict=False)
-        return one.target == other.target and all(
+        same = all(
             a == b or a != a or (type(a) is type(b) is int and a * after == b * before)
             for a, b in pairs
         )
+        return one.target == other.target and (known or same)
 
     def _change(self, number: Number, new: int) -> None:
         """Let an attribute, or the code, say another number."""

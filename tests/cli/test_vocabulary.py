@@ -42,7 +42,7 @@ def test_ids_stay():
     for ids in ("1-3,7,9", "ids.txt"):
         found, code = document("--ids", ids, "--out", "small.safetensors", "--plan", "plan.json")
         assert (code, found["ids"]) == (OK, [[1, 2, 3, 7, 9]])
-        assert found["verified"]["verdict"] == "equal"
+        assert found["verified"]["difference"] <= 1e-10
         assert found["after"]["params"] == 5 * 8 + 5 * 9
         model = load_model("words_for_tests.py:words")
         small = graphprune.load("small.safetensors", model)

@@ -155,6 +155,14 @@ def test_pads_count_places():
         graphprune.trim_vocabulary(model, [5, 8, 13], inputs)
 
 
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "T5ForConditionalGeneration"])
+def test_inputs_need_not_be_given(name):
+    model, inputs = model_of(name)
+    small = graphprune.trim_vocabulary(model, [5, 8, 13])
+    assert {*small.graphprune_plan.vocabularies[0].inputs} == {*inputs}
+    assert graphprune.verify(model, small, inputs).verdict == "equal"
+
+
 def test_labels_are_refused():
     model, inputs = model_of("GPT2LMHeadModel")
     with pytest.raises(InputError, match="example_inputs without labels"):

@@ -230,6 +230,17 @@ def test_with_channels_in_either_order(first):
     assert graphprune.verify(model, again, inputs).verdict == "equal"
 
 
+def test_calibration_comes_before_ids_leave():
+    model, inputs = model_of("untied")
+    middle = graphprune.rebuild(model, 0.5, inputs)
+    graphprune.calibrate(middle, model, [tokens(2, 6)] * 4)
+    small = graphprune.trim_vocabulary(middle, [1, 5, 9], inputs)
+    wanted = middle(torch.tensor([[9, 1]]))[..., [1, 5, 9]]
+    torch.testing.assert_close(small(torch.tensor([[2, 0]])), wanted, atol=1e-12, rtol=0)
+    with pytest.raises(InputError, match=r"different ids.*then call trim_vocabulary"):
+        graphprune.calibrate(small, model, [tokens(2, 6)])
+
+
 def test_twice():
     model, inputs = model_of("tied")
     middle = graphprune.trim_vocabulary(model, range(0, 40, 2), inputs)
