@@ -46,9 +46,9 @@ def uncounted(node: fx.Node) -> bool:
 
 
 def macs_of(node: fx.Node, shape: ShapeOf) -> Any:
-    """The multiply-accumulates of an op, from the shapes of its values; 0 where none are known."""
+    """The multiply-accumulates of an op, from the shapes of its values; 0 where it does not run."""
     op = op_of(node)
-    if not multiplies(node):
+    if node.meta.get("beside") or not multiplies(node):
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), shape)
     first = node if "shape" in node.meta else node.meta["items"].get(0)

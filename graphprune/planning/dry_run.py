@@ -67,7 +67,8 @@ def _recorded(
     if plan is not None:
         shrink(clone, plan, inplace=True)
     try:
-        return run(clone, call, original.device, caches=original.caches), True
+        found = run(clone, call, original.device, caches=original.caches, beside=original.beside)
+        return found, True
     except TraceError as error:
         if not isinstance(error.record, Record):
             raise

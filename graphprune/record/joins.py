@@ -147,7 +147,7 @@ class Watching:
 
     def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor):
+        if isinstance(out, Tensor) and not self.recorder.beside:
             self.watched.sums.setdefault(place, []).append(self.recorder.node_of(out))
         return out
 
@@ -165,4 +165,5 @@ class Watching:
         run = self.open.pop()
         run.out = self._nodes(out)
         run.end = len(self.recorder.record.graph.nodes)
-        self.watched.runs.append(run)
+        if not self.recorder.beside:
+            self.watched.runs.append(run)

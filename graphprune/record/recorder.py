@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -62,7 +62,8 @@ class Record:
     Each node has ``meta``: ``shape``, ``dtype``, ``module`` (qualified name of the innermost
     module running), ``line`` (``file:line`` of the user's code), ``numbers`` (the ints given to
     the torch function that called it, and the floats computed from sizes) and ``transformed``
-    (whether it ran inside ``torch.vmap`` or its kind, where dimensions are hidden).
+    (whether it ran inside ``torch.vmap`` or its kind, where dimensions are hidden); and ``beside``
+    where the values of the inputs pass it by.
     """
 
     training: bool
@@ -83,6 +84,7 @@ class Record:
     leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
     lengths: bool = False  # whether ``len`` of a tensor was asked for
     doubts: bool = False  # whether floats in the code may have been computed from sizes
+    beside: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what ran beside what
     caches: bool = False  # whether the code may keep tensors outside of the model
     branches: bool = True  # whether code of the model may have looked at ``training``
 
@@ -117,6 +119,7 @@ class Recorder:
         self.names_of_args: tuple[str, ...] = ()
         self.sizes: dict[str, Any] = {}  # given to a function that stands for torch's, by name
         self.opaque = False
+        self.beside = False  # whether what runs is passed by otherwise
         self.recording = True
         own = {name for name, _ in named_tensors(model)}
         for name, tensor in held_tensors(model):
@@ -243,6 +246,8 @@ class Recorder:
             site=self.site(frame) if numbers or op_of(node.target).scaled else None,
             transformed=FUNCTORCH.peek_interpreter_stack() is not None,
         )
+        if self.beside:
+            node.meta["beside"] = True
 
     def _check_written(self, target: Any, args: Any, kwargs: Any, out: Any) -> None:
         """Memory that is read before any op wrote to it was filled by someone we do not see."""

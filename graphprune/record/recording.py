@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
 from graphprune.record import outside, scope
+from graphprune.record.beside import Beside, passed_by, running
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import Outputs, fields, named_leaves
 from graphprune.record.random_numbers import same_numbers
@@ -95,6 +96,13 @@ def _record(
         if found.lengths:
             with scope.lengths():
                 found = run(clone(), call, device, watch_mode=not training, watch=watch)
+        beside = passed_by(model, found.used) if device == "cpu" else {}
+        if beside:
+            measured = scope.lengths() if found.lengths else contextlib.nullcontext()
+            with contextlib.suppress(TraceError), measured:
+                found = run(
+                    clone(), call, device, watch_mode=not training, watch=watch, beside=beside
+                )
         return found
     except TraceError as error:
         if training or not isinstance(error.__cause__, TypeError | ValueError):
@@ -112,6 +120,7 @@ def run(
     watch_mode: bool = False,
     watch: Watch = unwatched,
     caches: bool = True,
+    beside: Beside | None = None,
 ) -> Record:
     """Record a model that may be marked and changed by running.
 
@@ -122,6 +131,7 @@ def run(
         watch_mode: notice whether the code looks at ``training``, in eval mode.
         watch: of the copy and its recorder makes what else is entered while the copy runs.
         caches: whether its code may keep tensors outside of the model.
+        beside: modules that run beside others.
     """
     args, kwargs = call.on(device)
     recorder = Recorder(clone, device, clone.training)
@@ -140,6 +150,7 @@ def run(
             grad,
             recorder,
             watch(clone, recorder),
+            running(clone, recorder, beside or {}),
         ):
             out = clone(*args, **kwargs)
     except Exception as error:
@@ -153,6 +164,7 @@ def run(
         raise failed from error
     recorder.forget_looks()
     result = recorder.record
+    result.beside = beside or {}
     found = any(name.startswith("constant_") for name in result.constants)  # kept before, perhaps
     result.caches = bool(kept) or found
     leaves, result.output_spec = pytree.tree_flatten(fields(out))
