@@ -9,11 +9,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from graphprune.ops.calls import FUNCTORCH, Args, Function, Kwargs
 from graphprune.ops.given import Number, meant
 from graphprune.ops.ids import Path
 from graphprune.record.sizes import Scale, plain
@@ -153,3 +155,22 @@ def _dims_left(item: object) -> int:
     """How many dimensions it leaves until all others have been looked at."""
     alone = isinstance(item, Tensor) and not item.dim() and item.dtype not in (torch.bool,)
     return 0 if alone else _dims_of(item)
+
+
+def tensors_given(target: Function, args: Args, kwargs: Kwargs) -> Iterator[tuple[Tensor, Any]]:
+    """The tensors that an op is given, each with what its schema says of the argument."""
+    schema: Any = getattr(target, "_schema", None)
+    named = {} if schema is None else {argument.name: argument for argument in schema.arguments}
+    pairs = [*zip([*named.values()] or [None] * len(args), args)]
+    pairs += [(named.get(name), value) for name, value in kwargs.items()]
+    for argument, value in pairs:
+        for tensor in pytree.tree_leaves(value):
+            if isinstance(tensor, Tensor):
+                yield unwrapped(tensor), argument
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The tensor inside those of ``torch.vmap`` and its kind."""
+    while FUNCTORCH.is_functorch_wrapped_tensor(tensor):
+        tensor = FUNCTORCH.getunwrapped(tensor)
+    return tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from graphprune.ops.ids import Shape
 from graphprune.ops.registry import op_of
 from graphprune.ops.views import run_on_meta
 from graphprune.record import scope
+from graphprune.record.binding import tensors_given, unwrapped
 from graphprune.record.identity import Identity, storage_key
 from graphprune.record.modes import TORCH, Dispatch, EvalFlag, Functions, lost, on_one_device
 from graphprune.record.sites import Site, computes_floats, find_site, forward_of
@@ -156,7 +157,7 @@ class Recorder:
 
     def node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; parameters and constants become ``get_attr`` nodes."""
-        tensor = _unwrapped(tensor)
+        tensor = unwrapped(tensor)
         source = self.identity.find(tensor)
         if source is None:
             return self.unknown(tensor)
@@ -257,7 +258,7 @@ class Recorder:
             if out.numel() and key is not None:
                 self.unwritten.add(key)
         elif self.unwritten:
-            for tensor, argument in _given(target, args, kwargs):
+            for tensor, argument in tensors_given(target, args, kwargs):
                 key = storage_key(tensor)
                 alias = argument and argument.alias_info
                 if key not in self.unwritten or name in _SHAPES_ONLY:
@@ -457,25 +458,6 @@ def _copied(tensor: Tensor) -> Tensor:
         copied = copied.as_subclass(type(tensor))
     vars(copied).update(vars(tensor))
     return copied
-
-
-def _given(target: Function, args: Args, kwargs: Kwargs) -> Iterator[tuple[Tensor, Any]]:
-    """The tensors that an op is given, each with what its schema says of the argument."""
-    schema: Any = getattr(target, "_schema", None)
-    named = {} if schema is None else {argument.name: argument for argument in schema.arguments}
-    pairs = [*zip([*named.values()] or [None] * len(args), args)]
-    pairs += [(named.get(name), value) for name, value in kwargs.items()]
-    for argument, value in pairs:
-        for tensor in pytree.tree_leaves(value):
-            if isinstance(tensor, Tensor):
-                yield _unwrapped(tensor), argument
-
-
-def _unwrapped(tensor: Tensor) -> Tensor:
-    """The tensor inside those of ``torch.vmap`` and its kind."""
-    while FUNCTORCH.is_functorch_wrapped_tensor(tensor):
-        tensor = FUNCTORCH.get_unwrapped(tensor)
-    return tensor
 
 
 def _is_pure(node: fx.Node) -> bool:
