@@ -24,7 +24,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import dry, run
 from graphprune.record.sizes import plain
-from graphprune.record.skeleton import skeleton
+from graphprune.record.skeleton import marked, skeleton, without_weights
 
 aten = torch.ops.aten
 
@@ -63,9 +63,12 @@ def _recorded(
     model: nn.Module, call: Call, original: Record, plan: Plan | None
 ) -> tuple[Record, bool]:
     """What ran of a shrunk copy, and whether that was all of it."""
-    clone = skeleton(model, original.device).train(original.training)
-    if plan is not None:
-        shrink(clone, plan, inplace=True)
+    if original.device == "meta":
+        clone = marked(without_weights(model) if plan is None else hollow(model, plan))
+    else:
+        clone = skeleton(model, original.device)
+        clone = clone if plan is None else shrink(clone, plan, inplace=True)
+    clone.train(original.training)
     try:
         found = run(clone, call, original.device, caches=original.caches, beside=original.beside)
         return found, True

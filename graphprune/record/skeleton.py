@@ -21,7 +21,11 @@ _DEPTH = 3  # of containers inside containers
 
 def skeleton(model: nn.Module, device: str) -> nn.Module:
     """A copy without weights on ``meta`` (with weights for any other device), ready to record."""
-    clone = without_weights(model) if device == "meta" else _with_weights(model)
+    return marked(without_weights(model) if device == "meta" else _with_weights(model))
+
+
+def marked(clone: nn.Module) -> nn.Module:
+    """A copy in which every int that a module remembers knows whose it is."""
     for name, module in named_modules(clone):
         replace_attention(module)
         state = vars(module)
