@@ -28,9 +28,9 @@ from graphprune.plan.vocabulary import for_small
 from graphprune.planning.costs import cost
 from graphprune.planning.make import (
     assemble,
-    check_follows,
     check_kept,
     counted_outputs,
+    followed,
     make_plan,
 )
 from graphprune.planning.options import Options, Request
@@ -292,8 +292,7 @@ class ChannelGraph:
         """The plan for a request that was checked."""
         if request.parts != ("channels",):
             return self._chooser(request).plan()
-        plan = make_plan(self.model, self.call, self.settled, request)
-        return with_unread(self.model, self.call, self.analysis, plan)
+        return make_plan(self.model, self.call, self.settled, request)
 
     def _chooser(self, request: Request) -> Chooser:
         return Chooser(self.model, self.call, request, self.mixtures, self, self._again)
@@ -324,8 +323,7 @@ class ChannelGraph:
         chosen = check_kept(self.settled, kept)
         plan = assemble(self.call, self.settled, chosen, request)
         if check:
-            check_follows(self.model, self.call, self.settled, chosen, plan)
-            plan = with_unread(self.model, self.call, self.analysis, plan)
+            plan = followed(self.model, self.call, self.settled, chosen, plan)
         return plan
 
     def sensitivity(

@@ -21,10 +21,11 @@ from graphprune.ops.ids import Shape, varying
 from graphprune.ops.registry import op_of
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
-from graphprune.record.recorder import Record
+from graphprune.record.recorder import Record, shapes_in
 from graphprune.record.recording import dry, run
 from graphprune.record.sizes import plain
 from graphprune.record.skeleton import marked, skeleton, without_weights
+from graphprune.record.tensors import named_modules
 
 aten = torch.ops.aten
 
@@ -199,39 +200,55 @@ def _compared(node: fx.Node) -> bool:
     return node.target is not aten.clone.default
 
 
-def what_runs(
-    model: nn.Module, call: Call, original: Record, plan: Plan, clone: nn.Module | None = None
-) -> list[str] | None:
-    """Every op that the small model of a plan runs, and the numbers that it is given.
+class Ran(NamedTuple):
+    """What ran of the small model of a plan.
 
-    Args:
-        model: the model of the plan.
-        call: inputs it runs on.
-        original: how it is run.
-        plan: what it loses.
-        clone: its small model on ``meta``, when there is one already.
-
-    Returns:
-        A line for each op; ``None`` when the small model does not run.
+    Attributes:
+        clone: the small model, without weights.
+        outputs: the shapes of what it returned.
+        ops: every op, and what it was given.
+        passed: the shapes of what every module took and returned, when it ran on ``meta``.
     """
-    batch, ran = _batch(original, call), list[str]()
+
+    clone: nn.Module
+    outputs: list[Shape]
+    ops: list[str]
+    passed: dict[str, list[Shape]]
+
+
+def what_runs(model: nn.Module, call: Call, original: Record, plan: Plan) -> Ran | None:
+    """Run the small model of a plan as the original was run; ``None`` when it does not run."""
+    batch, clone = _batch(original, call), hollow(model, plan)
+    ran = Ran(clone, [], [], {})
     if original.device == "meta":
-        clone = hollow(model, plan) if clone is None else clone
+        for name, module in named_modules(clone):
+            module.register_forward_hook(
+                lambda _, *given, name=name: ran.passed.setdefault(name, []).extend(
+                    shapes_in(given)
+                ),
+                with_kwargs=True,
+            )
         try:
-            dry(clone.train(original.training), batch, ran, original.caches)
-        except Exception:  # whatever the code of a model raises
+            out = dry(clone.train(original.training), batch, ran.ops, original.caches)
+        except Exception:  # whatever the code of a model raises: it is run again, and told then
             return None
+        ran.outputs.extend(shapes_in(out))
         return ran
     small, complete = _recorded(model, batch, original, plan)
     for node in small.ops:
         numbers = [a for a in pytree.tree_leaves(node.args) if not isinstance(a, fx.Node)]
-        ran.append(f"{node.target} {numbers} {node.meta.get('shape')}")
+        ran.ops.append(f"{node.target} {numbers} {node.meta.get('shape')}")
     return ran if complete else None
 
 
 @torch.inference_mode(False)
 def broken(
-    model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray, plan: Plan
+    model: nn.Module,
+    call: Call,
+    analysis: Analysis,
+    alive: np.ndarray,
+    plan: Plan,
+    ran: list[Ran],
 ) -> Place | None:
     """Where the small model of a plan fails: the check of every plan before it is handed out.
 
@@ -240,17 +257,20 @@ def broken(
     another batch size, if the original does. What fails is recorded, to see where.
 
     Models that read values run on the CPU with their weights, recorded at once: that takes no
-    longer than the record of the original did.
+    longer than the record of the original did. ``ran`` gets what ran on ``meta``.
     """
     if any(original.device != "meta" for original in analysis.records):
         return first_mismatch(model, call, analysis, alive, plan)
     pruned = analysis.pruned(alive)
     for original in analysis.records:
         foreseen = [pruned.shape(node) for node in original.outputs]
-        if _outputs(model, _batch(original, call), original, plan) != foreseen:
-            found = first_mismatch(model, call, analysis, alive, plan)
-            if found is not None:
-                return found
+        found = what_runs(model, call, original, plan)
+        if found is not None:
+            ran.append(found)
+        if found is None or found.outputs != foreseen:
+            place = first_mismatch(model, call, analysis, alive, plan)
+            if place is not None:
+                return place
     return _at_another_batch(model, call, analysis, alive, plan)
 
 

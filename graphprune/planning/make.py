@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,14 @@ from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
 from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
 from graphprune.planning.draft import Draft, unread, why
+from graphprune.planning.dry_run import Ran
 from graphprune.planning.freeing import freed
 from graphprune.planning.latency import Bench, Cache
 from graphprune.planning.options import Request
 from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept
 from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
+from graphprune.planning.unread import with_unread
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
 from graphprune.text import share, shorten
@@ -49,12 +51,13 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
         told = {**request.said(), "criterion": name_of(request.criterion)}
         try:
             chosen = draft.kept(_counts(draft, told))
-            plan = emit(model, call, draft.settled, chosen, told, draft.rescaling)
+            plan, ran = emit(model, call, draft.settled, chosen, told, draft.rescaling)
         except _Stuck as stuck:
             draft = Draft(model, call, stuck.settled, request, draft.evidence)
             continue
         draft.warn(plan)
-        return freed(draft, plan, chosen) if request.columns == "free" else plan
+        plan = freed(draft, plan, chosen) if request.columns == "free" else plan
+        return with_unread(model, call, settled.analysis, plan, ran)
 
 
 def emit(
@@ -64,8 +67,8 @@ def emit(
     chosen: Kept,
     told: Mapping[str, object] | None = None,
     rescaling: Rescaling | None = None,
-) -> Plan:
-    """A plan that the code of the model was seen to follow.
+) -> tuple[Plan, Sequence[Ran]]:
+    """A plan that the code of the model was seen to follow, and what was seen.
 
     Raises:
         _Stuck: it does not; says what is left without the channels in the way.
@@ -76,7 +79,7 @@ def emit(
         alive = finding.settled.analysis.alive(chosen)
         finding = rehearse(model, call, finding.settled, plan, alive)
         if finding.possible:
-            return plan
+            return plan, finding.ran
     raise _Stuck(finding.settled)
 
 
@@ -102,7 +105,7 @@ def _deadline(draft: Draft, budget: Budget) -> Deadline:
 
     def small(counts: np.ndarray) -> nn.Module:
         chosen = draft.kept(counts)
-        plan = emit(model, draft.call, draft.settled, chosen, rescaling=draft.rescaling)
+        plan, _ = emit(model, draft.call, draft.settled, chosen, rescaling=draft.rescaling)
         return shrink(model, plan)
 
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
@@ -241,17 +244,19 @@ def _numbers(name: str, channels: Any) -> tuple[int, ...]:
     return tuple(np.unique(given).tolist())
 
 
-def check_follows(model: nn.Module, call: Call, settled: Settled, chosen: Kept, plan: Plan) -> None:
-    """Run a shrunk copy without weights.
+def followed(model: nn.Module, call: Call, settled: Settled, chosen: Kept, plan: Plan) -> Plan:
+    """A plan for which a shrunk copy without weights was run.
 
     Raises:
         InputError: the code does not follow.
     """
     alive = settled.analysis.alive(chosen)
     finding = rehearse(model, call, settled, plan, alive)
+    ran = finding.ran
     if finding.possible and settled.changes(alive).unsure:
         finding = follow(model, call, settled, chosen)
     if not finding.possible:
         reason = finding.settled.analysis.later.frozen[-1][1]
         limits = [f"{g.name}: {g.limit}" for g in settled.analysis.groups if g.limit]
         raise InputError("; ".join([f"these channels cannot leave: {reason}", *limits]))
+    return with_unread(model, call, settled.analysis, plan, ran)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from graphprune.errors import PlanError, RewriteError, TraceError
 from graphprune.ops.values import Reason
 from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.planning import adapt
-from graphprune.planning.dry_run import Place, broken, first_changed, first_mismatch
+from graphprune.planning.dry_run import Place, Ran, broken, first_changed, first_mismatch
 from graphprune.planning.problems import Obstacles, Problem, around, obstacles
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
@@ -61,11 +62,13 @@ class Finding:
     """Whether the code of a model can follow a plan.
 
     ``settled`` knows what was found out: ints that can be trusted, or that more channels are tied
-    or stay, without which the plan must be made anew.
+    or stay, without which the plan must be made anew; ``ran`` is what ran of the small model, where
+    that was on ``meta``.
     """
 
     settled: Settled
     possible: bool
+    ran: tuple[Ran, ...] = ()
 
 
 def analyse(
@@ -119,8 +122,9 @@ def rehearse(
 ) -> Finding:
     """Whether the small model of a plan runs; the last check before a plan is handed out."""
     analysis = settled.analysis
-    place = _carried_out(broken, model, call, analysis, alive, plan)
-    return _finding(settled, alive, place)
+    ran: list[Ran] = []
+    place = _carried_out(partial(broken, ran=ran), model, call, analysis, alive, plan)
+    return replace(_finding(settled, alive, place), ran=tuple(ran))
 
 
 def _finding(settled: Settled, alive: np.ndarray, place: Place | None) -> Finding:

@@ -12,7 +12,7 @@ import inspect
 import itertools
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +23,9 @@ from graphprune.channels.analysis import Analysis
 from graphprune.execute.shrink import hollow
 from graphprune.ops.ids import Shape
 from graphprune.plan.plan import Plan, SizeChange
-from graphprune.planning.dry_run import what_runs
+from graphprune.planning.dry_run import Ran, what_runs
 from graphprune.record.inputs import Call
-from graphprune.record.recorder import Record, shapes_in
+from graphprune.record.recorder import Record
 from graphprune.record.sizes import Attribute, attributes, expression, plain
 from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
@@ -37,7 +37,9 @@ _LISTS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 Became = dict[int, set[int]]  # sizes before, and what they became
 
 
-def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) -> Plan:
+def with_unread(
+    model: nn.Module, call: Call, analysis: Analysis, plan: Plan, ran: Sequence[Ran] = ()
+) -> Plan:
     """A plan in which attributes follow that nobody reads, as far as that is certain.
 
     Args:
@@ -45,6 +47,7 @@ def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) ->
         call: inputs it runs on.
         analysis: what the plan was made of.
         plan: with all other changes.
+        ran: what ran of its small model, when that is known.
     """
     read = _read(analysis) | {change.key for change in plan.sizes}
     leaves = [leaf for leaf in _remembered(model) if leaf not in read] if plan.slots else []
@@ -53,11 +56,10 @@ def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) ->
     if not leaves:
         return plan
     owners = {leaf.module for leaf in leaves}
-    small = hollow(model, plan)
+    first = ran[0] if ran else what_runs(model, call, analysis.records[0], plan)
+    small = hollow(model, plan) if first is None else first.clone
     inside = _inside(model, small, call, plan, owners)
-    passed = _watched(small)
-    ran = what_runs(model, call, analysis.records[0], plan, small)
-    passing = _passing(analysis.records[0], passed if ran is not None else {})
+    passing = _passing(analysis.records[0], {} if first is None else first.passed)
     certain, doubtful = [], []
     for leaf in leaves:
         near = passing[leaf.module].get(leaf.value, set())
@@ -70,7 +72,8 @@ def with_unread(model: nn.Module, call: Call, analysis: Analysis, plan: Plan) ->
             certain.append(SizeChange(leaf.module, leaf.name, leaf.path, leaf.value, new))
         elif near or not passing[leaf.module]:
             doubtful.append(leaf)
-    followed = _harmless(model, call, analysis, plan, certain, ran)
+    known = [first, *ran[1:]]
+    followed = _harmless(model, call, analysis, plan, certain, known)
     return replace(followed, notes=(*plan.notes, *_told(doubtful)))
 
 
@@ -80,20 +83,18 @@ def _harmless(
     analysis: Analysis,
     plan: Plan,
     changes: list[SizeChange],
-    ran: list[str] | None,
+    ran: Sequence[Ran | None],
 ) -> Plan:
-    """The plan with those changes that leave all that runs as it is: ``ran`` first."""
+    """The plan with those changes that leave all that runs as it is."""
     if not changes:
         return plan
-    others = analysis.records[1:]
-    before = [ran, *(what_runs(model, call, record, plan) for record in others)]
+    others = analysis.records[len(ran) :]
+    before = [*ran, *(what_runs(model, call, record, plan) for record in others)]
 
     def tried(more: list[SizeChange]) -> bool:
         other = replace(plan, sizes=(*plan.sizes, *more))
-        return None not in before and all(
-            what_runs(model, call, record, other) == lines
-            for record, lines in zip(analysis.records, before)
-        )
+        after = (what_runs(model, call, record, other) for record in analysis.records)
+        return all(a and b and a.ops == b.ops for a, b in zip(before, after))
 
     if not tried(changes):
         changes = [change for change in changes[:_ALONE] if tried([change])]
@@ -216,17 +217,6 @@ def _passing(record: Record, after: dict[str, list[Shape]]) -> defaultdict[str, 
                 for was, now in zip(old[1:], new[1:]):
                     if was != now or holder == name:
                         found[holder][was].add(now)
-    return found
-
-
-def _watched(clone: nn.Module) -> dict[str, list[Shape]]:
-    """Gets the shapes of what every module of a copy takes and returns, when that runs."""
-    found: dict[str, list[Shape]] = {}
-    for name, module in named_modules(clone):
-        module.register_forward_hook(
-            lambda _, *passed, name=name: found.setdefault(name, []).extend(shapes_in(passed)),
-            with_kwargs=True,
-        )
     return found
 
 
