@@ -399,8 +399,7 @@ class ChannelGraph:
             for kind, parts in kinds.items()
             if parts
         ]
-        if self.experts:
-            lines.append(f"experts of which some can leave: {shorten(map(str, self.experts), 12)}")
+        lines += [self.mixtures.told] if self.mixtures.told else []
         return lines
 
 

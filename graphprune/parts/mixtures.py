@@ -32,11 +32,13 @@ from graphprune.record.batches import at_rest, device_of
 from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint, held_tensors, named_modules
+from graphprune.text import shorten
 from graphprune.verification.models import tensors_of
 from graphprune.verification.report import verify
 
 _LISTS = nn.ModuleList | nn.ModuleDict | nn.Sequential
 _WIDTHS = {nn.Linear: "out_features", nn.Conv1d: "out_channels", nn.Conv2d: "out_channels"}
+_LARGE = 1 << 24  # parameters of a mixture: beyond, trials are made on request, in float32
 _UNSURE = 4  # attributes that may or may not say how many experts there are
 Attribute = tuple[str, str]  # a module, and what it remembers
 Result = tuple[int, int, tuple[Attribute, ...]]  # how many must stay; groups; what follows
@@ -132,11 +134,21 @@ class Mixtures:
     def found(self) -> tuple[Experts, ...]:
         """The mixtures of which experts can leave, in the order in which they run."""
         found: dict[str, Experts] = {}
-        for name, (least, routers) in self._candidates().items():
+        for name, (least, routers) in self._candidates.items():
             experts = self._tried(name, least, routers)
             if experts is not None:
                 found[name] = experts
         return tuple(found.values())
+
+    @property
+    def told(self) -> str:
+        """The mixtures, for tables; of large ones trials would take long, and are left out."""
+        names = self._candidates
+        modules = [self.finder.modules[name] for name in names]
+        if any(sum(p.numel() for p in module.parameters()) > _LARGE for module in modules):
+            return f"mixtures of experts, not tried yet: {shorten(names, 12)}"
+        found = shorten(map(str, self.found), 12)
+        return f"experts of which some can leave: {found}" if found else ""
 
     def inputs(self, names: Sequence[str]) -> dict[str, Call]:
         """What mixtures are given when the model runs on the example inputs."""
@@ -164,6 +176,7 @@ class Mixtures:
 
     # --- candidates ---------------------------------------------------------------------------
 
+    @cached_property
     def _candidates(self) -> dict[str, tuple[int, dict[str, int]]]:
         """Modules that may be mixtures: how many experts they choose, and their routers."""
         ranked: dict[str, list[tuple[fx.Node, dict[str, int]]]] = {}
@@ -388,6 +401,7 @@ class _Trial:
     def __init__(self, module: nn.Module, call: Call, plan: ExpertsPlan, least: int) -> None:
         self.module, self.call, self.plan, self.least = copy_module(module, {}), call, plan, least
         vars(self.module).pop("graphprune_plan", None)
+        self.parameters = sum(parameter.numel() for parameter in module.parameters())
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for _, tensor in held_tensors(self.module):
@@ -436,7 +450,8 @@ class _Trial:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 plan = self._counted(plan)
-                return verify(self.module, plan, self.call).verdict == "equal"
+                dtype = torch.float32 if self.parameters > _LARGE else torch.float64
+                return verify(self.module, plan, self.call, dtype=dtype).verdict == "equal"
         except Exception:  # whatever the code of a model raises where experts are missing
             return False
 

@@ -368,3 +368,13 @@ def test_sensitivity_of_mixtures():
     assert 0 <= curve.drops[0] < curve.drops[1]
     assert {c.kind for c in found.curves} == {"channels", "experts"}
     assert "layers.0" not in found.allocation(1.0)
+
+
+def test_large_mixtures_are_tried_on_request(monkeypatch):
+    from graphprune.parts import mixtures
+
+    monkeypatch.setattr(mixtures, "_LARGE", 100)
+    model, inputs = built("stacked weights")
+    graph = graphprune.trace(model, inputs)
+    assert "not tried yet: layers.0, layers.1" in str(graph)
+    assert [str(mixture) for mixture in graph.experts] == ["layers.0 (6)", "layers.1 (6)"]
