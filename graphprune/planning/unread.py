@@ -233,7 +233,8 @@ def _sizes(
         yield len(module), len(module)
     torchs = type(module).__module__.startswith("torch.nn")
     for key, value in vars(module).items():
-        if torchs or (name, key) in changed:
+        sized = isinstance(value, int | tuple | list)
+        if sized and (torchs or (name, key) in changed):
             both = (value, vars(small).get(key))
             olds, news = (v if isinstance(v, tuple | list) else (v,) for v in both)
             for old, new in zip(olds, news):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from graphprune.errors import ModelError
 from graphprune.record.sizes import Scale, Size
+from graphprune.record.tensors import named_modules
 
 Memo = dict[int, Any]
 _ATOMS = frozenset(
@@ -69,14 +70,14 @@ def copy_module(module: nn.Module, memo: Memo) -> nn.Module:
             f"({type(error.cause).__name__}: {error.cause}): models are analysed on a copy; keep "
             "it outside of the model, or give its class a __deepcopy__"
         ) from error.cause
-    for part in clone.modules():
+    for _, part in named_modules(clone):
         state = vars(part)
-        for name in _HOOKS & state.keys():
-            for key, hook in state[name].items():
-                state[name][key] = rebound(hook, memo)
         for name, value in state.items():
             if isinstance(value, types.FunctionType):
                 state[name] = rebound(value, memo)
+            elif name in _HOOKS and value:
+                for key, hook in value.items():
+                    value[key] = rebound(hook, memo)
     return clone
 
 
@@ -91,6 +92,9 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     state = vars(clone)
     for name, value in vars(module).items():
         if name == "_compiled_call_impl":  # bound to the original; torch's copies lose it as well
+            continue
+        if type(value) in _ATOMS:
+            state[name] = value
             continue
         try:
             state[name] = _copy(value, memo)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -448,8 +448,18 @@ class Recorder:
 def shapes_in(values: object) -> list[Shape]:
     """The shapes of the tensors in what is passed to a module, and from it."""
     with torch._C.DisableTorchFunction():
-        leaves = pytree.tree_leaves(values)
-        return [tuple(leaf.shape) for leaf in leaves if isinstance(leaf, Tensor)]
+        return [tuple(tensor.shape) for tensor in _tensors_in(values)]
+
+
+def _tensors_in(values: object) -> Iterator[Tensor]:
+    """The tensors in a tree, in the order of pytree; most are tuples of tensors."""
+    if isinstance(values, Tensor):
+        yield values
+    elif type(values) in (tuple, list):
+        for value in cast(list[object], values):
+            yield from _tensors_in(value)
+    elif values is not None and values != {}:
+        yield from (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _copied(tensor: Tensor) -> Tensor:

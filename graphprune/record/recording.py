@@ -211,10 +211,17 @@ class _Shapes(TorchDispatchMode):
         self, func: object, types: object, args: object = (), kwargs: object = None
     ) -> object:
         if self.ran is not None:
-            leaves = pytree.tree_leaves((args, kwargs))
-            given = [tuple(i.shape) if isinstance(i, Tensor) else i for i in leaves]
-            self.ran.append(f"{func} {given}")
+            self.ran.append(f"{func} {_told(args)} {_told(kwargs)}")
         return run_on_meta(func, args, kwargs or {})
+
+
+def _told(value: Any) -> object:
+    """What an op is given, with shapes for tensors."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    if isinstance(value, dict):
+        return {name: _told(item) for name, item in value.items()}
+    return [_told(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 @torch.inference_mode(False)

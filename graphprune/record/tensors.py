@@ -9,8 +9,10 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+Modules = list[tuple[str, nn.Module]]
 
-def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+
+def named_modules(model: nn.Module) -> Modules:
     """What ``model.named_modules()`` yields, without its nested generators."""
     found: list[tuple[str, nn.Module]] = []
     seen: set[int] = set()
@@ -30,8 +32,11 @@ def named_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers, tied ones once, by their first name."""
+    return _named_tensors(named_modules(model))
+
+
+def _named_tensors(modules: Modules) -> Iterator[tuple[str, Tensor]]:
     seen: set[int] = set()
-    modules = named_modules(model)
     for members in ("_parameters", "_buffers"):
         for prefix, module in modules:
             for name, tensor in vars(module)[members].items():
@@ -43,10 +48,11 @@ def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, buffers, and tensors that are plain attributes: tables of positions, say."""
     seen: set[int] = set()
-    for name, tensor in named_tensors(model):
+    modules = named_modules(model)
+    for name, tensor in _named_tensors(modules):
         seen.add(id(tensor))
         yield name, tensor
-    for prefix, module in named_modules(model):
+    for prefix, module in modules:
         for name, tensor in vars(module).items():
             if isinstance(tensor, Tensor) and id(tensor) not in seen and _is_made(module, name):
                 seen.add(id(tensor))
