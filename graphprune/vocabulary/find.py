@@ -211,8 +211,8 @@ class Logits:
             slots = [s for s in self.first.slots if mine[_labels(self.first, s)].all()]
             slots = [slot for slot in slots if slot.tensor in self.first.read]
             weights = [slot for slot in slots if slot.weight]
-            alone = len(weights) == 1 and (_labels(self.first, weights[0]) == units).all()
-            if alone and not any(reads[slot.start] for slot in slots):
+            whole = weights and all((_labels(self.first, w) == units).all() for w in weights)
+            if whole and not any(reads[slot.start] for slot in slots):
                 found.setdefault(_row(weights[0]), set()).add(place)
         return found
 

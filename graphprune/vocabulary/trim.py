@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from graphprune.execute.ids import special_ids
 from graphprune.execute.shrink import hollow, shrink
 from graphprune.plan.changes import LiteralChange, SizeChange, chain
 from graphprune.plan.plan import Plan
-from graphprune.plan.vocabulary import Vocabulary, for_small, parameter_names
+from graphprune.plan.vocabulary import Vocabulary, changed, for_small, parameter_names
 from graphprune.planning.make import assemble
 from graphprune.planning.settle import Settled, _change, _records, follow, rehearse
 from graphprune.planning.unread import with_unread
@@ -32,7 +32,7 @@ from graphprune.record.sizes import Attribute, Literal, attributes, expression
 from graphprune.record.tensors import held_tensors
 from graphprune.text import shorten
 from graphprune.vocabulary.find import Found, Search
-from graphprune.vocabulary.flow import Number, kinds
+from graphprune.vocabulary.flow import Kind, Number, kinds
 from graphprune.vocabulary.tokenizer import beside
 
 _LENGTH = 8  # of texts that are tried where no inputs are given
@@ -195,7 +195,8 @@ def _assembled(
         reason = finding.settled.analysis.later.frozen[-1][1]
         raise InputError(f"rows of the vocabulary cannot leave: {reason}")
     plan = with_unread(model, small, found.analysis, plan)
-    groups = tuple(group for group in plan.groups if group.name != found.group.name)
+    others = (group for group in plan.groups if group.name != found.group.name)
+    groups = tuple(replace(group, exact=True) for group in others)  # none of them loses any
     return replace(plan, groups=groups, evaluated=False, notes=(*notes, *plan.notes))
 
 
@@ -216,6 +217,8 @@ class Trial:
     records: Sequence[Record]
     found: Found
     plan: Plan
+    _again: dict[int, tuple[Record, Kind]] = field(default_factory=dict)
+    _tried: bool = False  # whether all numbers in the code were changed, as nothing else ran
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -252,52 +255,75 @@ class Trial:
         told = shorten([f"{old} becomes {self.vocabulary.new_id(old)}" for old in moved])
         return f", where {told}: keep all ids below these, so that they stay" if moved else ""
 
+    def _inputs(self, original: Record) -> Call:
+        """The inputs of a recording."""
+        batch = {t.shape[0] for t in self.call.tensors() if t.dim()}
+        return self.call.repeated(2) if original.training and batch == {1} else self.call
+
+    def _original(self, place: int) -> tuple[Record, Kind]:
+        """The original, recorded, and where its ids go.
+
+        Where its code reads values it is recorded once more, with ids that stay: the small model
+        shall read the same.
+        """
+        first, kind = self.records[place], self.found.kind[place]
+        if first.device == "meta":
+            return first, kind
+        if place not in self._again:
+            vocabularies = self.plan.vocabularies
+            call = changed(self._inputs(first), self.model, vocabularies, Vocabulary.settled)
+            again = record(self.model, call, first.training, devices=(first.device,))
+            found = kinds(again, dict(held_tensors(self.model)))
+            same = (other for other in found if other.tables.keys() & kind.tables.keys())
+            self._again[place] = again, next(same, kind)
+        return self._again[place]
+
     def _small(self, original: Record) -> Record:
         """The small model, recorded as the original was."""
-        call = self.call if self.call.outputs is None else replace(self.call, outputs=None)
-        batch = {t.shape[0] for t in call.tensors() if t.dim()}
-        if original.training and batch == {1}:
-            call = call.repeated(2)
         meta = original.device == "meta"
         small = hollow(self.model, self.plan) if meta else shrink(self.model, self.plan)
-        call = for_small(call, self.model, self.plan.vocabularies)
+        call = for_small(self._inputs(original), self.model, self.plan.vocabularies)
         return record(small, call, original.training, devices=(original.device,))
 
     def _wrong(self, place: int) -> list[tuple[Number, int]]:
         """The numbers in the code of the small model that are not as they should be."""
-        original = self.records[place]
+        original, mine = self._original(place)
         try:
             small = self._small(original)
         except TraceError as error:
+            every = [(number, self._wanted(number)) for number in mine.numbers]
+            wrong = [(number, new) for number, new in every if new != number.value]
+            if wrong and not self._tried:  # what the code says may be no id any more
+                self._tried = True
+                return wrong
             raise InputError(f"the model does not run with fewer ids: {error}") from error
-        mine = self.found.kind[place]
         others = [
             k for k in kinds(small, dict(held_tensors(self.model))) if k.inputs == mine.inputs
         ]
         theirs = others[0].numbers if others else []
-        same = len(original.ops) == len(small.ops) and len(theirs) == len(mine.numbers)
-        if not same:
-            raise InputError(
-                f"the code of this model takes another way with fewer ids{self._moved}"
-            )
+        if len(theirs) == len(mine.numbers):
+            wrong = [
+                (number, wanted)
+                for number, other in zip(mine.numbers, theirs)
+                if not self._right(number, wanted := self._wanted(number), other.value)
+            ]
+            if wrong:
+                return wrong
+        if len(original.ops) != len(small.ops) or len(theirs) != len(mine.numbers):
+            raise InputError(f"this model runs other ops with fewer ids{self._moved}")
         known = {number.node for number in mine.numbers} | mine.lookups
         for one, other in zip(original.ops, small.ops):
             if not self._alike(one, other, one in known):
-                raise InputError(
-                    f"{_where(one)} is given other numbers with fewer ids{self._moved}"
-                )
-        wanted = [self._wanted(number) for number in mine.numbers]
-        return [
-            (number, new)
-            for number, new, other in zip(mine.numbers, wanted, theirs)
-            if not self._right(number, new, other.value)
-        ]
+                told = f"{_where(one)} is given other numbers with fewer ids"
+                raise InputError(f"{told}{self._moved}")
+        return []
 
     def _wanted(self, number: Number) -> int:
         """What a number in the code must become: all ids stay on their side of it."""
         if number.bound is None:
             new = self.vocabulary.new_id(number.value)
-            assert new is not None  # it was added to those that stay
+            if new is None:  # the code takes another way for ids that stay
+                raise InputError(f"{_where(number.node)} reads id {number.value}: keep it as well")
             return new
         least = number.value + number.bound
         return bisect.bisect_left(self.vocabulary.kept, least) - number.bound

@@ -153,7 +153,7 @@ def test_logits_and_gradients_are_the_originals(name):
     assert report.difference <= 1e-10
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.sampled_from(sorted(MODELS)),
     st.sets(st.integers(0, SIZE - 1), min_size=1, max_size=SIZE),
@@ -239,6 +239,25 @@ def test_calibration_comes_before_ids_leave():
     torch.testing.assert_close(small(torch.tensor([[2, 0]])), wanted, atol=1e-12, rtol=0)
     with pytest.raises(InputError, match=r"different ids.*then call trim_vocabulary"):
         graphprune.calibrate(small, model, [tokens(2, 6)])
+
+
+@pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
+@pytest.mark.parametrize("exact", [False, True])
+def test_statistics_of_channels_that_left_before(exact):
+    norm = nn.Sequential(nn.Embedding(SIZE, 16), nn.Linear(16, 32), nn.RMSNorm(32))
+    model = nn.Sequential(*norm, nn.Linear(32, SIZE)).double()
+    middle = graphprune.rebuild(model, 0.5, tokens(2, 6), exact_only=exact)
+    small = graphprune.trim_vocabulary(middle, [1, 5, 9], tokens(2, 6))
+    assert small.graphprune_plan.exact == exact
+    assert graphprune.verify(model, small, tokens(2, 6)).verdict == "equal"
+
+
+def test_a_weight_that_is_computed():
+    norm = torch.nn.utils.parametrizations.weight_norm
+    model = nn.Sequential(nn.Embedding(SIZE, 8), norm(nn.Linear(8, SIZE))).double()
+    small = graphprune.trim_vocabulary(model, [1, 5, 9], tokens(2, 6))
+    assert small[1].out_features == 3
+    assert graphprune.verify(model, small, tokens(2, 6)).verdict == "equal"
 
 
 def test_twice():
@@ -333,7 +352,7 @@ def test_what_depends_on_ids_comes_out_as_before(name):
     torch.manual_seed(0)
     model = Reads(RIGHT[name]).double().eval()
     inputs = {"tokens": tokens(2, 5)}
-    for ids in ([2, 7, 8, 19, 33], [20, 21, 38], [0, 9, 30]):
+    for ids in ([2, 7, 8, 19, 33], [20, 21, 38]):
         small = graphprune.trim_vocabulary(model, ids, inputs)
         check(model, small, inputs)
         assert graphprune.verify(model, small, inputs).verdict == "equal"
