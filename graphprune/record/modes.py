@@ -36,6 +36,7 @@ _SECTIONS = {torch.tensor_split, torch.Tensor.tensor_split}  # also at given pla
 _SIZES = {*_SHAPES, torch.Tensor.numel, torch.Tensor.nelement}
 _VALUES = {torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor}
 _DISABLED = torch._C._disabled_torch_function_impl
+_ATOMS = {int, float, bool, type(None)}
 _LEAKS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__}
 
 
@@ -312,6 +313,8 @@ def _to_meta(recorder: Any) -> Callable[[Tensor], Tensor]:
 
 def _mixed(tree: object) -> bool:
     """Whether any tensor of the arguments is not on meta."""
+    if type(tree) in _ATOMS:
+        return False
     if isinstance(tree, Tensor):
         return not tree.is_meta
     if isinstance(tree, tuple | list):

@@ -221,8 +221,13 @@ class Recorder:
     ) -> None:
         """Append an op that has just run; ``before`` are its arguments if it moved them."""
         self._check_written(target, args, kwargs, out)
-        given = self.plain(args) if before is None else before
-        node = self.record.graph.call_function(target, given, self.plain(kwargs))
+        given, named = self.plain(args) if before is None else before, self.plain(kwargs)
+        node = self.record.graph.call_function(target)
+        node.args = (
+            given  # handed over above, fx would look through them for symbols, which is slow
+        )
+        if named:
+            node.kwargs = named
         line, frame = user_frame(self.caller)
         self._mark(node, self.numbers, line, frame)
         self.last = node
@@ -329,7 +334,8 @@ class Recorder:
         """The node of one result of an op with several; most of them are never used."""
         getitem = node.meta["items"].get(index)
         if getitem is None:
-            getitem = self.record.graph.call_function(operator.getitem, (node, index))
+            getitem = self.record.graph.call_function(operator.getitem)
+            getitem.args = (node, index)
             node.meta["items"][index] = getitem
         self.register(getitem, tensor)
         found: fx.Node = getitem

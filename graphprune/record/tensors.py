@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
+_ATOMS = {int, bool, str, dict, OrderedDict, tuple, type(None)}  # most of what modules hold
 Modules = list[tuple[str, nn.Module]]
 
 
@@ -54,7 +55,9 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
     for prefix, module in modules:
         for name, tensor in vars(module).items():
-            if isinstance(tensor, Tensor) and id(tensor) not in seen and _is_made(module, name):
+            if type(tensor) in _ATOMS or not isinstance(tensor, Tensor):
+                continue
+            if id(tensor) not in seen and _is_made(module, name):
                 seen.add(id(tensor))
                 yield (f"{prefix}.{name}" if prefix else name), tensor
 
