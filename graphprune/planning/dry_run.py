@@ -21,11 +21,11 @@ from graphprune.ops.ids import Shape, varying
 from graphprune.ops.registry import op_of
 from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
-from graphprune.record.recorder import Record, shapes_in
+from graphprune.record.recorder import Record
 from graphprune.record.recording import dry, run
 from graphprune.record.sizes import plain
 from graphprune.record.skeleton import marked, skeleton, without_weights
-from graphprune.record.tensors import named_modules
+from graphprune.record.tensors import named_modules, shapes_in
 
 aten = torch.ops.aten
 

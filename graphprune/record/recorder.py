@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,7 +39,7 @@ from graphprune.record.sizes import (
     plain,
     sizes_in,
 )
-from graphprune.record.tensors import held_tensors, named_modules, named_tensors
+from graphprune.record.tensors import held_tensors, named_modules, named_tensors, shapes_in
 
 _RUNS = str(Path(__file__).with_name("recording.py"))
 _EMPTY = {
@@ -449,23 +449,6 @@ class Recorder:
     def __exit__(self, *exc: Any) -> None:
         self.recording = False
         self.entered.__exit__(*exc)
-
-
-def shapes_in(values: object) -> list[Shape]:
-    """The shapes of the tensors in what is passed to a module, and from it."""
-    with torch._C.DisableTorchFunction():
-        return [tuple(tensor.shape) for tensor in _tensors_in(values)]
-
-
-def _tensors_in(values: object) -> Iterator[Tensor]:
-    """The tensors in a tree, in the order of pytree; most are tuples of tensors."""
-    if isinstance(values, Tensor):
-        yield values
-    elif type(values) in (tuple, list):
-        for value in cast(list[object], values):
-            yield from _tensors_in(value)
-    elif values is not None and values != {}:
-        yield from (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _copied(tensor: Tensor) -> Tensor:

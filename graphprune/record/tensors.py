@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from graphprune.ops.ids import Shape
 
 _ATOMS = {int, bool, str, dict, OrderedDict, tuple, type(None)}  # most of what modules hold
 Modules = list[tuple[str, nn.Module]]
@@ -60,6 +64,23 @@ def held_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             if id(tensor) not in seen and _is_made(module, name):
                 seen.add(id(tensor))
                 yield (f"{prefix}.{name}" if prefix else name), tensor
+
+
+def shapes_in(values: object) -> list[Shape]:
+    """The shapes of the tensors in what is passed to a module, and from it."""
+    with torch._C.DisableTorchFunction():
+        return [tuple(tensor.shape) for tensor in _tensors_in(values)]
+
+
+def _tensors_in(values: object) -> Iterator[Tensor]:
+    """The tensors in a tree, in the order of pytree; most are tuples of tensors."""
+    if isinstance(values, Tensor):
+        yield values
+    elif type(values) in (tuple, list):
+        for value in cast(list[object], values):
+            yield from _tensors_in(value)
+    elif values is not None and values != {}:
+        yield from (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
 def _is_made(module: nn.Module, name: str) -> bool:
