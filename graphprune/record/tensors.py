@@ -79,7 +79,7 @@ def _tensors_in(values: object) -> Iterator[Tensor]:
     elif type(values) in (tuple, list):
         for value in cast(list[object], values):
             yield from _tensors_in(value)
-    elif values is not None and values != {}:
+    elif values is not None and not (type(values) is dict and not values):
         yield from (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 

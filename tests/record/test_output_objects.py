@@ -1,5 +1,6 @@
 """Objects that torch's pytree does not know, in what a model returns."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -85,3 +86,25 @@ def test_parts_without_names_are_outputs_too():
     small = graphprune.rebuild(model, 0.5, x)
     assert small.a.out_features == 4
     assert graphprune.verify(model, small, x).difference <= 1e-10
+
+
+def test_anything_may_be_passed_between_modules():
+    """An array is no tensor, and is not asked whether it is equal to anything."""
+
+    class Scaled(nn.Module):
+        def forward(self, x, by, extra):
+            return x * float(by[0]) + extra["shift"][0]
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.scaled, self.b = nn.Linear(4, 8), Scaled(), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = self.a(x)
+            return self.b(self.scaled(h, np.array([2.0, 3.0]), {"shift": [h.mean(0)]}))
+
+    x = torch.randn(2, 4)
+    graph = graphprune.trace(Net(), x)
+    assert graph.analysis.records[0].passed["scaled"] == [(2, 8), (8,), (2, 8)]
+    assert graphprune.rebuild(Net(), 0.5, x)(x).shape == (2, 3)
