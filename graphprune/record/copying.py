@@ -93,8 +93,12 @@ def _copy_module(module: nn.Module, memo: Memo) -> nn.Module:
     for name, value in vars(module).items():
         if name == "_compiled_call_impl":  # bound to the original; torch's copies lose it as well
             continue
-        if type(value) in _ATOMS:
+        kind = type(value)
+        if kind in _ATOMS:
             state[name] = value
+            continue
+        if kind in _DICTIONARIES and not value:
+            state[name] = memo.setdefault(id(value), kind())  # handles of hooks refer to it
             continue
         try:
             state[name] = _copy(value, memo)
@@ -151,8 +155,7 @@ def _copy(value: Any, memo: Memo) -> object:
     if id(value) in memo:
         return memo[id(value)]
     if kind in _DICTIONARIES and not value:
-        memo[id(value)] = kind()  # handles of hooks refer to it
-        return memo[id(value)]
+        return memo.setdefault(id(value), kind())
     if isinstance(value, nn.Module):
         return _copy_module(value, memo)
     if kind in _DICTIONARIES and all(type(key) in _ATOMS for key in value):
