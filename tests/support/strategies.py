@@ -35,7 +35,7 @@ class Spec:
     def build(self) -> nn.Module:
         """The network, with random weights and statistics."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             return randomise(Drawn(self), self.seed).double().eval()
 
     def inputs(self) -> Tensor:

@@ -26,13 +26,13 @@ class Entry:
     def build(self, seed: int = 0) -> nn.Module:
         """The network with random weights and non-trivial norms, in eval mode."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return randomise(self.factory(), seed).eval()
 
     def inputs(self) -> Any:
         """The example inputs, the same every time."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(1)
+            torch.default_generator.manual_seed(1)
             return self.draw()
 
 
