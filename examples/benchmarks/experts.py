@@ -53,7 +53,7 @@ FIELDS = {
     "pad_token_id": 0,
 }  # fmt: skip
 PLAIN = """
-    Afmoe AXK2 BailingHybrid Beam Cohere2Moe DeepseekV2 DeepseekV3 DeepseekV32 DeepseekV4
+    Afmoe AXK2 BailingHybrid Beam Cohere2Moe DeepseekV2 DeepseekV32 DeepseekV4
     Ernie4_5_Moe ExaoneMoe FlexOlmo Glm4Moe Glm4MoeLite GlmMoeDsa GptOss GraniteMoe GraniteMoeSWA
     GraniteMoeHybrid GraniteMoeShared HunYuanMoEV1 HYV3 HYV4 Inkling2 Inkling2Loop JetMoe KimiLinear
     Kolibri1 Laguna LaraMini Llama4 Mellum MiniMax MiniMaxM2 MiniMaxM3VL Mistral4 Mixtral NemotronH
@@ -61,6 +61,7 @@ PLAIN = """
 """
 TYPES: dict[str, dict[str, Any]] = {
     **{stem: {} for stem in PLAIN.split()},
+    "DeepseekV3": {"head_dim": 8},
     "AriaText": {"moe_num_experts": 4},
     "Dots1": {"n_shared_experts": 1},
     "SwitchTransformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},

@@ -39,6 +39,7 @@ from graphprune.verification.report import verify
 _LISTS = nn.ModuleList | nn.ModuleDict | nn.Sequential
 _WIDTHS = {nn.Linear: "out_features", nn.Conv1d: "out_channels", nn.Conv2d: "out_channels"}
 _LARGE = 1 << 24  # parameters of a mixture: beyond, trials are made on request, in float32
+_TOKENS = 4  # for every expert, in trials
 _UNSURE = 4  # attributes that may or may not say how many experts there are
 Attribute = tuple[str, str]  # a module, and what it remembers
 Result = tuple[int, int, tuple[Attribute, ...]]  # how many must stay; groups; what follows
@@ -138,7 +139,8 @@ class Mixtures:
             experts = self._tried(name, least, routers)
             if experts is not None:
                 found[name] = experts
-        return tuple(found.values())
+        inside = [f"{c.name}." for experts in found.values() for c in experts.whole.containers]
+        return tuple(e for n, e in found.items() if not n.startswith(tuple(inside) or "\0"))
 
     @property
     def told(self) -> str:
@@ -255,6 +257,8 @@ class Mixtures:
             return None
         inner = {router.removeprefix(prefix): dim for router, dim in routers.items()}
         size = self._size(next(iter(routers.items())))
+        if self._shared(module, size):
+            return None
         silent = {n: 0 for n in _scoring(module, size) if n not in inner}
         added = self._added(routers, prefix)
         for known in (inner, {**inner, **silent}) if silent else (inner,):
@@ -263,6 +267,20 @@ class Mixtures:
             if result is not None:
                 return Experts(name, size, *result[:2], _params(module, plan), plan, result[2])
         return None
+
+    def _shared(self, module: nn.Module, size: int) -> bool:
+        """Whether something else holds tensors or layers of a mixture as well."""
+        inside = {id(part) for part in module.modules() if any(True for _ in part.parameters())}
+        mine = {id(t) for _, t in held_tensors(module) if size in t.shape[:2]}
+        parts = list(self.model.named_modules(remove_duplicate=False))
+        names = [name for name, part in parts if part is module]
+        for other, part in parts:
+            if any(covers(name, other) or not name for name in names):
+                continue
+            held = {id(t) for t in (*part._parameters.values(), *part._buffers.values())}
+            if id(part) in inside or held & mine:
+                return True
+        return False
 
     def _result(self, name: str, plan: ExpertsPlan, least: int) -> Result | None:
         """What trials tell; of equal mixtures one is tried."""
@@ -399,7 +417,7 @@ class _Trial:
     """Trials with a mixture alone, with drawn weights, on what it is given in the model."""
 
     def __init__(self, module: nn.Module, call: Call, plan: ExpertsPlan, least: int) -> None:
-        self.module, self.call, self.plan, self.least = copy_module(module, {}), call, plan, least
+        self.module, self.plan, self.least = copy_module(module, {}), plan, least
         vars(self.module).pop("graphprune_plan", None)
         self.parameters = sum(parameter.numel() for parameter in module.parameters())
         generator = torch.Generator().manual_seed(0)
@@ -408,19 +426,68 @@ class _Trial:
                 if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
                     scale = 1 / math.sqrt(max(tensor.shape[-1], 1)) if tensor.dim() else 1.0
                     values = torch.randn(tensor.shape, generator=generator) * scale
+                    values = values.abs() if tensor.numel() == 1 else values  # a temperature, say
                     tensor.copy_(values.to(tensor))
+        self.call = self._widened(call, generator)
+
+    def _widened(self, call: Call, generator: torch.Generator) -> Call:
+        """Drawn inputs of more tokens, so that each expert is chosen; the given ones if need be."""
+        rows = max(
+            (t.shape[:-1].numel() for t in call.tensors() if t.is_floating_point()), default=1
+        )
+        wide = call.repeated(math.ceil(_TOKENS * self.plan.size / rows))
+
+        def draw(tensor: Tensor) -> Tensor:
+            if not tensor.is_floating_point():
+                return tensor
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            return (values * tensor.double().std().clamp(min=0.1).cpu()).to(tensor)
+
+        for found in (wide.map(draw), call.map(draw)):
+            try:
+                args, kwargs = found.on(device_of(self.module))
+                with at_rest(self.module), torch.no_grad():
+                    self.module(*args, **kwargs)
+            except Exception:  # it may want the batch that it was given
+                continue
+            return found
+        return call
 
     def result(self, numbers: Sequence[Attribute]) -> Result | None:
         """How many must stay, in how many groups, and which attributes follow."""
         for groups in self._groupings():
+            half = self._rounded(self.plan.size / 2, groups)
             for chosen in _subsets(numbers):
-                if not self._equal(self.plan.size - groups, groups, chosen):
+                one = self._equal(self.plan.size - groups, groups, chosen, times=1)
+                if not one or not self._equal(half, groups, chosen):
                     continue
-                first = max(groups, -(-self.least // groups) * groups)
-                for count in range(first, self.plan.size, groups):
-                    if self._equal(count, groups, chosen):
+                chosen = self._needed(half, groups, chosen)
+                for count in range(self._rounded(self.least, groups), half + 1, groups):
+                    if count == half or self._equal(count, groups, chosen):
                         return count, groups, chosen
         return None
+
+    def _rounded(self, count: float, groups: int) -> int:
+        """The next number of experts that can stay."""
+        return min(max(1, math.ceil(max(count, self.least) / groups)) * groups,
+                   self.plan.size - groups)  # fmt: skip
+
+    def _needed(
+        self, count: int, groups: int, numbers: tuple[Attribute, ...]
+    ) -> tuple[Attribute, ...]:
+        """The attributes that say how many there are; all, unless the number means other things."""
+        sides = {
+            side
+            for name, tensor in held_tensors(self.module)
+            for dim, side in enumerate(tensor.shape)
+            if (name, dim) not in self.plan.slices
+        }
+        if self.plan.size not in sides:
+            return numbers
+        for number in numbers:
+            fewer = tuple(other for other in numbers if other != number)
+            numbers = fewer if self._equal(count, groups, fewer) else numbers
+        return numbers
 
     def _groupings(self) -> list[int]:
         """In how many groups experts may be put."""
@@ -433,24 +500,36 @@ class _Trial:
         }
         return [1, *sorted(values)]
 
-    def _equal(self, count: int, groups: int, numbers: Sequence[Attribute]) -> bool:
-        """Whether the mixture with so many experts is the one without the scores of the others."""
-        size = self.plan.size
-        if not 0 < count < size:
+    def _equal(
+        self, count: int, groups: int, numbers: Sequence[Attribute], times: int | None = None
+    ) -> bool:
+        """Whether the mixture with so many experts is the one without the scores of the others.
+
+        Tried so many ``times``; as often as it takes for each of them to leave once.
+        """
+        if not 0 < count < self.plan.size:
             return False
+        height, gone = self.plan.size // groups, (self.plan.size - count) // groups
         generator = torch.Generator().manual_seed(count)
-        height = size // groups
-        kept = sorted(
-            group * height + place
-            for group in range(groups)
-            for place in torch.randperm(height, generator=generator)[: count // groups].tolist()
-        )
-        plan = _plan(self.module, replace(self.plan, kept=tuple(kept)), numbers)
+        orders = [torch.randperm(height, generator=generator).tolist() for _ in range(groups)]
+        for start in range(0, height, gone)[:times]:
+            leaving = {
+                number * height + order[(start + step) % height]
+                for number, order in enumerate(orders)
+                for step in range(gone)
+            }
+            kept = tuple(e for e in range(self.plan.size) if e not in leaving)
+            if not self._equal_with(kept, numbers):
+                return False
+        return True
+
+    def _equal_with(self, kept: tuple[int, ...], numbers: Sequence[Attribute]) -> bool:
+        plan = _plan(self.module, replace(self.plan, kept=kept), numbers)
+        dtype = torch.float32 if self.parameters > _LARGE else torch.float64
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 plan = self._counted(plan)
-                dtype = torch.float32 if self.parameters > _LARGE else torch.float64
                 return verify(self.module, plan, self.call, dtype=dtype).verdict == "equal"
         except Exception:  # whatever the code of a model raises where experts are missing
             return False

@@ -42,7 +42,8 @@ class Sums(TorchFunctionMode):
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in _SUMS or not self.running or not _both(args):
+        plain = _both(args) and kwargs.get("alpha", 1) == 1
+        if getattr(func, "__name__", "") not in _SUMS or not self.running or not plain:
             return func(*args, **kwargs)
         top = self.running[-1]
         place = (top[0], top[1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,7 +70,7 @@ class Scores(TorchFunctionMode):
         if out.shape[dim] != plan.size:
             raise Undecided(f"the scores of the experts of {plan.mixture!r} lie in no known way")
         self.seen.add(router)
-        return out.index_fill(dim, torch.tensor(plan.gone, device=out.device), -math.inf)
+        return out.index_fill(dim, torch.tensor(plan.gone, device=out.device), lowest(out))
 
     def check(self) -> None:
         """Raise unless a router of every mixture has run.
@@ -85,10 +84,15 @@ class Scores(TorchFunctionMode):
                 raise Undecided(f"nothing scores the experts of {plan.mixture!r} here")
 
 
+def lowest(scores: Tensor) -> float:
+    """As good as minus infinity; zero times it is zero, as in gradients of what scales scores."""
+    return torch.finfo(scores.dtype).min / 4
+
+
 def without_scores(tensors: Mapping[str, Tensor], plans: Iterable[ExpertsPlan]) -> None:
     """Set what is added to the scores of experts that leave to minus infinity, in place."""
     with torch.no_grad():
         for change in plans:
             for name in change.added:
                 gone = torch.tensor(change.gone, dtype=torch.int64, device=tensors[name].device)
-                tensors[name].index_fill_(dict(change.slices)[name], gone, -math.inf)
+                tensors[name].index_fill_(dict(change.slices)[name], gone, lowest(tensors[name]))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import random
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.plan.changes import StandIn
 from graphprune.plan.plan import Plan
 from graphprune.record import scope
 from graphprune.record.copying import copy_module
@@ -48,7 +54,9 @@ class HeldForward:
         """
         self.seen.clear()
         scores = Scores(self.module, self.plan.experts)
-        with scope.recording(None), Sums(self.module, self._sum), scores:
+        sums = Sums(self.module, self._sum)
+        with scope.recording(None), sums, scores, undrawn(self.module, self.plan.stand_ins):
+            sums.running.append(["", 0])  # of this module, which is running already
             if self.inner is not None:
                 out = self.inner(*args, **kwargs)
             else:
@@ -66,3 +74,29 @@ class HeldForward:
             return func(*args, **kwargs)
         self.seen.add(place)
         return at_zero(func, args, kwargs, side)
+
+
+@contextlib.contextmanager
+def undrawn(model: nn.Module, stand_ins: Iterable[StandIn]) -> Iterator[None]:
+    """Inside, what modules that leave draw takes no random numbers from the others."""
+    states: list[tuple[Tensor, Any, Any]] = []
+
+    def enter(module: nn.Module, args: object) -> None:
+        states.append((torch.get_rng_state(), random.getstate(), np.random.get_state()))
+
+    def leave(module: nn.Module, args: object, out: object) -> None:
+        numbers, python, numpy = states.pop()
+        torch.set_rng_state(numbers)
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+    handles = []
+    for stand_in in stand_ins:
+        module = model.get_submodule(stand_in.module)
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
