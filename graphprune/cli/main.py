@@ -94,7 +94,7 @@ def demo(
 def shrink(
     model: Model,
     ratio: Annotated[
-        float | None, typer.Option(help="Fraction of the channels to remove, in [0, 1).")
+        float | None, typer.Option(help="Fraction of the channels (or parts) to remove, in [0, 1).")
     ] = None,
     target: Annotated[
         list[str],
@@ -122,7 +122,7 @@ def shrink(
     as_json: Json = False,
     verify: Annotated[bool, typer.Option(help="Compare with the masked original.")] = True,
 ) -> None:
-    """Remove channels, branches or blocks from a model and save what is left."""
+    """Remove channels, branches, blocks or experts from a model and save what is left."""
     with session(as_json) as run:
         check_folders(out, plan)
         _check_criterion(criterion)
@@ -270,7 +270,7 @@ def inspect(
     attention: Attention = "heads",
     as_json: Json = False,
 ) -> None:
-    """Show which channels live and die together, and which branches and blocks can leave."""
+    """Show which channels live and die together, and which parts can leave."""
     with session(as_json) as run:
         check_folders(draw)
         original = _model(model, None, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch import nn
 
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.statistics import has_statistics, reestimate
-from graphprune.criteria import name_of
+from graphprune.criteria import find, name_of
 from graphprune.errors import InputError, warn
 from graphprune.execute.shrink import shrink
 from graphprune.parts.depth import Alone, Depth
@@ -27,6 +28,7 @@ from graphprune.planning.latency import Bench
 from graphprune.planning.options import Request, Target
 from graphprune.record.batches import device_of
 from graphprune.record.inputs import Call
+from graphprune.text import shorten
 
 _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made
 _NEARER = 2  # rounds of halving the steps around the best one
@@ -99,6 +101,9 @@ class Chooser:
         Warns:
             PruningWarning: on the data, little is left of what the outputs say.
         """
+        find(self.request.criterion)
+        for pattern in self.request.keep if "channels" not in self.request.parts else ():
+            self._check_keep(pattern)
         plan = self._within() if self.request.target else self._share(self.request.ratio or 0.0)
         lost = 0.0 if self.request.data is None else self.error(plan)
         if lost > _COLLAPSE:
@@ -107,6 +112,15 @@ class Chooser:
                 f"{min(lost, 9.99):.0%} of their variance: let fewer leave, or train afterwards"
             )
         return plan
+
+    def _check_keep(self, pattern: str) -> None:
+        modules = self.mixtures.finder.modules
+        names = [*modules, *(name for name, _ in self.model.named_parameters())]
+        if not fnmatch.filter(names, pattern):
+            layers = sorted(name for name in modules if name)
+            raise InputError(
+                f"keep pattern {pattern!r} matches no layer; layers: {shorten(layers, 12)}"
+            )
 
     def _share(self, ratio: float) -> Plan:
         made = self.told(self.ladder.share(ratio))

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from graphprune.errors import InputError
+from graphprune.errors import InputError, warn
 from graphprune.parts.depth import Alone
 from graphprune.parts.mixtures import Experts, Mixtures
 from graphprune.parts.score import Evidence
@@ -17,6 +17,7 @@ from graphprune.parts.usage import scores
 from graphprune.plan.plan import Plan, SizeChange
 from graphprune.planning.options import Request
 from graphprune.record.tensors import fingerprint
+from graphprune.text import shorten
 
 
 @dataclass
@@ -42,7 +43,11 @@ class MixtureLadder:
         """
         known = self.found.found
         if not known:
-            raise InputError("no experts of this model can leave: no mixture of them was found")
+            seen = shorten(self.found.seen, 4)
+            why = "no mixture of them was found"
+            if seen:
+                why = f"all are needed in {seen}, or its code takes other ways with fewer"
+            raise InputError(f"no experts of this model can leave: {why}")
         left = tuple(mixture for mixture in known if not self._spared(mixture))
         if not left:
             raise InputError("no experts of this model can leave: all are kept")
@@ -80,8 +85,19 @@ class MixtureLadder:
             for container in mixture.whole.containers
             for expert, key in enumerate(container.keys)
             for pattern in self.request.keep
-            if fnmatch.fnmatchcase(f"{container.name}.{key}", pattern)
+            if any(
+                fnmatch.fnmatchcase(name, pattern)
+                for name in self._inside(f"{container.name}.{key}")
+            )
         }
+
+    def _inside(self, name: str) -> list[str]:
+        """The names of an expert, its layers and its parameters."""
+        module = self.found.model.get_submodule(name)
+        return [
+            ".".join(filter(None, (name, each)))
+            for each, _ in (*module.named_modules(), *module.named_parameters())
+        ]
 
     # --- how many -----------------------------------------------------------------------------
 
@@ -119,6 +135,8 @@ class MixtureLadder:
                     f"{mixture.size - most} must: so many are chosen at once, or kept; the largest "
                     f"ratio is {most / mixture.size:.3g}"
                 )
+        if ratio and not any(counts.values()):
+            warn(f"no expert leaves: {ratio:.3g} of those of a mixture is less than half of one")
         return self._without(counts)
 
     def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:

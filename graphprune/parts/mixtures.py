@@ -143,6 +143,11 @@ class Mixtures:
         return tuple(e for n, e in found.items() if not n.startswith(tuple(inside) or "\0"))
 
     @property
+    def seen(self) -> list[str]:
+        """What looks like a mixture, whether experts can leave or not."""
+        return [name or "the model" for name in self._candidates]
+
+    @property
     def told(self) -> str:
         """The mixtures, for tables; of large ones trials would take long, and are left out."""
         names = self._candidates
@@ -443,15 +448,7 @@ class _Trial:
             values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
             return (values * tensor.double().std().clamp(min=0.1).cpu()).to(tensor)
 
-        for found in (wide.map(draw), call.map(draw)):
-            try:
-                args, kwargs = found.on(device_of(self.module))
-                with at_rest(self.module), torch.no_grad():
-                    self.module(*args, **kwargs)
-            except Exception:  # it may want the batch that it was given
-                continue
-            return found
-        return call
+        return next(filter(self._runs, (wide.map(draw), call.map(draw))), call)
 
     def result(self, numbers: Sequence[Attribute]) -> Result | None:
         """How many must stay, in how many groups, and which attributes follow."""
@@ -461,7 +458,7 @@ class _Trial:
                 one = self._equal(self.plan.size - groups, groups, chosen, times=1)
                 if not one or not self._equal(half, groups, chosen):
                     continue
-                chosen = self._needed(half, groups, chosen)
+                chosen = self._meant(chosen)
                 for count in range(self._rounded(self.least, groups), half + 1, groups):
                     if count == half or self._equal(count, groups, chosen):
                         return count, groups, chosen
@@ -472,22 +469,36 @@ class _Trial:
         return min(max(1, math.ceil(max(count, self.least) / groups)) * groups,
                    self.plan.size - groups)  # fmt: skip
 
-    def _needed(
-        self, count: int, groups: int, numbers: tuple[Attribute, ...]
-    ) -> tuple[Attribute, ...]:
-        """The attributes that say how many there are; all, unless the number means other things."""
+    def _meant(self, numbers: tuple[Attribute, ...]) -> tuple[Attribute, ...]:
+        """The attributes that say how many there are.
+
+        Where the number means other things as well, those that the code reads.
+        """
         sides = {
             side
             for name, tensor in held_tensors(self.module)
             for dim, side in enumerate(tensor.shape)
             if (name, dim) not in self.plan.slices
         }
-        if self.plan.size not in sides:
-            return numbers
-        for number in numbers:
-            fewer = tuple(other for other in numbers if other != number)
-            numbers = fewer if self._equal(count, groups, fewer) else numbers
-        return numbers
+        return tuple(filter(self._is_read, numbers)) if self.plan.size in sides else numbers
+
+    def _is_read(self, number: Attribute) -> bool:
+        """Whether the code does not run without an attribute."""
+        owner, name = self.module.get_submodule(number[0]), number[1]
+        value = vars(owner).pop(name)
+        try:
+            return not self._runs(self.call)
+        finally:
+            vars(owner)[name] = value
+
+    def _runs(self, call: Call) -> bool:
+        args, kwargs = call.on(device_of(self.module))
+        try:
+            with at_rest(self.module), torch.no_grad():
+                self.module(*args, **kwargs)
+        except Exception:  # whatever the code of a model raises
+            return False
+        return True
 
     def _groupings(self) -> list[int]:
         """In how many groups experts may be put."""

@@ -19,6 +19,10 @@ from graphprune.errors import InputError
 from graphprune.record.batches import check_loss
 
 COLUMNS = ("aligned", "free")
+_OF_CHANNELS = frozenset({
+    "ratios", "min_kept", "max_kept", "round_to", "uniform", "exact_only", "columns", "aggregate",
+    "normalise", "scope",
+})  # fmt: skip
 PARTS = ("channels", "branches", "blocks", "experts")
 SCOPES = ("local", "global", "isomorphic")
 QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
@@ -288,6 +292,7 @@ class Request:
         request = cls(None if ratio is None else check_ratio(ratio), **given)
         request._check_values()
         request._check_amount()
+        request._check_parts()
         return request
 
     def _check_values(self) -> None:
@@ -305,6 +310,24 @@ class Request:
         check_loss(self.loss)
         if self.threads is not None and not is_int(self.threads, 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
+
+    def _check_parts(self) -> None:
+        """Raise where something is said of channels, and none may leave."""
+        if "channels" in self.parts:
+            return
+        said = [field.name for field in fields(self) if field.name in _OF_CHANNELS]
+        plain = Request()
+        for name in said:
+            if getattr(self, name) != getattr(plain, name):
+                raise InputError(
+                    f"{name} says something of channels, and with parts={self.parts!r} none leave: "
+                    "leave it out, or add 'channels' to parts"
+                )
+        if not isinstance(self.criterion, str):
+            raise InputError(
+                "a callable scores channels, and none leave: name a criterion for parts, such as "
+                "'reconstruction', 'taylor' or 'random'"
+            )
 
     def _check_amount(self) -> None:
         """Raise unless exactly one thing says how much to remove."""

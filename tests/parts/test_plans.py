@@ -393,3 +393,78 @@ def test_parts_are_drawn(tmp_path):
     assert "<!-- can leave -->" in text
     plain = graphprune.trace(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)))
     assert "<!-- can leave -->" not in plain.draw(tmp_path / "plain.svg").read_text()
+
+
+class Half(nn.Module):
+    """A sum with a factor hands on half of what it gets, whatever the branch adds."""
+
+    def __init__(self, code):
+        super().__init__()
+        self.layer, self.code = nn.Linear(8, 8), code
+
+    def forward(self, x):
+        return self.code(self.layer(x).relu(), x)
+
+
+FACTORS = {
+    "of the stream": lambda f, x: torch.add(f, x, alpha=0.5),
+    "as a method": lambda f, x: f.add(x, alpha=2),
+    "in place": lambda f, x: f.add_(x, alpha=0.5),
+    "of the branch": lambda f, x: torch.add(x, f, alpha=0.5),
+}
+
+
+@pytest.mark.parametrize("code", FACTORS.values(), ids=FACTORS)
+def test_sums_with_a_factor(code):
+    torch.manual_seed(0)
+    blocks = [Half(code) for _ in range(3)]
+    model, inputs = nn.Sequential(nn.Linear(5, 8), *blocks, nn.Linear(8, 3)), torch.randn(4, 5)
+    graph = graphprune.trace(model.eval(), inputs)
+    if graph.blocks:
+        equal(model, graph.plan(0.4, parts="blocks"), inputs)
+
+
+class Loop(nn.Module):
+    """Sums in the code of the model itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 8), nn.Linear(8, 3)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+
+    def forward(self, x):
+        h = self.first(x)
+        for layer in self.layers:
+            h = h + layer(h)
+        return self.last(h)
+
+
+def test_sums_in_the_outermost_module():
+    torch.manual_seed(0)
+    model, inputs = Loop().eval(), torch.randn(4, 5)
+    plan = graphprune.trace(model, inputs).plan(0.5, parts="branches")
+    small = equal(model, plan, inputs)
+    assert torch.allclose(graphprune.mask(model, plan)(inputs), small(inputs), atol=1e-6)
+
+
+class Dropped(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training, whole rows of a branch are zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    def forward(self, x):
+        f = self.layer(x)
+        if self.training:
+            f = f * torch.empty(len(x), 1, dtype=x.dtype).bernoulli_(0.7) / 0.7
+        return x + f
+
+
+def test_what_left_takes_no_random_numbers_from_the_others():
+    torch.manual_seed(0)
+    blocks = [Dropped() for _ in range(4)]
+    model, inputs = nn.Sequential(nn.Linear(5, 8), *blocks, nn.Linear(8, 3)), torch.randn(7, 5)
+    plan = graphprune.trace(model.eval(), inputs).plan(0.9, parts="blocks", keep=["3", "4"])
+    assert {part.name for part in plan.parts} == {"1", "2"}
+    equal(model, plan, inputs)
