@@ -16,14 +16,10 @@ import numpy as np
 
 from graphprune.arguments import is_int, is_number
 from graphprune.errors import InputError
+from graphprune.planning.kinds import check_parts, parts_of
 from graphprune.record.batches import check_loss
 
 COLUMNS = ("aligned", "free")
-_OF_CHANNELS = frozenset({
-    "ratios", "min_kept", "max_kept", "round_to", "uniform", "exact_only", "columns", "aggregate",
-    "normalise", "scope",
-})  # fmt: skip
-PARTS = ("channels", "branches", "blocks", "experts")
 SCOPES = ("local", "global", "isomorphic")
 QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
 _UNITS = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
@@ -282,7 +278,7 @@ class Request:
         if "keep" in given:
             given["keep"] = _patterns(given["keep"])
         if "parts" in given:
-            given["parts"] = _parts(given["parts"])
+            given["parts"] = parts_of(given["parts"])
         if hasattr(given.get("ratios"), "levels"):
             given["allocation"] = given.pop("ratios")
         elif "ratios" in given:
@@ -292,7 +288,7 @@ class Request:
         request = cls(None if ratio is None else check_ratio(ratio), **given)
         request._check_values()
         request._check_amount()
-        request._check_parts()
+        check_parts(request, cls())
         return request
 
     def _check_values(self) -> None:
@@ -310,24 +306,6 @@ class Request:
         check_loss(self.loss)
         if self.threads is not None and not is_int(self.threads, 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
-
-    def _check_parts(self) -> None:
-        """Raise where something is said of channels, and none may leave."""
-        if "channels" in self.parts:
-            return
-        said = [field.name for field in fields(self) if field.name in _OF_CHANNELS]
-        plain = Request()
-        for name in said:
-            if getattr(self, name) != getattr(plain, name):
-                raise InputError(
-                    f"{name} says something of channels, and with parts={self.parts!r} none leave: "
-                    "leave it out, or add 'channels' to parts"
-                )
-        if not isinstance(self.criterion, str):
-            raise InputError(
-                "a callable scores channels, and none leave: name a criterion for parts, such as "
-                "'reconstruction', 'taylor' or 'random'"
-            )
 
     def _check_amount(self) -> None:
         """Raise unless exactly one thing says how much to remove."""
@@ -445,14 +423,6 @@ def _patterns(given: Any) -> tuple[str, ...]:
             f'keep must be a glob pattern of layers such as "layer1.*", or several; got {given!r}'
         )
     return patterns
-
-
-def _parts(given: Any) -> tuple[str, ...]:
-    several = isinstance(given, Iterable) and not isinstance(given, str)
-    parts = tuple(given) if several else (given,)
-    if not parts or not all(isinstance(part, str) and part in PARTS for part in parts):
-        raise InputError(f"parts must be one or several of {', '.join(PARTS)}, not {given!r}")
-    return tuple(dict.fromkeys(parts))
 
 
 def _ratios(given: object) -> dict[str, float]:
