@@ -31,6 +31,7 @@ class Vocabulary:
         rows: the tensors, and the dimensions of them, that have a row for every id.
         inputs: the arguments of the model that hold ids.
         outputs: the outputs that hold a logit for every id, and along which dimension.
+        special: those ids that stay which the model itself names: the end of a text, say.
     """
 
     size: int
@@ -38,6 +39,7 @@ class Vocabulary:
     rows: tuple[tuple[str, int], ...]
     inputs: tuple[str, ...]
     outputs: tuple[tuple[str, int], ...] = ()
+    special: Runs = ()
 
     @property
     def key(self) -> tuple[tuple[str, int], ...]:
@@ -71,11 +73,12 @@ class Vocabulary:
         return torch.where(inside, found, ids)
 
     def settled(self, ids: Tensor) -> Tensor:
-        """Old ids of which those that left are replaced by some that stay."""
+        """Old ids, with some in place of those that left that stay and mean nothing special."""
         new = self.to_new(ids)
         lost = (new == GONE) & (ids >= 0) | (ids >= self.size)
-        choice = torch.tensor(self.kept, dtype=ids.dtype, device=ids.device)
-        return torch.where(lost, choice[ids.clamp(min=0).long() % len(self.kept)], ids)
+        plain = sorted({*self.kept} - {*self.special}) or self.kept
+        choice = torch.tensor(plain, dtype=ids.dtype, device=ids.device)
+        return torch.where(lost, choice[ids.clamp(min=0).long() % len(choice)], ids)
 
     def then(self, later: Vocabulary) -> Vocabulary:
         """This choice followed by one among the ids that stayed."""
@@ -84,7 +87,10 @@ class Vocabulary:
                 f"the later plan expects a vocabulary of {later.size} ids, where "
                 f"{len(self.kept)} are left: make it for the small model"
             )
-        return replace(later, size=self.size, kept=tuple(self.kept[index] for index in later.kept))
+        kept, special = (
+            tuple(self.kept[index] for index in indices) for indices in (later.kept, later.special)
+        )
+        return replace(later, size=self.size, kept=kept, special=special)
 
     def __str__(self) -> str:
         """For tables."""
@@ -146,7 +152,7 @@ def problems(plan: Any) -> Iterator[str]:
     for vocabulary in plan.vocabularies:
         kept = vocabulary.kept
         fits = kept and list(kept) == sorted(set(kept)) and 0 <= kept[0] <= kept[-1]
-        if not fits or kept[-1] >= vocabulary.size:
+        if not fits or kept[-1] >= vocabulary.size or not {*vocabulary.special} <= {*kept}:
             yield "the ids of a vocabulary are not in order, or too large"
             return
         for row in vocabulary.rows:

@@ -20,6 +20,7 @@ from graphprune.ops.given import numbers_for
 from graphprune.ops.ids import Shape, varying
 from graphprune.ops.registry import op_of
 from graphprune.plan.plan import Plan
+from graphprune.plan.vocabulary import for_small
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import dry, run
@@ -68,7 +69,9 @@ def _recorded(
         clone = marked(without_weights(model) if plan is None else hollow(model, plan))
     else:
         clone = skeleton(model, original.device)
-        clone = clone if plan is None else shrink(clone, plan, inplace=True)
+        if plan is not None:
+            call = for_small(call, model, plan.vocabularies)
+            clone = shrink(clone, plan, inplace=True)
     clone.train(original.training)
     try:
         found = run(clone, call, original.device, caches=original.caches, beside=original.beside)

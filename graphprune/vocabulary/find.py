@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,9 +89,8 @@ class Search:
         for each in same:
             self._sound(each)
         tables = {(name, 0) for each in same for name in each.tables}
-        logits = Logits(
-            self.model, self.records, tables, frozenset().union(*(k.lookups for k in same))
-        )
+        lookups: frozenset[fx.Node] = frozenset().union(*(each.lookups for each in same))
+        logits = Logits(self.model, self.records, tables, lookups, self._others(kind))
         rows, named = logits.rows(output)
         whole = Vocabulary(
             size,
@@ -143,8 +142,14 @@ class Search:
 
     def _has_logits(self, kind: Kind) -> bool:
         tables = {(name, 0) for name in kind.tables}
-        logits = Logits(self.model, self.records, tables, frozenset(kind.lookups))
+        logits = Logits(
+            self.model, self.records, tables, frozenset(kind.lookups), self._others(kind)
+        )
         return logits.tied() or bool(logits.candidates())
+
+    def _others(self, kind: Kind) -> set[str]:
+        """The tables that other ids read: they make no logits of these."""
+        return {n for found in self.kinds for k in found for n in k.tables} - kind.tables.keys()
 
     def _sound(self, kind: Kind) -> None:
         """Raise where something reads ids in a way that other ids would change."""
@@ -166,7 +171,9 @@ class Logits:
         records: Sequence[Record],
         tables: set[Row],
         lookups: frozenset[fx.Node],
+        others: Set[str] = frozenset(),
     ) -> None:
+        self.others = others
         self.model, self.records, self.tables, self.lookups = model, records, tables, lookups
         self.first = self.analysis(tables)
         tensors = dict(held_tensors(model))
@@ -212,6 +219,7 @@ class Logits:
             slots = [slot for slot in slots if slot.tensor in self.first.read]
             weights = [slot for slot in slots if slot.weight]
             whole = weights and all((_labels(self.first, w) == units).all() for w in weights)
+            whole = whole and not any(slot.tensor in self.others for slot in weights)
             if whole and not any(reads[slot.start] for slot in slots):
                 found.setdefault(_row(weights[0]), set()).add(place)
         return found
@@ -282,10 +290,11 @@ class Logits:
                 if any(map(moving, node.all_input_nodes)) and not _unread(node):
                     where = node.meta.get("module") or "the model"
                     line = f" ({node.meta['line']})" if node.meta.get("line") else ""
+                    what = getattr(node.target, "reason", op_name(node))  # or what hides it
                     raise InputError(
-                        f"what {op_name(node)} in {where} makes{line} depends on all logits or "
-                        "rows of the vocabulary: the logits of some alone do not say it; pass "
-                        "example_inputs without labels"
+                        f"what comes out of {what} in {where}{line} depends on all logits or rows "
+                        "of the vocabulary: those that stay alone do not say it; pass "
+                        "example_inputs without labels, or let the code return the logits"
                     )
 
 

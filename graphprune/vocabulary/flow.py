@@ -70,7 +70,7 @@ _EQUAL = {aten.eq, aten.ne, aten.isin}
 _ORDER = {aten.lt: 0, aten.ge: 0, aten.le: 1, aten.gt: 1}  # what to add to be a bound from below
 _PLACES = {aten.argmax, aten.argmin, aten.argsort}  # depend on the order of values alone
 _INDICES = {aten.max, aten.min, aten.sort, aten.topk, aten.cummax}  # with their results' second
-_THROUGH = {aten.detach, aten.alias, aten._to_copy, aten.clone, aten.view, aten.t, aten.mul}
+_THROUGH = {aten.detach, aten.alias, aten._to_copy, aten.clone, aten.view, aten.mul}
 _WHOLE = frozenset({torch.int64, torch.int32})  # what can be ids
 
 
@@ -275,7 +275,7 @@ class Flow:
         """An op that reads values of a kind."""
         packet = packet_of(node)
         if node.op == "output":
-            kind.others.append((source, "they are returned"))
+            kind.others.append((source, "they are returned (outputs= names those that count)"))
         elif node.target is operator.getitem or packet in _PLACES or packet in _INDICES:
             return
         elif packet in _EQUAL or packet in _ORDER:

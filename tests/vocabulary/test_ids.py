@@ -245,6 +245,50 @@ def test_outputs_of_train_mode():
     assert {*small.graphprune_plan.vocabularies[0].outputs} == {("", 2), ("[1]", 2)}
 
 
+class Ended(nn.Module):
+    """A text ends once, and is read there: other inputs are refused, by values."""
+
+    def __init__(self):
+        super().__init__()
+        self.eos_token_id = 30
+        self.embed, self.out = nn.Embedding(SIZE, 8), nn.Linear(8, 4)
+
+    def forward(self, tokens):
+        ends = tokens.eq(self.eos_token_id)
+        if len(ends.sum(1).unique()) > 1 or not bool(ends.any()):
+            raise ValueError("all texts must end as often")
+        states = self.embed(tokens).cumsum(1)
+        return self.out(states[ends].view(len(tokens), -1, 8)[:, -1])
+
+
+def test_special_ids_stand_for_nothing_else():
+    inputs = tokens(3, 6) % 30
+    inputs[:, -1] = 30
+    small = equal(Ended().double(), [4, 9], inputs)
+    assert small.graphprune_plan.vocabularies[0].special == (30,)
+    assert small.eos_token_id == 2
+
+
+class Features(nn.Module):
+    """What it is given is returned as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(SIZE, 8), nn.Linear(8, 4)
+
+    def forward(self, features):
+        features["pooled"] = self.out(self.embed(features["ids"]).mean(1))
+        return features
+
+
+def test_ids_that_are_returned_need_not_count():
+    inputs = ({"ids": tokens(2, 5)},)
+    with pytest.raises(InputError, match=r"returned \(outputs= names"):
+        graphprune.trim_vocabulary(Features(), [3, 4], inputs)
+    small = equal(Features(), [3, 4], inputs, outputs="pooled")
+    assert small.embed.num_embeddings == 2
+
+
 class Codes(nn.Module):
     """A codebook: which row is the nearest, not which one an input names."""
 
