@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from graphprune.errors import InputError
@@ -49,4 +49,20 @@ def check_parts(request: Any, plain: Any) -> None:
         raise InputError(
             "a callable scores channels, and none leave: name a criterion for parts, such as "
             "'reconstruction', 'taylor' or 'random'"
+        )
+
+
+def check_channels_alone(options: Mapping[str, Any]) -> None:
+    """Raise where schedules are asked for parts.
+
+    Args:
+        options: as for ``graph.plan``.
+
+    Raises:
+        InputError: says what to do instead.
+    """
+    if parts_of(options.get("parts", "channels")) != ("channels",):
+        raise InputError(
+            "channels leave round by round, and parts do not: let them leave first by "
+            "rebuild(model, ratio, parts=...), and train what that returns"
         )

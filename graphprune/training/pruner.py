@@ -16,6 +16,7 @@ from graphprune.channels.analysis import Group
 from graphprune.criteria import check_needs, find
 from graphprune.errors import InputError, PruningWarning, warn
 from graphprune.plan.plan import Plan
+from graphprune.planning.kinds import check_channels_alone
 from graphprune.planning.options import Request
 from graphprune.record.batches import check_data
 from graphprune.record.checks import check_model
@@ -125,6 +126,7 @@ class Pruner:
         for name in _OWN:
             if name in options:
                 raise InputError(f"{name} is what the schedule says step by step: leave it out")
+        check_channels_alone(options)
         self.options = options
         if finish_at is not None:
             check_count("finish_at", finish_at, 1)

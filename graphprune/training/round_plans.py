@@ -12,6 +12,7 @@ from graphprune.criteria import check_needs, find
 from graphprune.errors import InputError
 from graphprune.plan.plan import Plan
 from graphprune.planning.draft import Draft, matching
+from graphprune.planning.kinds import check_channels_alone
 from graphprune.planning.options import Request
 from graphprune.record.batches import check_data
 
@@ -51,6 +52,7 @@ class RoundPlans:
         for name in _OWN:
             if name in options:
                 raise InputError(f"{name} is what the sparsity says round by round: leave it out")
+        check_channels_alone(options)
         self.request = Request.of(0.0, options)
         if self.request.data is not None:
             check_data(self.request.data, passes=rounds)

@@ -14,6 +14,7 @@ from torch import nn
 import graphprune
 from graphprune.errors import InputError, PlanError
 from graphprune.plan.changes import Cut, StandIn
+from graphprune.training import Pruner, iterate
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
 KINDS = {"images": (images, sorted(CONVOLUTIONS)), "texts": (texts, sorted(TOKENS))}
@@ -468,3 +469,11 @@ def test_what_left_takes_no_random_numbers_from_the_others():
     plan = graphprune.trace(model.eval(), inputs).plan(0.9, parts="blocks", keep=["3", "4"])
     assert {part.name for part in plan.parts} == {"1", "2"}
     equal(model, plan, inputs)
+
+
+def test_schedules_are_of_channels():
+    model, inputs = images("basic", "basic")
+    with pytest.raises(InputError, match="let them leave first"):
+        Pruner(model, inputs, schedule=0.5, parts="blocks")
+    with pytest.raises(InputError, match="let them leave first"):
+        iterate(model, 2, lambda *_: None, lambda _: 0.0, example_inputs=inputs, parts="blocks")
