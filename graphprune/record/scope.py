@@ -73,6 +73,7 @@ def _change() -> None:
         nn_module.register_module_forward_hook(_leave, with_kwargs=True, always_call=True),
     ):
         _undo.callback(handle.remove)
+        _undo.callback(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)  # it stays
     _put(torch.autograd.Function, "apply", classmethod(_apply))
     _put(Tensor, "__reduce_ex__", _reduce)
     for name in MATH:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 from torch.nn.utils import parametrizations, prune
 
+import graphprune
 from graphprune.record.observe import observing
 from graphprune.record.windows import Window
 
@@ -160,3 +161,12 @@ def test_windows_times_matrix_is_the_output(kind):
     assert torch.equal(window.rows(product.input, pick), rows[pick])
     assert torch.equal(window.outputs(product.output, pick), window.outputs(product.output)[pick])
     assert torch.equal(window.weight(matrix, product.value), product.value)
+
+
+def test_a_recording_leaves_no_hook_in_torch():
+    """Where it did, ``torch.compile`` would warn of hooks from then on."""
+    net = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    graphprune.rebuild(net, 0.5, torch.randn(2, 4))
+    hooks = {name: found for name, found in vars(nn_module).items() if name.startswith("_global")}
+    assert {"_global_forward_hooks", "_global_forward_pre_hooks"} <= hooks.keys()
+    assert not any(found for found in hooks.values() if isinstance(found, dict))
