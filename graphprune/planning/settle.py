@@ -82,7 +82,7 @@ def analyse(
         first: the recorded forward pass in eval mode, when there is one already.
         attention: see ``trace``.
     """
-    settled = Settled(Analysis.build(model, _records(model, call, first), attention))
+    settled = Settled(Analysis.build(model, recorded(model, call, first), attention))
     for number in range(TRIALS):
         possible = False
         while not possible:
@@ -191,7 +191,8 @@ def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
     return kept
 
 
-def _records(model: nn.Module, call: Call, first: Record | None = None) -> list[Record]:
+def recorded(model: nn.Module, call: Call, first: Record | None = None) -> list[Record]:
+    """The recorded forward passes that a model is analysed by: in eval mode, and in train mode."""
     evaluated = first or record(model, call, False)
     if not _depends_on_mode(model, evaluated):
         return [evaluated]
@@ -236,7 +237,8 @@ def _guilty(analysis: Analysis, place: Place, unclear: Sequence[Problem]) -> lis
     return before[-1:] or list(unclear[:1])
 
 
-def _change(leaf: Literal, new: float) -> LiteralChange:
+def changed_literal(leaf: Literal, new: float) -> LiteralChange:
+    """The change of a number in the code, as a plan holds it."""
     site = replace(leaf.site, file="", first=0, digest="")
     return LiteralChange(leaf.module, site, leaf.path, leaf.value, new, leaf.site.digest)
 
@@ -255,7 +257,9 @@ def bare_plan(analysis: Analysis, alive: np.ndarray, solved: adapt.Changes) -> P
         if isinstance(leaf, Attribute)
     ]
     literals = [
-        _change(leaf, new) for leaf, new in solved.values.items() if isinstance(leaf, Literal)
+        changed_literal(leaf, new)
+        for leaf, new in solved.values.items()
+        if isinstance(leaf, Literal)
     ]
     indices = [
         IndexChange(name, tuple(values.tolist()), tuple(np.flatnonzero(alive[ids]).tolist()))

@@ -16,7 +16,7 @@ from graphprune.execute.shrink import hollow, shrink
 from graphprune.plan.changes import LiteralChange, SizeChange, chain
 from graphprune.plan.plan import Plan
 from graphprune.plan.vocabulary import Vocabulary, for_small
-from graphprune.planning.settle import _change
+from graphprune.planning.settle import changed_literal
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
@@ -171,7 +171,7 @@ class Trial:
                 return
             literal = site and Literal(module, site, given.path, number.value)
             if literal and changeable(site, given.path):
-                edit: LiteralChange = _change(literal, new)
+                edit: LiteralChange = changed_literal(literal, new)
                 self.plan = replace(self.plan, literals=chain(self.plan.literals, (edit,)))
                 return
 

@@ -17,7 +17,7 @@ from graphprune.execute.ids import special_ids
 from graphprune.plan.plan import Plan
 from graphprune.plan.vocabulary import Vocabulary, changed, parameter_names
 from graphprune.planning.make import assemble
-from graphprune.planning.settle import Settled, _records, follow, rehearse
+from graphprune.planning.settle import Settled, follow, recorded, rehearse
 from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
@@ -99,11 +99,11 @@ def planned(
     if counted is not None:
         call = replace(call, outputs=counted)
         first = record(model, call, training=False)
-    search = Search(model, call, _records(model, call, first))
+    search = Search(model, call, recorded(model, call, first))
     found, vocabulary, notes = _chosen(search, asked, embedding, output, tokenizer)
     if any(each.device != "meta" for each in search.records):  # its code reads values: of ids that
         call = changed(call, model, (vocabulary,), Vocabulary.settled)  # the small model can read
-        search = Search(model, call, _records(model, call))
+        search = Search(model, call, recorded(model, call))
         found, vocabulary, notes = _chosen(search, asked, embedding, output, tokenizer)
     return call, _assembled(model, call, search.records, found, vocabulary, notes)
 
