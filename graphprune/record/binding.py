@@ -172,5 +172,5 @@ def tensors_given(target: Function, args: Args, kwargs: Kwargs) -> Iterator[tupl
 def unwrapped(tensor: Tensor) -> Tensor:
     """The tensor inside those of ``torch.vmap`` and its kind."""
     while FUNCTORCH.is_functorch_wrapped_tensor(tensor):
-        tensor = FUNCTORCH.getunwrapped(tensor)
+        tensor = FUNCTORCH.get_unwrapped(tensor)
     return tensor
