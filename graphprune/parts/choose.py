@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import nn
@@ -160,7 +160,7 @@ class Chooser:
     def told(self, plan: Plan) -> Plan:
         """A plan that says what it was asked for, and what it costs."""
         request = self.request
-        told: dict[str, Any] = {"parts": list(request.parts), "ratio": request.ratio}
+        told: dict[str, object] = {"parts": list(request.parts), "ratio": request.ratio}
         told |= {"criterion": name_of(request.criterion), "seed": request.seed}
         if request.target:
             told["target"] = {name: target.amount for name, target in request.target.items()}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import fx
@@ -173,7 +172,7 @@ class _Leaving:
     """A call of a module that leaves: what hands on what, and what no one needs."""
 
     run: Run
-    kept: dict[tuple[Any, ...], str]  # results that are needed, and the argument they equal
+    kept: dict[tuple[object, ...], str]  # results that are needed, and the argument they equal
     free: set[fx.Node]  # the others
     given: dict[fx.Node, str]  # the arguments, and the way to each
 
@@ -191,7 +190,7 @@ class _Leaving:
             sources.setdefault(stream.source(node, sides), text)
             if node.op != "get_attr":
                 given.setdefault(node, text)
-        kept: dict[tuple[Any, ...], str] = {}
+        kept: dict[tuple[object, ...], str] = {}
         free: set[fx.Node] = set()
         outer = _used_after(run, stream, needed, sides)
         for path, node in leaves(run.out):
@@ -238,7 +237,7 @@ class _Leaving:
     def _item(
         self,
         item: object,
-        path: tuple[Any, ...],
+        path: tuple[object, ...],
         zeroes: Mapping[fx.Node, bool],
         known: Mapping[fx.Node, frozenset[int]],
     ) -> str | None:

@@ -8,15 +8,15 @@ others are minus infinity, is tried: on a copy of the mixture alone, with drawn 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from graphprune.measurement import drawn
+from graphprune.ops.calls import Args, Kwargs
 from graphprune.ops.fact import arguments
 from graphprune.ops.registry import op_of
 from graphprune.parts.fewer import LARGE, Attribute, Result, Trial, plan_of_experts
@@ -139,8 +139,8 @@ class Mixtures:
         found: dict[str, Call] = {}
         modules = self.finder.modules
 
-        def seen(name: str) -> Any:
-            def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def seen(name: str) -> Callable[..., None]:
+            def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
                 call = Call(args, kwargs)
                 found.setdefault(name, call.map(lambda t: t.detach().clone()))
 
@@ -275,7 +275,7 @@ class Mixtures:
         return self._known[kind]
 
     @cached_property
-    def _known(self) -> dict[Any, Result | None]:
+    def _known(self) -> dict[object, Result | None]:
         return {}
 
     def _added(self, routers: dict[str, int], prefix: str) -> set[str]:
@@ -376,7 +376,7 @@ def _numbers(module: nn.Module, plan: ExpertsPlan) -> list[Attribute]:
     return found
 
 
-def _outline(module: nn.Module) -> tuple[Any, ...]:
+def _outline(module: nn.Module) -> tuple[object, ...]:
     """What the code of a module may depend on besides the values of tensors."""
     return tuple(
         (name, type(part), tuple((k, v) for k, v in vars(part).items() if type(v) in (int, bool)),

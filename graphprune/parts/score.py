@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from graphprune.calibration.outcome import outputs
 from graphprune.criteria import name_of
 from graphprune.measurement import drawn
+from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.parts.find import Part
 from graphprune.record.batches import Batch, at_rest, batches, device_of, loss_of, run
 from graphprune.record.inputs import Call
@@ -77,7 +78,7 @@ def influence(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
     sides = {cut.key: cut.side for part in parts for cut in part.cuts}
     streams: dict[Place, list[tuple[Tensor, Tensor]]] = {}
 
-    def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+    def seen(place: Place, func: Function, args: Args, kwargs: Kwargs) -> object:
         side = sides.get(place)
         before = None if side is None else args[1 - side].detach().clone()
         out = func(*args, **kwargs)
@@ -114,7 +115,7 @@ def taylor(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
     sides = {cut.key: cut.side for part in parts for cut in part.cuts}
     changes = dict.fromkeys(sides, 0.0)
 
-    def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+    def seen(place: Place, func: Function, args: Args, kwargs: Kwargs) -> object:
         side = sides.get(place)
         if side is not None and args[side].requires_grad:
             added = args[side].detach().clone()
@@ -161,7 +162,7 @@ def _greedy(parts: Sequence[Part], evidence: Evidence, per_mac: bool) -> list[Pa
 def _outputs(evidence: Evidence, sides: Sides) -> Iterator[list[Tensor]]:
     """What the model returns for every batch when operands of some sums count as zero."""
 
-    def seen(place: Place, func: Any, args: Any, kwargs: Any) -> Any:
+    def seen(place: Place, func: Function, args: Args, kwargs: Kwargs) -> object:
         side = sides.get(place)
         return func(*args, **kwargs) if side is None else at_zero(func, args, kwargs, side)
 

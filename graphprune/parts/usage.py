@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from graphprune.criteria import name_of
+from graphprune.ops.calls import Args, Kwargs
 from graphprune.parts.mixtures import Experts
 from graphprune.parts.score import Evidence
 from graphprune.plan.changes import ExpertsPlan
@@ -62,8 +62,8 @@ def _calls(
     """What mixtures are given for the batches."""
     found: dict[str, list[Call]] = {mixture.name: [] for mixture in mixtures}
 
-    def seen(name: str) -> Any:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def seen(name: str) -> Callable[..., None]:
+        def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             found[name].append(Call(args, kwargs).map(lambda t: t.detach().clone()))
 
         return note

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
+from graphprune.plan.changes import ExpertsPlan, StandIn
 from graphprune.record.tensors import held_tensors, named_modules
 
 T = TypeVar("T")
@@ -18,12 +19,24 @@ _NAMES = frozenset(
 _OTHERS = frozenset({"kept", "values", "factors", "sources", "path", "keys", "site", "notes"})
 
 
-def leaves_modules(plan: Any) -> bool:
+class Leaving(Protocol):
+    """What of a plan says which modules leave."""
+
+    @property
+    def stand_ins(self) -> tuple[StandIn, ...]:
+        """What takes the place of modules."""
+
+    @property
+    def experts(self) -> tuple[ExpertsPlan, ...]:
+        """Which experts stay."""
+
+
+def leaves_modules(plan: Leaving) -> bool:
     """Whether any module leaves."""
     return bool(plan.stand_ins or any(change.containers for change in plan.experts))
 
 
-def gone_modules(model: nn.Module, plan: Any) -> list[nn.Module]:
+def gone_modules(model: nn.Module, plan: Leaving) -> list[nn.Module]:
     """The modules that leave: those that something stands in for, and experts of containers."""
     found = [model.get_submodule(stand_in.module) for stand_in in plan.stand_ins]
     for change in plan.experts:
@@ -35,7 +48,7 @@ def gone_modules(model: nn.Module, plan: Any) -> list[nn.Module]:
     return found
 
 
-def left_of(model: nn.Module, plan: Any) -> tuple[set[str], set[str]]:
+def left_of(model: nn.Module, plan: Leaving) -> tuple[set[str], set[str]]:
     """The names of modules and of tensors that stay when modules have left."""
     gone = {id(module) for module in gone_modules(model, plan)}
     names = {id(module): name for name, module in named_modules(model)}
@@ -54,12 +67,12 @@ def left_of(model: nn.Module, plan: Any) -> tuple[set[str], set[str]]:
     return modules, {name for name, tensor in held_tensors(model) if id(tensor) in held}
 
 
-def _values(module: nn.Module) -> list[Any]:
+def _values(module: nn.Module) -> list[object]:
     state = vars(module)
     return [*state["_parameters"].values(), *state["_buffers"].values(), *state.values()]
 
 
-def in_what_left(model: nn.Module, plan: Any) -> Callable[[str], bool]:
+def in_what_left(model: nn.Module, plan: Leaving) -> Callable[[str], bool]:
     """Tells of every name in a ``state_dict`` whether it lies in a module that leaves."""
     gone = {id(module) for module in gone_modules(model, plan)}
     named = model.named_modules(remove_duplicate=False) if gone else ()
@@ -67,12 +80,12 @@ def in_what_left(model: nn.Module, plan: Any) -> Callable[[str], bool]:
     return lambda name: name.startswith(prefixes)
 
 
-def names_after(plan: Any) -> Callable[[str], str]:
+def names_after(plan: Leaving) -> Callable[[str], str]:
     """What a module or tensor that stays is called in the small model."""
     return _renaming({old: new for change in plan.experts for old, new in change.moved()})
 
 
-def names_before(plan: Any) -> Callable[[str], str]:
+def names_before(plan: Leaving) -> Callable[[str], str]:
     """What a module or tensor of the small model was called in the original."""
     return _renaming({new: old for change in plan.experts for old, new in change.moved()})
 

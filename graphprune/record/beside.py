@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphprune.ops.calls import Args, Kwargs
 from graphprune.record.recorder import Recorder
 from graphprune.record.tensors import named_modules
 
@@ -65,8 +65,8 @@ def running(model: nn.Module, recorder: Recorder, beside: Beside) -> Iterator[No
             handle.remove()
 
 
-def _adding(recorder: Recorder, parts: list[nn.Module]) -> Callable[..., Any]:
-    def add(module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
+def _adding(recorder: Recorder, parts: list[nn.Module]) -> Callable[..., object]:
+    def add(module: nn.Module, args: Args, kwargs: Kwargs, out: object) -> object:
         waiting, parts[:] = [*parts], []
         if not isinstance(out, Tensor):
             return None

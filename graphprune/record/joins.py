@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.tensors import named_modules
 
 Place = tuple[str, int]  # the module, and which of the sums in its code
+Seen = Callable[[Place, Function, Args, Kwargs], object]
 _SUMS = frozenset(("add", "add_"))
 
 
@@ -31,16 +33,16 @@ class Sums(TorchFunctionMode):
         seen: ``seen(place, function, args, kwargs)`` runs the function, or another in its stead.
     """
 
-    def __init__(self, model: nn.Module, seen: Callable[[Place, Any, Any, Any], Any]) -> None:
+    def __init__(self, model: nn.Module, seen: Seen) -> None:
         super().__init__()
         self.model, self.seen = model, seen
         self.running: list[list[Any]] = []  # name of the module, and how many sums it has run
         self.counts: dict[str, set[int]] = {}
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
-    ) -> Any:
+    ) -> object:
         kwargs = kwargs or {}
         plain = _both(args) and kwargs.get("alpha", 1) == 1
         if getattr(func, "__name__", "") not in _SUMS or not self.running or not plain:
@@ -78,7 +80,7 @@ class Sums(TorchFunctionMode):
         self.counts.setdefault(name, set()).add(count)
 
 
-def at_zero(func: Any, args: Any, kwargs: Any, side: int) -> Any:
+def at_zero(func: Function, args: Args, kwargs: Kwargs, side: int) -> object:
     """A sum of which one operand counts as zero; no gradient flows through it."""
     given = [*args]
     given[side] = torch.zeros_like(given[side].detach())
@@ -94,8 +96,8 @@ class Run:
     """One call of a module: trees of what it was given and returned, with nodes for tensors."""
 
     module: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    args: Args
+    kwargs: Kwargs
     begin: int
     out: Any = None
     end: int = 0
@@ -124,7 +126,7 @@ class Watching:
         self.watched, self.model, self.recorder = watched, model, recorder
         self.sums = Sums(model, self._sum)
         self.open: list[Run] = []
-        self.handles: list[Any] = []
+        self.handles: list[RemovableHandle] = []
 
     def __enter__(self) -> Watching:
         for name, module in named_modules(self.model):
@@ -146,7 +148,7 @@ class Watching:
         for place in [place for place in self.watched.sums if place[0] in uneven]:
             del self.watched.sums[place]  # the code of that module does not always run alike
 
-    def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> object:
         out = func(*args, **kwargs)
         if isinstance(out, Tensor) and not self.recorder.beside:
             self.watched.sums.setdefault(place, []).append(self.recorder.node_of(out))

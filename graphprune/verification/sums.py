@@ -46,7 +46,7 @@ class HeldForward:
         inner = copy.deepcopy(self.inner, memo)
         return HeldForward(copy_module(self.module, memo), inner, self.plan)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         """Run the model.
 
         Raises:
@@ -68,7 +68,7 @@ class HeldForward:
         scores.check()
         return out
 
-    def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> Any:
+    def _sum(self, place: Place, func: Function, args: Args, kwargs: Kwargs) -> object:
         side = self.sides.get(place)
         if side is None:
             return func(*args, **kwargs)
@@ -79,7 +79,7 @@ class HeldForward:
 @contextlib.contextmanager
 def undrawn(model: nn.Module, stand_ins: Iterable[StandIn]) -> Iterator[None]:
     """Inside, what modules that leave draw takes no random numbers from the others."""
-    states: list[tuple[Tensor, Any, Any]] = []
+    states: list[tuple[Tensor, tuple[object, ...], dict[str, object]]] = []
 
     def enter(module: nn.Module, args: object) -> None:
         states.append((torch.get_rng_state(), random.getstate(), np.random.get_state()))

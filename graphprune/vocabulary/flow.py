@@ -320,12 +320,12 @@ def lookup(node: fx.Node) -> tuple[str, fx.Node] | None:
     return (name, index) if known and name is not None and isinstance(index, fx.Node) else None
 
 
-def _held(node: Any) -> str | None:
+def _held(node: object) -> str | None:
     """The tensor of the model behind a value with the same rows."""
     while isinstance(node, fx.Node) and node.op == "call_function":
         if packet_of(node) not in _THROUGH or not node.args:
             return None
-        before: Any = node.args[0]
+        before = node.args[0]
         if not isinstance(before, fx.Node) or before.meta["shape"][:1] != node.meta["shape"][:1]:
             return None
         node = before
@@ -334,12 +334,12 @@ def _held(node: Any) -> str | None:
     return str(node.target)
 
 
-def _whole(node: Any) -> bool:
+def _whole(node: object) -> bool:
     """Whether a value holds whole numbers."""
     return isinstance(node, fx.Node) and node.meta.get("dtype") in _WHOLE
 
 
-def _flat(value: Any) -> Iterable[fx.Node]:
+def _flat(value: object) -> Iterable[fx.Node]:
     if isinstance(value, fx.Node):
         return [value]
     items = value if isinstance(value, list | tuple) else ()

@@ -22,6 +22,8 @@ from graphprune.text import shorten
 
 KINDS = ("BPE", "WordPiece", "Unigram", "WordLevel")
 
+Json = Any  # what a file of a tokenizer holds
+
 
 def byte_characters() -> frozenset[str]:
     """The characters that stand for the 256 bytes in byte-level BPE (Radford et al., 2019)."""
@@ -39,9 +41,9 @@ class Pieces:
         InputError: it is of a kind of which nothing is known.
     """
 
-    def __init__(self, data: Mapping[str, Any]) -> None:
+    def __init__(self, data: Mapping[str, Json]) -> None:
         self.data = data
-        self.model: Any = data["model"]
+        self.model: Json = data["model"]
         self.kind = self.model.get("type", "")
         if self.kind not in KINDS:
             raise InputError(
@@ -140,7 +142,7 @@ class Pieces:
             row[-1] += suffix
         return row
 
-    def trimmed(self, new: Mapping[int, int]) -> dict[str, Any]:
+    def trimmed(self, new: Mapping[int, int]) -> dict[str, Json]:
         """The data of the tokenizer that is left.
 
         Args:
@@ -156,7 +158,7 @@ class Pieces:
                 f"these tokens must stay as well: {shorten(list(named), 6)}; pass tokenizer= to "
                 "graphprune.trim_vocabulary, which keeps them, or use graphprune.MappedTokenizer"
             )
-        data: dict[str, Any] = copy.deepcopy(dict(self.data))
+        data: dict[str, Json] = copy.deepcopy(dict(self.data))
         model = data["model"]
         kept = {token: new[number] for token, number in self.ids.items() if number in new}
         if self.kind == "Unigram":
@@ -182,13 +184,13 @@ class Pieces:
         """The text of a token."""
         return self.tokens.get(number) or self.added.get(number) or f"id {number}"
 
-    def _stays(self, merge: Any, kept: Mapping[str, int]) -> bool:
+    def _stays(self, merge: Json, kept: Mapping[str, int]) -> bool:
         prefix = self.model.get("continuing_subword_prefix") or ""
         left, right = merge.split(" ") if isinstance(merge, str) else merge
         return {left, right, left + right.removeprefix(prefix)} <= kept.keys()
 
 
-def _mentions(value: Any, kind: str) -> bool:
+def _mentions(value: Json, kind: str) -> bool:
     """Whether a part of a tokenizer is of some kind."""
     if isinstance(value, dict):
         inside = (item for key, item in value.items() if key not in ("vocab", "merges"))
@@ -196,7 +198,7 @@ def _mentions(value: Any, kind: str) -> bool:
     return isinstance(value, list) and any(_mentions(item, kind) for item in value)
 
 
-def _renumber(processor: Any, new: Mapping[int, int]) -> None:
+def _renumber(processor: Json, new: Mapping[int, int]) -> None:
     """New ids in what puts special tokens around a text, in place."""
     for part in (processor or {}).get("processors") or ():
         _renumber(part, new)

@@ -15,8 +15,10 @@ from graphprune.plan.plan import Plan, plan_of
 from graphprune.plan.vocabulary import GONE, Vocabulary
 from graphprune.vocabulary.pieces import Pieces
 
+Tokenizer = Any  # of any library
 
-def trim_tokenizer(tokenizer: Any, small: nn.Module | Plan | Vocabulary) -> Any:
+
+def trim_tokenizer(tokenizer: Tokenizer, small: nn.Module | Plan | Vocabulary) -> Any:
     """The tokenizer of a small vocabulary: it makes new ids, and knows no other tokens.
 
     Of texts whose tokens all stay it makes the same tokens as the original. Other texts are cut
@@ -97,7 +99,7 @@ class MappedTokenizer:
 
     def __init__(
         self,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         small: nn.Module | Plan | Vocabulary,
         *,
         unknown: int | None = None,
@@ -107,7 +109,7 @@ class MappedTokenizer:
         old = unknown_of(tokenizer) if unknown is None else unknown
         self.unknown = None if old is None else self.vocabulary.new_id(old)
 
-    def encode(self, text: str, **options: Any) -> list[int]:
+    def encode(self, text: str, **options: object) -> list[int]:
         """The new ids of a text.
 
         Args:
@@ -119,7 +121,7 @@ class MappedTokenizer:
         """
         return self._new(encoded(self.tokenizer, text, **options))
 
-    def decode(self, ids: Iterable[int] | Tensor, **options: Any) -> str:
+    def decode(self, ids: Iterable[int] | Tensor, **options: object) -> str:
         """The text of new ids.
 
         Args:
@@ -133,7 +135,7 @@ class MappedTokenizer:
         text: str = self.tokenizer.decode(list(map(self.vocabulary.old_id, numbers)), **options)
         return text
 
-    def __call__(self, texts: Any, **options: Any) -> Any:
+    def __call__(self, texts: Any, **options: object) -> Any:
         """What the tokenizer makes when it is called, with new ids as ``input_ids``.
 
         Args:
@@ -185,13 +187,13 @@ def vocabulary_of(small: nn.Module | Plan | Vocabulary) -> Vocabulary:
     return found[0]
 
 
-def backend_of(tokenizer: Any) -> Any:
+def backend_of(tokenizer: Tokenizer) -> Any:
     """The tokenizer of the library ``tokenizers`` that one is, or has inside; else ``None``."""
     inside = getattr(tokenizer, "backend_tokenizer", tokenizer)
     return inside if callable(getattr(inside, "to_str", None)) else None
 
 
-def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
+def encoded(tokenizer: Tokenizer, text: str, **options: object) -> list[int]:
     """The old ids of a text."""
     if not isinstance(text, str):
         raise InputError(f"expected a text, got a {type(text).__name__}")
@@ -200,7 +202,7 @@ def encoded(tokenizer: Any, text: str, **options: Any) -> list[int]:
     return list(map(int, ids.tolist() if isinstance(ids, Tensor) else ids))
 
 
-def unknown_of(tokenizer: Any) -> int | None:
+def unknown_of(tokenizer: Tokenizer) -> int | None:
     """The old id of the unknown token, if there is one."""
     known: Any = getattr(tokenizer, "unk_token_id", None)
     backend = backend_of(tokenizer)
@@ -209,7 +211,7 @@ def unknown_of(tokenizer: Any) -> int | None:
     return None if backend is None else Pieces(json.loads(backend.to_str())).unknown
 
 
-def beside(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
+def beside(tokenizer: Tokenizer, ids: Iterable[int]) -> dict[int, str]:
     """The ids that a tokenizer needs beside some, each with why."""
     known, found = set(ids), dict[int, str]()
     backend = backend_of(tokenizer)
@@ -224,7 +226,7 @@ def beside(tokenizer: Any, ids: Iterable[int]) -> dict[int, str]:
     return found
 
 
-def _shown(tokenizer: Any, old: int) -> str:
+def _shown(tokenizer: Tokenizer, old: int) -> str:
     backend = backend_of(tokenizer)
     token = None if backend is None else backend.id_to_token(old)
     return "no token" if token is None else repr(token)
