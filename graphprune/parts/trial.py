@@ -19,7 +19,7 @@ from graphprune.record.skeleton import without_weights
 
 
 def goes_on(model: nn.Module, call: Call, record: Record, plan: Plan) -> bool:
-    """Whether a small model runs, and returns the same shapes where outputs count.
+    """Whether a small model runs, and returns the same shapes where outputs count, or fewer.
 
     In train mode as well, where the whole model runs in it. A model that reads values is run on its
     device, with its weights.
@@ -36,9 +36,18 @@ def goes_on(model: nn.Module, call: Call, record: Record, plan: Plan) -> bool:
     )
     for training in (False, True):
         whole, rest = (_shapes(each, call, record, training) for each in models)
-        if whole is not None and rest != whole:
+        if whole is not None and (rest is None or not _is_among(rest, whole)):
             return False
     return True
+
+
+def _is_among(rest: list[object], whole: list[object]) -> bool:
+    """Whether outputs have the shapes of others, of which some behind the first may be missing.
+
+    A cache that is returned holds less where layers have left.
+    """
+    left = iter(whole)
+    return rest[:1] == whole[:1] and all(shape in left for shape in rest)
 
 
 def without(model: nn.Module, plan: Plan) -> nn.Module:
