@@ -254,6 +254,8 @@ class Interrupt:
         return self.line
 
 
+# Python says so of what is raised while it closes a generator that nobody reads on, and goes on.
+@pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("name", ["images", "views", "masked"])
 def test_an_interruption_leaves_the_old_model_or_the_new_one(name):
     factory, x = MODELS[name]
