@@ -25,7 +25,11 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 MODULES = sorted(
     module.name for module in pkgutil.walk_packages(graphprune.__path__, "graphprune.")
 )
-NEEDS = {"lightning_prune": ["lightning"], "trainer_prune": ["transformers", "accelerate"]}
+NEEDS = {
+    "lightning_prune": ["lightning"],
+    "trainer_prune": ["transformers", "accelerate"],
+    "graphprune.vocabulary.tokenizer": ["tokenizers"],
+}
 MACHINE = re.compile(rf"(?<![\w./~-])/({'|'.join(('work', 'tmp', 'root', 'home', 'opt'))})/\w")
 
 
@@ -147,6 +151,8 @@ class Finder(doctest.DocTestFinder):
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_of_docstrings(name, own_words):
+    for package in NEEDS.get(name, ()):
+        pytest.importorskip(package, reason=f"{package} is not installed")
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)
     report: list[str] = []
     module = importlib.import_module(name)
