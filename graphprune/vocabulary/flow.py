@@ -17,60 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.ops.places import (
+    ADDS,
+    EMPTY,
+    EQUAL,
+    FILLED,
+    INDICES,
+    LIKE,
+    MADE,
+    MOVES,
+    ORDER,
+    PADS,
+    PLACES,
+    PUTS,
+    THROUGH,
+)
 from graphprune.ops.registry import op_name, packet_of
 from graphprune.record.cost import storages
 from graphprune.record.recorder import Record
 
 aten = torch.ops.aten
 
-# Ops whose result holds values of some arguments, by the places of these.
-MOVES: dict[Any, tuple[int, ...]] = {
-    **dict.fromkeys(
-        (aten.view, aten._unsafe_view, aten.reshape, aten.slice, aten.select, aten.clone,
-         aten._to_copy, aten.expand, aten.unsqueeze, aten.squeeze, aten.t, aten.transpose,
-         aten.permute, aten.detach, aten.alias, aten.lift_fresh, aten.cat, aten.stack, aten.split,
-         aten.split_with_sizes, aten.chunk, aten.unbind, aten.repeat, aten.roll, aten.flip,
-         aten.unfold, aten.index, aten.index_select, aten.gather, aten.constant_pad_nd,
-         aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_, aten.masked_select, aten.amax,
-         aten.amin, aten.max, aten.min, aten.sort, aten.topk, aten.cummax, aten.repeat_interleave,
-         aten.copy, aten.as_strided, aten.zero_, aten.contiguous, aten.movedim, aten.view_as),
-        (0,),
-    ),
-    **dict.fromkeys((aten.copy_, aten.slice_scatter, aten.select_scatter, aten.maximum,
-                     aten.minimum), (0, 1)),
-    **dict.fromkeys((aten.masked_scatter, aten.masked_scatter_), (0, 2)),
-    **dict.fromkeys((aten.index_put, aten.index_put_, aten._unsafe_index_put), (0, 2)),
-    **dict.fromkeys((aten.scatter, aten.scatter_, aten.index_copy, aten.index_copy_), (0, 3)),
-    **dict.fromkeys((aten.clamp, aten.clamp_, aten.clamp_min, aten.clamp_min_, aten.clamp_max,
-                     aten.clamp_max_), (0,)),
-    aten.where: (1, 2),
-}  # fmt: skip
-_FILLED = {aten.masked_fill, aten.masked_fill_, aten.fill, aten.fill_}  # by a tensor, last
-# Ops that put a number among values, by the place of the number.
-_PUTS: dict[Any, tuple[int, ...]] = {
-    aten.masked_fill: (2,), aten.masked_fill_: (2,), aten.fill: (1,), aten.fill_: (1,),
-    aten.full: (1,), aten.full_like: (1,), aten.new_full: (2,), aten.constant_pad_nd: (2,),
-    aten.scalar_tensor: (0,), aten.scatter: (3,), aten.scatter_: (3,), aten.where: (1, 2),
-    aten.clamp: (1, 2), aten.clamp_: (1, 2), aten.clamp_min: (1,), aten.clamp_min_: (1,),
-    aten.clamp_max: (1,), aten.clamp_max_: (1,),
-}  # fmt: skip
-_PADS = {aten.constant_pad_nd: 0}  # what they put where no number is given
-_ADDS = {aten.index_put, aten.index_put_, aten._unsafe_index_put}  # where they accumulate
-_MADE = {
-    **dict.fromkeys((aten.zeros, aten.zeros_like, aten.new_zeros, aten.zero_), 0),
-    **dict.fromkeys((aten.ones, aten.ones_like, aten.new_ones), 1),
-}
-_EMPTY = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided}
-_LIKE = {  # read the shape of their input
-    getattr(aten, name)
-    for name in ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like",
-                 "randint_like", "new_zeros", "new_ones", "new_full", "new_empty")
-}  # fmt: skip
-_EQUAL = {aten.eq, aten.ne, aten.isin}
-_ORDER = {aten.lt: 0, aten.ge: 0, aten.le: 1, aten.gt: 1}  # what to add to be a bound from below
-_PLACES = {aten.argmax, aten.argmin, aten.argsort}  # depend on the order of values alone
-_INDICES = {aten.max, aten.min, aten.sort, aten.topk, aten.cummax}  # with their results' second
-_THROUGH = {aten.detach, aten.alias, aten._to_copy, aten.clone, aten.view, aten.mul}
 _WHOLE = frozenset({torch.int64, torch.int32})  # what can be ids
 
 
@@ -173,12 +140,12 @@ class Flow:
         """The values that the result of an op holds."""
         if node.target is operator.getitem:
             source: Any = node.args[0]
-            if _whole(node) and not (node.args[1] and packet_of(source) in _INDICES):
+            if _whole(node) and not (node.args[1] and packet_of(source) in INDICES):
                 yield source
             return
         packet = packet_of(node)
         places = MOVES.get(packet, ()) if "shape" not in node.meta or _whole(node) else ()
-        if packet in _FILLED:
+        if packet in FILLED:
             places = (0, len(node.args) - 1)
         for place in places:
             yield from filter(_whole, _flat(node.args[place] if place < len(node.args) else None))
@@ -186,7 +153,7 @@ class Flow:
     def _compared(self, node: fx.Node) -> list[fx.Node]:
         """The values that an op compares with each other."""
         packet = packet_of(node)
-        if packet not in _EQUAL and packet not in _ORDER:
+        if packet not in EQUAL and packet not in ORDER:
             return []
         return [n for n in node.args[:2] if isinstance(n, fx.Node) and _whole(n)]
 
@@ -231,19 +198,19 @@ class Flow:
             self._constant(node, kind)
         elif self._computes(node):
             kind.others.append((node, f"{op_name(node)} makes ids"))
-        elif packet in _PUTS:
+        elif packet in PUTS:
             self._put(node, kind)
-        elif packet in _MADE:
-            kind.numbers.append(Number(node, _MADE[packet]))
-        elif packet not in MOVES and packet not in _EMPTY and node.target is not operator.getitem:
+        elif packet in MADE:
+            kind.numbers.append(Number(node, MADE[packet]))
+        elif packet not in MOVES and packet not in EMPTY and node.target is not operator.getitem:
             kind.others.append((node, f"{op_name(node)} makes ids"))
 
     def _put(self, node: fx.Node, kind: Kind) -> None:
         """Numbers that an op puts among ids."""
         packet = packet_of(node)
-        given: list[Any] = [node.args[n] for n in _PUTS[packet] if n < len(node.args)]
+        given: list[Any] = [node.args[n] for n in PUTS[packet] if n < len(node.args)]
         given += [node.kwargs[name] for name in ("value", "min", "max") if name in node.kwargs]
-        given = given or [_PADS[packet]] if packet in _PADS else given
+        given = given or [PADS[packet]] if packet in PADS else given
         for number in given:
             if isinstance(number, float) and not number.is_integer():
                 kind.others.append((node, f"{op_name(node)} puts {number} among ids"))
@@ -255,9 +222,9 @@ class Flow:
         packet = packet_of(node)
         if "reduce" in getattr(node.target, "_overloadname", ""):
             return True
-        if packet in _ADDS and True in (*node.args[3:4], node.kwargs.get("accumulate")):
+        if packet in ADDS and True in (*node.args[3:4], node.kwargs.get("accumulate")):
             return True
-        places = MOVES.get(packet, ()) if packet not in _FILLED else (0,)
+        places = MOVES.get(packet, ()) if packet not in FILLED else (0,)
         given = [item for n in places if n < len(node.args) for item in _flat(node.args[n])]
         return any("dtype" in item.meta and not _whole(item) for item in given)
 
@@ -276,20 +243,20 @@ class Flow:
         packet = packet_of(node)
         if node.op == "output":
             kind.others.append((source, "they are returned (outputs= names those that count)"))
-        elif node.target is operator.getitem or packet in _PLACES or packet in _INDICES:
+        elif node.target is operator.getitem or packet in PLACES or packet in INDICES:
             return
-        elif packet in _EQUAL or packet in _ORDER:
+        elif packet in EQUAL or packet in ORDER:
             other: list[Any] = [v for v in node.args[:2] if not isinstance(v, fx.Node)]
             if other and (not isinstance(other[0], int) or node.args[0] is not source):
                 kind.others.append((node, f"{op_name(node)} compares ids with {other[0]!r}"))
             elif other:
-                kind.numbers.append(Number(node, int(other[0]), _ORDER.get(packet)))
+                kind.numbers.append(Number(node, int(other[0]), ORDER.get(packet)))
             elif not all(_whole(value) for value in node.all_input_nodes):
                 kind.others.append((node, f"{op_name(node)} compares ids with other numbers"))
         elif packet is aten._to_copy and node.meta["dtype"] == torch.bool:
             kind.numbers.append(Number(node, 0))
         elif (
-            (packet in _LIKE and source is node.args[0])
+            (packet in LIKE and source is node.args[0])
             or self._moves(node, source, kind, mine)
             or node in kind.lookups
         ):
@@ -323,7 +290,7 @@ def lookup(node: fx.Node) -> tuple[str, fx.Node] | None:
 def _held(node: object) -> str | None:
     """The tensor of the model behind a value with the same rows."""
     while isinstance(node, fx.Node) and node.op == "call_function":
-        if packet_of(node) not in _THROUGH or not node.args:
+        if packet_of(node) not in THROUGH or not node.args:
             return None
         before = node.args[0]
         if not isinstance(before, fx.Node) or before.meta["shape"][:1] != node.meta["shape"][:1]:
