@@ -7,16 +7,18 @@ each of them to leave once.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from graphprune.execute.shrink import shrink
+from graphprune.ops.calls import Args, Kwargs
 from graphprune.plan.changes import ExpertsPlan, SizeChange, SlotPlan
 from graphprune.plan.plan import Plan
 from graphprune.record.batches import at_rest, device_of
@@ -43,6 +45,28 @@ def plan_of_experts(model: nn.Module, experts: ExpertsPlan, numbers: Sequence[At
         tuple(SizeChange(module, name, (), size, len(kept)) for module, name in numbers),
         experts=(experts,),
     )
+
+
+@contextlib.contextmanager
+def given_to(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
+    """What modules are given while a model runs inside, by their names; copies."""
+    found: dict[str, list[Call]] = {name: [] for name in names}
+
+    def seen(calls: list[Call]) -> Callable[..., None]:
+        def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+            calls.append(Call(args, kwargs).map(lambda tensor: tensor.detach().clone()))
+
+        return note
+
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(seen(calls), with_kwargs=True)
+        for name, calls in found.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class Trial:

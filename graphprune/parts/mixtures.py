@@ -8,7 +8,7 @@ others are minus infinity, is tried: on a copy of the mixture alone, with drawn 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.measurement import drawn
-from graphprune.ops.calls import Args, Kwargs
 from graphprune.ops.fact import arguments
 from graphprune.ops.registry import op_of
-from graphprune.parts.fewer import LARGE, Attribute, Result, Trial, plan_of_experts
+from graphprune.parts.fewer import LARGE, Attribute, Result, Trial, given_to, plan_of_experts
 from graphprune.parts.find import Finder
 from graphprune.parts.stream import covers
 from graphprune.plan.changes import Container, ExpertsPlan
@@ -134,30 +133,6 @@ class Mixtures:
         found = shorten(map(str, self.found), 12)
         return f"experts of which some can leave: {found}" if found else ""
 
-    def inputs(self, names: Sequence[str]) -> dict[str, Call]:
-        """What mixtures are given when the model runs on the example inputs."""
-        found: dict[str, Call] = {}
-        modules = self.finder.modules
-
-        def seen(name: str) -> Callable[..., None]:
-            def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-                call = Call(args, kwargs)
-                found.setdefault(name, call.map(lambda t: t.detach().clone()))
-
-            return note
-
-        handles = [
-            modules[name].register_forward_pre_hook(seen(name), with_kwargs=True) for name in names
-        ]
-        try:
-            args, kwargs = drawn(self.call, device_of(self.model))
-            with at_rest(self.model), torch.no_grad():
-                self.model(*args, **kwargs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
-
     # --- candidates ---------------------------------------------------------------------------
 
     @cached_property
@@ -269,8 +244,10 @@ class Mixtures:
         module = self.finder.modules[name]
         kind = (type(module), plan, least, _outline(module))
         if kind not in self._known:
-            call = self.inputs([name]).get(name)
-            trial = None if call is None else Trial(module, call, plan, least)
+            args, kwargs = drawn(self.call, device_of(self.model))
+            with given_to(self.model, [name]) as calls, at_rest(self.model), torch.no_grad():
+                self.model(*args, **kwargs)
+            trial = Trial(module, calls[name][0], plan, least) if calls[name] else None
             self._known[kind] = None if trial is None else trial.result(_numbers(module, plan))
         return self._known[kind]
 

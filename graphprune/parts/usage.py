@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from graphprune.criteria import name_of
-from graphprune.ops.calls import Args, Kwargs
+from graphprune.parts.fewer import given_to
 from graphprune.parts.mixtures import Experts
 from graphprune.parts.score import Evidence
 from graphprune.plan.changes import ExpertsPlan
@@ -46,39 +46,16 @@ def scores(
         return {m.name: torch.rand(m.size, generator=generator).tolist() for m in mixtures}
     if name.startswith("taylor"):
         return _taylor(model, mixtures, evidence)
-    calls = _calls(model, mixtures, evidence)
+    with given_to(model, [mixture.name for mixture in mixtures]) as calls:
+        for batch in evidence.batches:
+            with torch.no_grad(), at_rest(model):
+                run(model, batch)
     found = {}
     for mixture in mixtures:
         module = copy_module(model.get_submodule(mixture.name), {}).eval()
         vars(module).pop("graphprune_plan", None)
         scored = _error if name == "reconstruction" else _added
         found[mixture.name] = scored(module, mixture, calls[mixture.name])
-    return found
-
-
-def _calls(
-    model: nn.Module, mixtures: Sequence[Experts], evidence: Evidence
-) -> dict[str, list[Call]]:
-    """What mixtures are given for the batches."""
-    found: dict[str, list[Call]] = {mixture.name: [] for mixture in mixtures}
-
-    def seen(name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            found[name].append(Call(args, kwargs).map(lambda t: t.detach().clone()))
-
-        return note
-
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(seen(name), with_kwargs=True)
-        for name in found
-    ]
-    try:
-        for batch in evidence.batches:
-            with torch.no_grad(), at_rest(model):
-                run(model, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

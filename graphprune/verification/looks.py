@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.errors import VerificationError
+from graphprune.plan.leaving import left_of, names_before
 from graphprune.record.copying import copy_module
 from graphprune.verification.follow import Undecided
 from graphprune.verification.models import (
@@ -182,7 +183,12 @@ def first_difference(models: Models, trial: Trial) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    return _first(models, forward.last, seen[True], seen[False], error)
+    plan, before = models.plan, names_before(models.plan)
+    stay = left_of(models.original, plan)[0] | {each.module for each in plan.stand_ins}
+    routers = {name.rpartition(".")[0] for each in plan.experts for name in each.routers}
+    wanted = [item for item in seen[True] if item[0] in stay - routers]
+    found = [(name, out) for each, out in seen[False] if (name := before(each)) not in routers]
+    return _first(models, forward.last, wanted, found, error)
 
 
 def _keep(name: str, seen: list[tuple[str, Tensor]]) -> Callable[..., None]:
@@ -211,6 +217,6 @@ def _first(
             return f"{name!r} (shape {list(value.shape)}, expected {list(part.shape)})"
         gap = difference(part, value)
         if not gap <= models.tolerance:
-            kind = type(models.small.get_submodule(name)).__name__
+            kind = type(models.original.get_submodule(name)).__name__
             return f"{name!r} ({kind}, relative difference {gap:.1e})"
     return f"the one after {found[-1][0] if found else 'the input'!r} ({error})" if error else None

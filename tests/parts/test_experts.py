@@ -366,3 +366,14 @@ def test_less_than_one_expert():
     model, inputs = built("a list")
     with pytest.warns(graphprune.errors.PruningWarning, match="no expert leaves"):
         graphprune.trace(model, inputs).plan(0.01, parts="experts")
+
+
+@pytest.mark.parametrize("name", ["a list", "stacked weights"])
+def test_what_differs_is_not_the_router(name):
+    """It has fewer scores, as it should; an expert has other numbers when others have left."""
+    model, inputs = built(name)
+    small = graphprune.rebuild(model, 0.4, inputs, parts="experts", criterion="random")
+    with torch.no_grad():
+        small.norms[1].bias += 1
+    with pytest.raises(graphprune.errors.VerificationError, match=r"differs is 'norms\.1'"):
+        graphprune.verify(model, small, inputs)
