@@ -23,6 +23,7 @@ from graphprune.verification.models import (
 )
 from graphprune.verification.running import Functions
 from graphprune.verification.setting import Redrawn
+from graphprune.verification.sums import tied
 from graphprune.verification.trials import OTHER_SIDE
 
 ROUNDING = 64  # how many times the effect of rounding a difference may be
@@ -64,6 +65,9 @@ def second_look(
     _no_clash(followed, trial)
     if found.drawn != wanted.drawn:
         raise Undecided("the small model draws fewer random numbers of numpy, or of random")
+    mixture = tied(models.masked)
+    if mixture:
+        raise Undecided(f"experts of {mixture!r} get equal scores: which are chosen is chance")
     return _within_rounding(models, trial, wanted, pairs)
 
 

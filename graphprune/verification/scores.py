@@ -25,7 +25,8 @@ _PRODUCTS = {
 class Scores(TorchFunctionMode):
     """Holds the scores that experts get which leave at minus infinity.
 
-    Gradients do not flow through them.
+    Gradients do not flow through them. Which of several experts with equal scores is chosen is left
+    to the kernels: that there were such is noted.
 
     Args:
         model: what runs.
@@ -38,6 +39,7 @@ class Scores(TorchFunctionMode):
         self.model = model
         self.weights: dict[int, tuple[Tensor, str]] = {}  # what is made of routers alone
         self.seen: set[str] = set()
+        self.tied = ""  # a mixture in which experts got equal scores
 
     def __enter__(self) -> object:
         tensors = dict(held_tensors(self.model))
@@ -70,6 +72,9 @@ class Scores(TorchFunctionMode):
         if out.shape[dim] != plan.size:
             raise Undecided(f"the scores of the experts of {plan.mixture!r} lie in no known way")
         self.seen.add(router)
+        kept = torch.tensor(plan.kept, device=out.device)
+        steps = out.detach().index_select(dim, kept).sort(dim).values.diff(dim=dim)
+        self.tied = plan.mixture or "the model" if bool((steps == 0).any()) else self.tied
         return out.index_fill(dim, torch.tensor(plan.gone, device=out.device), lowest(out))
 
     def check(self) -> None:

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.comparing import untouched
-from support.mixtures import SPELLINGS, Around, Listed, Named, built
+from support.mixtures import SPELLINGS, Around, Listed, Named, Stacked, built
 from torch import nn
 
 import graphprune
@@ -377,3 +377,31 @@ def test_what_differs_is_not_the_router(name):
         small.norms[1].bias += 1
     with pytest.raises(graphprune.errors.VerificationError, match=r"differs is 'norms\.1'"):
         graphprune.verify(model, small, inputs)
+
+
+class Padded(Around):
+    """Rows of padding are zero, and so are all of their scores."""
+
+    def forward(self, x):
+        mask = x[..., :1] > 0
+        h = self.first(x) * mask
+        for norm, layer in zip(self.norms, self.layers):
+            h = h + layer(norm(h))
+        return self.last(h)
+
+
+def test_equal_scores_decide_nothing():
+    """Which of several experts with equal scores is chosen may change with their number.
+
+    Outputs are equal, as all experts make zero of zero; gradients are not.
+    """
+    torch.manual_seed(0)
+    model, inputs = Padded(Stacked()).double().eval(), torch.randn(3, 12, 5).double()
+    with torch.no_grad():
+        model.layers[0].bias.zero_()
+    plan = graphprune.trace(model, inputs).plan(0.34, parts="experts", criterion="random")
+    report = graphprune.verify(model, plan, inputs)
+    assert report.verdict == "equal"
+    undecided = [check for check in report.checks if not check.decided]
+    assert undecided
+    assert all("equal scores" in check.note for check in undecided)
