@@ -32,6 +32,8 @@ from graphprune.text import shorten
 
 _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made
 _NEARER = 2  # rounds of halving the steps around the best one
+_NARROWER = 3  # times that widths are chosen anew for a latency
+_NEARLY = 1.01  # of a latency: what its measuring allows for
 _COLLAPSE = 0.5  # of the variance of the outputs: more of it lost is told
 _SECONDS = 1.0  # that two models run in turns to be timed
 
@@ -204,11 +206,19 @@ class Chooser:
 
     def _latency(self, plan: Plan) -> float:
         """Milliseconds, as a share of the original's that ran in turns."""
-        share = 1.0
-        if plan.cuts or plan.experts:
-            before, after = self._timed(self.model, without(self.model, plan))
-            share = float(np.median(np.array(after) / np.array(before)))
-        return self._whole_latency * share
+        key = plan.cuts, plan.experts
+        if key not in self._known_shares:
+            self._known_shares[key] = self._share_of_time(plan) if any(key) else 1.0
+        return self._whole_latency * self._known_shares[key]
+
+    def _share_of_time(self, plan: Plan) -> float:
+        """The time of a small model as a fraction of the original's, in turns."""
+        before, after = self._timed(self.model, without(self.model, plan))
+        return float(np.median(np.array(after) / np.array(before)))
+
+    @cached_property
+    def _known_shares(self) -> dict[object, float]:
+        return {}
 
     @cached_property
     def _whole_latency(self) -> float:
@@ -245,7 +255,7 @@ class Chooser:
         if not self.rest:
             if least is None:
                 raise InputError(self._unreachable())
-            return self.at(least)
+            return self._timed_note(self.at(least))
         most = self.ladder.steps if least is None else least
         found: dict[int, tuple[float, Plan]] = {}
         problem: InputError | None = None
@@ -265,17 +275,57 @@ class Chooser:
             steps = [c for c in (best - width, best + width) if 0 <= c <= most]
         tried = ", ".join(f"{count}: {found[count][0]:.3g}" for count in sorted(found))
         note = f"error of the outputs by how many parts leave: {tried}"
-        return replace(found[best][1], notes=(*found[best][1].notes, note))
+        plan = self._in_time(best, found[best][1])
+        return self._timed_note(replace(plan, notes=(*plan.notes, note)))
+
+    def _in_time(self, count: int, plan: Plan) -> Plan:
+        """The plan, made narrower where parts and widths together save less time than apart."""
+        if not self._is_timed or not plan.groups:
+            return plan
+        made, scale = self.at(count), 1.0
+        limit = self.limits["latency"] / self._whole_latency
+        for _ in range(_NARROWER):
+            share = self._share_of_time(plan)
+            if share <= limit * _NEARLY:
+                break
+            scale *= limit / share
+            request = replace(self.request, target=self._left(made, scale), ratio=None)
+            plan = made.then(self._rest(made, request))
+        return plan
+
+    @property
+    def _is_timed(self) -> bool:
+        return "latency" in self.request.target
+
+    def _timed_note(self, plan: Plan) -> Plan:
+        """The plan, which says how long the whole small model takes where that was asked for."""
+        if not self._is_timed:
+            return plan
+        share = self._share_of_time(plan)
+        return replace(
+            plan, notes=(*plan.notes, f"{share:.1%} of the original's time, measured in turns")
+        )
 
     def _both(self, count: int) -> tuple[float, Plan]:
         """Without so many parts, and as narrow as the targets then demand: the error, the plan."""
         made = self.at(count)
-        targets = {name: Target(limit, False) for name, limit in self.limits.items()}
         if count and self._fits(count):
             plan = made
         else:
-            plan = made.then(self._rest(made, replace(self.request, target=targets, ratio=None)))
+            request = replace(self.request, target=self._left(made), ratio=None)
+            plan = made.then(self._rest(made, request))
         return self.error(plan), plan
+
+    def _left(self, made: Plan, scale: float = 1.0) -> dict[str, Target]:
+        """The targets for what is left after a plan.
+
+        Milliseconds mean other things from one minute to the next: of a latency it is the fraction.
+        """
+        targets = {name: Target(limit, False) for name, limit in self.limits.items()}
+        if "latency" in targets:
+            fraction = scale * self.limits["latency"] / self.amounts(made)["latency"]
+            targets["latency"] = Target(min(fraction, 1.0), True)
+        return targets
 
     def error(self, plan: Plan) -> float:
         """The squared error of the outputs as a fraction of their variance."""

@@ -14,6 +14,7 @@ from torch import nn
 import graphprune
 from graphprune.errors import InputError, PlanError
 from graphprune.plan.changes import Cut, StandIn
+from graphprune.planning.options import Request
 from graphprune.training import Pruner, iterate
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
@@ -477,3 +478,16 @@ def test_schedules_are_of_channels():
         Pruner(model, inputs, schedule=0.5, parts="blocks")
     with pytest.raises(InputError, match="let them leave first"):
         iterate(model, 2, lambda *_: None, lambda _: 0.0, example_inputs=inputs, parts="blocks")
+
+
+def test_what_is_left_of_a_latency_is_a_fraction(monkeypatch):
+    """Milliseconds mean other things a minute later: widths get what the parts have left."""
+    model, inputs = images("basic", "basic", "basic")
+    graph = graphprune.trace(model, inputs)
+    request = Request.of(None, {"target": {"latency": 0.5}, "parts": ("channels", "blocks")})
+    chooser = graph._chooser(request)
+    monkeypatch.setattr(chooser, "_timed", lambda *models: [[8.0], [6.0]][: len(models)])
+    assert chooser.limits == {"latency": 4.0}
+    left = chooser._left(chooser.at(1))
+    assert (left["latency"].amount, left["latency"].fraction) == (pytest.approx(4 / 6), True)
+    assert chooser._left(chooser.at(0))["latency"].amount == pytest.approx(0.5)
