@@ -264,6 +264,16 @@ def _matches(pattern: str, tensor: str) -> bool:
     )
 
 
+def passed_by(analysis: Analysis) -> Iterator[str]:
+    """What to know of modules that the values of the inputs pass by, if there are any."""
+    names = [name for each in analysis.records[0].beside for name in each.others]
+    if names:
+        yield (
+            f"the example inputs pass {shorten(names, 4)} by: channels leave there as in others of "
+            "the same list, which all read and write the same"
+        )
+
+
 def unread(analysis: Analysis) -> Iterator[str]:
     """What to know of parameters that no op reads, if there are any: for reports."""
     count = sum(analysis.unread.values())

@@ -19,7 +19,7 @@ from graphprune.plan.plan import GroupPlan, Plan
 from graphprune.planning.budget import TITLES, Budget, Unreachable, amount_text
 from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
-from graphprune.planning.draft import Draft, unread, why
+from graphprune.planning.draft import Draft, passed_by, unread, why
 from graphprune.planning.dry_run import Ran
 from graphprune.planning.freeing import freed
 from graphprune.planning.latency import Bench, Cache
@@ -175,7 +175,12 @@ def assemble(
         after=cost(analysis, alive),
         inputs=str(call),
         request={"attention": analysis.attention, **counted_outputs(analysis), **(request or {})},
-        notes=(*bare.notes, *_told((request or {}).get("latency")), *unread(analysis)),
+        notes=(
+            *bare.notes,
+            *_told((request or {}).get("latency")),
+            *unread(analysis),
+            *passed_by(analysis),
+        ),
     )
 
 

@@ -82,7 +82,10 @@ def analyse(
         first: the recorded forward pass in eval mode, when there is one already.
         attention: see ``trace``.
     """
-    settled = Settled(Analysis.build(model, recorded(model, call, first), attention))
+    analysis = Analysis.build(model, recorded(model, call, first), attention)
+    if not all(agree(analysis, each.ran) for each in analysis.records[0].beside):
+        analysis = Analysis.build(model, recorded(model, call, alike=False), attention)
+    settled = Settled(analysis)
     for number in range(TRIALS):
         possible = False
         while not possible:
@@ -191,15 +194,37 @@ def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
     return kept
 
 
-def recorded(model: nn.Module, call: Call, first: Record | None = None) -> list[Record]:
+def agree(analysis: Analysis, modules: Sequence[str]) -> bool:
+    """Whether modules of one kind read and write the same channels, but for those of their own."""
+    labels = analysis.units.labels
+    held: list[dict[tuple[str, int], np.ndarray]] = []
+    for name in modules:
+        inside, outside = [], set[int]()
+        for slot in analysis.slots:
+            ids = labels[slot.start : slot.start + slot.size]
+            if slot.tensor.startswith(f"{name}."):
+                inside.append(((slot.tensor.removeprefix(f"{name}."), slot.dim), ids))
+            else:
+                outside.update(ids.tolist())
+        held.append({key: ids for key, ids in inside if not outside.isdisjoint(ids.tolist())})
+    first, *others = held
+    return all(
+        first.keys() == other.keys() and all(np.array_equal(first[k], other[k]) for k in first)
+        for other in others
+    )
+
+
+def recorded(
+    model: nn.Module, call: Call, first: Record | None = None, alike: bool = True
+) -> list[Record]:
     """The recorded forward passes that a model is analysed by: in eval mode, and in train mode."""
-    evaluated = first or record(model, call, False)
+    evaluated = first or record(model, call, False, alike=alike)
     if not _depends_on_mode(model, evaluated):
         return [evaluated]
     batch = {t.shape[0] for t in call.tensors() if t.dim()}
     call = call.repeated(2) if batch == {1} else call
     try:
-        return [evaluated, record(model, call, True)]
+        return [evaluated, record(model, call, True, alike=alike)]
     except TraceError:
         return [evaluated]
 

@@ -3,12 +3,14 @@
 An expert that no token of the example inputs chooses is read by nothing that is recorded, and by
 the next inputs. Recorded once more, it runs beside one of its kind, on what this one is given, and
 what it returns is added to the other's, times zero: its channels live and die with the stream.
+That it reads the same stream is taken from those that run: two at least, which must agree.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,30 +19,43 @@ from graphprune.ops.calls import Args, Kwargs
 from graphprune.record.recorder import Recorder
 from graphprune.record.tensors import named_modules
 
-Beside = Mapping[str, Sequence[str]]  # a module that runs, and those that do not
+_LEAST = 2  # modules that must have run: one alone says nothing of what others read
 
 
-def passed_by(model: nn.Module, used: set[str]) -> dict[str, list[str]]:
-    """For modules in a container that ran, those of the same kind in it that did not.
+@dataclass(frozen=True)
+class Passed:
+    """Modules of one kind in a container: those that ran, and those that did not."""
+
+    ran: tuple[str, ...]
+    others: tuple[str, ...]
+
+
+def passed_by(model: nn.Module, used: set[str]) -> tuple[Passed, ...]:
+    """The modules in containers that did not run, with several of their kind that did.
 
     Args:
         model: what was recorded.
         used: the names of modules that ran.
     """
-    found: dict[str, list[str]] = {}
+    found: list[Passed] = []
     for name, container in named_modules(model):
         if not isinstance(container, nn.ModuleList | nn.ModuleDict):
             continue
-        held = {
-            f"{name}.{key}".lstrip("."): _kind(part)
-            for key, part in container._modules.items()
-            if part is not None
-        }
-        ran = {kind: part for part, kind in held.items() if part in used and kind}
-        for part, kind in held.items():
-            if kind in ran and not any(f"{each}.".startswith(f"{part}.") for each in used):
-                found.setdefault(ran[kind], []).append(part)
-    return found
+        kinds: dict[tuple[object, ...], tuple[list[str], list[str]]] = {}
+        for key, part in container._modules.items():
+            kind = () if part is None else _kind(part)
+            full = f"{name}.{key}".lstrip(".")
+            ran, others = kinds.setdefault(kind, ([], []))
+            if full in used:
+                ran.append(full)
+            elif not any(f"{each}.".startswith(f"{full}.") for each in used):
+                others.append(full)
+        found += [
+            Passed(tuple(ran), tuple(others))
+            for kind, (ran, others) in kinds.items()
+            if kind and others and len(ran) >= _LEAST
+        ]
+    return tuple(found)
 
 
 def _kind(module: nn.Module) -> tuple[object, ...]:
@@ -50,13 +65,14 @@ def _kind(module: nn.Module) -> tuple[object, ...]:
 
 
 @contextlib.contextmanager
-def running(model: nn.Module, recorder: Recorder, beside: Beside) -> Iterator[None]:
+def running(model: nn.Module, recorder: Recorder, beside: Sequence[Passed]) -> Iterator[None]:
     """Inside, modules run beside others; once."""
     handles = [
-        model.get_submodule(name).register_forward_hook(
-            _adding(recorder, [model.get_submodule(other) for other in others]), with_kwargs=True
+        model.get_submodule(each.ran[0]).register_forward_hook(
+            _adding(recorder, [model.get_submodule(other) for other in each.others]),
+            with_kwargs=True,
         )
-        for name, others in beside.items()
+        for each in beside
     ]
     try:
         yield

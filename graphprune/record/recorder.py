@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -85,7 +85,7 @@ class Record:
     leaked: dict[float, set[Expression]] = field(default_factory=dict)  # from which, by their value
     lengths: bool = False  # whether ``len`` of a tensor was asked for
     doubts: bool = False  # whether floats in the code may have been computed from sizes
-    beside: Mapping[str, Sequence[str]] = field(default_factory=dict)  # what ran beside what
+    beside: Sequence[Any] = ()  # what was passed by and ran beside others (``beside.Passed``)
     caches: bool = False  # whether the code may keep tensors outside of the model
     branches: bool = True  # whether code of the model may have looked at ``training``
 

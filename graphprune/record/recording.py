@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
 from graphprune.record import outside, scope
-from graphprune.record.beside import Beside, passed_by, running
+from graphprune.record.beside import Passed, passed_by, running
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import Outputs, fields, named_leaves
 from graphprune.record.random_numbers import same_numbers
@@ -41,6 +41,7 @@ def record(
     training: bool,
     devices: Sequence[str] = ("meta", "cpu"),
     watch: Watch = unwatched,
+    alike: bool = True,
 ) -> Record:
     """Run a copy of the model on the inputs and record it.
 
@@ -50,6 +51,7 @@ def record(
         training: record in train mode instead of eval mode.
         devices: where to run it, in this order, until it works.
         watch: of the copy and its recorder makes what else is entered while the copy runs.
+        alike: modules that values pass by run beside others of their kind.
 
     Raises:
         TraceError: the model does not run on these inputs.
@@ -57,7 +59,7 @@ def record(
     failure: TraceError | None = None
     for device in devices:
         try:
-            return _record(model, call, training, device, watch)
+            return _record(model, call, training, device, watch, alike)
         except TraceError as error:
             error.__cause__ = error.__cause__ or failure
             failure = error
@@ -86,6 +88,7 @@ def _record(
     training: bool,
     device: str,
     watch: Watch,
+    alike: bool,
 ) -> Record:
     def clone() -> nn.Module:
         copied = skeleton(model, device).train(training)
@@ -96,7 +99,7 @@ def _record(
         if found.lengths:
             with scope.lengths():
                 found = run(clone(), call, device, watch_mode=not training, watch=watch)
-        beside = passed_by(model, found.used) if device == "cpu" else {}
+        beside = passed_by(model, found.used) if device == "cpu" and alike else ()
         if beside:
             measured = scope.lengths() if found.lengths else contextlib.nullcontext()
             with contextlib.suppress(TraceError), measured:
@@ -120,7 +123,7 @@ def run(
     watch_mode: bool = False,
     watch: Watch = unwatched,
     caches: bool = True,
-    beside: Beside | None = None,
+    beside: Sequence[Passed] = (),
 ) -> Record:
     """Record a model that may be marked and changed by running.
 
@@ -150,7 +153,7 @@ def run(
             grad,
             recorder,
             watch(clone, recorder),
-            running(clone, recorder, beside or {}),
+            running(clone, recorder, beside),
         ):
             out = clone(*args, **kwargs)
     except Exception as error:
@@ -164,7 +167,7 @@ def run(
         raise failed from error
     recorder.forget_looks()
     result = recorder.record
-    result.beside = beside or {}
+    result.beside = beside
     found = any(name.startswith("constant_") for name in result.constants)  # kept before, perhaps
     result.caches = bool(kept) or found
     leaves, result.output_spec = pytree.tree_flatten(fields(out))
@@ -181,9 +184,12 @@ def run(
             counted = [result.outputs[place] for place in sorted(result.counted)]
     result.state = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
     inside = result.state if result.counted is None else ()  # of these, too, all count
+    if device == "cpu" and call.outputs is None:  # read, perhaps, when values take another way
+        inside = [*inside, *(n for _, n in result.calls if not n.meta.get("beside"))]
     # what the model itself reads again, such as a cache of keys and values, is state: the small
     # model makes its own
-    result.graph.output((*counted, *(node for node in inside if not node.users)))
+    unread = dict.fromkeys(node for node in inside if not node.users and node not in counted)
+    result.graph.output((*counted, *unread))
     result.graph.lint()
     return result
 

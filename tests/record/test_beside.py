@@ -105,7 +105,70 @@ def test_what_cannot_run_is_told_as_before():
 
 
 def test_of_one_kind_are_modules_with_the_same_parameters():
-    parts = [expert(), expert(), expert(hidden=7), nn.GELU(), nn.Linear(8, 8)]
+    parts = [expert(), expert(), expert(), expert(hidden=7), nn.GELU(), nn.Linear(8, 8)]
     model = nn.ModuleDict({"all": nn.ModuleList(parts)})
-    assert passed_by(model, {"", "all.0", "all.0.0", "all.4"}) == {"all.0": ["all.1"]}
-    assert passed_by(model, {"", "all.0", "all.1.0"}) == {}
+    (found,) = passed_by(model, {"", "all.0", "all.0.0", "all.1", "all.5"})
+    assert (found.ran, found.others) == (("all.0", "all.1"), ("all.2",))
+    assert passed_by(model, {"", "all.0", "all.0.0", "all.5"}) == ()
+    assert passed_by(model, {"", "all.0", "all.1", "all.2.0"}) == ()
+
+
+class Apart(nn.Module):
+    """Two streams of one width; readers of one list read one or the other."""
+
+    def __init__(self, reads):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(5, 8)
+        self.readers = nn.ModuleList(nn.Linear(8, 6) for _ in range(3))
+        self.out, self.reads = nn.Linear(8, 6), reads
+
+    def forward(self, x):
+        a, b = self.a(x).relu(), self.b(x).relu()
+        out = self.readers[0](a) + (self.readers[1](b) if self.reads == "ab" else 0)
+        return self.out(b) + (self.readers[2](b) if x.sum() > 1e3 else out)
+
+
+@pytest.mark.parametrize("reads", ["a", "ab"])
+def test_one_that_ran_tells_nothing_and_two_must_agree(reads):
+    """What was passed by may read another stream of the same width: it stays, and is told."""
+    torch.manual_seed(0)
+    model = Apart(reads).double().eval()
+    graph = graphprune.trace(model, ONE)
+    assert not graph.analysis.records[0].beside
+    with pytest.warns(graphprune.errors.PruningWarning, match=r"readers\.2"):
+        graph.plan(0.5)
+
+
+def test_a_plan_tells_what_was_passed_by():
+    model, _ = built("a list")
+    plan = graphprune.trace(model, ONE).plan(0.3)
+    assert any("pass layers.0.experts." in note for note in plan.notes)
+
+
+class Exits(nn.Module):
+    """Returns what the first layer says that is sure enough."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.exits = nn.ModuleList(nn.Linear(8, 4) for _ in range(3))
+
+    def forward(self, x):
+        h = self.first(x)
+        for layer, leave in zip(self.layers, self.exits):
+            h = h + layer(h).relu()
+            y = leave(h)
+            if h.abs().mean() < 0.35:
+                break
+        return y
+
+
+def test_what_runs_and_is_not_read_may_be_read_when_values_differ():
+    torch.manual_seed(0)
+    model, hard = Exits().double().eval(), 3 * MANY
+    small = graphprune.rebuild(model, 0.5, hard)
+    for inputs in (hard, MANY / 100):
+        assert small(inputs).shape == model(inputs).shape
+        assert graphprune.verify(model, small, inputs).verdict == "equal"
+    assert small.first.out_features == 4
