@@ -30,6 +30,8 @@ from graphprune.verification.report import verify
 
 LARGE = 1 << 24  # parameters of a mixture: beyond, trials are made on request, in float32
 _TOKENS = 4  # for every expert, in trials
+_CHOICES = 12  # of experts that leave, in trials: a few may be symmetric by chance
+_ROUNDS = 8  # of drawing them, for each that is wanted
 _UNSURE = 4  # attributes that may or may not say how many experts there are
 Attribute = tuple[str, str]  # a module, and what it remembers
 Result = tuple[int, int, tuple[Attribute, ...]]  # how many must stay; groups; what follows
@@ -106,12 +108,12 @@ class Trial:
         for groups in self._groupings():
             half = self._rounded(self.plan.size / 2, groups)
             for chosen in _subsets(numbers):
-                one = self._equal(self.plan.size - groups, groups, chosen, times=1)
-                if not one or not self._equal(half, groups, chosen):
+                one = self._equal_with(self._choices(self.plan.size - groups, groups, 1)[0], chosen)
+                if not one or not self._equal(half, groups, chosen, _CHOICES):
                     continue
                 chosen = self._meant(chosen)
                 for count in range(self._rounded(self.least, groups), half + 1, groups):
-                    if count == half or self._equal(count, groups, chosen):
+                    if count == half or self._equal(count, groups, chosen, 1):
                         return count, groups, chosen
         return None
 
@@ -162,28 +164,37 @@ class Trial:
         }
         return [1, *sorted(values)]
 
-    def _equal(
-        self, count: int, groups: int, numbers: Sequence[Attribute], times: int | None = None
-    ) -> bool:
+    def _equal(self, count: int, groups: int, numbers: Sequence[Attribute], most: int) -> bool:
         """Whether the mixture with so many experts is the one without the scores of the others.
 
-        Tried so many ``times``; as often as it takes for each of them to leave once.
+        Args:
+            count: how many stay.
+            groups: in equally many of which.
+            numbers: the attributes that follow.
+            most: with so many different choices it is tried; with all where there are no more.
         """
         if not 0 < count < self.plan.size:
             return False
+        return all(self._equal_with(kept, numbers) for kept in self._choices(count, groups, most))
+
+    def _choices(self, count: int, groups: int, most: int) -> list[tuple[int, ...]]:
+        """Different choices of experts that stay; every expert leaves in one of the first."""
         height, gone = self.plan.size // groups, (self.plan.size - count) // groups
         generator = torch.Generator().manual_seed(count)
-        orders = [torch.randperm(height, generator=generator).tolist() for _ in range(groups)]
-        for start in range(0, height, gone)[:times]:
-            leaving = {
-                number * height + order[(start + step) % height]
-                for number, order in enumerate(orders)
-                for step in range(gone)
-            }
-            kept = tuple(e for e in range(self.plan.size) if e not in leaving)
-            if not self._equal_with(kept, numbers):
-                return False
-        return True
+        known = min(most, math.comb(height, gone) ** groups)
+        found: dict[tuple[int, ...], None] = {}
+        for _ in range(_ROUNDS * most):
+            orders = [torch.randperm(height, generator=generator).tolist() for _ in range(groups)]
+            for start in range(0, height, gone):
+                leaving = {
+                    number * height + order[(start + step) % height]
+                    for number, order in enumerate(orders)
+                    for step in range(gone)
+                }
+                found[tuple(e for e in range(self.plan.size) if e not in leaving)] = None
+            if len(found) >= known:
+                break
+        return list(found)
 
     def _equal_with(self, kept: tuple[int, ...], numbers: Sequence[Attribute]) -> bool:
         plan = plan_of_experts(self.module, replace(self.plan, kept=kept), numbers)

@@ -169,3 +169,24 @@ def test_large_mixtures_are_tried_on_request(monkeypatch):
     graph = graphprune.trace(model, inputs)
     assert "not tried yet: layers.0, layers.1" in str(graph)
     assert [str(mixture) for mixture in graph.experts] == ["layers.0 (6)", "layers.1 (6)"]
+
+
+class Reversed(Listed):
+    """The experts stand in the order of their scores, the other way round."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, 8)
+        weights, places = self.router(flat).softmax(-1).topk(self.chosen, -1)
+        out = torch.zeros_like(flat)
+        for number, part in enumerate(reversed(self.experts)):
+            rows, slot = torch.where(places == number)
+            out = out.index_add(0, rows, part(flat[rows]) * weights[rows, slot, None])
+        return out.reshape(x.shape)
+
+
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (6, 2), (8, 4)])
+def test_symmetric_choices_prove_nothing(experts, chosen):
+    """Those that leave in trials must not happen to lie like their mirror images."""
+    torch.manual_seed(0)
+    model = Around(Reversed(experts, chosen)).double().eval()
+    assert graphprune.trace(model, torch.randn(4, 9, 5).double()).experts == ()
