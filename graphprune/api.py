@@ -39,10 +39,10 @@ from graphprune.planning.settle import Settled, analyse
 from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
 from graphprune.record.cost import peak_activations
-from graphprune.record.inputs import Call, called, infer
+from graphprune.record.inputs import Call, called
 from graphprune.record.outputs import Outputs
 from graphprune.record.recorder import Record
-from graphprune.record.recording import record
+from graphprune.record.recording import inferred, record
 from graphprune.text import render, shorten
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def trace(
         raise InputError(f"attention must be one of {', '.join(ATTENTION)}, not {attention!r}")
     counted = Outputs.of(outputs)
     if example_inputs is None:
-        call, first = infer(model, lambda c: record(model, c, False, devices=("meta",)))
+        call, first = inferred(model)
     else:
         call, first = called(example_inputs, lambda c: record(model, c, training=False))
     return _traced(model, call, first, attention, counted)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,11 +13,10 @@ from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError, PlanError
 from graphprune.plan.coding import Runs
-from graphprune.record.inputs import Call
+from graphprune.record.inputs import Call, parameter_names
 from graphprune.text import shorten
 
 GONE = -1
-_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -32,6 +30,8 @@ class Vocabulary:
         inputs: the arguments of the model that hold ids.
         outputs: the outputs that hold a logit for every id, and along which dimension.
         special: those ids that stay which the model itself names: the end of a text, say.
+        between: the sizes of vocabularies between the first and this one, where it shrank more
+            than once.
     """
 
     size: int
@@ -40,6 +40,7 @@ class Vocabulary:
     inputs: tuple[str, ...]
     outputs: tuple[tuple[str, int], ...] = ()
     special: Runs = ()
+    between: tuple[int, ...] = ()
 
     @property
     def key(self) -> tuple[tuple[str, int], ...]:
@@ -64,21 +65,34 @@ class Vocabulary:
             raise InputError(f"{new} is no id of this vocabulary: it has 0 to {len(self.kept) - 1}")
         return self.kept[new]
 
-    def to_new(self, ids: Tensor) -> Tensor:
-        """New ids for old ones, of any shape; those that left become -1, negative ones stay."""
-        table = torch.full((self.size,), GONE, dtype=ids.dtype)
-        table[list(self.kept)] = torch.arange(len(self.kept), dtype=ids.dtype)
-        inside = (ids >= 0) & (ids < self.size)
-        found = table.to(ids.device)[ids.clamp(0, self.size - 1).long()]
-        return torch.where(inside, found, ids)
+    def to_new(self, ids: Tensor | Sequence[Any]) -> Tensor:
+        """New ids for old ones, of any shape; those that left become -1, negative ones stay.
+
+        Args:
+            ids: a tensor of whole numbers, or lists of them.
+
+        Returns:
+            A tensor of the same type; of int64 where that one has no negative numbers.
+
+        Raises:
+            InputError: they are no whole numbers.
+        """
+        given = whole(ids)
+        old = given.long()
+        table = torch.full((self.size,), GONE)
+        table[list(self.kept)] = torch.arange(len(self.kept))
+        found = table.to(old.device)[old.clamp(0, self.size - 1)]
+        new = torch.where((old >= 0) & (old < self.size), found, old)
+        return new.to(given.dtype) if given.dtype.is_signed else new
 
     def settled(self, ids: Tensor) -> Tensor:
         """Old ids, with some in place of those that left that stay and mean nothing special."""
-        new = self.to_new(ids)
-        lost = (new == GONE) & (ids >= 0) | (ids >= self.size)
+        old, new = ids.long(), self.to_new(ids).long()
+        lost = (new == GONE) & (old >= 0) | (old >= self.size)
         plain = sorted({*self.kept} - {*self.special}) or self.kept
-        choice = torch.tensor(plain, dtype=ids.dtype, device=ids.device)
-        return torch.where(lost, choice[ids.clamp(min=0).long() % len(choice)], ids)
+        plain = [number for number in plain if number <= torch.iinfo(ids.dtype).max] or plain
+        choice = torch.tensor(plain, device=ids.device)
+        return torch.where(lost, choice[old.clamp(min=0) % len(choice)], old).to(ids.dtype)
 
     def then(self, later: Vocabulary) -> Vocabulary:
         """This choice followed by one among the ids that stayed."""
@@ -90,7 +104,8 @@ class Vocabulary:
         kept, special = (
             tuple(self.kept[index] for index in indices) for indices in (later.kept, later.special)
         )
-        return replace(later, size=self.size, kept=kept, special=special)
+        between = (*self.between, len(self.kept), *later.between)
+        return replace(later, size=self.size, kept=kept, special=special, between=between)
 
     def __str__(self) -> str:
         """For tables."""
@@ -98,20 +113,29 @@ class Vocabulary:
         return f"vocabulary {self.size:,} -> {len(self.kept):,} ids: rows of {names}"
 
 
+def whole(ids: Any) -> Tensor:
+    """Ids as a tensor.
+
+    Raises:
+        InputError: they are no whole numbers.
+    """
+    try:
+        given = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        kind = type(ids).__name__
+        raise InputError(f"ids must be whole numbers in a tensor or lists, got a {kind}") from None
+    if not given.numel() and not isinstance(ids, Tensor):
+        return given.long()
+    if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise InputError(f"ids must be whole numbers, got {given.dtype}")
+    return given
+
+
 def input_names(call: Call, model: nn.Module) -> list[str]:
     """What the tensors of a call are called: by argument, and the way into nested ones."""
     found = pytree.tree_flatten_with_path((call.args, call.kwargs))[0]
     known = parameter_names(model)
     return [_name(path, known) for path, leaf in found if isinstance(leaf, Tensor)]
-
-
-def parameter_names(model: nn.Module) -> list[str]:
-    """The names of the positional arguments of a model."""
-    try:
-        signature = inspect.signature(type(model).forward)
-    except (TypeError, ValueError):
-        return []
-    return [p.name for p in signature.parameters.values() if p.kind in _NAMED][1:]
 
 
 def _name(path: Sequence[Any], known: Sequence[str]) -> str:
@@ -143,7 +167,7 @@ def for_small(call: Call, model: nn.Module, vocabularies: Sequence[Vocabulary]) 
     """The call of a small model: new ids, for some that stay where ids have left."""
     if not vocabularies:
         return call
-    return changed(call, model, vocabularies, lambda v, ids: v.to_new(v.settled(ids)))
+    return changed(call, model, vocabularies, lambda v, ids: v.to_new(v.settled(ids)).to(ids.dtype))
 
 
 def problems(plan: Any) -> Iterator[str]:

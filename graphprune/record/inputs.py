@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,6 +22,7 @@ _CONVOLUTIONS = {
     2: (nn.Conv2d, nn.ConvTranspose2d),
     3: (nn.Conv3d, nn.ConvTranspose3d),
 }
+_NAMED = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,24 @@ class Call:
         return ", ".join([*map(describe, self.args), *named])
 
 
+def parameter_names(model: nn.Module) -> list[str]:
+    """The names of the positional arguments of a model."""
+    try:
+        signature = inspect.signature(type(model).forward)
+    except (TypeError, ValueError):
+        return []
+    return [p.name for p in signature.parameters.values() if p.kind in _NAMED][1:]
+
+
 def candidates(model: nn.Module) -> Iterator[Call]:
-    """Usual inputs for the first layer of the model, on meta."""
+    """Usual inputs: those of the first layer, on meta, and ids where the forward names them."""
+    yield from _of_first_layer(model)
+    names = [name for name in parameter_names(model) if name.endswith("input_ids")]
+    if names:  # of encoder and decoder, say
+        yield Call((), dict.fromkeys(names, torch.zeros((1, 16), dtype=torch.long)))
+
+
+def _of_first_layer(model: nn.Module) -> Iterator[Call]:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
     def zeros(*shape: int) -> Call:

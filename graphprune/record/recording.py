@@ -20,7 +20,7 @@ from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
 from graphprune.record import outside, scope
 from graphprune.record.beside import Passed, passed_by, running
-from graphprune.record.inputs import Call
+from graphprune.record.inputs import Call, infer
 from graphprune.record.outputs import Outputs, fields, named_leaves
 from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recorder import Record, Recorder
@@ -65,6 +65,22 @@ def record(
             failure = error
     assert failure is not None
     raise failure
+
+
+def inferred(model: nn.Module) -> tuple[Call, Record]:
+    """Usual inputs on which the model runs, and what it was recorded as.
+
+    On the CPU it is tried only where its forward names them: there, a guess is costly.
+
+    Raises:
+        InputError: it runs on none.
+    """
+
+    def runs(call: Call) -> Record:
+        named = not any(tensor.is_meta for tensor in call.tensors())
+        return record(model, call, False, ("meta", "cpu") if named else ("meta",))
+
+    return infer(model, runs)
 
 
 def record_values(model: nn.Module, call: Call) -> Record:

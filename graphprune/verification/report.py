@@ -10,9 +10,9 @@ from torch import nn
 from graphprune.errors import InputError, ModelError, warn
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.checks import check_model
-from graphprune.record.inputs import Call, called, infer
+from graphprune.record.inputs import Call, called
 from graphprune.record.masked_names import masked_names
-from graphprune.record.recording import record
+from graphprune.record.recording import inferred, record
 from graphprune.text import render, shorten
 from graphprune.verification.comparing import Session, first_line
 from graphprune.verification.models import Check, DoesNotRun
@@ -160,7 +160,7 @@ def verify(
 
 def _call(model: nn.Module, example_inputs: object) -> Call:
     if example_inputs is None:
-        return infer(model, lambda call: record(model, call, False, devices=("meta",)))[0]
+        return inferred(model)[0]
     if isinstance(example_inputs, list):  # of arguments, or the one argument
         return called(example_inputs, lambda call: record(model, call, False))[0]
     return Call.of(example_inputs)

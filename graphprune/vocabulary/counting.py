@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphprune.arguments import is_int, is_number
 from graphprune.errors import InputError
-from graphprune.vocabulary.tokenizer import beside, encoded
+from graphprune.vocabulary.tokenizer import beside, checked, encoded
 
 
 def kept_ids_by_count(
@@ -56,6 +56,10 @@ def kept_ids_by_count(
         raise InputError(f"share must be a number in (0, 1], got {share!r}")
     if isinstance(texts, str):
         raise InputError("texts must be several texts, such as the lines of a file, not one")
+    if not isinstance(texts, Iterable):
+        raise InputError(f"texts must be texts, or lists of ids, not a {type(texts).__name__}")
+    if tokenizer is not None:
+        checked(tokenizer)
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(_ids(text, tokenizer))
@@ -78,11 +82,14 @@ def _ids(text: Any, tokenizer: Any) -> list[int]:
         if tokenizer is None:
             raise InputError("texts are given as str: pass the tokenizer as well, or their ids")
         return encoded(tokenizer, text)
-    found = text if isinstance(text, Tensor | np.ndarray) else np.asarray(text)
+    try:
+        found = text if isinstance(text, Tensor | np.ndarray) else np.asarray(text)
+    except ValueError:  # lists of several lengths
+        return [number for part in text for number in _ids(part, tokenizer)]
     flat = found.reshape(-1).tolist()
-    wrong = next((number for number in flat if not is_int(number)), None)
-    if wrong is not None:
-        raise InputError(f"ids of texts must be whole numbers, found {wrong!r}")
+    wrong = [number for number in flat if not is_int(number)]
+    if wrong:
+        raise InputError(f"ids of texts must be whole numbers, found {wrong[0]!r}")
     return [number for number in flat if number >= 0]  # others are masked, as -100 is
 
 

@@ -66,14 +66,20 @@ class Search:
         return f"{shorten(kind.tables)} ({self.size(kind)} rows, read by {inputs})"
 
     def vocabulary(
-        self, largest: int, embedding: str | None = None, output: str | bool | None = None
+        self,
+        largest: int,
+        embedding: str | None = None,
+        output: str | bool | None = None,
+        advice: str = "",
     ) -> Found:
         """The vocabulary that has an id ``largest``, or the one that is named.
+
+        ``advice`` is added to what is said where there is none.
 
         Raises:
             InputError: there is none, or it is not clear which one; or something else reads ids.
         """
-        kind = self._named(embedding) if embedding is not None else self._only(largest)
+        kind = self._named(embedding) if embedding is not None else self._only(largest, advice)
         size = self.size(kind)
         uneven = [name for name in kind.tables if self.tensors[name].shape[0] != size]
         if uneven:
@@ -102,7 +108,7 @@ class Search:
         analysis = logits.analysis(rows)
         return Found(tuple(same), analysis, _group(analysis, rows, size), whole)
 
-    def _only(self, largest: int) -> Kind:
+    def _only(self, largest: int, advice: str) -> Kind:
         """The kind of ids, where it is clear which one is meant."""
         found = self.kinds[0]
         for kind in computed(self.records[0], self.tensors) if not found else ():
@@ -117,7 +123,7 @@ class Search:
             most = max(map(self.size, found))
             raise InputError(
                 f"id {largest} is out of range: {shorten([self.told(k) for k in found])}; ids are "
-                f"0 to {most - 1}"
+                f"0 to {most - 1}{advice}"
             )
         if len(fitting) > 1:
             fitting = [k for k in fitting if self._has_logits(k)] or fitting

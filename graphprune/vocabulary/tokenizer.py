@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, MutableMapping
+from typing import Any, NoReturn
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from graphprune.arguments import is_int
 from graphprune.errors import InputError
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.plan.vocabulary import GONE, Vocabulary
+from graphprune.text import shorten
 from graphprune.vocabulary.pieces import Pieces
 
 Tokenizer = Any  # of any library
+_TARGETS = frozenset({"labels", "overflowing_tokens"})  # ids as well, where a tokenizer makes them
 
 
 def trim_tokenizer(tokenizer: Tokenizer, small: nn.Module | Plan | Vocabulary) -> Any:
@@ -33,8 +37,8 @@ def trim_tokenizer(tokenizer: Tokenizer, small: nn.Module | Plan | Vocabulary) -
         A tokenizer of the same class, which can be saved like the original.
 
     Raises:
-        InputError: another kind of tokenizer, tokens that must stay as well, or ids that its file
-            cannot say; what to do instead.
+        InputError: another kind of tokenizer, one that is trimmed already, tokens that must stay as
+            well, or ids that its file cannot say; what to do instead.
 
     Example:
         >>> import graphprune, tokenizers
@@ -55,6 +59,7 @@ def trim_tokenizer(tokenizer: Tokenizer, small: nn.Module | Plan | Vocabulary) -
             "alone can be trimmed: use graphprune.MappedTokenizer"
         )
     pieces = Pieces(json.loads(backend.to_str()))
+    _check_original(tokenizer, vocabulary)
     new = {old: place for place, old in enumerate(vocabulary.kept)}
     made = type(backend).from_str(json.dumps(pieces.trimmed(new)))
     for old in vocabulary.kept:
@@ -82,6 +87,9 @@ class MappedTokenizer:
         small: what :func:`trim_vocabulary` returned, its plan, or one vocabulary of that.
         unknown: the old id of the unknown token, where the tokenizer does not say it.
 
+    Raises:
+        InputError: no tokenizer, one that is trimmed already, or ``unknown`` is no id that stays.
+
     Example:
         >>> import graphprune
         >>> from torch import nn
@@ -104,10 +112,17 @@ class MappedTokenizer:
         *,
         unknown: int | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer = checked(tokenizer, "encode", "decode")
         self.vocabulary = vocabulary_of(small)
+        _check_original(tokenizer, self.vocabulary)
+        known = {old: new for new, old in enumerate(self.vocabulary.kept)}
+        if unknown is not None and not (is_int(unknown) and unknown in known):
+            raise InputError(
+                f"unknown={unknown!r} is none of the {len(known)} ids that stay: pass the old id "
+                "of one, and keep it"
+            )
         old = unknown_of(tokenizer) if unknown is None else unknown
-        self.unknown = None if old is None else self.vocabulary.new_id(old)
+        self.unknown = None if old is None else known.get(old)
 
     def encode(self, text: str, **options: object) -> list[int]:
         """The new ids of a text.
@@ -129,35 +144,69 @@ class MappedTokenizer:
             options: handed on to the tokenizer.
 
         Raises:
-            InputError: an id that the small vocabulary does not have.
+            InputError: an id that the small vocabulary does not have, or several texts.
         """
-        numbers = ids.tolist() if isinstance(ids, Tensor) else list(ids)
+        numbers = list(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids)
+        if not all(is_int(number) or isinstance(number, np.integer) for number in numbers):
+            raise InputError(
+                "decode takes the ids of one text, one after the other: call it for each of several"
+            )
         text: str = self.tokenizer.decode(list(map(self.vocabulary.old_id, numbers)), **options)
         return text
 
     def __call__(self, texts: Any, **options: object) -> Any:
-        """What the tokenizer makes when it is called, with new ids as ``input_ids``.
+        """What the tokenizer makes when it is called, with new ids as ``input_ids`` and ``labels``.
 
         Args:
             texts: whatever it takes.
             options: handed on to it.
+
+        Raises:
+            InputError: as :meth:`encode`, or the tokenizer cannot be called.
         """
+        if not callable(self.tokenizer):
+            raise InputError(f"a {type(self.tokenizer).__name__} cannot be called: use encode")
         out = self.tokenizer(texts, **options)
-        out["input_ids"] = self._new(out["input_ids"])
+        if not isinstance(out, MutableMapping):
+            raise InputError(
+                f"expected a mapping with input_ids of the tokenizer, got a {type(out).__name__}: "
+                "use encode"
+            )
+        for key in [*out]:
+            if str(key).endswith("input_ids") or key in _TARGETS:
+                out[key] = self._new(out[key])
         return out
 
     def _new(self, ids: Any) -> Any:
-        """New ids for old ones, in nested lists or in a tensor."""
+        """New ids for old ones, in nested lists, an array or a tensor; negative ones stay."""
+        if isinstance(ids, np.ndarray) and ids.dtype.kind in "iu":
+            return self._new(torch.tensor(ids)).numpy()
         if isinstance(ids, Tensor):
-            new = self.vocabulary.to_new(ids)
-            lost = (new == GONE) & (ids >= 0)
+            new, old = self.vocabulary.to_new(ids), ids.long()
+            if bool((old >= self.vocabulary.size).any()):
+                self._beyond(int(old.max()))
+            lost = (new == GONE) & (old >= 0)
             if bool(lost.any()):
-                new[lost] = self._lost(int(ids[lost][0]))
+                new[lost] = self._lost(int(old[lost][0]))
             return new
-        if isinstance(ids, list | tuple):
+        if isinstance(ids, list | tuple | np.ndarray):
             return [self._new(item) for item in ids]
+        if not is_int(ids) and not isinstance(ids, np.integer):
+            raise InputError(
+                f"expected ids in lists, tensors or arrays of numpy, got a {type(ids).__name__}: "
+                'pass return_tensors="pt" or "np"'
+            )
+        if ids >= self.vocabulary.size:
+            self._beyond(int(ids))
         found = self.vocabulary.new_id(int(ids))
         return self._lost(int(ids)) if found is None else found
+
+    def _beyond(self, old: int) -> NoReturn:
+        raise InputError(
+            f"the tokenizer made id {old} ({_shown(self.tokenizer, old)}), where the vocabulary of "
+            f"the original has 0 to {self.vocabulary.size - 1}: it is larger than the table, or of "
+            "another model"
+        )
 
     def _lost(self, old: int) -> int:
         if self.unknown is None:
@@ -185,6 +234,45 @@ def vocabulary_of(small: nn.Module | Plan | Vocabulary) -> Vocabulary:
             f"that, got a {type(small).__name__}; {told}"
         )
     return found[0]
+
+
+def checked(tokenizer: Tokenizer, *needed: str) -> Tokenizer:
+    """A tokenizer, if it is one.
+
+    Raises:
+        InputError: it lacks what is needed of it.
+    """
+    lacking = [
+        name for name in needed or ("encode",) if not callable(getattr(tokenizer, name, None))
+    ]
+    if lacking or isinstance(tokenizer, str | bytes | type):
+        raise InputError(
+            f"expected a tokenizer, anything with {' and '.join(needed or ('encode',))}, got "
+            f"{shorten([repr(tokenizer)[:40]])} ({type(tokenizer).__name__})"
+        )
+    return tokenizer
+
+
+def known_ids(tokenizer: Tokenizer) -> set[int] | None:
+    """The ids that a tokenizer has, where it says them."""
+    backend = backend_of(tokenizer)
+    listed = getattr(tokenizer if backend is None else backend, "get_vocab", None)
+    found = listed() if callable(listed) else None
+    return {*map(int, found.values())} if isinstance(found, dict) else None
+
+
+def _check_original(tokenizer: Tokenizer, vocabulary: Vocabulary) -> None:
+    """Raise where a tokenizer has no more ids than a vocabulary that was made smaller."""
+    ids = known_ids(tokenizer)
+    if not ids or vocabulary.kept == tuple(range(len(vocabulary.kept))):
+        return  # the first ids, which are the same in both
+    sizes = [size for size in (*vocabulary.between, len(vocabulary.kept)) if size >= len(ids)]
+    if sizes:
+        raise InputError(
+            f"this tokenizer has {len(ids)} ids, no more than a vocabulary that was made smaller "
+            f"({vocabulary.size} ids before, {sizes[-1]} after): pass the tokenizer of the "
+            "original model, not a trimmed one"
+        )
 
 
 def backend_of(tokenizer: Tokenizer) -> Any:

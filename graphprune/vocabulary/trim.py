@@ -13,20 +13,21 @@ from torch import Tensor, nn
 
 from graphprune.api import rebuild
 from graphprune.errors import InputError, TraceError
-from graphprune.execute.ids import special_ids
+from graphprune.execute.ids import doubtful, special_ids
 from graphprune.plan.plan import Plan
-from graphprune.plan.vocabulary import Vocabulary, changed, parameter_names
+from graphprune.plan.vocabulary import Vocabulary, changed
 from graphprune.planning.make import assemble
 from graphprune.planning.settle import Settled, follow, recorded, rehearse
 from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
-from graphprune.record.inputs import Call, called, infer
+from graphprune.record.inputs import Call, called
 from graphprune.record.outputs import Outputs
 from graphprune.record.recorder import Record
-from graphprune.record.recording import record
+from graphprune.record.recording import inferred, record
+from graphprune.record.sizes import attributes, expression
 from graphprune.text import shorten
 from graphprune.vocabulary.find import Found, Search
-from graphprune.vocabulary.tokenizer import beside
+from graphprune.vocabulary.tokenizer import beside, checked, known_ids
 from graphprune.vocabulary.trial import Trial
 
 _LENGTH = 8  # of texts that are tried where no inputs are given
@@ -94,6 +95,8 @@ def planned(
     """The plan by which ids leave, and the inputs that it was made with."""
     check_model(model)
     asked = numbers(ids)
+    if tokenizer is not None:
+        checked(tokenizer)
     counted = Outputs.of(outputs)
     call, first = _recorded(model, example_inputs)
     if counted is not None:
@@ -116,12 +119,13 @@ def _chosen(
     tokenizer: object,
 ) -> tuple[Found, Vocabulary, list[str]]:
     """Which vocabulary is meant, what stays of it, and what is to be said of that."""
-    found = search.vocabulary(asked[-1], embedding, output)
+    advice = _beyond(tokenizer, asked[-1])
+    found = search.vocabulary(asked[-1], embedding, output, advice)
     size = found.vocabulary.size
     if asked[-1] >= size:
         raise InputError(
             f"id {asked[-1]} is out of range: the vocabulary has ids 0 to {size - 1} "
-            f"({shorten([row[0] for row in found.vocabulary.rows])})"
+            f"({shorten([row[0] for row in found.vocabulary.rows])}){advice}"
         )
     added = dict(_added(search.model, found, asked))
     parts = {} if tokenizer is None else beside(tokenizer, {*asked, *added})
@@ -132,7 +136,10 @@ def _chosen(
         if more
     ]
     if not found.vocabulary.outputs:
-        notes.append(f"no output has a logit for each of {size:,} ids: outputs stay")
+        notes.append(
+            f"no output has a logit for each of {size:,} ids: outputs stay, and ids among them (of "
+            "argmax, say) are the old ones"
+        )
     fitting = [k for k in search.kinds[0] if search.size(k) > asked[-1]]
     others = [search.told(k) for k in fitting if not k.tables.keys() & found.kind[0].tables.keys()]
     if others:
@@ -151,7 +158,7 @@ def numbers(ids: Any) -> list[int]:
         InputError: they are no whole numbers of at least 0, or there are none.
     """
     try:
-        items = ids.tolist() if isinstance(ids, Tensor | np.ndarray) else list(ids)
+        items = list(ids.tolist() if isinstance(ids, Tensor | np.ndarray) else ids)
     except TypeError:
         items = None
     advice = "pass whole numbers, such as [0, 5, 7]"
@@ -174,13 +181,10 @@ def _recorded(model: nn.Module, example_inputs: object) -> tuple[Call, Record]:
     """The inputs, and what they were recorded as; ids are tried where none are given."""
     if example_inputs is not None:
         return called(example_inputs, lambda call: record(model, call, training=False))
-    ids = torch.zeros((2, _LENGTH), dtype=torch.int64)
-    names = [name for name in parameter_names(model) if name.endswith("input_ids")]
-    for call in (Call((ids,)), Call((), dict.fromkeys(names, ids))):
-        if call.args or call.kwargs:
-            with contextlib.suppress(TraceError):
-                return call, record(model, call, training=False)
-    return infer(model, lambda call: record(model, call, False, devices=("meta",)))
+    call = Call((torch.zeros((2, _LENGTH), dtype=torch.int64),))
+    with contextlib.suppress(TraceError):
+        return call, record(model, call, training=False)
+    return inferred(model)
 
 
 def _told(item: tuple[int, str]) -> str:
@@ -227,7 +231,30 @@ def _assembled(
     plan = with_unread(model, call, found.analysis, plan)
     others = (group for group in plan.groups if group.name != found.group.name)
     groups = tuple(replace(group, exact=True) for group in others)  # none of them loses any
-    return replace(plan, groups=groups, evaluated=False, notes=(*notes, *plan.notes))
+    told = (*notes, *_unsure(model, records, plan), *plan.notes)
+    return replace(plan, groups=groups, evaluated=False, notes=told)
+
+
+def _unsure(model: nn.Module, records: Iterable[Record], plan: Plan) -> Iterator[str]:
+    """A word on attributes that may be ids, and that no code reads as it was recorded."""
+    nodes = (node for record in records for node in record.graph.nodes)
+    given = (number for node in nodes for number in node.meta.get("numbers", ()))
+    read = {(a.module, a.name) for number in given for a in attributes(expression(number.value))}
+    read |= {(change.module, change.name) for change in plan.sizes}
+    found = doubtful(model, plan.vocabularies[0])
+    names = [
+        f"{name}.{key} ({old})".lstrip(".") for name, key, old in found if (name, key) not in read
+    ]
+    if names:
+        yield f"attributes that may be ids, and stay: {shorten(names, 6)}"
+
+
+def _beyond(tokenizer: object, largest: int) -> str:
+    """What is to be said where an id of a tokenizer is none of the table."""
+    ids = None if tokenizer is None else known_ids(tokenizer)
+    if not ids or largest not in ids:
+        return ""
+    return f"; the tokenizer has ids up to {max(ids)}: it is larger than the table"
 
 
 __all__ = ["numbers", "planned", "trim_vocabulary"]

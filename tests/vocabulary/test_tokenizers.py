@@ -213,6 +213,19 @@ def test_other_tokenizers_are_refused():
         Pieces({"model": {"type": "Other"}})
 
 
+def test_the_tokenizer_of_a_vocabulary_that_shrank_twice():
+    tokenizer = tokenizer_of("wordpiece")
+    small = small_of(tokenizer, graphprune.kept_ids_by_count(LINES[:3], tokenizer))
+    first = graphprune.trim_tokenizer(tokenizer, small)
+    ids = graphprune.kept_ids_by_count(LINES[:1], first)
+    twice = graphprune.trim_vocabulary(small, ids, torch.tensor([[1, 2]]), tokenizer=first)
+    with pytest.raises(InputError, match="pass the tokenizer of the original model"):
+        graphprune.trim_tokenizer(first, twice)
+    again = graphprune.trim_tokenizer(tokenizer, twice)
+    assert again.encode(LINES[0]).tokens == tokenizer.encode(LINES[0]).tokens
+    assert again.get_vocab_size() == len(ids) < first.get_vocab_size()
+
+
 def test_gaps_that_a_file_cannot_say():
     """A row without a token in the middle: added tokens are numbered one after the other."""
     tokenizer = tokenizer_of("words")
@@ -272,6 +285,12 @@ def test_a_tokenizer_of_transformers(tmp_path):
     wanted = mapped(LINES[:2], padding=True, return_tensors="pt")["input_ids"]
     assert torch.equal(trimmed(LINES[:2], padding=True, return_tensors="pt")["input_ids"], wanted)
     assert mapped(LINES[:2])["input_ids"] == trimmed(LINES[:2])["input_ids"]
+    both = mapped(LINES[0], text_target=LINES[1])
+    assert both["labels"] == mapped(LINES[1])["input_ids"] != both["input_ids"]
+    arrays = mapped(LINES[:1], return_tensors="np")["input_ids"]
+    assert arrays.tolist() == [mapped(LINES[0])["input_ids"]]
+    with pytest.raises(InputError, match="not a trimmed one"):
+        graphprune.trim_tokenizer(trimmed, small)
     assert len(fast) == backend.get_vocab_size() > len(trimmed) == len(ids)
     assert trimmed.pad_token_id == small.graphprune_plan.vocabularies[0].new_id(fast.pad_token_id)
     trimmed.save_pretrained(tmp_path)
