@@ -151,8 +151,8 @@ class Analysis:
             turned |= stuck
         marks = walk.marks
         for ids, way in units.chosen:
-            if isinstance(way.statistics, Reason):
-                marks.statistics.append(Statistics(ids, way.statistics, None))
+            if isinstance(way.statistics, Statistics):
+                marks.statistics.append(way.statistics._replace(ids=ids))
             if way.reason is not None:
                 for stays in way.frozen:
                     walk.ties.freeze(stays, way.reason)

@@ -42,6 +42,7 @@ from graphprune.execute.likeness import (
     watch,
 )
 from graphprune.record.inputs import Call
+from graphprune.record.norms import EXACT
 from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
 
@@ -114,9 +115,13 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
 
 
 def _gone(module: nn.Module) -> str:
-    """Which modules have left, and would be built again."""
+    """Which modules have left, and would be built again, or count no channels that left."""
     gone = [name for name, part in named_modules(module) if isinstance(part, Emptied)]
-    return f"a model built from it has {shorten(gone, 3)}" if gone else ""
+    if gone:
+        return f"a model built from it has {shorten(gone, 3)}"
+    exact = [name for name, part in named_modules(module) if type(part) in EXACT.values()]
+    plain = f"the norms of a model built from it do not count what left: {shorten(exact, 3)}"
+    return plain if exact else ""
 
 
 def _parts(small: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -20,6 +20,7 @@ from graphprune.plan.plan import IndexChange, Plan, SizeChange, carry, plan_of
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.layers import refresh
+from graphprune.record.norms import count_as_zero
 from graphprune.record.skeleton import without_weights
 from graphprune.record.tensors import held_tensors, named_modules
 
@@ -112,6 +113,8 @@ def _follow(model: nn.Module, plan: Plan) -> None:
     """Bring sizes in attributes and in the code in line with the tensors that were cut."""
     for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
         replace_attention(model.get_submodule(owner))
+    for norm in plan.norms:
+        count_as_zero(model.get_submodule(norm.module), norm.of)
     for change in plan.sizes:
         _resize(model.get_submodule(change.module), change)
     for _, module in named_modules(model):

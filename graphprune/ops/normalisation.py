@@ -16,6 +16,7 @@ from graphprune.ops.fact import Fact, along_unknown
 from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import Alternatives, Layers, Way, varying
 from graphprune.ops.made import made
+from graphprune.ops.marks import Statistics
 from graphprune.ops.reduction import count_of, kept_zero, moments
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.registry import free
@@ -111,7 +112,7 @@ def layer_norm(
 ) -> list[Layers]:  # fmt: skip
     """Statistics over the last dimensions: over the kept channels."""
     dims = range(x.ndim - len(shape), x.ndim)
-    return _statistics(walk, x, set(dims), [weight, bias], "LayerNorm")
+    return normalised(walk, x, set(dims), [weight, bias], "LayerNorm")
 
 
 @declare(
@@ -128,19 +129,26 @@ def rms_norm(
 ) -> list[Layers]:
     """The root of the mean square of the kept channels."""
     dims = range(x.ndim - len(shape), x.ndim)
-    return _statistics(walk, x, set(dims), [weight], "RMSNorm")
+    return normalised(walk, x, set(dims), [weight], "RMSNorm")
 
 
-def _statistics(
-    walk: Walk, x: Value, dims: set[int], affine: list[Value | None], name: str
+def normalised(
+    walk: Walk,
+    x: Value,
+    dims: set[int],
+    affine: list[Value | None],
+    name: str,
+    exact: bool = False,
 ) -> list[Layers]:
+    """A norm over some dimensions; ``exact``: statistics count what leaves as zero."""
     layers = []
     for layer in x.layers:
         if dims & varying(layer):
             if varying(layer) - dims:
                 layer = walk.collapse(layer, dims)
             else:
-                walk.renormalise(layer, f"statistics of {name}")
+                if not exact:
+                    walk.renormalise(layer, f"statistics of {name}")
                 walk.mask(layer)
         layers.append(layer)
     x = Value(x.shape, tuple(layers))
@@ -195,7 +203,11 @@ def group_norm_meta(
 
 def group_norm_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
     """Groups that lose all of their channels leave."""
-    groups = int(args_of(node)[6])
+    return groups_given(graph, node, alive, int(args_of(node)[6]))
+
+
+def groups_given(graph: Pruned, node: fx.Node, alive: np.ndarray, groups: int) -> Iterator[Given]:
+    """How many groups of channels stay."""
     if groups > 1:
         keep = graph.positions(node.meta["items"][0], 1, alive).reshape(groups, -1)
         yield Given([groups], [int(keep.any(1).sum())], "group")
@@ -217,22 +229,35 @@ def group_norm(
     batch: int, channels: int, positions: int, groups: int, *args: object,
 ) -> list[Layers]:  # fmt: skip
     """Whole groups go exactly; equal columns of all groups change their statistics."""
+    return [channel_groups(walk, x, weight, bias, groups, positions)]
+
+
+def channel_groups(
+    walk: Walk,
+    x: Value,
+    weight: Value | None,
+    bias: Value | None,
+    groups: int,
+    positions: int = 0,
+    exact: bool = False,
+) -> Layers:
+    """A norm of every group of channels; ``exact``: statistics count what leaves as zero."""
     x = Value(x.shape, walk.settle(x, range(2, x.ndim), "normalised over channels"))
     layers = per_channel(walk, x, [weight, bias])
     for layer in layers:
-        if varying(layer) != {1}:
+        if varying(layer) != {1} or groups == x.shape[1]:
             continue
         grid = layer.reshape(groups, -1)
-        if groups == channels:
-            continue
         walk.mask(layer)
         if groups == 1:
-            walk.renormalise(grid, "statistics of GroupNorm")
+            if not exact:
+                walk.renormalise(grid, "statistics of GroupNorm")
             continue
         if positions == 1:
             walk.marks.alone.append(grid[0])
-        changed = walk.reason("statistics of GroupNorm")
+        reason = walk.reason("statistics of GroupNorm")
+        changed = None if exact else Statistics(grid.reshape(-1), reason, walk.node)
         rows = Way(((grid[:, :1], grid),))
         columns = Way(((grid[:1], grid),), aligns=True, statistics=changed)
         walk.choose(Alternatives(grid.reshape(-1), (rows, columns)))
-    return [layers]
+    return layers

@@ -216,6 +216,26 @@ class Rescale:
 
 
 @dataclass(frozen=True)
+class NormChange:
+    """A norm that goes on counting channels that left, as zeroes.
+
+    ``of`` is how many numbers a LayerNorm counts, or how many channels a group of a GroupNorm.
+    """
+
+    module: str
+    of: int
+
+    @property
+    def key(self) -> str:
+        """The norm."""
+        return self.module
+
+    def then(self, later: NormChange) -> NormChange:
+        """It counts what it counted first."""
+        return self
+
+
+@dataclass(frozen=True)
 class BiasChange:
     """Constants of removed channels, added to a vector along the outputs of their reader.
 

@@ -32,6 +32,7 @@ from graphprune.plan.changes import (
     IndexChange,
     LiteralChange,
     MergeChange,
+    NormChange,
     Rescale,
     SizeChange,
     SlotPlan,
@@ -39,6 +40,7 @@ from graphprune.plan.changes import (
 )
 from graphprune.plan.leaving import left_of
 from graphprune.plan.vocabulary import problems
+from graphprune.record.norms import counted
 from graphprune.record.sites import (
     INNER_SIZES,
     TIMES,
@@ -52,7 +54,7 @@ from graphprune.record.sites import (
     spans_of,
     start,
 )
-from graphprune.record.sizes import CONTAINERS, plain
+from graphprune.record.sizes import CONTAINERS, Attribute, plain
 from graphprune.record.tensors import held_tensors, named_modules
 
 Shape = tuple[int, ...]
@@ -63,8 +65,8 @@ _GIVES = re.compile(
     re.ASCII,
 )
 _BOOKKEEPING = frozenset(vars(nn.Module()))
-_CHANGES = ("slots", "sizes", "literals", "indices", "scales", "biases", "cuts", "stand_ins",
-            "vocabularies", "experts")  # fmt: skip
+_CHANGES = ("slots", "sizes", "literals", "indices", "scales", "norms", "biases", "cuts",
+            "stand_ins", "vocabularies", "experts")  # fmt: skip
 # The sizes that torch's own layers remember: its other numbers (a stride, a kernel) are no widths.
 SIZES = frozenset({
     "in_channels", "out_channels", "groups", "in_features", "out_features", "in1_features",
@@ -175,6 +177,8 @@ class Check:
             self.index(index)
         for scale in self.plan.scales:
             self.scale(scale)
+        for norm in self.plan.norms:
+            self.norm(norm)
         for bias in self.plan.biases:
             self.bias(bias)
         for merge in self.plan.merges:
@@ -326,6 +330,29 @@ class Check:
         fair = 1 / self.largest <= change.factor <= self.largest
         self.need(fair, f"the factor {change.factor} of {change.tensor!r} is out of range")
 
+    def norm(self, change: NormChange) -> None:
+        """A norm of torch, which counts no more than it does now, and no fewer than are left."""
+        now = counted(self.module(change.module))
+        self.need(now > 0, f"{change.module!r} is no LayerNorm or GroupNorm of torch")
+        left = self.counted_after(change.module)
+        fair = left <= change.of <= now
+        self.need(fair, f"{change.module!r} counts from {left} to {now} numbers, not {change.of}")
+
+    def counted_after(self, name: str) -> int:
+        """How many numbers a norm, or a group of one, is given by the small model."""
+        module, sizes = self.module(name), {size.key: size.new for size in self.plan.sizes}
+        weight = f"{name}.weight".lstrip(".")
+        if isinstance(module, nn.GroupNorm):
+            groups = sizes.get(Attribute(name, "num_groups"), module.num_groups)
+            return self.shape(weight)[0] // max(groups, 1) if weight in self.tensors else 1
+        assert isinstance(module, nn.LayerNorm)
+        if weight in self.tensors:
+            return math.prod(self.shape(weight))
+        return math.prod(
+            sizes.get(Attribute(name, "normalized_shape", (place,)), side)
+            for place, side in enumerate(module.normalized_shape)
+        )
+
     def bias(self, change: BiasChange) -> None:
         """A vector of the right length, or the place for a new one."""
         if change.like is None or change.tensor in self.tensors:
@@ -419,7 +446,7 @@ def may_be_size(module: nn.Module, name: str) -> bool:
     if name in SIZES:
         return True
     kind = type(module)
-    if name in _BOOKKEEPING or kind.__module__.startswith("torch.nn"):
+    if name in _BOOKKEEPING or kind.__module__.startswith(("torch.nn", "graphprune.")):
         return False
     bases = (base for base in kind.__mro__ if base.__module__.startswith("torch.nn"))
     return not any(name in vars(base).get("__constants__", ()) for base in bases)

@@ -22,6 +22,7 @@ from graphprune.plan.changes import (
     IndexChange,
     LiteralChange,
     MergeChange,
+    NormChange,
     PartPlan,
     Rescale,
     SizeChange,
@@ -43,8 +44,9 @@ MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, 
 PLURAL = {"block": "blocks", "branch": "branches"}
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "Cut", "ExpertsPlan", "GroupPlan", "IndexChange",
-           "LiteralChange", "MergeChange", "PartPlan", "Plan", "Rescale", "SizeChange", "SlotPlan",
-           "StandIn", "Vocabulary", "carry", "plan_of", "runs"]  # fmt: skip
+           "LiteralChange", "MergeChange", "NormChange", "PartPlan", "Plan", "Rescale",
+           "SizeChange", "SlotPlan", "StandIn", "Vocabulary", "carry", "plan_of",
+           "runs"]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,7 @@ class Plan:
     literals: tuple[LiteralChange, ...] = ()
     indices: tuple[IndexChange, ...] = ()
     scales: tuple[Rescale, ...] = ()
+    norms: tuple[NormChange, ...] = ()  # that go on counting what left
     biases: tuple[BiasChange, ...] = ()
     merges: tuple[MergeChange, ...] = ()
     zeroed: tuple[SlotPlan, ...] = ()  # slices that count as zero: all but ``kept``
@@ -91,6 +94,11 @@ class Plan:
     def exact(self) -> bool:
         """Whether no statistics change (no renormalising group loses channels)."""
         return all(group.exact or len(group.kept) == group.size for group in self.groups)
+
+    @property
+    def plain_statistics(self) -> bool:
+        """Whether statistics count what left as zeroes, where groups would be renormalising."""
+        return bool(self.scales or self.norms)
 
     @property
     def free_columns(self) -> bool:
@@ -292,6 +300,7 @@ class Plan:
             literals=chain(self.literals, later.literals),
             indices=chain(self.indices, later.indices),
             scales=chain(self.scales, later.scales),
+            norms=chain(self.norms, later.norms),
             biases=chain(self.biases, (b.before(first, made.get(b.tensor)) for b in later.biases)),
             merges=(*self.merges, *(change.before(first) for change in later.merges)),
             zeroed=(*self.zeroed, *(slot.zeroing(first.get(slot.key)) for slot in later.zeroed)),
@@ -329,6 +338,9 @@ class Plan:
         )
         names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
         folded = [f"constants go to {shorten(names)}"] if names else []
+        if self.norms:
+            names = dict.fromkeys(change.module or "the model" for change in self.norms)
+            folded.append(f"count what left as zeroes: {shorten(names)}")
         table = render(title, ("group", "channels", "kind", "layers"), rows)
         told = (*self.told_parts(), *map(str, self.vocabularies))
         table = title if told and not rows else table

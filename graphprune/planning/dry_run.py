@@ -52,7 +52,7 @@ def first_mismatch(
         bad = _first_difference(analysis, alive, original, small)
         if bad is None and not complete:
             bad = min(len(small.ops), len(original.ops) - 1)
-        if bad is None and original.doubts and not plan.scales:
+        if bad is None and original.doubts and not plan.plain_statistics:
             bad = _first_other_float(original, small)
         if not complete and any(map(_depends_on_values, original.ops[:bad])):
             continue  # boxes of other values, which the original may not take either
@@ -126,7 +126,7 @@ def _first_difference(
         results = node.meta.get("items", {})
         if _depends_on_values(node) or unsteady & set(node.all_input_nodes):
             unsteady.update((node, *results.values()))
-        if node.target != other.target and not {node.target, other.target} <= _RESHAPES:
+        if not _alike(node, other):
             return None if unsteady else position  # other values take other ways
         if "shape" in node.meta and ("shape" not in other.meta or differs(node, other)):
             return position
@@ -193,10 +193,20 @@ def _depends_on_values(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return True
-    return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims")
+    return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims", "graphprune")
 
 
-_RESHAPES = {aten.view.default, aten._unsafe_view.default}
+_ALIKE = (
+    {aten.view.default, aten._unsafe_view.default},
+    {aten.native_layer_norm.default, torch.ops.graphprune.layer_norm.default},
+    {aten.native_group_norm.default, torch.ops.graphprune.group_norm.default},
+)
+
+
+def _alike(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two ops are one, up to what a plan makes of it."""
+    both = {node.target, other.target}
+    return len(both) == 1 or any(both <= alike for alike in _ALIKE)
 
 
 def _compared(node: fx.Node) -> bool:

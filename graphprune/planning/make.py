@@ -170,6 +170,7 @@ def assemble(
         bare,
         groups=groups,
         scales=() if rescaling is None else rescaling.changes(alive),
+        norms=() if rescaling is None else rescaling.counts(alive),
         evaluated=bool((~alive[analysis.marks.masked_ids()]).any()) or _broken(analysis, alive),
         before=cost(analysis),
         after=cost(analysis, alive),

@@ -1,6 +1,8 @@
-"""Root mean squares over channels whose weight and eps can make up for channels that leave.
+"""Statistics over channels that can be made those of the masked model.
 
-With k of n channels left, the mean over the kept ones is n/k times the mean of the masked values.
+LayerNorm and GroupNorm, as modules of torch, go on counting what left as zeroes
+(:mod:`graphprune.record.norms`). Root mean squares have a weight and an eps that make up for it:
+with k of n channels left, the mean over the kept ones is n/k times the mean of the masked values.
 Behind ``x * rsqrt(mean(x ** 2) + eps) * weight`` this is undone by ``weight * sqrt(n/k)`` and
 ``eps * n/k``, however the norm is spelled (RMSNorm: Zhang and Sennrich, NeurIPS 2019). The factor
 is followed through the recorded graph until a weight absorbs it.
@@ -9,7 +11,7 @@ is followed through the recorded graph until a weight absorbs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +21,9 @@ from torch import fx, nn
 
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.ops.calls import args_of
-from graphprune.ops.registry import op_of, packet_of
-from graphprune.plan.plan import Rescale
+from graphprune.ops.registry import op_of, packet_of, zeroes
+from graphprune.plan.plan import NormChange, Rescale
+from graphprune.record.norms import counted
 
 aten = torch.ops.aten
 
@@ -60,16 +63,55 @@ class RootMeanSquare:
 
 
 @dataclass(frozen=True)
+class Counting:
+    """A LayerNorm or GroupNorm that can go on counting what left.
+
+    Attributes:
+        source: what the statistics are taken of.
+        module: the norm.
+        groups: into how many groups channels are divided; 0 for a LayerNorm.
+        dims: over which a LayerNorm takes its statistics.
+    """
+
+    source: fx.Node
+    module: str
+    groups: int = 0
+    dims: tuple[int, ...] = ()
+
+    def count(self, shape: Sequence[int], groups: int) -> int:
+        """How many numbers, or channels of a group, the statistics are over."""
+        if self.groups:
+            return shape[1] // max(groups, 1)
+        return math.prod(shape[dim] for dim in self.dims)
+
+    def change(self, graph: Analysis, alive: np.ndarray) -> NormChange | None:
+        """What a plan changes, if anything leaves."""
+        of, groups = self.count(self.source.meta["shape"], self.groups), self.groups
+        if groups:
+            stays = graph.positions(self.source, 1, alive).reshape(groups, -1)
+            groups = int(stays.any(1).sum())
+        left = self.count(graph.shape(self.source, alive), groups)
+        return None if left == of else NormChange(self.module, of)
+
+
+@dataclass(frozen=True)
 class Rescaling:
-    """The norms of a model that can be rescaled, by the op that takes their statistics."""
+    """The statistics of a model that can be made the masked ones, by the op that takes them.
+
+    Attributes:
+        graph: the analysed model.
+        norms: root mean squares, which can be rescaled.
+        counting: LayerNorms and GroupNorms, which can count what left.
+    """
 
     graph: Analysis
     norms: dict[fx.Node | None, RootMeanSquare]
+    counting: dict[fx.Node | None, Counting]
 
     @classmethod
     def of(cls, graph: Analysis, model: nn.Module) -> Rescaling:
         """Find them."""
-        return cls(graph, _norms(graph, model))
+        return cls(graph, _norms(graph, model), _counting(graph, model))
 
     def covers(self, group: Group) -> bool:
         """Whether all statistics that change with the channels of a group can be made up for."""
@@ -77,9 +119,19 @@ class Rescaling:
         mine[group.units] = True
         labels = self.graph.units.labels
         return all(
-            node in self.norms or not mine[labels[ids.numpy()]].any()
+            self._made_up(node) or not mine[labels[ids.numpy()]].any()
             for ids, _, node in self.graph.marks.statistics
         )
+
+    def _made_up(self, node: fx.Node | None) -> bool:
+        """Whether statistics can be those with zeroes; some are, as norms of vectors."""
+        zeroed = node is not None and op_of(node).masked is zeroes
+        return zeroed or node in self.norms or node in self.counting
+
+    def counts(self, alive: np.ndarray) -> tuple[NormChange, ...]:
+        """The norms that go on counting what leaves."""
+        found = {norm.change(self.graph, alive) for norm in self.counting.values()}
+        return tuple(sorted((c for c in found if c is not None), key=lambda c: c.module))
 
     def changes(self, alive: np.ndarray) -> tuple[Rescale, ...]:
         """The weights and eps that make statistics those of the masked model."""
@@ -102,6 +154,23 @@ def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSq
     uses = _uses(graph)
     whole = {n for n, keys in by_weight.items() if len(keys) == uses[n] and len(set(keys)) == 1}
     return {node: norm for node, norm in found.items() if norm.weight in whole}
+
+
+def _counting(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, Counting]:
+    """Statistics that a module of torch takes, and that nothing else takes in its name."""
+    found: dict[fx.Node | None, Counting] = {}
+    for node in dict.fromkeys(node for _, _, node in graph.marks.statistics):
+        if node is None or packet_of(node) not in (aten.native_layer_norm, aten.native_group_norm):
+            continue
+        module, args = str(node.meta["module"]), args_of(node)
+        if not counted(model.get_submodule(module)):
+            continue
+        if packet_of(node) is aten.native_group_norm:
+            found[node] = Counting(args[0], module, groups=int(args[6]))
+        else:
+            ndim = len(args[0].meta["shape"])
+            found[node] = Counting(args[0], module, dims=tuple(range(ndim - len(args[1]), ndim)))
+    return found
 
 
 def _uses(graph: Analysis) -> dict[str, int]:

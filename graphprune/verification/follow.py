@@ -191,7 +191,7 @@ class Follower:
         starts = {(slot.tensor, slot.dim): slot.start for slot in slots}
         self.fates = Fates(self.walk, plan, starts)
         moving = {name: self._moving(value) for name, value in values.items()}
-        self.plain = bool(plan.scales)  # statistics of the masked values themselves
+        self.plain = plan.plain_statistics  # statistics of the masked values themselves
         self.careful = False  # whether functions are taken apart before they run
         self.graph = fx.Graph()
         self.calls = Calls(self.walk.values)

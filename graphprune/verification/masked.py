@@ -58,7 +58,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
             f"got {type(plan).__name__}"
         )
     plan.check(model)
-    if plan.scales and not plan.exact:
+    if plan.plain_statistics and not plan.exact:
         raise PlanError(
             "this plan follows a renormalising one by an exact one: no single masked model equals "
             "both; verify them one by one"

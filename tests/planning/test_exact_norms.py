@@ -1,0 +1,352 @@
+"""LayerNorm and GroupNorm that go on counting channels that left, as zeroes."""
+
+import copy
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.zeroing import drawn, zeroed
+from torch import nn
+from torch.nn import functional as F
+
+import graphprune
+from graphprune.errors import PlanError, PruningWarning
+from graphprune.ops.exact_norms import layer_norm
+from graphprune.plan.plan import NormChange
+from graphprune.record.norms import ExactGroupNorm, ExactLayerNorm, counted
+from graphprune.training import iterate
+
+
+class Images(nn.Module):
+    """Two convolutions around a norm of 12 channels at 5 x 6 places."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.make, self.norm, self.read = nn.Conv2d(3, 12, 3, padding=1), norm, nn.Conv2d(12, 4, 3)
+
+    def forward(self, x):
+        return self.read(F.silu(self.norm(self.make(x))))
+
+
+class Stream(nn.Module):
+    """A residual stream of 12 channels under two norms of two groups."""
+
+    def __init__(self, groups=2, **options):
+        super().__init__()
+        self.make = nn.Conv2d(3, 12, 3, padding=1)
+        self.first, self.conv = nn.GroupNorm(groups, 12, **options), nn.Conv2d(12, 12, 1)
+        self.last, self.read = nn.GroupNorm(groups, 12, **options), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.make(x)
+        x = x + self.conv(F.silu(self.first(x)))
+        return self.read(self.last(x).mean((2, 3)))
+
+
+class Permuted(nn.Module):
+    """LayerNorm over the channels of images, by permuting them, as ConvNeXt does."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x):
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Block(nn.Module):
+    """A transformer block, with its norms before or behind."""
+
+    def __init__(self, width=12, before=True):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.before = before
+
+    def attend(self, x):
+        heads = self.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+
+    def forward(self, x):
+        if self.before:
+            x = x + self.attend(self.norm1(x))
+            return x + self.down(F.gelu(self.up(self.norm2(x))))
+        x = self.norm1(x + self.attend(x))
+        return self.norm2(x + self.down(F.gelu(self.up(x))))
+
+
+class ViT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.token = nn.Parameter(torch.zeros(1, 1, 12))
+        self.blocks = nn.Sequential(Block(), Block())
+        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+class BERT(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words, self.norm = nn.Embedding(20, 12), nn.LayerNorm(12)
+        self.layers = nn.Sequential(Block(before=False), Block(before=False))
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, ids):
+        return self.head(self.layers(self.norm(self.words(ids)))[:, 0])
+
+
+def rows(norm):
+    return nn.Sequential(nn.Linear(4, 12), norm, nn.GELU(), nn.Linear(12, 3))
+
+
+TOKENS, MAPS = torch.randn(5, 4).double(), torch.randn(2, 3, 5, 6).double()
+MODELS = {
+    "LayerNorm": (lambda: rows(nn.LayerNorm(12)), TOKENS),
+    "no bias": (lambda: rows(nn.LayerNorm(12, bias=False)), TOKENS),
+    "no affine": (lambda: rows(nn.LayerNorm(12, elementwise_affine=False)), TOKENS),
+    "three dimensions": (lambda: Images(nn.LayerNorm([12, 5, 6])), MAPS),
+    "permuted": (lambda: Images(Permuted(12)), MAPS),
+    "one group": (lambda: Images(nn.GroupNorm(1, 12)), MAPS),
+    "one group, no affine": (lambda: Images(nn.GroupNorm(1, 12, affine=False)), MAPS),
+    "two groups": (Stream, MAPS),
+    "two groups, no affine": (lambda: Stream(affine=False), MAPS),
+    "ViT": (ViT, torch.randn(2, 3, 8, 8).double()),
+    "BERT": (BERT, torch.randint(0, 20, (2, 5))),
+}
+
+
+def shrunk(name):
+    make, x = MODELS[name]
+    model = drawn(make())
+    return model, x, graphprune.rebuild(model, 0.5, x, exact_only=True)
+
+
+def counting(model):
+    return [m for m in model.modules() if isinstance(m, ExactLayerNorm | ExactGroupNorm)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_small_model_equals_the_model_with_zeroes(name):
+    model, x, small = shrunk(name)
+    plan = small.graphprune_plan
+    assert plan.exact
+    assert plan.norms
+    assert len(counting(small)) == len(plan.norms)
+    whole = zeroed(model, plan)
+    torch.testing.assert_close(small(x), whole(x), rtol=1e-10, atol=1e-12)
+    assert graphprune.verify(model, small, x).difference <= 1e-10
+    assert small.state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")  # where sides stay
+@pytest.mark.parametrize("name", MODELS)
+def test_a_second_round_counts_what_the_first_one_counted(name):
+    model, x, small = shrunk(name)
+    smaller = graphprune.rebuild(small, 0.5, x, exact_only=True)
+    plan = smaller.graphprune_plan
+    assert plan.removed > small.graphprune_plan.removed
+    assert set(small.graphprune_plan.norms) <= set(plan.norms)
+    assert plan.exact
+    torch.testing.assert_close(smaller(x), zeroed(model, plan)(x), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(graphprune.rebuild(model, plan)(x), smaller(x))
+    graphprune.verify(model, smaller, x)
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "two groups"])
+def test_gradients_are_those_of_the_model_with_zeroes(name):
+    model, x, small = shrunk(name)
+    whole = zeroed(model, small.graphprune_plan).train()
+    small.train()(x).square().sum().backward()
+    whole(x).square().sum().backward()
+    kept = {slot.key: torch.tensor(slot.kept) for slot in small.graphprune_plan.slots}
+    tensors = dict(whole.named_parameters())
+    for parameter, tensor in small.named_parameters():
+        grad = tensors[parameter].grad
+        for dim in range(grad.dim()):
+            index = kept.get((parameter, dim))
+            grad = grad if index is None else grad.index_select(dim, index)
+        torch.testing.assert_close(tensor.grad, grad)
+
+
+def test_copies_files_and_changes_in_place(tmp_path):
+    model, x, small = shrunk("two groups")
+    wanted = small(x)
+    for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+        assert torch.equal(other(x), wanted)
+    graphprune.save(small, tmp_path / "small.safetensors")
+    loaded = graphprune.load(tmp_path / "small.safetensors", copy.deepcopy(model))
+    assert torch.equal(loaded(x), wanted)
+    assert [m.of for m in counting(loaded)] == [6, 6]
+    again = graphprune.Plan.from_json(small.graphprune_plan.to_json())
+    assert again == small.graphprune_plan
+    assert torch.equal(graphprune.rebuild(model, again, inplace=True)(x), wanted)
+    assert "count what left as zeroes: first, last" in str(again)
+
+
+def test_an_error_leaves_the_classes_as_they_were():
+    model, _, small = shrunk("LayerNorm")
+    plan = small.graphprune_plan
+    with pytest.raises(PlanError):
+        graphprune.rebuild(model, replace(plan, norms=(NormChange("1", 13),)), inplace=True)
+    assert type(model[1]) is nn.LayerNorm
+
+
+WRONG = {
+    "more than it has": NormChange("1", 13),
+    "fewer than are left": NormChange("1", 5),
+    "none": NormChange("1", -1),
+    "another layer": NormChange("0", 12),
+    "no such module": NormChange("7", 12),
+    "a container": NormChange("", 12),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_plans_of_strangers_change_only_norms(what):
+    model, _, small = shrunk("LayerNorm")
+    plan = replace(small.graphprune_plan, norms=(WRONG[what],))
+    with pytest.raises(PlanError, match="does not fit the model"):
+        graphprune.rebuild(model, plan)
+
+
+def test_a_norm_is_named_once_and_counted_by_no_other_attribute():
+    model, x, small = shrunk("LayerNorm")
+    plan = small.graphprune_plan
+    with pytest.raises(PlanError, match="two norms for 1"):
+        graphprune.rebuild(model, replace(plan, norms=plan.norms * 2))
+    later = graphprune.trace(small, x).plan(0.5)
+    size = graphprune.plan.plan.SizeChange("1", "of", (), 12, 8)
+    with pytest.raises(PlanError, match="no size that a plan can change"):
+        graphprune.rebuild(small, replace(later, sizes=(*later.sizes, size)))
+
+
+def test_a_derived_class_and_an_own_forward_stay_whole():
+    class Derived(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    graph = graphprune.trace(rows(Derived(12)), torch.randn(5, 4))
+    with pytest.warns(PruningWarning, match="left whole by exact_only"):
+        assert not graph.plan(0.5, exact_only=True).removed
+    own = nn.LayerNorm(12)
+    assert counted(own) == 12
+    own.forward = lambda x: x
+    assert not counted(own)
+
+
+def test_a_renormalising_round_before_has_no_single_reference():
+    model, x = drawn(rows(nn.LayerNorm(12))), TOKENS
+    small = graphprune.rebuild(model, 0.25, x)
+    smaller = graphprune.rebuild(small, 0.5, x, exact_only=True)
+    assert smaller.graphprune_plan.norms == (NormChange("1", 9),)
+    torch.testing.assert_close(graphprune.rebuild(model, smaller.graphprune_plan)(x), smaller(x))
+    with pytest.raises(PlanError, match="one by one"):
+        graphprune.mask(model, smaller.graphprune_plan)
+
+
+def test_a_plain_round_behind_stays_exact_where_norms_count():
+    model, x, small = shrunk("LayerNorm")
+    smaller = graphprune.rebuild(small, 0.5, x)
+    assert smaller.graphprune_plan.exact
+    whole = zeroed(model, smaller.graphprune_plan)
+    torch.testing.assert_close(smaller(x), whole(x), rtol=1e-10, atol=1e-12)
+
+
+def test_rounds_of_iterate_go_on():
+    model, x = drawn(rows(nn.LayerNorm(12))), TOKENS
+    outcome = iterate(
+        model, 2, None, lambda m: 0.0, sparsity=0.5, example_inputs=x, exact_only=True
+    )
+    assert outcome.model.graphprune_plan.removed == 6
+    whole = zeroed(model, outcome.model.graphprune_plan)
+    torch.testing.assert_close(outcome.model(x), whole(x), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_statistics_of_narrow_numbers_are_taken_wide(dtype):
+    x = (torch.randn(3, 7) * 300 + 500).to(dtype)  # squares that half precision cannot hold
+    whole = F.layer_norm(F.pad(x.double(), (0, 1)), (8,))[:, :7]
+    found = layer_norm(x, (7,), of=8)
+    assert found.dtype == dtype
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), whole, rtol=tolerance, atol=tolerance)
+
+
+def test_norms_of_vectors_count_zeroes_by_themselves():
+    class Unit(nn.Module):
+        def forward(self, x):
+            return F.normalize(x, dim=-1)
+
+    model = drawn(rows(Unit()))
+    small = graphprune.rebuild(model, 0.5, TOKENS, exact_only=True)
+    whole = zeroed(model, small.graphprune_plan)
+    assert small.graphprune_plan.removed == 6
+    torch.testing.assert_close(small(TOKENS), whole(TOKENS), rtol=1e-10, atol=1e-12)
+
+
+STATISTICS = {
+    "softmax": lambda x: x.softmax(-1),
+    "mean": lambda x: x - x.mean(-1, keepdim=True),
+    "variance": lambda x: x / x.var(-1, keepdim=True).sqrt(),
+    "maximum": lambda x: x - x.amax(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+def test_other_statistics_stay_whole_and_it_is_said(name):
+    class Op(nn.Module):
+        def forward(self, x):
+            return STATISTICS[name](x)
+
+    graph = graphprune.trace(drawn(rows(Op())), TOKENS)
+    with pytest.warns(PruningWarning, match="left whole by exact_only"):
+        assert not graph.plan(0.5, exact_only=True).removed
+
+
+class Drawn(nn.Module):
+    """A residual stream of images that drawn norms, convolutions and activations follow."""
+
+    def __init__(self, width, steps):
+        super().__init__()
+        self.make, self.read = nn.Conv2d(3, width, 1), nn.Linear(width, 2)
+        self.steps = nn.ModuleList()
+        for kind, parts, adds in steps:
+            groups = max(n for n in range(1, parts + 1) if width % n == 0)
+            norm = {"layer": Permuted, "group": lambda w, g=groups: nn.GroupNorm(g, w),
+                    "wide": lambda w: nn.LayerNorm([w, 3, 3])}[kind](width)  # fmt: skip
+            step = nn.Sequential(norm, nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
+            step.adds = adds
+            self.steps.append(step)
+
+    def forward(self, x):
+        x = self.make(x)
+        for step in self.steps:
+            x = x + step(x) if step.adds else step(x)
+        return self.read(x.mean((2, 3)))
+
+
+STEP = st.tuples(st.sampled_from(["layer", "group", "wide"]), st.integers(1, 4), st.booleans())
+
+
+@pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
+@given(st.integers(4, 9), st.lists(STEP, min_size=1, max_size=3), st.sampled_from([0.3, 0.6]))
+@settings(max_examples=12, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+def test_drawn_networks_equal_those_with_zeroes(width, steps, ratio):
+    model, x = drawn(Drawn(width, steps)), torch.linspace(-1, 1, 54).double().reshape(2, 3, 3, 3)
+    graph = graphprune.trace(model, x)
+    plan = graph.plan(ratio, exact_only=True)
+    small = graphprune.rebuild(model, plan)
+    later = graphprune.rebuild(small, ratio, x, exact_only=True)
+    for one in (small, later):
+        whole = zeroed(model, one.graphprune_plan)
+        torch.testing.assert_close(one(x), whole(x), rtol=1e-9, atol=1e-10)
