@@ -23,7 +23,7 @@ from graphprune.criteria.magnitude import (
     Magnitude,
     Random,
 )
-from graphprune.criteria.reconstruction import Reconstruction
+from graphprune.criteria.reconstruction import Auto, Reconstruction
 from graphprune.criteria.registry import (
     Criterion,
     Unseen,
@@ -38,6 +38,7 @@ __all__ = [
     "AGGREGATES",
     "NORMALISATIONS",
     "Apoz",
+    "Auto",
     "BatchNormScale",
     "Collector",
     "Criterion",

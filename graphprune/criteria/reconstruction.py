@@ -3,7 +3,8 @@
 What a layer reads is summed up by the second moments of its input windows, and what its output is
 worth by the second moments of the gradients with respect to it. With both, the loss of every
 channel after the best refit of the others is known in closed form, and channels are removed one
-after the other, the cheapest first.
+after the other, the cheapest first. What they cost is read off a half of the items that the refit
+has not seen (``held``): with fewer rows than channels every channel is redundant in the rows seen.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 from graphprune.channels.analysis import Group
 from graphprune.criteria.activations import reading_dim
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, register_statistic
+from graphprune.criteria.held import Halves, held_out
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.record.batches import forward
 from graphprune.record.observe import Product
@@ -27,6 +29,8 @@ from graphprune.record.windows import Window
 
 WIDEST = 2560  # columns (channels x kernel) up to which all second moments are kept
 ROWS = 8192  # windows that are looked at of each batch
+FEWEST = 8  # rows that a half tells anything from
+PLAIN = 1e-4  # the ridge where nothing can be held out
 STEPS = 256  # channels of large groups leave several at a time
 
 
@@ -41,7 +45,8 @@ class Reader:
         value: the weight as it was used.
         index: positions of the channels, [channels, positions each], where only moments between
             channels are kept; ``None`` when all moments are.
-        moment, total, count: sums over windows: [b, n, n], [b, n], and how many.
+        moment, total, count: sums over the windows of each half of the items: [2, b, n, n],
+            [2, b, n] and [2].
         metric: sums of the gradients' products, [b, outputs, outputs], or their squares where
             there are very many outputs.
         place: where the weight stands in the order in which weights run, from 0 to 1.
@@ -52,24 +57,32 @@ class Reader:
     index: Tensor | None
     moment: Tensor | float = 0.0
     total: Tensor | float = 0.0
-    count: int = 0
+    count: Tensor | float = 0.0
     metric: Tensor | float = 0.0
     place: float = 0.0
 
     def read(self, x: Tensor, places: int, generator: torch.Generator) -> None:
-        """Add the windows of one batch."""
+        """Add the windows of one batch, those of every other item to the second half."""
+        items = x.shape[0] if x.dim() > 1 else 1
         if self.index is not None:  # kernel places and positions of a channel are alike
             dim = -1 if self.window.kind == "linear" else 1
             channels, positions = self.index.shape
             x = x.movedim(dim, -1)[..., self.index.to(x.device)].movedim(-2, -1)
             rows = x.reshape(-1, 1, channels)
-            rows = rows[_some(len(rows), ROWS * positions, generator).to(x.device)]
+            places = len(rows)
+            pick = _some(places, ROWS * positions, generator)
+            rows = rows[pick.to(x.device)]
         else:
-            rows = self.window.rows(x, _some(places, ROWS, generator).to(x.device))
-        rows = real(rows).transpose(0, 1)
-        self.moment = self.moment + (rows.mT @ rows).to("cpu", torch.float64)
-        self.total = self.total + rows.sum(1).to("cpu", torch.float64)
-        self.count += rows.shape[1]
+            pick = _some(places, ROWS, generator)
+            rows = self.window.rows(x, pick.to(x.device))
+        halves = [real(rows[h.to(x.device)]).transpose(0, 1) for h in _halves(pick, places, items)]
+        for name, sums in (
+            ("moment", [half.mT @ half for half in halves]),
+            ("total", [half.sum(1) for half in halves]),
+            ("count", [torch.tensor(half.shape[1]) for half in halves]),
+        ):
+            more = torch.stack([part.to("cpu", torch.float64) for part in sums])
+            setattr(self, name, getattr(self, name) + more)
 
     def write(self, gradient: Tensor) -> None:
         """Add the gradients of one batch."""
@@ -78,15 +91,23 @@ class Reader:
         found = rows.square().sum(1) if wide else rows.mT @ rows
         self.metric = self.metric + found.to("cpu", torch.float64)
 
-    def covariance(self) -> Tensor:
-        """Of the columns, [b, n, n]: a constant is left to a bias."""
-        mean = self.total / self.count
-        assert isinstance(mean, Tensor)
-        return self.moment / self.count - mean[:, :, None] * mean[:, None, :]
+    def covariance(self, half: int | None = None) -> Tensor:
+        """Of the columns, [b, n, n], of a half or of all: a constant is left to a bias."""
+        parts = [torch.as_tensor(part) for part in (self.moment, self.total, self.count)]
+        moment, total, count = (p.sum(0) if half is None else p[half] for p in parts)
+        mean = total / count
+        return moment / count - mean[:, :, None] * mean[:, None, :]
+
+    @property
+    def halves(self) -> tuple[Tensor, Tensor] | None:
+        """The covariance of each half of the items; ``None`` where one half has very few rows."""
+        if float(torch.as_tensor(self.count).min()) < FEWEST:
+            return None
+        return self.covariance(0), self.covariance(1)
 
     def weighed(self) -> Tensor | None:
         """The weight in units of the outputs' worth, [b, rows, n]; ``None``: worth nothing."""
-        if not isinstance(self.metric, Tensor) or not self.count:
+        if not isinstance(self.metric, Tensor) or not isinstance(self.count, Tensor):
             return None
         matrix = self.window.matrix(self.value.detach()).to("cpu", torch.float64)
         if self.metric.dim() == 2:
@@ -114,6 +135,13 @@ class Reader:
 def real(x: Tensor) -> Tensor:
     """Detached, in single or double precision."""
     return x.detach() if x.dtype == torch.float64 else x.detach().float()
+
+
+def _halves(pick: Tensor, places: int, items: int) -> tuple[Tensor, Tensor]:
+    """Which of some places belong to items of even number, and which to the others."""
+    told = items > 1 and places % items == 0  # otherwise two stretches
+    item = pick * (items if told else 2) // max(places, 1)
+    return (item % 2 == 0).nonzero()[:, 0], (item % 2 == 1).nonzero()[:, 0]
 
 
 def _some(count: int, most: int, generator: torch.Generator) -> Tensor:
@@ -204,12 +232,13 @@ class Reconstruction:
     ``scope="global"``, ``normalise="macs"`` and a target they distribute a budget.
 
     Attributes:
-        ridge: added to the second moments, as a fraction of their mean.
+        ridge: added to the second moments, as a fraction of their mean; when absent, chosen for
+            every layer by the error on items that a refit has not seen, which then is the score.
         late: how much more an error in the last layer counts than the same one in the first, as a
             power of e: a repair makes up for errors of early layers in the layers behind them.
     """
 
-    ridge: float = 1e-4
+    ridge: float | None = None
     late: float = 1.0
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "reconstruction"})
     comparable: ClassVar[bool] = True
@@ -220,7 +249,8 @@ class Reconstruction:
         """Scores of shape [channels]."""
         assert isinstance(tensors, Evidence)
         known: Mapping[Key, Mapping[int, Reader]] = tensors.statistics["reconstruction"]
-        found = []
+        found: list[Surgeon] = []
+        sides: list[Halves] = []
         for member in group.members if group.size else ():
             parts = known.get((member.slot.tensor, member.slot.dim), {}) if member.reads else {}
             for reader in parts.values():
@@ -228,13 +258,35 @@ class Reconstruction:
                 if weighed is not None:
                     columns = reader.columns(torch.from_numpy(member.index.copy()))
                     weighed = weighed * math.exp(self.late * reader.place / 2)  # of the root
-                    found.append(Surgeon(reader.covariance(), weighed, columns, self.ridge))
+                    halves = reader.halves if self.ridge is None else None
+                    ridge = PLAIN if self.ridge is None else self.ridge
+                    if halves is not None:
+                        sides.append(Halves(halves, weighed, columns))
+                        ridge = sides[-1].ridge()
+                    found.append(Surgeon(reader.covariance(), weighed, columns, ridge))
         if not found:
             raise Unseen("no convolution or linear layer of moderate size sums over its channels")
-        return eliminate(found, group.size)
+        return eliminate(found, group.size, sides)
 
 
 reconstruction = register_criterion("reconstruction")(Reconstruction())
+
+
+@dataclass(frozen=True)
+class Auto(Reconstruction):
+    """What is best known for a repair without training: ``auto``.
+
+    ``reconstruction`` (after Kurtic et al., "ZipLM", NeurIPS 2023), ranked over all groups by the
+    error for each MAC that is saved, if the user names no scope and no normalisation. Without data
+    it is ``l2``, and the plan says so.
+    """
+
+    scope: ClassVar[str] = "global"
+    normalise: ClassVar[str] = "macs"
+    without_data: ClassVar[str] = "l2"
+
+
+auto = register_criterion("auto")(Auto())
 
 
 @dataclass
@@ -278,8 +330,14 @@ class Surgeon:
         self.inverse -= self.inverse[:, :, columns] @ update
 
 
-def eliminate(surgeons: Sequence[Surgeon], size: int) -> Tensor:
-    """The increase of the error when each channel leaves, the cheapest first: [channels]."""
+def eliminate(surgeons: Sequence[Surgeon], size: int, sides: Sequence[Halves] = ()) -> Tensor:
+    """The increase of the error when each channel leaves, the cheapest first: [channels].
+
+    Args:
+        surgeons: the weights that read the channels.
+        size: how many channels there are.
+        sides: the same weights in two halves of the items, which errors are then taken from.
+    """
     alive = torch.arange(size)
     order: list[int] = []
     costs: list[float] = []
@@ -295,6 +353,10 @@ def eliminate(surgeons: Sequence[Surgeon], size: int) -> Tensor:
         stays = torch.ones(len(alive), dtype=torch.bool)
         stays[cheapest] = False
         alive = alive[stays]
+    if len(sides) == len(surgeons) and order:
+        ridges = [surgeon.ridge for surgeon in surgeons]
+        given = torch.tensor(costs, dtype=torch.float64)
+        costs = held_out(sides, ridges, torch.tensor(order), given).tolist()
     found = torch.zeros(size, dtype=torch.float64)
     slopes = _rising(costs)
     found[order] = slopes

@@ -35,6 +35,9 @@ class Entry:
         needs: what it must be given: ``"weights"`` or names of statistics.
         aggregate: how the scores of several slots become one, unless the user says otherwise.
         comparable: whether the scores of different groups are on one scale.
+        scope, normalise: what plans do with the scores, unless the user says otherwise.
+        without_data: the criterion that stands in where no data are given; needs are errors when
+            absent.
     """
 
     name: str
@@ -42,6 +45,9 @@ class Entry:
     needs: frozenset[str] = WEIGHTS
     aggregate: str = "sum"
     comparable: bool = False
+    scope: str | None = None
+    normalise: str | None = None
+    without_data: str | None = None
 
 
 _REGISTRY: dict[str, Entry] = {}
@@ -54,8 +60,9 @@ def register_criterion(name: str, needs: Iterable[str] | str | None = None) -> C
     needs as ``.statistics``), and a seeded generator. It returns scores of shape [channels], or
     [slots, channels], which are then aggregated; high for important channels. Any callable will
     do, a function or an object with options. It may have the attributes ``needs``, ``aggregate``
-    (how slots are aggregated by default) and ``comparable`` (whether scores of different groups
-    are on one scale), and may raise ``Unseen`` for a group that it cannot judge.
+    (how slots are aggregated by default), ``comparable`` (whether scores of different groups are
+    on one scale), ``scope`` and ``normalise`` (what plans use by default), and may raise
+    ``Unseen`` for a group that it cannot judge.
 
     Args:
         name: what users pass as ``criterion=``.
@@ -127,5 +134,8 @@ def _entry(name: str, criterion: Criterion, needs: Iterable[str] | str | None) -
         criterion,
         frozenset({found} if isinstance(found, str) else found),
         getattr(criterion, "aggregate", Entry.aggregate),
-        getattr(criterion, "comparable", Entry.comparable),
+        *(
+            getattr(criterion, name, getattr(Entry, name))
+            for name in ("comparable", "scope", "normalise", "without_data")
+        ),
     )

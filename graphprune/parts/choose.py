@@ -14,7 +14,7 @@ from torch import nn
 
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.statistics import has_statistics, reestimate
-from graphprune.criteria import find, name_of
+from graphprune.criteria import find
 from graphprune.errors import InputError, warn
 from graphprune.execute.shrink import shrink
 from graphprune.parts.depth import Alone, Depth
@@ -163,7 +163,7 @@ class Chooser:
         """A plan that says what it was asked for, and what it costs."""
         request = self.request
         told: dict[str, object] = {"parts": list(request.parts), "ratio": request.ratio}
-        told |= {"criterion": name_of(request.criterion), "seed": request.seed}
+        told |= {"criterion": request.named, "seed": request.seed}
         if request.target:
             told["target"] = {name: target.amount for name, target in request.target.items()}
         told |= self.whole.counted

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from graphprune.channels.analysis import Analysis
-from graphprune.criteria import name_of
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
 from graphprune.ops.vanishing import breaks
@@ -48,7 +47,7 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
         if not draft.analysis.groups:
             reasons = why(draft.analysis) or "  its forward read no parameter of its own"
             raise InputError(f"no channel of this model can be removed:\n{reasons}")
-        told = {**request.said(), "criterion": name_of(request.criterion)}
+        told = {**request.said(), "criterion": request.named}
         try:
             chosen = draft.kept(_counts(draft, told))
             plan, ran = emit(model, call, draft.settled, chosen, told, draft.rescaling)

@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum, auto
 from numbers import Real
 from typing import Any, Protocol, TypedDict
@@ -15,7 +15,9 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 
 from graphprune.arguments import is_int, is_number
+from graphprune.criteria import find, name_of
 from graphprune.errors import InputError
+from graphprune.planning.hints import HINTS
 from graphprune.planning.kinds import check_parts, parts_of
 from graphprune.record.batches import check_loss
 
@@ -100,11 +102,13 @@ class Request:
 
     ratio: float | None = None
     allocation: Allocation | None = None
+    standing_in: str = ""  # for this criterion
     criterion: Any = field(
         default="l2",
         metadata=option(
             'how channels are scored: the name of a registered criterion (``"l2"``, see '
-            "``graphprune.criteria``) or a callable.",
+            '``graphprune.criteria``) or a callable. ``"auto"``: for a repair, by ``data`` without '
+            "labels.",
             short="How channels are scored, from weights alone: l1, l2, lamp, ...",
             told=Told.NEVER,
         ),
@@ -290,7 +294,22 @@ class Request:
         request._check_values()
         request._check_amount()
         check_parts(request, cls())
-        return request
+        return request._advised()
+
+    def _advised(self) -> Request:
+        """With what the criterion says of itself where the user does not."""
+        entry = find(self.criterion)
+        if self.data is None and entry.without_data is not None:
+            return replace(self, criterion=entry.without_data, standing_in=entry.name)
+        own = None if "latency" in self.target or self.allocation else entry.scope
+        normalise = self.normalise or entry.normalise
+        return replace(self, scope=self.scope or own, normalise=normalise)
+
+    @property
+    def named(self) -> str:
+        """The criterion, for plans."""
+        name = name_of(self.criterion)
+        return f"{self.standing_in}: {name}, for want of data" if self.standing_in else name
 
     def _check_values(self) -> None:
         if self.scope is not None and self.scope not in SCOPES:
@@ -390,26 +409,10 @@ def check_ratio(ratio: object, name: str = "ratio", other: str = " or a Plan") -
     return number
 
 
-_AMOUNT_HINT = "pass the ratio by place, rebuild(model, 0.5) or graph.plan(0.5)"
-_KEEP_HINT = (
-    'keep takes glob patterns of layers whose channels stay, such as keep=["head", "stem.*"]'
-)
-_HINTS = {  # what other libraries call it, and our command line
-    **dict.fromkeys(("ratio", "amount", "sparsity", "pruning_ratio", "prune_ratio"), _AMOUNT_HINT),
-    **dict.fromkeys(("ignored_layers", "ignore", "exclude", "skip", "excluded"), _KEEP_HINT),
-    **dict.fromkeys(("importance", "metric", "method"), "criterion says how channels are scored"),
-    "global_pruning": 'scope="global" compares scores of all channels',
-    "isomorphic": 'scope="isomorphic" compares scores of alike groups',
-    "pruning_ratio_dict": 'ratios takes fractions by layer, such as {"layer3.*": 0.6}',
-    "max_pruning_ratio": "min_kept is the smallest fraction that every group keeps",
-    "flops": 'pass target={"macs": 0.5}',
-}
-
-
 def _check_names(options: Mapping[str, object]) -> None:
     for name in options:
-        if name in _HINTS:
-            raise InputError(f"unknown option {name!r}: {_HINTS[name]}")
+        if name in HINTS:
+            raise InputError(f"unknown option {name!r}: {HINTS[name]}")
         if name not in _NAMES:
             near = difflib.get_close_matches(name, _NAMES, 1, 0.5)
             hint = f"; did you mean {near[0]!r}?" if near else ""

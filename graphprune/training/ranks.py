@@ -111,6 +111,7 @@ class Averaged:
         self.needs = entry.needs
         self.aggregate = entry.aggregate
         self.comparable = entry.comparable
+        self.scope, self.normalise = entry.scope, entry.normalise
 
     def __call__(
         self, group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator

@@ -57,7 +57,7 @@ class RoundPlans:
         if self.request.data is not None:
             check_data(self.request.data, passes=rounds)
         check_needs(find(self.request.criterion), self.request.data)
-        told = {**self.request.said(), "criterion": find(self.request.criterion).name}
+        told = {**self.request.said(), "criterion": self.request.named}
         self.told = {name: told[name] for name in sorted(told)}  # what another run is compared with
         self.quantity, self.attention = quantity, attention
         self.options = dict(options)

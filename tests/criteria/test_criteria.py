@@ -87,9 +87,10 @@ HAND = {
     "wanda": [0.25 * 1, 0, 1 * 4],  # variances 0.25, 0, 1
     "reconstruction": [4 * 1 * 1, 0, 2 * 4],  # samples x variance x squared weight; last: doubled
 }
+HAND["auto"] = HAND["reconstruction"]
 # for reconstruction the channels are uncorrelated: 1 or 3, and 1 or 3
 APART = torch.cartesian_prod(*[torch.tensor([1.0, 3.0])] * 2).double() @ W1[[0, 2]].inverse().T
-DATA = {"reconstruction": ([APART], 1e-3)}  # a ridge is added to the moments
+DATA = dict.fromkeys(("auto", "reconstruction"), ([APART], 1e-3))  # a ridge is added to the moments
 OPTIONS = [
     (Magnitude(0.5), [(3**0.5 + 2) ** 2, 0, (1 + 2**0.5) ** 2]),
     (Magnitude(2, side="reads"), [1, 5, 2]),
