@@ -140,6 +140,7 @@ def remaining(model: nn.Module, plan: Plan) -> Plan:
         literals=tuple(change for change in plan.literals if change.module in modules),
         indices=tuple(change for change in plan.indices if change.tensor in tensors),
         scales=tuple(change for change in plan.scales if change.tensor in tensors),
+        norms=tuple(change for change in plan.norms if change.module in modules),
         biases=tuple(c for c in plan.biases if _owner(c.tensor) in modules),
         merges=tuple(change for change in plan.merges if change.tensor in tensors),
         zeroed=tuple(slot for slot in plan.zeroed if slot.tensor in tensors),

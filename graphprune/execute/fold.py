@@ -47,17 +47,23 @@ def merged(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         weight = found.get(change.tensor, tensors[change.tensor]).clone()
         if weight.is_meta:
             continue
-        masked = weight
+        masked, device = weight, weight.device
+        slices, shares = zip(*change.targets)
+        targets = torch.tensor(slices, device=device)
         if change.mask is not None:
             mask = found.get(change.mask, tensors[change.mask]).clone()
             masked = weight * mask
-            mask.select(change.dim, change.into).fill_(1)
-            found[change.mask] = mask
-        index = torch.tensor((change.into, *change.sources), device=weight.device)
-        factors = torch.tensor((1.0, *change.factors), dtype=torch.float64, device=weight.device)
-        parts = masked.index_select(change.dim, index).double().movedim(change.dim, -1)
-        weight.select(change.dim, change.into).copy_(parts @ factors)
-        found[change.tensor] = weight
+            found[change.mask] = mask.index_fill_(change.dim, targets, 1)
+        sources = torch.tensor(change.sources, device=device)
+        factors, shares = (
+            torch.tensor(numbers, dtype=torch.float64, device=device)
+            for numbers in (change.factors, shares)
+        )
+        parts = masked.index_select(change.dim, sources).double().movedim(change.dim, -1)
+        total = (parts @ factors)[..., None] * shares
+        before = masked.index_select(change.dim, targets).double()
+        added = before + total.movedim(-1, change.dim)
+        found[change.tensor] = weight.index_copy_(change.dim, targets, added.to(weight.dtype))
     return found
 
 

@@ -278,7 +278,8 @@ class BiasChange:
 class MergeChange:
     """Slices of a weight that are added to another slice, each times its factor.
 
-    ``mask`` is a buffer that the weight is multiplied with; the slice ``into`` is then unmasked.
+    With ``shares`` their sum goes to the slices ``spread`` as well, to each times its share. The
+    buffer ``mask`` is multiplied with the weight; what they are added to is then unmasked.
     """
 
     tensor: str
@@ -287,6 +288,13 @@ class MergeChange:
     sources: tuple[int, ...]
     factors: tuple[float, ...]
     mask: str | None = None
+    spread: Runs = ()  # without ``into``
+    shares: tuple[float, ...] = ()  # of ``into`` first
+
+    @property
+    def targets(self) -> tuple[tuple[int, float], ...]:
+        """The slices that are added to, each with its share of the sum."""
+        return tuple(zip((self.into, *self.spread), self.shares or (1.0,)))
 
     def before(self, slots: Mapping[tuple[str, int], SlotPlan]) -> MergeChange:
         """The same change of the original of a small model."""
@@ -294,7 +302,8 @@ class MergeChange:
         if slot is None:
             return self
         sources = tuple(slot.kept[source] for source in self.sources)
-        return replace(self, into=slot.kept[self.into], sources=sources)
+        spread = tuple(slot.kept[target] for target in self.spread)
+        return replace(self, into=slot.kept[self.into], sources=sources, spread=spread)
 
 
 @dataclass(frozen=True)

@@ -123,8 +123,10 @@ def _wrong_values(plan: Any) -> Iterator[str]:
         if scale.factor <= 0 or scale.new < 0:
             yield f"the factor of {scale.tensor!r} is not positive"
     for merge in plan.merges:
-        slices = {merge.into, *merge.sources}
-        if not len(slices) - 1 == len(merge.sources) == len(merge.factors):
+        targets = [merge.into, *merge.spread]
+        alone = len({*targets, *merge.sources}) == len(targets) + len(merge.sources)
+        shares = len(merge.shares or (1,)) == len(targets)
+        if not (alone and shares and len(merge.sources) == len(merge.factors)):
             yield f"the slices of {merge.tensor!r} that are added"
     if min(*vars(plan.before).values(), *vars(plan.after).values()) < 0:
         yield "a cost is negative"
@@ -371,7 +373,7 @@ class Check:
         """Slices that are there, and a mask of the same shape."""
         weight = self.tensor(change.tensor, change.dim)
         size = weight.shape[change.dim] if weight.dim() else 0
-        slices = (change.into, *change.sources)
+        slices = (change.into, *change.spread, *change.sources)
         self.need(0 <= min(slices) <= max(slices) < size, f"{change.tensor!r} has no such slices")
         if change.mask is not None:
             mask = self.tensor(change.mask)

@@ -198,6 +198,8 @@ class Plan:
         A channel is dead when its readers multiply it by zero or leave as well, or when it is
         constant: a zeroed filter behind a bias, a BatchNorm, an activation. Constants are added to
         the biases of the readers (or taken from the running mean of the BatchNorm behind them).
+        LayerNorm and GroupNorm go on counting zeroes that leave in front of them; what these become
+        behind a LayerNorm goes to the weights of the linear layers that read it.
         Masks that remain (``weight_mask`` of ``torch.nn.utils.prune``) are cut with the weights.
         Activations are taken to be finite.
 

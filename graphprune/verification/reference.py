@@ -35,12 +35,13 @@ def with_constants(model: nn.Module, plan: Plan) -> nn.Module:
             weight = tensors[merge.tensor].transpose(0, merge.dim)
             mask = None if merge.mask is None else tensors[merge.mask].transpose(0, merge.dim)
             whole = weight if mask is None else weight * mask
-            total = whole[merge.into].double()
+            total = torch.zeros_like(whole[0], dtype=torch.float64)
             for source, factor in zip(merge.sources, merge.factors):
                 total = total + factor * whole[source].double()
-            weight[merge.into] = total.to(weight)
-            if mask is not None:
-                mask[merge.into] = 1
+            for target, share in merge.targets:
+                weight[target] = (whole[target].double() + share * total).to(weight)
+                if mask is not None:
+                    mask[target] = 1
     for change in plan.biases:
         vector = tensors.get(change.tensor)
         if vector is None and change.like is not None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.norms import BERT, Images, Permuted, Stream, ViT, rows
 from support.zeroing import drawn, zeroed
 from torch import nn
 from torch.nn import functional as F
@@ -18,95 +19,6 @@ from graphprune.ops.exact_norms import layer_norm
 from graphprune.plan.plan import NormChange
 from graphprune.record.norms import ExactGroupNorm, ExactLayerNorm, counted
 from graphprune.training import iterate
-
-
-class Images(nn.Module):
-    """Two convolutions around a norm of 12 channels at 5 x 6 places."""
-
-    def __init__(self, norm):
-        super().__init__()
-        self.make, self.norm, self.read = nn.Conv2d(3, 12, 3, padding=1), norm, nn.Conv2d(12, 4, 3)
-
-    def forward(self, x):
-        return self.read(F.silu(self.norm(self.make(x))))
-
-
-class Stream(nn.Module):
-    """A residual stream of 12 channels under two norms of two groups."""
-
-    def __init__(self, groups=2, **options):
-        super().__init__()
-        self.make = nn.Conv2d(3, 12, 3, padding=1)
-        self.first, self.conv = nn.GroupNorm(groups, 12, **options), nn.Conv2d(12, 12, 1)
-        self.last, self.read = nn.GroupNorm(groups, 12, **options), nn.Linear(12, 4)
-
-    def forward(self, x):
-        x = self.make(x)
-        x = x + self.conv(F.silu(self.first(x)))
-        return self.read(self.last(x).mean((2, 3)))
-
-
-class Permuted(nn.Module):
-    """LayerNorm over the channels of images, by permuting them, as ConvNeXt does."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.norm = nn.LayerNorm(channels)
-
-    def forward(self, x):
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class Block(nn.Module):
-    """A transformer block, with its norms before or behind."""
-
-    def __init__(self, width=12, before=True):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-        self.before = before
-
-    def attend(self, x):
-        heads = self.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)
-        return self.out(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
-
-    def forward(self, x):
-        if self.before:
-            x = x + self.attend(self.norm1(x))
-            return x + self.down(F.gelu(self.up(self.norm2(x))))
-        x = self.norm1(x + self.attend(x))
-        return self.norm2(x + self.down(F.gelu(self.up(x))))
-
-
-class ViT(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, 12, 4, 4)
-        self.token = nn.Parameter(torch.zeros(1, 1, 12))
-        self.blocks = nn.Sequential(Block(), Block())
-        self.norm, self.head = nn.LayerNorm(12), nn.Linear(12, 3)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2).transpose(1, 2)
-        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
-        return self.head(self.norm(self.blocks(x))[:, 0])
-
-
-class BERT(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.words, self.norm = nn.Embedding(20, 12), nn.LayerNorm(12)
-        self.layers = nn.Sequential(Block(before=False), Block(before=False))
-        self.head = nn.Linear(12, 3)
-
-    def forward(self, ids):
-        return self.head(self.layers(self.norm(self.words(ids)))[:, 0])
-
-
-def rows(norm):
-    return nn.Sequential(nn.Linear(4, 12), norm, nn.GELU(), nn.Linear(12, 3))
-
 
 TOKENS, MAPS = torch.randn(5, 4).double(), torch.randn(2, 3, 5, 6).double()
 MODELS = {

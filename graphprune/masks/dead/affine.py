@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from graphprune.masks.dead.relations import Relation
 from graphprune.ops.fact import Fact
 from graphprune.ops.views import matrix_of
 
@@ -28,13 +29,19 @@ class Affine:
     """``sum over channels of weight * x``, for the channels that are constant.
 
     ``taps`` is the weight as [outputs, inputs of a group, places of the kernel]; ``needed`` says
-    which outputs are read by anything but a multiplication by zero.
+    which outputs are read by anything but a multiplication by zero; ``relation`` which inputs are
+    constants and a sum of others.
     """
 
     def __init__(
         self, node: fx.Node, x: Fact, weight: Fact, how: tuple[Any, ...] | None, needed: Tensor,
+        relation: Relation | None = None,
     ) -> None:  # fmt: skip
-        self.node, self.how, self.needed = node, how, needed
+        self.node, self.how, self.needed, self.relation = node, how, needed, relation
+        dim, before = 1 if how else -1, x.unknown
+        x = x if relation is None else relation.filled(x, dim)
+        related = (before & ~x.unknown).movedim(dim, 0)
+        self.related = related.reshape(len(related), -1).any(1)  # constants and a sum of others
         self.groups = how[5] if how else 1
         transposed = bool(how and how[3])
         self.taps = _taps(weight.value, self.groups, transposed)
@@ -56,6 +63,7 @@ class Affine:
         self.merged = torch.zeros(len(channels), dtype=torch.bool)
         if len(self.columns):
             self._constants(x, channels, weight)
+        self.flat &= ~self.related  # none of them stands for other constants
 
     def _spread(self, channels: Tensor) -> Tensor:
         """A vector of inputs as [outputs, inputs of a group]."""
@@ -150,6 +158,12 @@ class Affine:
         """Inputs that must stay because they are another constant in another call."""
         self.state[columns] = CHANGING
         self.bad |= self.reads & self._spread(columns)
+
+    def unrelate(self) -> None:
+        """Inputs that are a sum of others must stay: nothing can take that up."""
+        self.refuse(self.related)
+        self.state[self.related] = UNKNOWN
+        self.relation = None
 
     def blocked(self, kept: Tensor) -> Tensor:
         """Inputs that must stay because of what they add to kept outputs."""

@@ -1,6 +1,7 @@
-"""Constants that no bias can take go to the weights of one constant channel that stays.
+"""What no bias can take goes to the weights of channels that stay.
 
-Behind zero padding a constant channel adds less at the borders than in the middle. So does every
+Zeroes in front of a LayerNorm go to the other channels (see :mod:`.relations`). Constants go to one
+constant channel: behind zero padding, it adds less at the borders than in the middle. So does every
 other one: channels of constants a and b that are read with weights v and w add what the first one
 adds with v + b / a * w, at every place. One channel thus stands for all of them, exactly.
 """
@@ -33,6 +34,8 @@ def agree(passes: Sequence[Pass], fold: str) -> None:
             sinks.setdefault(sink, []).append(reader)
         for reader, matrix in one.matrices.items():
             matrices.setdefault(matrix, []).append(reader)
+    for calls in matrices.values():
+        _agree_on_relations(calls)
     differing = {}
     for calls in sinks.values():
         differing.update(dict.fromkeys(calls, _differing(calls)))
@@ -40,6 +43,15 @@ def agree(passes: Sequence[Pass], fold: str) -> None:
         _merge(calls, differing)
     for reader, columns in differing.items():
         reader.affine.refuse(columns & reader.affine.nonzero & ~reader.affine.merged)
+
+
+def _agree_on_relations(calls: Sequence[AffineReader]) -> None:
+    """A sum of other inputs is taken up by a weight where all calls that read it see the same."""
+    first = calls[0].affine.relation
+    if first is not None and all(first.equals(reader.affine.relation) for reader in calls):
+        return
+    for reader in calls:
+        reader.affine.unrelate()
 
 
 def _differing(calls: Sequence[AffineReader]) -> torch.Tensor:
@@ -84,6 +96,7 @@ def representatives(one: Pass, slots: np.ndarray) -> Iterator[Blame]:
 def merges(one: Pass, slots: np.ndarray) -> tuple[MergeChange, ...]:
     """What weights take up when the given slices stay."""
     alive = one.alive(slots)
+    spread = _spread(one, alive)
     found: dict[Matrix, MergeChange] = {}
     for reader, matrix in one.matrices.items():
         leaving, level = _leaving(reader, alive), reader.affine.level
@@ -99,7 +112,31 @@ def merges(one: Pass, slots: np.ndarray) -> tuple[MergeChange, ...]:
             tuple((level[sources] / level[into]).tolist()),
             matrix.mask,
         )
-    return tuple(found.values())
+    return (*found.values(), *spread)
+
+
+def _spread(one: Pass, alive: np.ndarray) -> list[MergeChange]:
+    """What weights of other channels take up of zeroes in front of a LayerNorm."""
+    found: dict[Matrix, MergeChange] = {}
+    for reader, matrix in one.matrices.items():
+        known = reader.affine.relation
+        if known is None or matrix in found:
+            continue
+        read = reader.affine.read_by(reader.kept(alive)) & (known.factors != 0)
+        sources = (reader.gone(alive) & known.zero & read).nonzero().flatten()
+        into, *others = (~known.zero).nonzero().flatten().tolist()
+        if len(sources):
+            found[matrix] = MergeChange(
+                matrix.tensor,
+                matrix.dim,
+                into,
+                tuple(sources.tolist()),
+                tuple(known.factors[sources].tolist()),
+                matrix.mask,
+                tuple(others),
+                tuple(known.shares[[into, *others]].tolist()),
+            )
+    return list(found.values())
 
 
 def _leaving(reader: AffineReader, alive: np.ndarray) -> torch.Tensor:

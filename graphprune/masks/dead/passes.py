@@ -13,13 +13,16 @@ from graphprune.channels.analysis import Analysis
 from graphprune.masks.dead.affine import Affine, parts_of
 from graphprune.masks.dead.readers import (
     AffineReader,
+    GroupReader,
     OtherReader,
     ProductReader,
     Reader,
     StatisticsReader,
 )
+from graphprune.masks.dead.relations import NORMS, Relation, aligned, norm_before, relation
 from graphprune.masks.dead.sinks import Matrix, Sink, needed, sink_of, stored_matrix
 from graphprune.masks.interpret import Interpreter, real_tensors
+from graphprune.ops.calls import args_of
 from graphprune.ops.fact import Fact
 from graphprune.ops.ids import varying
 from graphprune.ops.registry import op_of, packet_of
@@ -29,6 +32,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.recording import record_values
 
 aten = torch.ops.aten
+_GROUPS = {aten.native_group_norm: 6, torch.ops.graphprune.group_norm: 1}
 
 
 class Pass:
@@ -59,9 +63,12 @@ class Pass:
         self.readers: list[Reader] = []
         self.sinks: dict[AffineReader, Sink] = {}
         self.matrices: dict[AffineReader, Matrix] = {}
+        self.relations: dict[fx.Node, Relation | None] = {}  # behind LayerNorms
         self.dead: list[tuple[str, np.ndarray]] = []  # constant outputs of a layer: their ids
         for node, known in self.inside.run():
             self._note_dead(node, known)
+            if packet_of(node) in NORMS:
+                self.relations[node] = relation(node, known)
             if self.analysis.marks.sums(node):
                 self._read(node, known)
         del self.inside
@@ -120,16 +127,30 @@ class Pass:
             )
         ]
         outputs = node.meta["shape"][1 if how else -1]
-        affine = Affine(node, value, matrix, how, needed(node, outputs, self.inside))
         sink = sink_of(node, self.model, self.inside)
+        related = self._related(x, ids[0], how, matrix) if sink is not None else None
+        affine = Affine(node, value, matrix, how, needed(node, outputs, self.inside), related)
         affine.settle(self.fold, sink is not None)
         reader = AffineReader(node, affine, *ids)
         if sink is not None:
             self.sinks[reader] = sink
         matrix_name = stored_matrix(node)
+        if matrix_name is None:
+            affine.unrelate()
         if matrix_name is not None:
             self.matrices[reader] = matrix_name
         return reader
+
+    def _related(
+        self, x: fx.Node, inputs: np.ndarray, how: tuple[Any, ...] | None, weight: Fact
+    ) -> Relation | None:
+        """What holds of the inputs of a layer that reads a LayerNorm, place by place."""
+        norm = norm_before(x)
+        if norm is None or self.fold == "none" or not (how is None or _by_place(how, weight)):
+            return None
+        first = norm.meta["items"][0]
+        outputs = _along(self.analysis.values[first], -1, first.meta["shape"][-1])
+        return self.relations[norm] if aligned(inputs, outputs) else None
 
     def _product(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> ProductReader | None:
         product = factors_of(node)
@@ -139,13 +160,15 @@ class Pass:
         return ProductReader(node, product.product, factors, self.analysis.values[node])
 
     def _statistics(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> Reader | None:
-        if packet_of(node) is aten.native_group_norm:  # groups leave whole or change statistics
-            return ProductReader(node, lambda: torch.zeros(()), [], Value(()))
         if op_of(node).masked is None:
             return None
         source = node.args[0]
-        ids = self.analysis.marks.masked_ids(node)
         assert isinstance(source, fx.Node)
+        place = _GROUPS.get(packet_of(node))
+        if place is not None:
+            groups = int(args_of(node)[place])
+            return GroupReader(node, self.analysis.values[source], known[source], groups)
+        ids = self.analysis.marks.masked_ids(node)
         return StatisticsReader(node, self.analysis.values[source], known[source], ids)
 
     def _note_dead(self, node: fx.Node, known: Mapping[fx.Node, Any]) -> None:
@@ -161,6 +184,12 @@ class Pass:
             return
         ids = _along(self.analysis.values[result], dim, len(unknown))
         self.dead.append((str(node.meta.get("module", "")), ids[:, ~unknown.numpy()]))
+
+
+def _by_place(how: tuple[Any, ...], weight: Fact) -> bool:
+    """Whether a convolution looks at one place at a time, and at no padding."""
+    _, padding, _, transposed, _, groups = how
+    return not any(padding) and not transposed and groups == 1 and weight.value[0, 0].numel() == 1
 
 
 def _count(tensor: Tensor, dim: int) -> np.ndarray:

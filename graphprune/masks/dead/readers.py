@@ -134,6 +134,22 @@ class StatisticsReader:
         return Blame(ids, [f"not zero{_where(self.node)} for statistics"] * len(ids))
 
 
+class GroupReader:
+    """Statistics over groups of channels: of those that do not leave whole."""
+
+    def __init__(self, node: fx.Node, value: Value, fact: Fact, groups: int) -> None:
+        self.node, self.value, self.mark, self.groups = node, value, fact.nonzero, groups
+
+    def blamed(self, alive: np.ndarray) -> Blame:
+        """Channels that are not zero, of groups of which some stay."""
+        keep = stays(self.value, alive)
+        by_group = keep.transpose(0, 1).reshape(self.groups, -1).any(1)
+        counts = by_group.repeat_interleave(keep.shape[1] // self.groups)
+        hit = self.mark & ~keep & counts.reshape(1, -1, *[1] * (keep.dim() - 2))
+        ids = ids_at(self.value, hit, alive) if bool(hit.any()) else NONE
+        return Blame(ids, [f"not zero{_where(self.node)} for statistics"] * len(ids))
+
+
 class OtherReader:
     """An op of which nothing is known but that zeroes may leave."""
 
@@ -153,7 +169,7 @@ class OtherReader:
         return Blame(found, [why] * len(found))
 
 
-Reader = AffineReader | ProductReader | StatisticsReader | OtherReader
+Reader = AffineReader | ProductReader | StatisticsReader | GroupReader | OtherReader
 
 
 def _name(node: fx.Node) -> str:
