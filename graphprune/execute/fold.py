@@ -48,8 +48,7 @@ def merged(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         if weight.is_meta:
             continue
         masked, device = weight, weight.device
-        slices, shares = zip(*change.targets)
-        targets = torch.tensor(slices, device=device)
+        targets = torch.tensor([target for target, _ in change.targets], device=device)
         if change.mask is not None:
             mask = found.get(change.mask, tensors[change.mask]).clone()
             masked = weight * mask
@@ -57,7 +56,7 @@ def merged(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         sources = torch.tensor(change.sources, device=device)
         factors, shares = (
             torch.tensor(numbers, dtype=torch.float64, device=device)
-            for numbers in (change.factors, shares)
+            for numbers in (change.factors, [share for _, share in change.targets])
         )
         parts = masked.index_select(change.dim, sources).double().movedim(change.dim, -1)
         total = (parts @ factors)[..., None] * shares

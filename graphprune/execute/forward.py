@@ -20,9 +20,12 @@ from torch import nn
 
 from graphprune.errors import PlanError, RewriteError
 from graphprune.ops.calls import Function
+from graphprune.ops.exact_norms import group_norm, layer_norm
 from graphprune.plan.plan import LiteralChange
 from graphprune.record.attention import INNER, multi_head_attention_forward
+from graphprune.record.norms import exact_forward
 from graphprune.record.sites import (
+    OF,
     TIMES,
     Site,
     Step,
@@ -33,11 +36,20 @@ from graphprune.record.sites import (
     holders,
     is_attention,
     lacks,
+    norm_called,
     spans_of,
     start,
 )
 
 Edits = tuple[LiteralChange, ...]
+
+
+_OWN = {  # what rewritten code may call besides
+    "_attention": multi_head_attention_forward,
+    "_layer_norm": layer_norm,
+    "_group_norm": group_norm,
+    "_forward": exact_forward,
+}
 
 
 class Rewritten:
@@ -121,7 +133,7 @@ def _at(module: nn.Module, steps: tuple[Step, ...]) -> object:
 
 def compiled(function: Function, steps: tuple[Step, ...], edits: Edits, module: nn.Module) -> Any:
     """A function, and those that it calls or wraps, with the edits made."""
-    names = {**function.__globals__, "_put": put, "_attention": multi_head_attention_forward}
+    names = {**function.__globals__, **_OWN}
     code: types.CodeType = function.__code__
     cells = dict(zip(code.co_freevars, function.__closure__ or ()))
     for way in dict.fromkeys(
@@ -145,6 +157,7 @@ def _edited(function: Function, edits: Edits) -> types.CodeType:
     definition, kind = _definition(function)
     first = start(function.__code__)
     attentions: list[ast.Call] = []
+    norms: list[ast.Call] = []
     for edit in edits:
         if edit.digest != digest(function.__code__):
             raise PlanError(
@@ -154,8 +167,15 @@ def _edited(function: Function, edits: Edits) -> types.CodeType:
         node = change(definition, replace(edit.site, first=first), edit)
         if edit.path[0] in INNER and isinstance(node, ast.Call) and is_attention(node):
             attentions.append(node)
+        if edit.path[0] == OF and isinstance(node, ast.Call):
+            norms.append(node)
     for call in attentions:  # torch's own takes no such sizes
         call.func = ast.copy_location(ast.Name("_attention", ast.Load()), call.func)
+    for call in norms:  # nor such a count
+        name = norm_called(call)
+        if name == "forward":  # of the class above, given the module
+            call.args.insert(0, ast.Name(function.__code__.co_varnames[0], ast.Load()))
+        call.func = ast.copy_location(ast.Name(f"_{name}", ast.Load()), call.func)
     free = function.__code__.co_freevars
     body = ast.parse(f"def _factory({', '.join(free)}):\n    return {kind}")
     factory: Any = body.body[0]
@@ -233,3 +253,6 @@ def put(sequence: Any, path: Sequence[Any], value: float) -> Any:
     first, *rest = path
     items[first] = put(items[first], rest, value) if rest else value
     return tuple(items)
+
+
+_OWN["_put"] = put

@@ -40,9 +40,10 @@ from graphprune.plan.changes import (
 )
 from graphprune.plan.leaving import left_of
 from graphprune.plan.vocabulary import problems
-from graphprune.record.norms import counted
+from graphprune.record.norms import counted, counts_in_code
 from graphprune.record.sites import (
     INNER_SIZES,
+    OF,
     TIMES,
     defined,
     digest,
@@ -59,7 +60,7 @@ from graphprune.record.tensors import held_tensors, named_modules
 
 Shape = tuple[int, ...]
 MASK = "_mask"
-_DEFAULTS = {(name,) for name in ("scale", *INNER_SIZES)}
+_DEFAULTS = {(name,) for name in ("scale", OF, *INNER_SIZES)}
 _GIVES = re.compile(
     r"none|zero|(zeros )?(args\.\d{1,4}|kwargs\.\w{1,100})(\.\w{1,100}){0,8}( in \d(,\d){0,8})?",
     re.ASCII,
@@ -296,6 +297,10 @@ class Check:
         self.need(bool(change.path), f"{where} has no place")
         old, new = plain(change.old), plain(change.new)
         self.need(type(new) is type(old) or isinstance(old, float), f"{where} is of another kind")
+        if change.path == (OF,):
+            most = max((tensor.numel() for tensor in self.tensors.values()), default=0)
+            fair = 0 < new == old <= most and counts_in_code(module, change.site)
+            self.need(fair, f"{where} does not count {new} numbers")
         self.range(new, old, where)
         known = {(e.site, e.path): e.new for e in getattr(vars(module).get("forward"), "edits", ())}
         found = known.get((change.site, change.path), _written(function, change))

@@ -34,6 +34,7 @@ from graphprune.plan.checks import check_alone, check_on
 from graphprune.plan.coding import decode, encode, loads, runs
 from graphprune.plan.leaving import names_before, renamed
 from graphprune.plan.vocabulary import Vocabulary
+from graphprune.record.sites import OF
 from graphprune.record.tensors import fingerprint, mark, named_tensors
 from graphprune.text import render, share, shorten
 
@@ -98,7 +99,8 @@ class Plan:
     @property
     def plain_statistics(self) -> bool:
         """Whether statistics count what left as zeroes, where groups would be renormalising."""
-        return bool(self.scales or self.norms)
+        counts = any(change.path == (OF,) for change in self.literals)
+        return bool(self.scales or self.norms) or counts
 
     @property
     def free_columns(self) -> bool:
@@ -340,8 +342,10 @@ class Plan:
         )
         names = dict.fromkeys([b.tensor for b in self.biases] + [m.tensor for m in self.merges])
         folded = [f"constants go to {shorten(names)}"] if names else []
-        if self.norms:
-            names = dict.fromkeys(change.module or "the model" for change in self.norms)
+        counting = [change.module for change in self.norms]
+        counting += [change.module for change in self.literals if change.path == (OF,)]
+        if counting:
+            names = dict.fromkeys(name or "the model" for name in counting)
             folded.append(f"count what left as zeroes: {shorten(names)}")
         table = render(title, ("group", "channels", "kind", "layers"), rows)
         told = (*self.told_parts(), *map(str, self.vocabularies))

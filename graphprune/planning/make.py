@@ -155,6 +155,7 @@ def assemble(
     if solved.problems:
         raise InputError(f"these channels cannot leave: {solved.problems[0].reason}")
     bare = bare_plan(analysis, alive, solved)
+    norms, calls = ((), ()) if rescaling is None else rescaling.counts(alive)
     groups = tuple(
         GroupPlan(
             group.name,
@@ -169,7 +170,8 @@ def assemble(
         bare,
         groups=groups,
         scales=() if rescaling is None else rescaling.changes(alive),
-        norms=() if rescaling is None else rescaling.counts(alive),
+        norms=norms,
+        literals=(*bare.literals, *calls),
         evaluated=bool((~alive[analysis.marks.masked_ids()]).any()) or _broken(analysis, alive),
         before=cost(analysis),
         after=cost(analysis, alive),

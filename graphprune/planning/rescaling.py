@@ -22,8 +22,11 @@ from torch import fx, nn
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.ops.calls import args_of
 from graphprune.ops.registry import op_of, packet_of, zeroes
-from graphprune.plan.plan import NormChange, Rescale
-from graphprune.record.norms import counted
+from graphprune.plan.plan import LiteralChange, NormChange, Rescale
+from graphprune.planning.settle import changed_literal
+from graphprune.record.norms import counted, counts_in_code
+from graphprune.record.sites import OF, Site
+from graphprune.record.sizes import Literal
 
 aten = torch.ops.aten
 
@@ -69,14 +72,32 @@ class Counting:
     Attributes:
         source: what the statistics are taken of.
         module: the norm.
+        site: the call in its code; ``None`` for a module of torch itself.
         groups: into how many groups channels are divided; 0 for a LayerNorm.
         dims: over which a LayerNorm takes its statistics.
     """
 
     source: fx.Node
     module: str
+    site: Site | None
     groups: int = 0
     dims: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, node: fx.Node) -> Counting | None:
+        """That of an op; ``None`` for other ops."""
+        args, place = args_of(node), (str(node.meta["module"]), node.meta.get("site"))
+        if packet_of(node) is aten.native_group_norm:
+            return cls(args[0], *place, groups=int(args[6]))
+        if packet_of(node) is not aten.native_layer_norm:
+            return None
+        ndim = len(args[0].meta["shape"])
+        return cls(args[0], *place, dims=tuple(range(ndim - len(args[1]), ndim)))
+
+    @property
+    def now(self) -> int:
+        """How many numbers, or channels of a group, the statistics are over."""
+        return self.count(self.source.meta["shape"], self.groups)
 
     def count(self, shape: Sequence[int], groups: int) -> int:
         """How many numbers, or channels of a group, the statistics are over."""
@@ -84,14 +105,18 @@ class Counting:
             return shape[1] // max(groups, 1)
         return math.prod(shape[dim] for dim in self.dims)
 
-    def change(self, graph: Analysis, alive: np.ndarray) -> NormChange | None:
+    def change(self, graph: Analysis, alive: np.ndarray) -> NormChange | LiteralChange | None:
         """What a plan changes, if anything leaves."""
-        of, groups = self.count(self.source.meta["shape"], self.groups), self.groups
+        groups = self.groups
         if groups:
             stays = graph.positions(self.source, 1, alive).reshape(groups, -1)
             groups = int(stays.any(1).sum())
         left = self.count(graph.shape(self.source, alive), groups)
-        return None if left == of else NormChange(self.module, of)
+        if left == self.now:
+            return None
+        if self.site is None:
+            return NormChange(self.module, self.now)
+        return changed_literal(Literal(self.module, self.site, (OF,), self.now), self.now)
 
 
 @dataclass(frozen=True)
@@ -128,10 +153,14 @@ class Rescaling:
         zeroed = node is not None and op_of(node).masked is zeroes
         return zeroed or node in self.norms or node in self.counting
 
-    def counts(self, alive: np.ndarray) -> tuple[NormChange, ...]:
-        """The norms that go on counting what leaves."""
-        found = {norm.change(self.graph, alive) for norm in self.counting.values()}
-        return tuple(sorted((c for c in found if c is not None), key=lambda c: c.module))
+    def counts(self, alive: np.ndarray) -> tuple[tuple[NormChange, ...], tuple[LiteralChange, ...]]:
+        """The norms that go on counting what leaves: modules, and calls in code."""
+        changes = (norm.change(self.graph, alive) for norm in self.counting.values())
+        found = sorted(dict.fromkeys(c for c in changes if c is not None), key=lambda c: c.module)
+        return (
+            tuple(change for change in found if isinstance(change, NormChange)),
+            tuple(change for change in found if isinstance(change, LiteralChange)),
+        )
 
     def changes(self, alive: np.ndarray) -> tuple[Rescale, ...]:
         """The weights and eps that make statistics those of the masked model."""
@@ -157,20 +186,20 @@ def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSq
 
 
 def _counting(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, Counting]:
-    """Statistics that a module of torch takes, and that nothing else takes in its name."""
-    found: dict[fx.Node | None, Counting] = {}
-    for node in dict.fromkeys(node for _, _, node in graph.marks.statistics):
-        if node is None or packet_of(node) not in (aten.native_layer_norm, aten.native_group_norm):
-            continue
-        module, args = str(node.meta["module"]), args_of(node)
-        if not counted(model.get_submodule(module)):
-            continue
-        if packet_of(node) is aten.native_group_norm:
-            found[node] = Counting(args[0], module, groups=int(args[6]))
-        else:
-            ndim = len(args[0].meta["shape"])
-            found[node] = Counting(args[0], module, dims=tuple(range(ndim - len(args[1]), ndim)))
-    return found
+    """LayerNorms and GroupNorms that a module of torch is, or that code calls by their name.
+
+    A place in the code serves all that it runs for, when these count equally many.
+    """
+    every = {n: norm for record in graph.records for n in record.ops if (norm := Counting.of(n))}
+    by_place: dict[tuple[str, Site | None], set[int]] = {}
+    for norm in every.values():
+        by_place.setdefault((norm.module, norm.site), set()).add(norm.now)
+    able: dict[tuple[str, Site | None], bool] = {}
+    for (name, site), counts in by_place.items():
+        module = model.get_submodule(name)
+        kind = counted(module) > 0 if site is None else counts_in_code(module, site)
+        able[name, site] = kind and len(counts) == 1
+    return {node: norm for node, norm in every.items() if able[norm.module, norm.site]}
 
 
 def _uses(graph: Analysis) -> dict[str, int]:

@@ -6,11 +6,26 @@ over as many as the original had, as the masked model does.
 
 from __future__ import annotations
 
+import ast
+import inspect
 import math
+import types
+from dataclasses import replace
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from graphprune.ops.exact_norms import group_norm, layer_norm
+from graphprune.record.sites import (
+    Site,
+    defined,
+    follow,
+    forward_of,
+    norm_called,
+    spans_of,
+    start,
+)
 
 
 class ExactLayerNorm(nn.LayerNorm):
@@ -71,6 +86,57 @@ class ExactGroupNorm(nn.GroupNorm):
         return f"{super().extra_repr()}, of={self.of}"
 
 
+def counts_in_code(module: nn.Module, site: Site) -> bool:
+    """Whether an expression in the code of a module calls a norm of torch that can count what left.
+
+    That is a function of ``torch.nn.functional``, or the forward that a derived class inherits.
+    """
+    function: Any = forward_of(module)
+    for step in site.steps:
+        function = follow(function, step, module)
+    code = getattr(function, "__code__", None)
+    definition = defined(code) if isinstance(code, types.CodeType) else None
+    if definition is None:
+        return False
+    place = replace(site, first=start(function.__code__)).absolute
+    calls = (node for node in ast.walk(definition) if isinstance(node, ast.Call))
+    call = next((node for node in calls if place in spans_of(node)), None)
+    name = "" if call is None else norm_called(call)
+    if call is None or name != "forward":
+        return bool(name) and _global(call, function) is getattr(functional, name)
+    return not site.steps and _inherited(type(module), function) in _FORWARDS
+
+
+def _global(call: ast.Call | None, function: Any) -> Any:
+    """What a call is of, if a chain of attributes of a global name says so."""
+    names, node = [], None if call is None else call.func
+    while isinstance(node, ast.Attribute):
+        names.append(node.attr)
+        node = node.value
+    if not isinstance(node, ast.Name) or node.id in function.__code__.co_varnames:
+        return None
+    found = function.__globals__.get(node.id)
+    for name in reversed(names):
+        found = inspect.getattr_static(found, name, None)
+    return found
+
+
+def _inherited(kind: type, function: object) -> object:
+    """What ``super().forward`` is in the forward of a class."""
+    forwards = [vars(base)["forward"] for base in kind.__mro__ if "forward" in vars(base)]
+    place = forwards.index(function) if function in forwards else len(forwards)
+    return next(iter(forwards[place + 1 :]), None)
+
+
+def exact_forward(module: Any, input: Tensor, *, of: int) -> Tensor:
+    """What takes the place of ``super().forward(input)`` in the code of a derived class."""
+    affine = module.weight, module.bias, module.eps
+    if isinstance(module, nn.GroupNorm):
+        return group_norm(input, module.num_groups, *affine, of=of)
+    return layer_norm(input, module.normalized_shape, *affine, of=of)
+
+
+_FORWARDS = (nn.LayerNorm.forward, nn.GroupNorm.forward)
 EXACT: dict[type, type] = {nn.LayerNorm: ExactLayerNorm, nn.GroupNorm: ExactGroupNorm}
 
 

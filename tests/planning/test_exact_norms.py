@@ -8,7 +8,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.norms import BERT, Images, Permuted, Stream, ViT, rows
+from support.norms import (
+    BERT,
+    Called,
+    Helped,
+    Images,
+    Inherited,
+    Permuted,
+    Stream,
+    ViT,
+    rows,
+)
 from support.zeroing import drawn, zeroed
 from torch import nn
 from torch.nn import functional as F
@@ -31,6 +41,9 @@ MODELS = {
     "one group, no affine": (lambda: Images(nn.GroupNorm(1, 12, affine=False)), MAPS),
     "two groups": (Stream, MAPS),
     "two groups, no affine": (lambda: Stream(affine=False), MAPS),
+    "called in code": (lambda: Images(Called(12)), MAPS),
+    "inherited": (lambda: Images(Inherited(12)), MAPS),
+    "by a helper": (lambda: Images(Helped()), MAPS),
     "ViT": (ViT, torch.randn(2, 3, 8, 8).double()),
     "BERT": (BERT, torch.randint(0, 20, (2, 5))),
 }
@@ -51,8 +64,8 @@ def test_the_small_model_equals_the_model_with_zeroes(name):
     model, x, small = shrunk(name)
     plan = small.graphprune_plan
     assert plan.exact
-    assert plan.norms
     assert len(counting(small)) == len(plan.norms)
+    assert plan.norms or [(change.path, change.new) for change in plan.literals] == [(("of",), 12)]
     whole = zeroed(model, plan)
     torch.testing.assert_close(small(x), whole(x), rtol=1e-10, atol=1e-12)
     assert graphprune.verify(model, small, x).difference <= 1e-10
@@ -141,18 +154,88 @@ def test_a_norm_is_named_once_and_counted_by_no_other_attribute():
         graphprune.rebuild(small, replace(later, sizes=(*later.sizes, size)))
 
 
-def test_a_derived_class_and_an_own_forward_stay_whole():
-    class Derived(nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x) * 2
+def layer_norm_(x):
+    return F.layer_norm(x, x.shape[-1:])
 
-    graph = graphprune.trace(rows(Derived(12)), torch.randn(5, 4))
+
+OTHERS = {  # calls of which no place in the source says that they are of torch's norm
+    "by another name": lambda x: layer_norm_(x),
+    "a function of torch itself": lambda x: torch.layer_norm(x, x.shape[-1:]),
+    "a local name": lambda x, norm=F.layer_norm: norm(x, x.shape[-1:]),
+}
+
+
+class Own(nn.Module):
+    """A norm that its code computes."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
+    def forward(self, x):
+        return OTHERS[self.name](x)
+
+
+class Both(nn.Module):
+    """One place in the code that serves norms over 12 and over 6 channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.narrow, self.read = nn.Linear(4, 12), nn.Linear(12, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        for layer in (self.wide, self.narrow):
+            x = layer_norm_(layer(x))
+        return self.read(x)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_calls_that_are_not_seen_to_be_of_a_norm_stay_whole(name):
+    graph = graphprune.trace(rows(Own(name)), torch.randn(5, 4))
     with pytest.warns(PruningWarning, match="left whole by exact_only"):
         assert not graph.plan(0.5, exact_only=True).removed
+
+
+def test_a_call_that_serves_several_widths_stays_whole():
+    graph = graphprune.trace(Both(), torch.randn(5, 4))
+    with pytest.warns(PruningWarning, match="left whole by exact_only"):
+        assert not graph.plan(0.5, exact_only=True).removed
+
+
+def test_only_modules_of_torch_are_replaced():
     own = nn.LayerNorm(12)
     assert counted(own) == 12
     own.forward = lambda x: x
     assert not counted(own)
+    assert not counted(Called(12))
+
+
+class Sneaky(nn.Module):
+    """Its code calls a module of its own by the name of torch's function."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer_norm = nn.Linear(12, 12)
+
+    def forward(self, x):
+        return self.layer_norm(x) * F.softplus(x)
+
+
+def test_plans_of_strangers_count_in_calls_of_norms_alone():
+    model, x = drawn(Images(Called(12))), MAPS
+    plan = graphprune.trace(model, x).plan(0.5, exact_only=True)
+    (change,) = plan.literals
+    for numbers in {"new": 13}, {"old": 10**9, "new": 10**9}, {"old": 0, "new": 0}:
+        wrong = replace(change, **numbers)
+        with pytest.raises(PlanError):
+            graphprune.rebuild(model, replace(plan, literals=(wrong,)))
+    model = rows(Sneaky())
+    call = graphprune.record.sites.Site((), (1, 1, 15, 33))
+    code = graphprune.record.sites.digest(Sneaky.forward.__code__)
+    wrong = replace(change, module="1", site=call, digest=code)
+    plan = graphprune.trace(model, TOKENS.float()).plan(0.5)
+    with pytest.raises(PlanError, match="does not count 12 numbers"):
+        graphprune.rebuild(model, replace(plan, literals=(wrong,)))
 
 
 def test_a_renormalising_round_before_has_no_single_reference():

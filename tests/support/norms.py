@@ -46,6 +46,38 @@ class Permuted(nn.Module):
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+class Called(nn.LayerNorm):
+    """The same with a call of the function in its own code, as torchvision and timm have it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+        return x.permute(0, 3, 1, 2)
+
+
+class Inherited(nn.LayerNorm):
+    """The same with the forward of the class above, as transformers has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def in_groups(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A GroupNorm of one group by a function."""
+    return torch.nn.functional.group_norm(x, 1, weight=weight, bias=bias)
+
+
+class Helped(nn.Module):
+    """A norm that a helper computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(12)), nn.Parameter(torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_groups(x, self.weight, self.bias)
+
+
 class Block(nn.Module):
     """A transformer block, with its norms before or behind."""
 

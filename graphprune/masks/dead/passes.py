@@ -32,7 +32,7 @@ from graphprune.record.inputs import Call
 from graphprune.record.recording import record_values
 
 aten = torch.ops.aten
-_GROUPS = {aten.native_group_norm: 6, torch.ops.graphprune.group_norm: 1}
+_GROUPS: dict[object, int] = {aten.native_group_norm: 6, torch.ops.graphprune.group_norm: 1}
 
 
 class Pass:
