@@ -153,7 +153,7 @@ def _layer_norm(
 ) -> Parts:
     dims, wide = [*range(-len(shape), 0)], _wide(x)
     mean, scale = _statistics(wide, dims, of, eps)
-    out = torch.addcmul(-mean * scale, wide, scale)
+    out = (wide - mean) * scale  # torch is slow where two operands of three are one number a row
     if weight is not None:
         out = out * weight if bias is None else torch.addcmul(bias, out, weight)
     elif bias is not None:
@@ -175,7 +175,7 @@ def _group_norm(
     if weight is not None:
         factor, added = factor * weight, added * weight
     added = added if bias is None else added + bias
-    out = torch.addcmul(added.reshape(by_place), wide, factor.reshape(by_place))
+    out = wide * factor.reshape(by_place) + added.reshape(by_place)
     return out.to(x.dtype), mean, scale
 
 

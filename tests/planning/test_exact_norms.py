@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
-from graphprune.errors import PlanError, PruningWarning
+from graphprune.errors import ModelError, PlanError, PruningWarning
 from graphprune.ops.exact_norms import layer_norm
 from graphprune.plan.plan import NormChange
 from graphprune.record.norms import ExactGroupNorm, ExactLayerNorm, counted
-from graphprune.training import iterate
+from graphprune.training import Pruner, iterate
 
 TOKENS, MAPS = torch.randn(5, 4).double(), torch.randn(2, 3, 5, 6).double()
 MODELS = {
@@ -264,6 +264,39 @@ def test_rounds_of_iterate_go_on():
     assert outcome.model.graphprune_plan.removed == 6
     whole = zeroed(model, outcome.model.graphprune_plan)
     torch.testing.assert_close(outcome.model(x), whole(x), rtol=1e-10, atol=1e-12)
+
+
+def test_a_pruner_finishes_with_norms_that_count():
+    model, x = rows(nn.LayerNorm(12)), torch.randn(16, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    pruner = Pruner(model, x, optimizer, schedule=0.5, exact_only=True)
+    for _ in range(2):
+        model(x).square().mean().backward()
+        optimizer.step()
+        pruner.step()
+    before = copy.deepcopy(model)
+    pruner.finish()
+    assert counting(model) == [model[1]]
+    torch.testing.assert_close(model(x), zeroed(before, pruner.plan)(x))
+    model(x).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_config_does_not_say_that_norms_count():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_labels=2, max_position_embeddings=8,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    ids = {"input_ids": torch.randint(0, 20, (2, 5))}
+    with pytest.warns(PruningWarning, match="norms of a model built from it do not count"):
+        small = graphprune.rebuild(model, 0.5, ids, exact_only=True)
+    with pytest.raises(ModelError, match=r"bert\.embeddings\.LayerNorm.*use graphprune\.save"):
+        small.save_pretrained("nowhere")
+    torch.testing.assert_close(
+        small(**ids).logits, zeroed(model, small.graphprune_plan)(**ids).logits
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
