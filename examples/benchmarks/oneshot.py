@@ -3,7 +3,9 @@
     python examples/benchmarks/oneshot.py --write docs/calibration.md --draw docs/oneshot.svg
 
 Needs the trained weights and the images of ``shared/data`` beside the repository. Nothing is
-chosen on the test images: they are looked at once for every row.
+chosen on the test images: they are looked at once for every row; ``--validation`` looks at training
+images that no model is chosen or repaired with instead. ``--defaults`` is the call without any
+options, from few images. Other networks are in ``real_weights.py``.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ from graphprune.errors import InputError
 
 STREAMS = ("conv1", "layer?.*.conv2")  # the layers that write the residual streams
 BUDGETS = (0.35, 0.5, 0.7, 0.85)
+DEFAULTS = {(56, 0.7): 0.3, (56, 0.5): 1.3, (56, 0.35): 2.7, (20, 0.7): 0.5}
+PLAIN, RESERVED = 512, 1000  # images for the defaults; the last ones, for a validation
 TARGETS = {(56, 0.5): 1.5, (56, 0.7): 0.3, (56, 0.35): 5.0, (20, 0.7): 2.0}
 BEST = "reconstruction"
 STATES = ("as is", "BatchNorm", "repair")
@@ -80,7 +84,7 @@ def mixed(x: Tensor, generator: torch.Generator) -> Tensor:
 def calibration(count: int, size: int = 128, seed: int = 0) -> list[Tensor]:
     """Batches of training images, shifted, half of them mixed."""
     generator = torch.Generator().manual_seed(seed)
-    x = images("train")[0]
+    x = images("train")[0][:-RESERVED]
     x = shifted(x[torch.randperm(len(x), generator=generator)[:count]], generator)
     half = len(x) // 2
     x = torch.cat([mixed(x[:half], generator), x[half:]])
@@ -91,6 +95,60 @@ def labelled(count: int) -> list[tuple[Tensor, Tensor]]:
     """Batches of training images as they are, with labels."""
     x, y = images("train")
     return list(zip(x[:count].split(128), y[:count].split(128)))
+
+
+def looked_at(validation: bool) -> tuple[Tensor, Tensor]:
+    """The test images; or training images that nothing else sees, to choose a recipe by."""
+    if not validation:
+        return images("test")
+    x, y = images("train")
+    return x[-RESERVED:], y[-RESERVED:]
+
+
+# --- defaults -----------------------------------------------------------------------------------
+
+
+def interval(values: Tensor, resamples: int = 2000) -> tuple[float, float, float]:
+    """The mean in percent, and 95 % of the means of resampled images."""
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(len(values), (resamples, len(values)), generator=generator)
+    means = 100 * values.double()[picks].mean(1)
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return 100 * float(values.double().mean()), low, high
+
+
+def defaults(depths: list[int], validation: bool) -> str:
+    """``criterion="auto"`` and a repair, without any option: points lost, as Markdown."""
+    x, y = looked_at(validation)
+    data = calibration(PLAIN, BATCH)
+    lines = [
+        "| network | MACs | lost | 95 % interval | wanted | seconds |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for depth, budget in DEFAULTS:
+        if depth not in depths:
+            continue
+        model = trained(depth)
+        right, start = answers(model, x) == y, time.process_time()
+        plan = graphprune.trace(model, x[:1]).plan(
+            criterion="auto", target={"macs": budget}, data=data
+        )
+        small = graphprune.rebuild(model, plan)
+        graphprune.calibrate(small, model, data)
+        spent = time.process_time() - start
+        lost, low, high = interval(right.double() - (answers(small, x) == y).double())
+        lines.append(
+            f"| ResNet-{depth} | {100 * plan.after.macs / plan.before.macs:.1f} % | {lost:.1f} | "
+            f"{low:.1f} to {high:.1f} | at most {DEFAULTS[depth, budget]} | {spent:.0f} |"
+        )
+        print(lines[-1], flush=True)
+    return "\n".join(lines)
+
+
+@torch.inference_mode()
+def answers(model: CifarResNet, x: Tensor) -> Tensor:
+    """The classes that a network sees."""
+    return torch.cat([model(part).argmax(1) for part in x.split(256)])
 
 
 # --- graphprune ---------------------------------------------------------------------------------
@@ -115,7 +173,7 @@ def shrink(
     depth: int, criterion: str, budget: float, count: int, states: tuple[str, ...], sweeps: int = 0
 ) -> Row:
     """One small model in all states."""
-    model, (x, y) = trained(depth), images("test")
+    model, (x, y) = trained(depth), looked_at(False)
     start = time.perf_counter()
     plan = plan_of(model, criterion, budget)
     found: dict[str, float] = {}
@@ -337,6 +395,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="all rows; those in it are not run again")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="few images, criteria and budgets")
+    parser.add_argument("--defaults", action="store_true", help="only criterion auto, no options")
+    parser.add_argument("--validation", action="store_true", help="with --defaults: not on tests")
     parser.add_argument("--targets", action="store_true", help="only the wanted figures")
     options = parser.parse_args()
     if not available():
@@ -344,6 +404,9 @@ def main() -> int:
         return 0
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
+    if options.defaults:
+        print(f"{defaults([20] if options.quick else [56, 20], options.validation)}")
+        return 0
     global SELECTION, FEW, MANY
     wanted, depths, budgets = list(TARGETS), [56, 20], list(BUDGETS)
     names = [BEST, *(name for name in criteria() if name != BEST)]

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 CHECKS = 10  # numbers of removed channels at which errors are computed
-_SMALL = 1e-9  # of the energy of all rows
+_SMALL = 1e-3  # of the worth of a weight: rows that make up no more are passed over
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Halves:
     covariances: tuple[Tensor, Tensor]
     weight: Tensor
     columns: Tensor
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Numbers of the rows that are worth something."""
+        power, order = self.weight.square().sum((0, 2)).sort(descending=True)
+        behind = power.flip(0).cumsum(0).flip(0)  # of each row and all that are worth less
+        return order[behind > _SMALL * power.sum()]
 
     def ridge(self) -> float:
         """The one whose refit without half of the channels is best on the other half."""
@@ -50,9 +58,7 @@ class Halves:
         stays = torch.ones(self.weight.shape[-1], dtype=torch.bool)
         stays[gone] = False
         rest = stays.nonzero()[:, 0]
-        power = self.weight.square().sum((0, 2))
-        rows = power > _SMALL * power.sum()  # others are worth nothing
-        lost = self.weight[:, rows][:, :, gone]
+        lost = self.weight[:, self.rows][:, :, gone]
         fits, checks = self.covariances, self.covariances[::-1]
         found = sum(_error(*pair, lost, gone, rest, ridge) for pair in zip(fits, checks))
         return found / len(fits)
@@ -106,7 +112,9 @@ def held_out(
     checks = sorted({round(len(order) * (n + 1) / CHECKS) for n in range(CHECKS)} - {0})
     start, before = 0, 0.0
     for stop in checks:
-        error = sum(side.error(order[:stop], r) for side, r in zip(sides, ridges))
+        held = sum(side.error(order[:stop], r) for side, r in zip(sides, ridges))
+        # what n rows leave on others is e + v / n, on themselves e - v / n; n / 2 rows: e + 2 v / n
+        error = (2 * held + float(costs[:stop].sum())) / 3
         part, more = costs[start:stop], max(error - before, 0.0)
         whole = float(part.sum())
         shares = part / whole if whole > 0 else torch.full_like(part, 1 / len(part))

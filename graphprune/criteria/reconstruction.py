@@ -29,6 +29,8 @@ from graphprune.record.windows import Window
 
 WIDEST = 2560  # columns (channels x kernel) up to which all second moments are kept
 ROWS = 8192  # windows that are looked at of each batch
+STREAMS = 30.0  # how much more errors in streams may count: they reach all that is behind
+LATER = 1.5  # added to the power of e by which late errors count more
 FEWEST = 8  # rows that a half tells anything from
 PLAIN = 1e-4  # the ridge where nothing can be held out
 STEPS = 256  # channels of large groups leave several at a time
@@ -266,7 +268,8 @@ class Reconstruction:
                     found.append(Surgeon(reader.covariance(), weighed, columns, ridge))
         if not found:
             raise Unseen("no convolution or linear layer of moderate size sums over its channels")
-        return eliminate(found, group.size, sides)
+        # what is missing is missing for all readers at once: their errors add up, not their squares
+        return eliminate(found, group.size, sides) * len(found)
 
 
 reconstruction = register_criterion("reconstruction")(Reconstruction())
@@ -277,13 +280,31 @@ class Auto(Reconstruction):
     """What is best known for a repair without training: ``auto``.
 
     ``reconstruction`` (after Kurtic et al., "ZipLM", NeurIPS 2023), ranked over all groups by the
-    error for each MAC that is saved, if the user names no scope and no normalisation. Without data
-    it is ``l2``, and the plan says so.
+    error for each MAC that is saved, if the user names no scope and no normalisation. How errors of
+    different groups count for the outputs is an estimate: plans try others on a repaired model
+    (``variants``). Without data it is ``l2``, and the plan says so.
     """
 
     scope: ClassVar[str] = "global"
     normalise: ClassVar[str] = "macs"
     without_data: ClassVar[str] = "l2"
+
+    def variants(
+        self, groups: Sequence[Group], tensors: Mapping[str, Tensor]
+    ) -> Sequence[Mapping[str, float]]:
+        """Factors by group: streams stay longer; early layers leave earlier, for late ones."""
+        assert isinstance(tensors, Evidence)
+        known: Mapping[Key, Mapping[int, Reader]] = tensors.statistics["reconstruction"]
+        streams, late = {}, {}
+        for group in groups:
+            keys = [(member.slot.tensor, member.slot.dim) for member in group.members]
+            places = [reader.place for key in keys for reader in known.get(key, {}).values()]
+            writers = [m for m in group.members if m.slot.weight and not m.reads]
+            if len(places) > 1 and len(writers) > 1:
+                streams[group.name] = STREAMS
+            if places:
+                late[group.name] = math.exp(LATER * sum(places) / len(places))
+        return streams, late
 
 
 auto = register_criterion("auto")(Auto())
@@ -296,7 +317,7 @@ class Surgeon:
     Attributes:
         covariance: of the columns, [b, n, n].
         weight: [b, rows, n]; it is refitted with every removal.
-        columns: of each channel, [channels, columns each].
+        columns: of each channel that has not left, [channels, columns each].
     """
 
     covariance: Tensor
@@ -304,6 +325,7 @@ class Surgeon:
     columns: Tensor
     ridge: float
     inverse: Tensor = field(init=False)
+    gone: Tensor = field(init=False)  # of the columns that are left in the two, which have left
 
     def __post_init__(self) -> None:
         size = self.covariance.shape[-1]
@@ -312,6 +334,7 @@ class Surgeon:
         unit = torch.eye(size, dtype=torch.float64)
         self.inverse = torch.linalg.inv(self.covariance + level[:, None, None] * unit)
         self.weight = self.weight.clone()
+        self.gone = torch.zeros(size, dtype=torch.bool)
 
     def errors(self, channels: Tensor) -> Tensor:
         """How much the error grows when one of the channels leaves, [channels]."""
@@ -326,8 +349,21 @@ class Surgeon:
         columns = self.columns[channels].flatten()
         block = self.inverse[:, columns[:, None], columns[None, :]]
         update = torch.linalg.solve(block, self.inverse[:, columns])
-        self.weight -= self.weight[:, :, columns] @ update
-        self.inverse -= self.inverse[:, :, columns] @ update
+        for matrix in (self.weight, self.inverse):
+            matrix.baddbmm_(matrix[:, :, columns], update, alpha=-1)
+        self.gone[columns] = True
+        if 4 * int(self.gone.sum()) > len(self.gone):
+            self._compact()
+
+    def _compact(self) -> None:
+        """Forget the columns that have left."""
+        rest = (~self.gone).nonzero()[:, 0]
+        place = torch.full((len(self.gone),), -1)
+        place[rest] = torch.arange(len(rest))
+        self.columns = place[self.columns]
+        self.weight = self.weight[:, :, rest].contiguous()
+        self.inverse = self.inverse[:, rest][:, :, rest].contiguous()
+        self.gone = self.gone[rest]
 
 
 def eliminate(surgeons: Sequence[Surgeon], size: int, sides: Sequence[Halves] = ()) -> Tensor:

