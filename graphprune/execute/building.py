@@ -58,8 +58,8 @@ class Recipe:
         found = numbers_of(self.config)
         return {path: value for path, value in found if type(value) is float or value > 1}
 
-    def changed(self, changes: Mapping[Field, float]) -> Any:
-        """A copy of the config with other numbers."""
+    def changed(self, changes: Mapping[Field, Any]) -> Any:
+        """A copy of the config with other numbers, or lists."""
         config = dict(self.config) if isinstance(self.config, Mapping) else self.config
         config = copy.deepcopy(config)
         for path, value in changes.items():
@@ -131,21 +131,34 @@ def numbers_of(value: Any, path: Field = ()) -> Iterator[tuple[Field, float]]:
         return
     if type(value) in (int, float):
         yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            if isinstance(key, str) and not key.startswith("_"):
-                yield from numbers_of(item, (*path, key))
     elif isinstance(value, list | tuple):
         for place, item in enumerate(value):
             yield from numbers_of(item, (*path, place))
-    elif callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__"):
-        for key, item in vars(value).items():
-            if not key.startswith("_"):
-                yield from numbers_of(item, (*path, key))
+    for key, item in _fields_of(value):
+        yield from numbers_of(item, (*path, key))
 
 
-def put(holder: object, path: Field, value: float) -> Any:
-    """A config, or what lies in one, with another number; objects are changed, all else copied."""
+def lists_of(value: Any, path: Field = ()) -> Iterator[tuple[Field, Any]]:
+    """The lists in a config, and in the configs inside it."""
+    if len(path) > _DEEP:
+        return
+    if isinstance(value, list | tuple) and path:
+        yield path, value
+    for key, item in _fields_of(value):
+        yield from lists_of(item, (*path, key))
+
+
+def _fields_of(value: Any) -> Iterator[tuple[str, Any]]:
+    """The fields of a config, or of a mapping in one."""
+    configured = callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__")
+    items = value if isinstance(value, Mapping) else vars(value) if configured else {}
+    for key, item in items.items():
+        if isinstance(key, str) and not key.startswith("_"):
+            yield key, item
+
+
+def put(holder: object, path: Field, value: Any) -> Any:
+    """A config, or what lies in one, with another field; objects are changed, all else copied."""
     if not path:
         return value
     first, rest = path[0], path[1:]

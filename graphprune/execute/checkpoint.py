@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
+from graphprune.execute.config import refuse_emptied
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
 from graphprune.execute.weightless import weightless
@@ -132,6 +133,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
     set_masks(small, content.masked)
     _fill(small, content, original.devices)
     recompute_masked(small)
+    refuse_emptied(small)
     return small
 
 

@@ -9,10 +9,8 @@ a file that nobody can load refuses, and says why.
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from fractions import Fraction
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -22,16 +20,19 @@ from graphprune.execute.building import (
     Field,
     Recipe,
     configs_of,
+    lists_of,
     numbers_of,
     put,
     reread,
 )
+from graphprune.execute.depths import Changes, Depths
 from graphprune.execute.emptied import Emptied
 from graphprune.execute.forward import Rewritten
 from graphprune.execute.likeness import (
     Likeness,
     Plain,
     Seen,
+    alike,
     compare,
     filled,
     plain_of,
@@ -41,12 +42,13 @@ from graphprune.execute.likeness import (
     used,
     watch,
 )
+from graphprune.execute.numbering import Counted, Numbering
+from graphprune.execute.widths import Sizes, Widths, sizes_of
 from graphprune.record.inputs import Call
 from graphprune.record.norms import EXACT
 from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
 
-Sizes = dict[Any, float]
 ADVICE = "use graphprune.save and graphprune.load"
 
 
@@ -101,10 +103,8 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
     refused: dict[int, str] = {}
     told: dict[str, str] = {}
     for name, module in parts.items():
-        vars(module).pop("save_pretrained", None)
         config = getattr(module, "config", None)
-        reason = refused.get(id(config)) or _gone(module)
-        reason = reason or _follow(module, _below(before.plain, name), name, seen)
+        reason = refused.get(id(config)) or _counted(small, before.part(name), name, seen, call)
         if reason:
             refused[id(config)] = reason
         if reason and _saved(module):
@@ -114,14 +114,62 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
         warn(f"{_refusal(kind, reason)}; {kind}.save_pretrained refuses")
 
 
-def _gone(module: nn.Module) -> str:
-    """Which modules have left, and would be built again, or count no channels that left."""
-    gone = [name for name, part in named_modules(module) if isinstance(part, Emptied)]
+def _counted(
+    small: nn.Module, before: Plain, name: str, seen: Seen | None, call: Call | None
+) -> str:
+    """Let the configs of a part follow, its lists without what left; why that cannot be done."""
+    part = small.get_submodule(name)
+    for _, module in named_modules(part):
+        vars(module).pop("save_pretrained", None)
+    numbering = Numbering.of(part)
+    numbering.apply()
+    reason = _gone(part, numbering)
+    if reason:
+        numbering.undo()
+        return reason
+    states = [(module, type(module), dict(vars(module))) for _, module in named_modules(part)]
+    reason = _follow(part, numbering.now(before), name, seen, numbering)
+    if reason or not numbering.lists:
+        numbering.undo()
+        return reason
+    numbering.keep()
+    if seen is not None and not _same(small, name, seen, call):
+        for module, kind, state in states:
+            module.__class__ = kind
+            vars(module).update(state)
+        numbering.undo()
+        return "its code counts on entries of lists that have left"
+    for _, module in named_modules(part):
+        if _saved(module):
+            vars(module)["save_pretrained"] = Counted(module)
+    return ""
+
+
+def _same(small: nn.Module, name: str, seen: Seen, call: Call | None) -> bool:
+    """Whether a part of the small model still returns what it did."""
+    again = _watched(small, [name], call)
+    return again is not None and alike(seen.outputs.get(name, []), again.outputs.get(name, []))
+
+
+def _gone(part: nn.Module, numbering: Numbering) -> str:
+    """What a model built from the config has: modules that left otherwise, norms that are plain."""
+    old = {new: name for name, new in numbering.names.items()}
+    gone = [old[new] for new, module in named_modules(part) if isinstance(module, Emptied)]
     if gone:
         return f"a model built from it has {shorten(gone, 3)}"
-    exact = [name for name, part in named_modules(module) if type(part) in EXACT.values()]
+    exact = [old[new] for new, module in named_modules(part) if type(module) in EXACT.values()]
     plain = f"the norms of a model built from it do not count what left: {shorten(exact, 3)}"
     return plain if exact else ""
+
+
+def refuse_emptied(small: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model refuse where modules have left that its config names."""
+    for _, module in named_modules(small):
+        gone = [n for n, part in named_modules(module) if isinstance(part, Emptied)]
+        if gone and _saved(module):
+            advice = "rebuild(model, plan, example_inputs) lets it follow where it can"
+            reason = f"a model built from it has {shorten(gone, 3)} ({advice})"
+            vars(module)["save_pretrained"] = Refusal(type(module).__name__, reason)
 
 
 def _parts(small: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -152,148 +200,58 @@ def _watched(small: nn.Module, parts: list[str], call: Call | None) -> Seen | No
         return None
 
 
-@dataclass
-class _Search:
-    """For which numbers in a config a model has the sizes that it should have."""
-
-    recipe: Recipe
-    base: Sizes
-    wanted: Sizes
-    wished: Sizes  # numbers that may be wrong as well, because no code reads them
-    best: dict[Field, float] = field(default_factory=dict)
-    effects: dict[Field, set[object]] = field(default_factory=dict)
-
-    def sizes(self, changes: Mapping[Field, float]) -> Sizes | None:
-        """The sizes of a model with some fields of its config changed."""
-        try:
-            return _sizes(self.recipe.build(self.recipe.changed(changes)))
-        except Exception:  # there is no model of these sizes
-            return None
-
-    def wrong(self, changes: Mapping[Field, float]) -> tuple[set[object], set[object]]:
-        """What is not as wanted, and as wished; everything when there is no such model."""
-        found = self.sizes(changes)
-        if found is None:
-            return set(self.wanted), set(self.wished)
-        wanted = {key for key, size in self.wanted.items() if found.get(key) != size}
-        return wanted, {key for key, size in self.wished.items() if found.get(key) != size}
-
-    def run(self) -> set[Any]:
-        """Search; what is still wrong with the ``best`` numbers."""
-        moving = {key for key, size in self.wanted.items() if self.base.get(key) != size}
-        if not moving:
-            return set()
-        numbers = self.recipe.numbers
-        fields = {f: n for f, n in numbers.items() if _matters(n, self.base, moving)}
-        for path, value in fields.items():
-            doubled = self.sizes({path: 2 * value}) or self.base
-            changed = {k for k, n in self.base.items() if doubled.get(k, n) != n}
-            self.effects[path] = changed
-        changes: dict[Field, float] = {}
-        for path, value in fields.items():
-            others = (self.effects[f] for f in fields if f != path)
-            alone = self.effects[path].difference(*others)
-            keys = (alone or self.effects[path]) & self.wanted.keys()
-            guess = _guess(value, self.base, self.wanted, keys)
-            if guess is not None:
-                changes[path] = guess
-        return self._improve(changes, fields, moving)
-
-    def _improve(
-        self, changes: dict[Field, float], fields: Mapping[Field, float], moving: set[object]
-    ) -> set[object]:
-        """Change one field after the other as long as less is wrong."""
-        wanted, base = self.wanted, self.base
-        ratios = {
-            Fraction(int(wanted[key]), int(base[key]))
-            for key in moving
-            if type(base.get(key)) is int and base[key]
-        }
-        self.best, wrong = changes, self.wrong(changes)
-        while any(wrong):
-            trials = (
-                {**self.best, path: int(fields[path] * ratio)}
-                for path in fields
-                if self.effects[path] & (wrong[0] or wrong[1]) and type(fields[path]) is int
-                for ratio in ratios
-            )
-            for trial in trials:
-                found = self.wrong(trial)
-                if [*map(len, found)] < [*map(len, wrong)]:
-                    self.best, wrong = trial, found
-                    break
-            else:
-                break
-        return wrong[0]
-
-    def explain(self, wrong: set[object]) -> str:
-        """Why no numbers do."""
-        key = min(wrong, key=str)
-        size = self.wanted[key]
-        found = (self.sizes(self.best) or self.base).get(key)
-        for path, effect in self.effects.items():
-            if key not in effect:
-                continue
-            for other in sorted(effect - {key}, key=str):
-                same = self.base.get(other) == self.base.get(key)
-                if same and self.wanted.get(other, size) != size:
-                    return (
-                        f"layers of one kind kept different numbers of channels ({_called(key)} "
-                        f"{size}, {_called(other)} {self.wanted[other]}), which "
-                        f"{'.'.join(map(str, path))} sizes together"
-                    )
-        if found is None or not self.best:
-            return f"no field of it sizes {_called(key)}, which is {size} in this model"
-        return (
-            f"it cannot be {size} for {_called(key)} together with all other sizes "
-            f"(it would be {found})"
-        )
-
-
-def _called(key: Any) -> str:
-    owner, part = key
-    return f"{owner}[{part}]" if isinstance(part, int) else ".".join(filter(None, key))
-
-
-def _sizes(model: nn.Module) -> Sizes:
-    """The sizes of tensors, and the numbers that modules hold."""
-    numbers = {k: v for k, v in plain_of(model).items() if type(v) in (int, float)}
-    return {**shapes_of(model), **numbers}
-
-
-def _follow(small: nn.Module, before: Plain, name: str, seen: Seen | None) -> str:
+def _follow(
+    small: nn.Module, before: Plain, name: str, seen: Seen | None, numbering: Numbering
+) -> str:
     """Change the configs of a part of a small model; why that cannot be done, else nothing."""
     recipe = Recipe.of(small)
     if recipe is None:
         return "it has no config that says sizes"
     try:
-        original = _base(recipe, small)
+        first = original = _base(recipe, numbering)
     except Exception as error:
         return f"it cannot be built from that alone ({type(error).__name__}: {error})"[:300]
+    fewer, original = Changes(), first
+    short = replace(recipe, without=tuple(map(numbering.new_name, recipe.without)))
+    if numbering.gone:
+        fewer, reason = Depths(short, small, numbering).search()
+        if reason:
+            return reason
+        short.config = short.changed(fewer)
+        original = short.build(short.config)
     now = plain_of(small)
     numbers = {key: n for key, n in now.items() if type(n) in (int, float)}
     moved = {key: n for key, n in numbers.items() if before.get(key) != n}
     wanted: Sizes = {**shapes_of(small), **moved}
-    base = _sizes(original)
+    base = sizes_of(original)
     wished = {key: n for key, n in numbers.items() if key in base and key not in moved}
     odd = sorted({owner for owner, _ in shapes_of(small).keys() ^ shapes_of(original).keys()})
     if odd:
         return f"it builds other tensors: {shorten(odd, 3)}"
-    search = _Search(recipe, base, wanted, wished)
+    search = Widths(short, base, wanted, wished)
     wrong = search.run()
     if wrong:
         return search.explain(wrong)
-    changed = recipe.changed(search.best)
     try:
-        written = reread(changed)
-        built = recipe.build(written, real=recipe.real)
+        built = short.build(reread(short.changed(search.best)), real=recipe.real)
     except Exception as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         return f"it refuses these sizes ({type(error).__name__}: {' '.join(lines)})"[:400]
-    return _adopt(small, built, original, before, recipe, search.best, name, seen)
+    found = compare(small, built, before, numbering.renamed(plain_of(first)))
+    if found.problem:  # a file may forget what the config of the original says, too
+        forgetful = recipe.build(reread(recipe.config), real=recipe.real)
+        found = compare(small, built, before, numbering.renamed(plain_of(forgetful)))
+    changes = {**fewer, **search.best}
+    problem = found.problem or _differs(built, recipe, changes, found, name, seen, numbering)
+    if problem:
+        return problem
+    for (owner, key), value in found.follow.items():
+        vars(small.get_submodule(owner))[key] = value
+    _replace_configs(small, first, built, recipe.config, numbering)
+    return ""
 
 
-def _base(recipe: Recipe, small: nn.Module) -> nn.Module:
+def _base(recipe: Recipe, numbering: Numbering) -> nn.Module:
     """What the config builds as it is, without the parts that the model was made without."""
     try:
         original = recipe.build(recipe.config)
@@ -302,10 +260,12 @@ def _base(recipe: Recipe, small: nn.Module) -> nn.Module:
     except Exception:
         recipe.real = True
         original = recipe.build(recipe.config)
-    mine = {name for name, _ in named_modules(small)}
     extra: list[str] = []
     for name, _ in named_modules(original):
-        if name not in mine and not any(name.startswith(f"{other}.") for other in extra):
+        known = (*extra, *numbering.gone)
+        if name not in numbering.counted and not f"{name}.".startswith(
+            tuple(f"{other}." for other in known)
+        ):
             extra.append(name)
     if extra:
         recipe.without = tuple(extra)
@@ -325,53 +285,42 @@ def _unknown(model: nn.Module) -> bool:
     )
 
 
-def _adopt(
-    small: nn.Module,
+def _differs(
     built: nn.Module,
-    original: nn.Module,
-    before: Plain,
     recipe: Recipe,
-    changes: Mapping[Field, float],
+    changes: Mapping[Field, Any],
+    found: Likeness,
     name: str,
     seen: Seen | None,
+    numbering: Numbering,
 ) -> str:
-    """Take over the configs of what was built when it is the small model; else say what differs."""
-    found = compare(small, built, before, plain_of(original))
-    if found.problem:  # a file may forget what the config of the original says, too
-        forgetful = recipe.build(reread(recipe.config), real=recipe.real)
-        found = compare(small, built, before, plain_of(forgetful))
-    if found.problem:
-        return found.problem
+    """Why what was built is another function than a part of the small model."""
+    small = numbering.model
     inputs = seen.inputs.get(name) if seen is not None else None
     if seen is None or inputs is None or name not in seen.outputs:
-        problem = _unread(small, recipe, changes, found)
-    else:
-        problem = same_outputs(filled(built, small), inputs, seen.outputs[name], training=False)
-        problem = problem or _in_training(small, built, inputs, found)
-    if problem:
-        return problem
-    for (owner, key), value in found.follow.items():
-        vars(small.get_submodule(owner))[key] = value
-    _replace_configs(small, original, built, recipe.config)
-    return ""
+        return _unread(small, recipe, changes, found)
+    problem = same_outputs(filled(built, small), inputs, seen.outputs[name], training=False)
+    return problem or _in_training(built, inputs, found, numbering)
 
 
-def _in_training(small: nn.Module, built: nn.Module, inputs: Call, found: Likeness) -> str:
+def _in_training(built: nn.Module, inputs: Call, found: Likeness, numbering: Numbering) -> str:
     """Attributes that only train mode may read are compared there."""
+    small = numbering.model
     modules = dict(named_modules(small))
     kinds: list[tuple[object, str]] = [(type(modules[owner]), key) for owner, key in found.follow]
     if not any(key in used(kind) for kind, key in kinds):
         return ""
+    numbering.undo()  # its config says what it did
     try:
         other = watch(small, [""], inputs, training=True)
     except Exception:  # it trains on other inputs, such as those with labels
         return ""
+    finally:
+        numbering.apply()
     return same_outputs(filled(built, small), inputs, other.outputs[""], training=True)
 
 
-def _unread(
-    small: nn.Module, recipe: Recipe, changes: Mapping[Field, float], found: Likeness
-) -> str:
+def _unread(small: nn.Module, recipe: Recipe, changes: Mapping[Field, Any], found: Likeness) -> str:
     """Why code may see that the config has changed; there are no inputs that show it does not."""
     advice = "pass example_inputs to rebuild, which show whether that matters"
     held = {"config", *(key for _, key, _ in configs_of(small, recipe.config))}
@@ -391,10 +340,10 @@ def _unread(
 
 
 def _replace_configs(
-    small: nn.Module, original: nn.Module, built: nn.Module, config: object
+    small: nn.Module, first: nn.Module, built: nn.Module, config: object, numbering: Numbering
 ) -> None:
     """Give the modules of a small model new configs with the numbers of those in ``built``."""
-    old = {(name, key): value for name, key, value in configs_of(original, config)}
+    old = numbering.renamed({(name, key): value for name, key, value in configs_of(first, config)})
     new = {(name, key): value for name, key, value in configs_of(built, config)}
     held = list(configs_of(small, config))
     memo: dict[int, object] = {}
@@ -406,31 +355,22 @@ def _replace_configs(
         if copied is None:
             copied = copy.deepcopy(value, memo)
         was, now = (dict(numbers_of(configs[name, key])) for configs in (old, new))
+        lists = dict(lists_of(old[name, key]))
+        cut = {
+            path: items
+            for path, items in lists_of(new[name, key])
+            if path in lists and len(lists[path]) != len(items)
+        }
         for path, number in now.items():
-            if path in was and was[path] != number:
+            whole = any(path[: len(other)] == other for other in cut)
+            if path in was and was[path] != number and not whole:
                 copied = put(copied, path, number)
+        for path, items in cut.items():
+            copied = put(copied, path, copy.copy(items))
         made[id(value)] = copied
     for name, key, value in held:
         if id(value) in made:
             vars(small.get_submodule(name))[key] = made[id(value)]
-
-
-def _guess(value: float, base: Sizes, wanted: Sizes, keys: set[object]) -> float | None:
-    """The value of a field by which most of the sizes that follow it would come out right."""
-    votes: Counter[float] = Counter()
-    for key in keys:
-        new, old = value * wanted[key], base[key]
-        if type(value) is float and old == value:
-            votes[wanted[key]] += 1
-        elif type(new) is type(old) is int and old and new and new % old == 0:
-            votes[new // old] += 1
-    return votes.most_common(1)[0][0] if votes else None
-
-
-def _matters(value: float, base: Sizes, moving: set[object]) -> bool:
-    if type(value) is float:
-        return any(base.get(key) == value for key in moving)
-    return any(type(n) is int and n % value == 0 for n in map(base.get, moving))
 
 
 def _refusal(kind: str, reason: str) -> str:

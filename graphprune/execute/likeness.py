@@ -198,6 +198,15 @@ def same_outputs(built: nn.Module, inputs: Call, outputs: list[Tensor], training
             found = _leaves(built.train(training)(*inputs.args, **inputs.kwargs))
     except Exception as error:
         return f"a model built from it does not run on the example inputs ({_first_line(error)})"
+    return _differ(outputs, found)
+
+
+def alike(outputs: list[Tensor], others: list[Tensor]) -> bool:
+    """Whether two runs returned the same."""
+    return not _differ(outputs, others)
+
+
+def _differ(outputs: list[Tensor], found: list[Tensor]) -> str:
     if len(found) != len(outputs):
         return f"a model built from it returns {len(found)} tensors, this one {len(outputs)}"
     for mine, other in zip(outputs, found):
