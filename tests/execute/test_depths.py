@@ -277,7 +277,7 @@ class ByName(Model):
     def forward(self, tokens):
         x = self.words(tokens)
         for name, block in self.blocks.named_children():
-            x = block(x, {}) * self.config.window[: self.config.layers][int(name)]
+            x = block(x, {}) * bool(self.config.window[: self.config.layers][int(name)])
         return self.head(x)
 
 
