@@ -138,23 +138,53 @@ def numbers_of(value: Any, path: Field = ()) -> Iterator[tuple[Field, float]]:
         yield from numbers_of(item, (*path, key))
 
 
-def lists_of(value: Any, path: Field = ()) -> Iterator[tuple[Field, Any]]:
-    """The lists in a config, and in the configs inside it."""
+def lists_of(value: Any, path: Field = (), hidden: bool = False) -> Iterator[tuple[Field, Any]]:
+    """The lists in a config, and in the configs inside it; ``hidden`` ones as well."""
     if len(path) > _DEEP:
         return
     if isinstance(value, list | tuple) and path:
         yield path, value
-    for key, item in _fields_of(value):
-        yield from lists_of(item, (*path, key))
+    for key, item in _fields_of(value, hidden):
+        yield from lists_of(item, (*path, key), hidden)
 
 
-def _fields_of(value: Any) -> Iterator[tuple[str, Any]]:
+def _fields_of(value: Any, hidden: bool = False) -> Iterator[tuple[str, Any]]:
     """The fields of a config, or of a mapping in one."""
+    mapping = isinstance(value, Mapping)
     configured = callable(getattr(value, "to_dict", None)) and hasattr(value, "__dict__")
-    items = value if isinstance(value, Mapping) else vars(value) if configured else {}
+    items = value if mapping else vars(value) if configured else {}
     for key, item in items.items():
-        if isinstance(key, str) and not key.startswith("_"):
+        if isinstance(key, str) and (not key.startswith("_") or (hidden and not mapping)):
             yield key, item
+
+
+def computed_from(config: Any, path: Field, value: Any) -> dict[Field, Any]:
+    """Fields that the class of a config computes from another one: what they would then be.
+
+    Args:
+        config: it is not changed.
+        path: of the other field.
+        value: what that is to be.
+    """
+    at = max(place for place, step in enumerate(path) if isinstance(step, str))
+    holder = config
+    for step in path[:at]:
+        holder = holder[step] if isinstance(holder, Mapping) else getattr(holder, str(step))
+    if isinstance(holder, Mapping):
+        return {}
+    mine, name = vars(holder), str(path[at])
+    new = put(copy.deepcopy(mine[name]), path[at + 1 :], value)
+    kind: Any = type(holder)
+    try:
+        with untouched():
+            was, now = (vars(kind(**{name: each})) for each in (copy.deepcopy(mine[name]), new))
+    except Exception:  # it is not made of fields, or not of this one alone
+        return {}
+    return {
+        (*path[:at], key): item
+        for key, item in now.items()
+        if key != name and key in was and was[key] != item and mine.get(key) == was[key]
+    }
 
 
 def put(holder: object, path: Field, value: Any) -> Any:

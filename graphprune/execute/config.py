@@ -107,8 +107,8 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
         reason = refused.get(id(config)) or _counted(small, before.part(name), name, seen, call)
         if reason:
             refused[id(config)] = reason
+            _refuse(module, name, before, reason)
         if reason and _saved(module):
-            vars(module)["save_pretrained"] = Refusal(type(module).__name__, reason)
             told.setdefault(reason, type(module).__name__)
     for reason, kind in told.items():
         warn(f"{_refusal(kind, reason)}; {kind}.save_pretrained refuses")
@@ -120,7 +120,8 @@ def _counted(
     """Let the configs of a part follow, its lists without what left; why that cannot be done."""
     part = small.get_submodule(name)
     for _, module in named_modules(part):
-        vars(module).pop("save_pretrained", None)
+        if isinstance(vars(module).get("save_pretrained"), Refusal | Counted):
+            del vars(module)["save_pretrained"]
     numbering = Numbering.of(part)
     numbering.apply()
     reason = _gone(part, numbering)
@@ -143,6 +144,18 @@ def _counted(
         if _saved(module):
             vars(module)["save_pretrained"] = Counted(module)
     return ""
+
+
+def _refuse(part: nn.Module, name: str, before: Before, reason: str) -> None:
+    """Let ``save_pretrained`` of a part refuse, and of all in it that has changed."""
+    for inner, module in named_modules(part):
+        head = ".".join(filter(None, (name, inner)))
+        changed = any(isinstance(each, Emptied) for _, each in named_modules(module)) or any(
+            before.shapes.get((f"{head}.{tensor}".lstrip("."), dim), size) != size
+            for (tensor, dim), size in shapes_of(module).items()
+        )
+        if _saved(module) and (module is part or changed):
+            vars(module)["save_pretrained"] = Refusal(type(module).__name__, reason)
 
 
 def _same(small: nn.Module, name: str, seen: Seen, call: Call | None) -> bool:
@@ -355,11 +368,11 @@ def _replace_configs(
         if copied is None:
             copied = copy.deepcopy(value, memo)
         was, now = (dict(numbers_of(configs[name, key])) for configs in (old, new))
-        lists = dict(lists_of(old[name, key]))
+        lists = dict(lists_of(old[name, key], hidden=True))
         cut = {
             path: items
-            for path, items in lists_of(new[name, key])
-            if path in lists and len(lists[path]) != len(items)
+            for path, items in lists_of(new[name, key], hidden=True)
+            if path in lists and _other_list(path, lists[path], items)
         }
         for path, number in now.items():
             whole = any(path[: len(other)] == other for other in cut)
@@ -371,6 +384,13 @@ def _replace_configs(
     for name, key, value in held:
         if id(value) in made:
             vars(small.get_submodule(name))[key] = made[id(value)]
+
+
+def _other_list(path: Field, was: Any, now: Any) -> bool:
+    """Whether a list is another one, apart from numbers in it, which are changed one by one."""
+    hidden = any(isinstance(step, str) and step.startswith("_") for step in path)
+    texts = any(one != other and isinstance(one, str) for one, other in zip(was, now))
+    return len(was) != len(now) or texts or (hidden and was != now)
 
 
 def _refusal(kind: str, reason: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.execute.building import Field, Recipe, lists_of, numbers_of
+from graphprune.execute.building import Field, Recipe, computed_from, lists_of, numbers_of
 from graphprune.execute.likeness import plain_of, shapes_of
 from graphprune.execute.numbering import Entries, Numbering
 from graphprune.record.tensors import named_modules
@@ -85,7 +85,11 @@ class Depths:
                         for other, items in self.lists.items()
                         if other[:-1] == path[:-1] and len(items) == size
                     }
-                    yield self._beside({**known, path: len(kept)}, beside)
+                    best = self._beside({**known, path: len(kept)}, beside)
+                    more = computed_from(self.recipe.config, path, len(kept))
+                    more = {p: item for p, item in more.items() if p not in best}
+                    fits = more and self._wrong({**best, **more}) <= self._wrong(best)
+                    yield {**best, **more} if fits else best
 
     def _beside(self, changes: Changes, lists: Changes) -> Changes:
         """Changes with those of some lists by which least is wrong."""

@@ -147,6 +147,27 @@ def test_the_config_says_how_many_blocks_there_are(tmp_path):
     assert graphprune.verify(model, small, X).verdict == "equal"
 
 
+class Named(Config):
+    """Computes names of its layers, and says which of them is returned."""
+
+    def __init__(self, layers=4, last=None):
+        super().__init__()
+        self.layers = layers
+        self.names = ["stem", *(f"layer{place}" for place in range(layers))]
+        self.last = last or self.names[-1:]
+
+
+def test_what_a_config_computes_from_the_depth_is_computed_anew(tmp_path):
+    torch.manual_seed(0)
+    small = shorter(Model(Named()).eval())
+    assert small.config.names == ["stem", "layer0", "layer1", "layer2"]
+    assert small.config.last == ["layer2"]
+    again(small, tmp_path)
+    torch.manual_seed(0)
+    small = shorter(Model(Named(last=["layer0"])).eval())  # said, not computed
+    assert (small.config.layers, small.config.last) == (3, ["layer0"])
+
+
 def test_rounds_and_copies(tmp_path):
     model = made()
     small = shorter(model)
@@ -206,6 +227,18 @@ def test_a_part_that_is_saved_alone(tmp_path):
     assert torch.equal(again(small.body, tmp_path)(X), small.body(X))
     small.save_pretrained(tmp_path)
     assert torch.equal(Nested.from_pretrained(tmp_path)(X), small(X))
+
+
+def test_a_part_that_is_saved_alone_is_refused_with_the_whole(tmp_path):
+    model = made(Nested)
+    graph = graphprune.trace(model, X)
+    hidden = graph.group_of("body.blocks.2.up")
+    for plan in (graph.plan_of({hidden.name: range(5)}), graph.plan(0.5, parts="blocks")):
+        with pytest.warns(PruningWarning, match="cannot express this model"):
+            small = graphprune.rebuild(model, plan)
+        for each in (small, small.body):
+            with pytest.raises(ModelError, match="cannot express this model"):
+                each.save_pretrained(tmp_path)
 
 
 # --- what a config cannot say ---------------------------------------------------------------------

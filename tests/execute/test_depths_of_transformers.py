@@ -87,6 +87,8 @@ MORE = {
         },
     ),
     "DeiTForImageClassification": ("DeiTConfig", IMAGES),
+    "BeitForImageClassification": ("BeitConfig", {**IMAGES, "drop_path_rate": 0.0}),
+    "Dinov2ForImageClassification": ("Dinov2Config", IMAGES),
     "CLIPModel": ("CLIPConfig", CLIP),
     "CLIPVisionModel": ("CLIPVisionConfig", IMAGES),
     "WhisperForConditionalGeneration": ("WhisperConfig", WHISPER),
