@@ -21,6 +21,7 @@ from torch import nn
 from graphprune.errors import PlanError, RewriteError
 from graphprune.ops.calls import Function
 from graphprune.ops.exact_norms import group_norm, layer_norm
+from graphprune.ops.exact_shares import log_softmax, mean, softmax
 from graphprune.plan.plan import LiteralChange
 from graphprune.record.attention import INNER, multi_head_attention_forward
 from graphprune.record.norms import exact_forward
@@ -29,6 +30,7 @@ from graphprune.record.sites import (
     TIMES,
     Site,
     Step,
+    counting_call,
     defined,
     digest,
     follow,
@@ -36,7 +38,6 @@ from graphprune.record.sites import (
     holders,
     is_attention,
     lacks,
-    norm_called,
     spans_of,
     start,
 )
@@ -48,6 +49,9 @@ _OWN = {  # what rewritten code may call besides
     "_attention": multi_head_attention_forward,
     "_layer_norm": layer_norm,
     "_group_norm": group_norm,
+    "_softmax": softmax,
+    "_log_softmax": log_softmax,
+    "_mean": mean,
     "_forward": exact_forward,
 }
 
@@ -158,6 +162,7 @@ def _edited(function: Function, edits: Edits) -> types.CodeType:
     first = start(function.__code__)
     attentions: list[ast.Call] = []
     norms: list[ast.Call] = []
+    methods: dict[ast.Call, ast.expr] = {}  # what stands before the dot
     for edit in edits:
         if edit.digest != digest(function.__code__):
             raise PlanError(
@@ -169,12 +174,16 @@ def _edited(function: Function, edits: Edits) -> types.CodeType:
             attentions.append(node)
         if edit.path[0] == OF and isinstance(node, ast.Call):
             norms.append(node)
+            if edit.site.method and isinstance(node.func, ast.Attribute):
+                methods[node] = node.func.value
     for call in attentions:  # torch's own takes no such sizes
         call.func = ast.copy_location(ast.Name("_attention", ast.Load()), call.func)
     for call in norms:  # nor such a count
-        name = norm_called(call)
+        name = counting_call(call)
         if name == "forward":  # of the class above, given the module
             call.args.insert(0, ast.Name(function.__code__.co_varnames[0], ast.Load()))
+        elif call in methods:
+            call.args.insert(0, methods[call])
         call.func = ast.copy_location(ast.Name(f"_{name}", ast.Load()), call.func)
     free = function.__code__.co_freevars
     body = ast.parse(f"def _factory({', '.join(free)}):\n    return {kind}")

@@ -78,3 +78,46 @@ def _vanishes(node: fx.Node, zero: Callable[[Any], bool]) -> bool:
     if packet in _UNARY or packet in (aten.div, aten.div_) or packet is None:  # an item of a list
         return bool(node.args) and zero(node.args[0])
     return False
+
+
+_OVER_CHANNELS = _packets("sum", "mean")
+_NORMS = {  # weight, bias
+    aten.native_layer_norm: (2, 3),
+    aten.native_group_norm: (1, 2),
+    aten.native_batch_norm: (1, 2),
+    aten._native_batch_norm_legit: (1, 2),
+    aten._native_batch_norm_legit_no_training: (1, 2),
+}
+
+
+def zero_by_channel(
+    node: object, channels: Callable[[fx.Node], bool], known: dict[fx.Node, bool] | None = None
+) -> bool:
+    """Whether a value is zero in every channel whose slices of parameters are zero.
+
+    Args:
+        node: a value.
+        channels: whether a parameter has channels that may leave.
+        known: what was found before.
+    """
+    if not isinstance(node, fx.Node):
+        return False
+    known = {} if known is None else known
+    if node in known or len(known) > _FAR:
+        return known.get(node, False)
+    packet = getattr(node.target, "overloadpacket", None)
+
+    def zero(other: object) -> bool:
+        return zero_by_channel(other, channels, known)
+
+    if node.op == "get_attr":
+        found = _vanishes(node, zero) and channels(node)
+    elif packet in (aten.pow, aten.pow_):
+        power = node.args[1]
+        found = isinstance(power, int | float) and power > 0 and zero(node.args[0])
+    elif packet in _NORMS:
+        found = all(zero(node.args[place]) for place in _NORMS[packet])
+    else:
+        found = packet not in _OVER_CHANNELS and _vanishes(node, zero)
+    known[node] = found
+    return found

@@ -339,8 +339,9 @@ class Check:
 
     def norm(self, change: NormChange) -> None:
         """A norm of torch, which counts no more than it does now, and no fewer than are left."""
-        now = counted(self.module(change.module))
-        self.need(now > 0, f"{change.module!r} is no LayerNorm or GroupNorm of torch")
+        most = max((tensor.numel() for tensor in self.tensors.values()), default=0)
+        now = min(counted(self.module(change.module)), most)
+        self.need(now > 0, f"{change.module!r} is no norm or softmax of torch")
         left = self.counted_after(change.module)
         fair = left <= change.of <= now
         self.need(fair, f"{change.module!r} counts from {left} to {now} numbers, not {change.of}")
@@ -352,9 +353,10 @@ class Check:
         if isinstance(module, nn.GroupNorm):
             groups = sizes.get(Attribute(name, "num_groups"), module.num_groups)
             return self.shape(weight)[0] // max(groups, 1) if weight in self.tensors else 1
-        assert isinstance(module, nn.LayerNorm)
         if weight in self.tensors:
             return math.prod(self.shape(weight))
+        if not isinstance(module, nn.LayerNorm):
+            return 1
         return math.prod(
             sizes.get(Attribute(name, "normalized_shape", (place,)), side)
             for place, side in enumerate(module.normalized_shape)

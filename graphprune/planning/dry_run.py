@@ -200,6 +200,9 @@ _ALIKE = (
     {aten.view.default, aten._unsafe_view.default},
     {aten.native_layer_norm.default, torch.ops.graphprune.layer_norm.default},
     {aten.native_group_norm.default, torch.ops.graphprune.group_norm.default},
+    {aten._softmax.default, torch.ops.graphprune.softmax.default},
+    {aten._log_softmax.default, torch.ops.graphprune.log_softmax.default},
+    {aten.mean.dim, torch.ops.graphprune.mean.default},
 )
 
 

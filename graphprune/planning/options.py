@@ -224,9 +224,9 @@ class Request:
     exact_only: bool = field(
         default=False,
         metadata=option(
-            "take statistics as the model with zeroed channels does: LayerNorm and GroupNorm go on "
-            "counting what left as zeroes, weight and eps of RMSNorm are rescaled, and groups "
-            "under other statistics over channels stay whole.",
+            "take statistics as the model with zeroed channels does: LayerNorm, GroupNorm, softmax "
+            "and mean go on counting what left as zeroes, weight and eps of RMSNorm are rescaled, "
+            "and groups under other statistics over channels stay whole.",
             told=Told.ALWAYS,
         ),
     )

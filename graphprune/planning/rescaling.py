@@ -11,7 +11,7 @@ is followed through the recorded graph until a weight absorbs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import fx, nn
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.ops.calls import args_of
 from graphprune.ops.registry import op_of, packet_of, zeroes
+from graphprune.ops.vanishing import zero_by_channel
 from graphprune.plan.plan import LiteralChange, NormChange, Rescale
 from graphprune.planning.settle import changed_literal
 from graphprune.record.norms import counted, counts_in_code
@@ -29,6 +30,7 @@ from graphprune.record.sites import OF, Site
 from graphprune.record.sizes import Literal
 
 aten = torch.ops.aten
+_SHARES = (aten._softmax, aten._log_softmax, aten.mean)
 
 
 @dataclass(frozen=True)
@@ -67,14 +69,14 @@ class RootMeanSquare:
 
 @dataclass(frozen=True)
 class Counting:
-    """A LayerNorm or GroupNorm that can go on counting what left.
+    """A LayerNorm, GroupNorm, softmax or mean that can go on counting what left.
 
     Attributes:
         source: what the statistics are taken of.
         module: the norm.
         site: the call in its code; ``None`` for a module of torch itself.
-        groups: into how many groups channels are divided; 0 for a LayerNorm.
-        dims: over which a LayerNorm takes its statistics.
+        groups: into how many groups channels are divided; 0 for all but a GroupNorm.
+        dims: over which others take their statistics.
     """
 
     source: fx.Node
@@ -86,13 +88,18 @@ class Counting:
     @classmethod
     def of(cls, node: fx.Node) -> Counting | None:
         """That of an op; ``None`` for other ops."""
-        args, place = args_of(node), (str(node.meta["module"]), node.meta.get("site"))
-        if packet_of(node) is aten.native_group_norm:
+        packet, args = packet_of(node), args_of(node)
+        place = str(node.meta["module"]), node.meta.get("site")
+        if packet is aten.native_group_norm:
             return cls(args[0], *place, groups=int(args[6]))
-        if packet_of(node) is not aten.native_layer_norm:
-            return None
-        ndim = len(args[0].meta["shape"])
-        return cls(args[0], *place, dims=tuple(range(ndim - len(args[1]), ndim)))
+        if packet is aten.native_layer_norm:
+            ndim = len(args[0].meta["shape"])
+            return cls(args[0], *place, dims=tuple(range(ndim - len(args[1]), ndim)))
+        if packet in _SHARES:
+            ndim, given = len(args[0].meta["shape"]), args[1] if len(args) > 1 else ()
+            dims = given if isinstance(given, list | tuple) else (given,)
+            return cls(args[0], *place, dims=(dims[0] % ndim,)) if len(dims) == 1 else None
+        return None
 
     @property
     def now(self) -> int:
@@ -126,7 +133,7 @@ class Rescaling:
     Attributes:
         graph: the analysed model.
         norms: root mean squares, which can be rescaled.
-        counting: LayerNorms and GroupNorms, which can count what left.
+        counting: others, which can count what left.
     """
 
     graph: Analysis
@@ -136,7 +143,8 @@ class Rescaling:
     @classmethod
     def of(cls, graph: Analysis, model: nn.Module) -> Rescaling:
         """Find them."""
-        return cls(graph, _norms(graph, model), _counting(graph, model))
+        norms = _norms(graph, model)
+        return cls(graph, norms, _counting(graph, model, norms))
 
     def covers(self, group: Group) -> bool:
         """Whether all statistics that change with the channels of a group can be made up for."""
@@ -185,21 +193,41 @@ def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSq
     return {node: norm for node, norm in found.items() if norm.weight in whole}
 
 
-def _counting(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, Counting]:
-    """LayerNorms and GroupNorms that a module of torch is, or that code calls by their name.
+def _counting(
+    graph: Analysis, model: nn.Module, norms: Mapping[fx.Node | None, object]
+) -> dict[fx.Node | None, Counting]:
+    """Statistics that a module of torch takes, or that code calls by their name.
 
-    A place in the code serves all that it runs for, when these count equally many.
+    A place in the code serves all that it runs for, when these count equally many. A mean is that
+    of the masked model where what left is zero in it: of the squares in a LayerNorm that is spelled
+    out, it is not.
     """
     every = {n: norm for record in graph.records for n in record.ops if (norm := Counting.of(n))}
     by_place: dict[tuple[str, Site | None], set[int]] = {}
     for norm in every.values():
         by_place.setdefault((norm.module, norm.site), set()).add(norm.now)
-    able: dict[tuple[str, Site | None], bool] = {}
-    for (name, site), counts in by_place.items():
-        module = model.get_submodule(name)
-        kind = counted(module) > 0 if site is None else counts_in_code(module, site)
-        able[name, site] = kind and len(counts) == 1
-    return {node: norm for node, norm in every.items() if able[norm.module, norm.site]}
+    known: dict[fx.Node, bool] = {}
+    found: dict[fx.Node | None, Counting] = {}
+    for node in dict.fromkeys(node for _, _, node in graph.marks.statistics):
+        if node is None or node not in every or node in norms:
+            continue
+        norm = every[node]
+        module = model.get_submodule(norm.module)
+        kind = norm.site is None and counted(module) > 0
+        kind = kind or (norm.site is not None and counts_in_code(module, norm.site))
+        alone = len(by_place[norm.module, norm.site]) == 1
+        if kind and alone and (packet_of(node) is not aten.mean or _zero(graph, node, known)):
+            found[node] = norm
+    return found
+
+
+def _zero(graph: Analysis, mean: fx.Node, known: dict[fx.Node, bool]) -> bool:
+    """Whether what a mean is taken of is zero where channels left."""
+
+    def channels(parameter: fx.Node) -> bool:
+        return bool(graph.values[parameter].layers)
+
+    return zero_by_channel(mean.args[0], channels, known)
 
 
 def _uses(graph: Analysis) -> dict[str, int]:

@@ -9,20 +9,23 @@ from __future__ import annotations
 import ast
 import inspect
 import math
+import sys
 import types
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from graphprune.ops.exact_norms import group_norm, layer_norm
+from graphprune.ops.exact_shares import log_softmax, softmax
 from graphprune.record.sites import (
     Site,
+    counting_call,
     defined,
     follow,
     forward_of,
-    norm_called,
     spans_of,
     start,
 )
@@ -87,9 +90,9 @@ class ExactGroupNorm(nn.GroupNorm):
 
 
 def counts_in_code(module: nn.Module, site: Site) -> bool:
-    """Whether an expression in the code of a module calls a norm of torch that can count what left.
+    """Whether an expression in the code of a module calls statistics that can count what left.
 
-    That is a function of ``torch.nn.functional``, or the forward that a derived class inherits.
+    That is a function of torch, a method of a tensor, or the forward that a derived class inherits.
     """
     function: Any = forward_of(module)
     for step in site.steps:
@@ -101,15 +104,25 @@ def counts_in_code(module: nn.Module, site: Site) -> bool:
     place = replace(site, first=start(function.__code__)).absolute
     calls = (node for node in ast.walk(definition) if isinstance(node, ast.Call))
     call = next((node for node in calls if place in spans_of(node)), None)
-    name = "" if call is None else norm_called(call)
-    if call is None or name != "forward":
-        return bool(name) and _global(call, function) is getattr(functional, name)
-    return not site.steps and _inherited(type(module), function) in _FORWARDS
+    name = "" if call is None else counting_call(call)
+    if call is None or not name:
+        return False
+    if name == "forward":
+        return not site.steps and _inherited(type(module), function) in _FORWARDS
+    if name in _PLACES and not _plain(call, name, site.method):
+        return False
+    return (name in _PLACES and site.method) or _global(call, function) in _FUNCTIONS[name]
 
 
-def _global(call: ast.Call | None, function: Any) -> Any:
+def _plain(call: ast.Call, name: str, method: bool) -> bool:
+    """Whether a call gives no more than a tensor, a dimension and whether that is kept."""
+    named = {keyword.arg for keyword in call.keywords} <= {"input", "dim", "keepdim"}
+    return named and len(call.args) + method <= _PLACES[name]
+
+
+def _global(call: ast.Call, function: Any) -> Any:
     """What a call is of, if a chain of attributes of a global name says so."""
-    names, node = [], None if call is None else call.func
+    names, node = [], call.func
     while isinstance(node, ast.Attribute):
         names.append(node.attr)
         node = node.value
@@ -136,17 +149,72 @@ def exact_forward(module: Any, input: Tensor, *, of: int) -> Tensor:
     return layer_norm(input, module.normalized_shape, *affine, of=of)
 
 
+class ExactSoftmax(nn.Softmax):
+    """Softmax over ``of`` numbers, of which those that are not given are zero.
+
+    Example:
+        >>> import torch
+        >>> from graphprune.record.norms import count_as_zero
+        >>> small, x = torch.nn.Softmax(0), torch.tensor([1.0, 2.0, 0.0, 0.0])
+        >>> count_as_zero(small, 4)
+        >>> torch.allclose(small(x[:2]), x.softmax(0)[:2])
+        True
+    """
+
+    of: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.Softmax.forward``."""
+        assert self.dim is not None
+        return softmax(input, self.dim, of=self.of)
+
+    def extra_repr(self) -> str:
+        """The dimension, and of how many numbers."""
+        return f"{super().extra_repr()}, of={self.of}"
+
+
+class ExactLogSoftmax(nn.LogSoftmax):
+    """The logarithm of :class:`ExactSoftmax`."""
+
+    of: int
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As ``nn.LogSoftmax.forward``."""
+        assert self.dim is not None
+        return log_softmax(input, self.dim, of=self.of)
+
+    def extra_repr(self) -> str:
+        """The dimension, and of how many numbers."""
+        return f"{super().extra_repr()}, of={self.of}"
+
+
+_FUNCTIONS: dict[str, tuple[object, ...]] = {
+    "layer_norm": (functional.layer_norm,),
+    "group_norm": (functional.group_norm,),
+    "softmax": (functional.softmax, torch.softmax),
+    "log_softmax": (functional.log_softmax, torch.log_softmax),
+    "mean": (torch.mean,),
+}
+_PLACES = {"softmax": 2, "log_softmax": 2, "mean": 3}  # of the arguments by place that are known
 _FORWARDS = (nn.LayerNorm.forward, nn.GroupNorm.forward)
-EXACT: dict[type, type] = {nn.LayerNorm: ExactLayerNorm, nn.GroupNorm: ExactGroupNorm}
+EXACT: dict[type, type] = {
+    nn.LayerNorm: ExactLayerNorm,
+    nn.GroupNorm: ExactGroupNorm,
+    nn.Softmax: ExactSoftmax,
+    nn.LogSoftmax: ExactLogSoftmax,
+}
 
 
 def counted(module: nn.Module) -> int:
     """How many numbers, or channels of a group, a norm of torch takes its statistics over.
 
-    0 for all other modules, among them norms whose forward is not torch's own.
+    0 for all other modules, among them norms whose forward is not torch's own; any number for a
+    softmax, which does not know.
     """
     if type(module) not in EXACT or "forward" in vars(module):
         return 0
+    if isinstance(module, nn.Softmax | nn.LogSoftmax):
+        return sys.maxsize
     if isinstance(module, nn.GroupNorm):
         return module.num_channels // module.num_groups
     assert isinstance(module, nn.LayerNorm)
@@ -154,10 +222,10 @@ def counted(module: nn.Module) -> int:
 
 
 def count_as_zero(module: nn.Module, of: int) -> None:
-    """Make a norm of torch one that counts what left as zeroes, in place.
+    """Make a norm or softmax of torch one that counts what left as zeroes, in place.
 
     Args:
-        module: an ``nn.LayerNorm`` or ``nn.GroupNorm`` itself, no class derived from it.
+        module: of a class that is a key of ``EXACT``, no class derived from it.
         of: how many numbers, or channels of a group, it counts.
     """
     module.__class__ = EXACT[type(module)]

@@ -23,6 +23,7 @@ from graphprune.ops.ids import Path
 Span = tuple[int, int, int, int]  # first line, last line, first column, last column
 TIMES = "times"  # ends the path to a number that is multiplied, where it stands, by new / old
 OF = "of"  # how many numbers a norm counts, which torch's own takes from what it is given
+STATISTICS = ("layer_norm", "group_norm", "softmax", "log_softmax", "mean")
 INNER_SIZES = ("head_dim", "value_dim")  # of attention, which torch computes from others
 Step = tuple[str, str]  # ("global" | "method" | "attribute" | "closure", name)
 
@@ -409,7 +410,7 @@ def lacks(node: ast.Call, site: Site, path: Path) -> bool:
     """Whether a call leaves out a keyword argument."""
     if path[0] in INNER_SIZES and not is_attention(node):
         return False
-    if path[0] == OF and not norm_called(node):
+    if path[0] == OF and not counting_call(node):
         return False
     names = {keyword.arg for keyword in node.keywords}
     named = isinstance(path[0], str) and path[0] not in names and None not in names
@@ -422,14 +423,14 @@ def is_attention(node: ast.Call) -> bool:
     return bool(name == "multi_head_attention_forward")
 
 
-def norm_called(node: ast.Call) -> str:
-    """Which of torch's norms a call may be of, that can count what left; empty for other calls.
+def counting_call(node: ast.Call) -> str:
+    """Which of torch's statistics a call may be of, that can count what left; empty for others.
 
     ``"forward"``: that of the class from which the class of the module is derived.
     """
     name = getattr(node.func, "attr", getattr(node.func, "id", ""))
     if name != "forward":
-        return name if name in ("layer_norm", "group_norm") else ""
+        return name if name in STATISTICS else ""
     held = node.func.value if isinstance(node.func, ast.Attribute) else None
     if not isinstance(held, ast.Call) or held.args:
         return ""

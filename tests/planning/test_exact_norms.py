@@ -321,11 +321,73 @@ def test_norms_of_vectors_count_zeroes_by_themselves():
     torch.testing.assert_close(small(TOKENS), whole(TOKENS), rtol=1e-10, atol=1e-12)
 
 
+class Method(nn.Module):
+    def forward(self, x):
+        return x.softmax(-1)
+
+
+class Function(nn.Module):
+    def forward(self, x):
+        return F.log_softmax(x, dim=1)
+
+
+class Named(nn.Module):
+    def forward(self, x):
+        return x * torch.softmax(input=x, dim=-1)
+
+
+class Mean(nn.Module):
+    def forward(self, x):
+        return x - F.gelu(x).pow(2).mean(-1, keepdim=True)
+
+
+class MeanFunction(nn.Module):
+    def forward(self, x):
+        return x * torch.mean(x, 1, True)
+
+
+class Offset(nn.Module):
+    """A root mean square norm of which no weight absorbs a factor, as Gemma has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(12))
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + self.weight)
+
+
+SHARES = [Method, Function, Named, Mean, MeanFunction, Offset,
+          lambda: nn.Softmax(-1), lambda: nn.LogSoftmax(dim=1)]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", SHARES)
+def test_softmax_and_mean_count_what_left(make):
+    model = drawn(nn.Sequential(nn.Linear(4, 12), make(), nn.Linear(12, 3)))
+    small = graphprune.rebuild(model, 0.5, TOKENS, exact_only=True)
+    smaller = graphprune.rebuild(small, 0.5, TOKENS, exact_only=True)
+    for one, removed in (small, 6), (smaller, 9):
+        plan = one.graphprune_plan
+        assert plan.removed == removed
+        assert plan.exact
+        whole = zeroed(model, plan)
+        torch.testing.assert_close(one(TOKENS), whole(TOKENS), rtol=1e-10, atol=1e-12)
+        assert graphprune.verify(model, one, TOKENS).difference <= 1e-10
+        assert torch.equal(pickle.loads(pickle.dumps(one))(TOKENS), one(TOKENS))
+        assert torch.equal(graphprune.rebuild(model, plan)(TOKENS), one(TOKENS))
+
+
+def spelled(x):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
 STATISTICS = {
-    "softmax": lambda x: x.softmax(-1),
-    "mean": lambda x: x - x.mean(-1, keepdim=True),
+    "a norm spelled out": spelled,
     "variance": lambda x: x / x.var(-1, keepdim=True).sqrt(),
     "maximum": lambda x: x - x.amax(-1, keepdim=True),
+    "a mean of what is not zero": lambda x: x - x.exp().mean(-1, keepdim=True),
+    "of another type": lambda x: x.softmax(-1, dtype=torch.float64),
 }
 
 
