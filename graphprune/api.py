@@ -48,7 +48,7 @@ from graphprune.text import render, shorten
 if TYPE_CHECKING:
     import networkx as nx
 
-ATTENTION = ("heads", "head_dim")
+ATTENTION = ("heads", "queries", "head_dim")
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -88,9 +88,11 @@ def trace(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword
             arguments, nested structures included. When absent, usual shapes are tried for the
             first layer.
-        attention: ``"heads"`` removes whole attention heads; ``"head_dim"`` keeps all heads and
-            makes them narrower: queries and keys together, values and the output projection
-            together, rotary pairs together. The scale of the scores stays the original's.
+        attention: ``"heads"`` removes whole attention heads, grouped queries with their key and
+            value; ``"queries"`` removes equally many queries of each such group, and keeps keys and
+            values; ``"head_dim"`` keeps all heads and makes them narrower: queries and keys
+            together, values and the output projection together, rotary pairs together. The scale
+            of the scores stays the original's.
         outputs: which outputs count; all by default. A key, an attribute or a place of the output
             (``"logits"``, ``0``), several of them, tuples that lead into nested ones; or a function
             of the output, such as a loss: what its result is made of counts. Other outputs may
@@ -101,7 +103,7 @@ def trace(
 
     Raises:
         ModelError: the model is quantized, scripted, compiled, wrapped, lazy or not finite.
-        InputError: no example inputs could be inferred, ``attention`` is neither of the two, or
+        InputError: no example inputs could be inferred, ``attention`` is none of these, or
             ``outputs`` names what the output lacks.
         TraceError: the model does not run on the example inputs.
 
@@ -423,7 +425,8 @@ def rebuild(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword
             arguments; inferred from the first layer when absent. Not needed with a plan.
         inplace: change ``model`` itself; its parameters stay the same objects.
-        attention: ``"heads"`` removes whole attention heads, ``"head_dim"`` makes all narrower.
+        attention: ``"heads"`` removes whole attention heads, ``"queries"`` some of those that share
+            a key, ``"head_dim"`` makes all narrower.
         outputs: which outputs count: see :func:`trace`; all by default.
         options: criterion, scope, targets and constraints: see :class:`graphprune.Options`.
 

@@ -15,11 +15,13 @@ import os
 import statistics
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import machine
 import torch
+import torchvision
 from suites import Case, call, cases, cast, tensors
 from torch import nn
 
@@ -32,6 +34,36 @@ MODELS = {  # suite: names
     "diffusers": ("UNet2DModel", "UNet2DConditionModel", "AutoencoderKL"),
 }
 PASSES = 5
+
+
+def full_size() -> list[Case]:
+    """Models as they are used, with random weights."""
+    import transformers
+
+    bert = transformers.BertConfig()
+    detr = transformers.DetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=transformers.ResNetConfig(out_features=["stage4"]),
+    )
+
+    def words(batch: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.randint(bert.vocab_size, (batch, 64))}
+
+    def image(side: int) -> Callable[[int], torch.Tensor]:
+        return lambda batch: torch.randn(batch, 3, side, side)
+
+    def found(batch: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": image(256)(batch)}
+
+    built = {
+        "BERT-base": (lambda: transformers.BertForSequenceClassification(bert), words),
+        "ViT-B/16": (torchvision.models.vit_b_16, image(224)),
+        "DETR-R50": (lambda: transformers.DetrForObjectDetection(detr), found),
+        "resnet50": (torchvision.models.resnet50, image(224)),
+    }
+    return [Case(name, "full size", build, draw, 0) for name, (build, draw) in built.items()]
 
 
 def passes(model: nn.Module, inputs: Any, dtype: torch.dtype) -> float:
@@ -76,7 +108,8 @@ def section(rows: list[dict[str, Any]]) -> str:
         f"Processor seconds on {machine.describe()}, one thread, medians. *passes* are five",
         "forward and backward passes of the original in train mode, batch size 2. *reference*:",
         "whether zeroed parameters say what the masked model computes, or channels are followed",
-        "while it runs. `examples/benchmarks/verification.py` prints this.\n",
+        "while it runs. The last four are of the usual size; others are small, so that the time",
+        "goes into Python. `examples/benchmarks/verification.py` prints this.\n",
         "| model | reference | verdict | verify | passes, float64 | float32 | times | times |",
         "|---|---|---|---:|---:|---:|---:|---:|",
         *("| " + " | ".join(cells(row)) + " |" for row in rows),
@@ -95,11 +128,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     print(f"{machine.describe()}; load {os.getloadavg()[0]:.1f}", flush=True)
     rows = []
-    for suite, names in MODELS.items():
-        for case in cases(suite):
-            if case.name in names and any(fnmatch.fnmatch(case.name, p) for p in options.models):
-                rows.append(timed(case, options.runs))
-                print("  ".join(cells(rows[-1])), flush=True)
+    small = [c for suite, names in MODELS.items() for c in cases(suite) if c.name in names]
+    for case in (*small, *full_size()):
+        if any(fnmatch.fnmatch(case.name, pattern) for pattern in options.models):
+            rows.append(timed(case, options.runs))
+            print("  ".join(cells(rows[-1])), flush=True)
     if options.write:
         machine.replace_section(options.write, "Verification", section(rows))
 

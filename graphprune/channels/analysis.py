@@ -102,10 +102,11 @@ class Group:
 
 @dataclass(frozen=True)
 class Later:
-    """What was tied and frozen for reasons found after the walk."""
+    """What was tied and frozen for reasons found after the walk, and of what two stay."""
 
     ties: Pairs = ()
     frozen: tuple[tuple[Tensor, Reason], ...] = ()
+    several: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +125,7 @@ class Analysis:
     units: Units
     ties: Ties = field(repr=False)
     marks: Marks = field(repr=False)  # what else the rules of the ops said of channels
-    attention: str  # which channels of attention leave: "heads" or "head_dim"
+    attention: str  # which channels of attention leave: see ``trace``
     own: int  # how many ids belong to parameters: they come first
     integers: Mapping[str, Tensor] = field(repr=False)  # vectors of them in buffers
     shapes: Mapping[str, tuple[Shape, int, bool]] = field(repr=False)
@@ -178,13 +179,25 @@ class Analysis:
         )
         return found.derived(frozen=[*_tables(found)])
 
-    def derived(self, ties: Pairs = (), frozen: Sequence[tuple[Tensor, Reason]] = ()) -> Analysis:
-        """An analysis in which more is tied and frozen, for reasons found after the walk."""
+    def derived(
+        self,
+        ties: Pairs = (),
+        frozen: Sequence[tuple[Tensor, Reason]] = (),
+        several: Sequence[Tensor] = (),
+    ) -> Analysis:
+        """An analysis in which more is tied and frozen, for reasons found after the walk.
+
+        Of the ids ``several`` at least two stay.
+        """
         units = self.units.copy()
         units.tie(ties)
         for ids, _ in frozen:
             units.freeze(ids)
-        later = Later((*self.later.ties, *ties), (*self.later.frozen, *frozen))
+        later = Later(
+            (*self.later.ties, *ties),
+            (*self.later.frozen, *frozen),
+            (*self.later.several, *several),
+        )
         return replace(self, units=units, later=later)
 
     def stays(self, ids: Tensor) -> bool:

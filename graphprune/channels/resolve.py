@@ -118,9 +118,13 @@ class Units:
         stuck += [after(self.labels[item.reshape(-1).numpy()]) for item in frozen]
         return len(np.setdiff1d(mine, np.concatenate(stuck)))
 
+    def counts(self, choice: Alternatives) -> list[int]:
+        """How many removable units each way would leave."""
+        return [self.free_count(choice.ids, way.ties, way.frozen) for way in choice.ways]
+
     def choose(self, choice: Alternatives, weights: Weights) -> None:
         """Take the way that leaves the most removable units; the first one when equal."""
-        counts = [self.free_count(choice.ids, way.ties, way.frozen) for way in choice.ways]
+        counts = self.counts(choice)
         best = 0 if choice.firm and counts[0] > 1 else counts.index(max(counts))
         if choice.lightest and sum(count > 1 for count in counts) > 1:
             saved = [self._saved(choice, way, weights) for way in choice.ways]
@@ -182,7 +186,7 @@ def resolve(
     aligned: Pairs = (),
     dims: Sequence[Sequence[tuple[int, int]]] = (),
 ) -> Units:
-    """Settle all open decisions, the forced ones first.
+    """Settle all open decisions, first those of which one way alone leaves anything.
 
     Args:
         ties: what is tied and frozen in any case.
@@ -196,7 +200,13 @@ def resolve(
     for layer, forbidden in grids:
         if forbidden:
             units.rectangular(layer, forbidden, weights)
+    several = []
     for choice in choices:
+        if sum(count > 0 for count in units.counts(choice)) == 1:
+            units.choose(choice, weights)
+        else:
+            several.append(choice)
+    for choice in several:
         units.choose(choice, weights)
     seen: set[int] = set()
     for layer, forbidden in grids:

@@ -29,7 +29,8 @@ def least(analysis: Analysis) -> dict[str, int]:
     """How many channels groups keep at least, by name, where that is more than one.
 
     A norm over a single channel passes nothing on: its variance is zero, whatever the input. The
-    state of an LSTM stays wider than its projection may be.
+    state of an LSTM stays wider than its projection may be. Code that was seen to take another way
+    for a single one keeps two.
     """
     owner = np.zeros(len(analysis.units.frozen), np.int64)  # 0: always stays
     for number, group in enumerate(analysis.groups):
@@ -42,6 +43,11 @@ def least(analysis: Analysis) -> dict[str, int]:
     }
     marks = analysis.marks
     norms = [ids for ids, _, node in marks.statistics if node is not None]
+    for ids in analysis.later.several:
+        labels = np.unique(analysis.units.labels[ids.flatten().numpy()])
+        for number in np.unique(owner[labels]):
+            if number and analysis.groups[number - 1].size > 1:
+                fewest[analysis.groups[number - 1].name] = 2
     for ids in (*norms, *marks.alone):
         labels, places = np.unique(analysis.units.labels[ids.numpy()], return_counts=True)
         groups = np.unique(owner[labels])

@@ -69,7 +69,11 @@ Inputs = Annotated[
     typer.Option("--input", help="Shape of an input: 1,3,224,224 or 1,16:int64; one per argument."),
 ]
 Attention = Annotated[
-    str, typer.Option("--attention", help="heads: whole heads go; head_dim: all get narrower.")
+    str,
+    typer.Option(
+        "--attention",
+        help="heads: whole heads go; queries: of each key; head_dim: all get narrower.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help=short("seed"))]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

@@ -12,8 +12,8 @@ from torch import Tensor, fx
 from graphprune.ops.contraction import contract, free
 from graphprune.ops.fact import Fact, arguments
 from graphprune.ops.factors import Factors
-from graphprune.ops.heads import inward_both
-from graphprune.ops.ids import Layers
+from graphprune.ops.heads import STAY, inward_both
+from graphprune.ops.ids import Layers, along
 from graphprune.ops.made import made
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of, rows
@@ -107,7 +107,7 @@ def attention(
     masks = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Value)]
     ndim = query.ndim
     if kwargs.get("enable_gqa"):
-        key, value = (_repeated(other, query.shape[-3]) for other in (key, value))
+        key, value = (_repeated(walk, other, query.shape[-3]) for other in (key, value))
     query, key = inward_both(walk, query, key, turned=False)
     contract(walk, query, key, ndim - 1, ndim - 1)
     turned = tuple(layer.transpose(-1, -2) for layer in free(walk, key, ndim - 1))
@@ -129,11 +129,19 @@ def attention(
     return walk.broadcast(sides, ndim)
 
 
-def _repeated(value: Value, heads: int) -> Value:
+def _repeated(walk: Walk, value: Value, heads: int) -> Value:
     """Key or value heads, each as often as there are queries for it."""
-    times = heads // value.shape[-3]
+    served = value.shape[-3]
+    times = heads // served
+    shape = (*value.shape[:-3], heads, *value.shape[-2:])
+    if times > 1 and walk.attention == "queries":  # these leave: one of each head's, and so on
+        for layer in value.on(-3):
+            walk.freeze(layer, STAY)
+        copies = along(walk.copies(times).repeat(served), value.ndim - 3, value.ndim)
+        others = tuple(layer for layer in value.layers if layer.shape[-3] == 1)
+        return replace(value, shape=shape, layers=(*others, copies))
     layers = [
         layer.repeat_interleave(times, -3) if layer.shape[-3] > 1 else layer
         for layer in value.layers
     ]
-    return replace(value, shape=(*value.shape[:-3], heads, *value.shape[-2:]), layers=tuple(layers))
+    return replace(value, shape=shape, layers=tuple(layers))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
-from graphprune.ops.heads import inward_both
+from graphprune.ops.heads import inward_both, queries
 from graphprune.ops.ids import Layers, along, varying
 from graphprune.ops.made import made
 from graphprune.ops.registry import declare
@@ -181,6 +181,8 @@ def matmul(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """Products of matrices; a vector is a matrix of one row or column; batches broadcast."""
     wide_left = _reshaped(left, (1, *left.shape)) if left.ndim == 1 else left
     wide_right = _reshaped(right, (*right.shape, 1)) if right.ndim == 1 else right
+    batch = set(range(wide_left.ndim - 2))
+    wide_left, wide_right = queries(walk, (wide_left, wide_right), batch)
     wide_left, wide_right = inward_both(walk, wide_left, wide_right, turned=True)
     dims = wide_left.ndim - 1, wide_right.ndim - 2
     wide_left, wide_right = _read(walk, wide_left, wide_right, *dims)

@@ -1,8 +1,8 @@
-"""Products over the width of heads, when heads are pruned inside: columns leave."""
+"""Products over the width of heads: whether heads leave, columns of them, or queries alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 
 from torch import Tensor
@@ -54,3 +54,29 @@ def _one_head(walk: Walk, value: Value, dim: int) -> Value:
         others = varying(layer) - {dim}
         layers += walk.sides(layer, others) if others and layer.shape[dim] > 1 else [layer]
     return replace(value, layers=tuple(layers))
+
+
+STAY = "keys and values, of which queries leave"
+
+
+def queries(walk: Walk, values: Sequence[Value], dims: Set[int]) -> list[Value]:
+    """Two values about to be multiplied, when queries leave: their keys and values stay.
+
+    One of them varies along more of ``dims`` than the other: several queries for each key.
+    """
+    found = list(values)
+    same = len({value.ndim for value in values}) == 1
+    if walk.attention != "queries" or not same or any(value.constant for value in values):
+        return found
+    sides = [frozenset[int]().union(*map(varying, value.layers)) & dims for value in values]
+    for own, other in ((0, 1), (1, 0)) if len(found) == 2 else ():
+        if sides[own] and sides[own] < sides[other]:
+            for layer in found[own].layers:
+                if varying(layer) & sides[own]:
+                    walk.freeze(layer, STAY)
+            layers = [
+                walk.collapse(i, sides[own]) if varying(i) & dims > sides[own] else i
+                for i in found[other].layers
+            ]
+            found[other] = replace(found[other], layers=tuple(layers))
+    return found

@@ -315,7 +315,7 @@ def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     dim %= ndim
     some = [value for value in tensors if value.ndim == ndim]
     some = [value for value in some if value.shape[dim]] or some
-    parts = _whole_rows(walk, some, dim)  # a part without columns holds no channels
+    parts = _whole_rows(walk, node, some, dim)  # a part without columns holds no channels
     across = [
         Value(
             tuple(1 if d == dim else n for d, n in enumerate(value.shape)),
@@ -329,14 +329,34 @@ def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     return layers
 
 
-def _whole_rows(walk: Walk, parts: list[Value], dim: int) -> list[Value]:
-    """Grids beside a part that leaves by rows only do so too: heads of which a part was rotated."""
-    rows = {varying(i) for value in parts if not value.on(dim) for i in value.layers}
+def _whole_rows(walk: Walk, node: fx.Node, parts: list[Value], dim: int) -> list[Value]:
+    """Grids beside a part that leaves by rows only do so too: heads of which a part was rotated.
+
+    A part whose columns are the same in all rows (one rotated key, copied for all heads) stays as
+    wide as it is while rows leave; where none can, columns leave.
+    """
+    grids = [i for value in parts for i in value.on(dim) if len(varying(i)) > 1]
+    sides = {varying(grid) - {dim} for grid in grids}
+    beside = [value for value in parts if any(varying(i) in sides for i in value.layers)]
+    shared = {id(i): i for v in beside for i in v.on(dim) if varying(i) == {dim}}
+    if shared and walk.attention != "head_dim":
+        walk.crossed += [(node, grid.narrow(dim, 0, 1)) for grid in grids]
+    elif shared:
+        beside, shared = [value for value in beside if not value.on(dim)], {}
+    if shared and any(walk.by_blocks(node, grid, dim) for grid in grids):
+        rows, across, shared = sides, False, {}
+    else:
+        rows, across = {varying(i) for v in beside for i in v.layers if i.shape[dim] == 1}, True
+    for line in shared.values():
+        walk.freeze(line, "the same in all rows of a grid that leave")
     result = []
     for value in parts:
-        layers = [
-            walk.collapse(i, {dim}) if varying(i) - {dim} in rows else i for i in value.layers
-        ]
+        layers: list[Tensor] = []
+        for i in value.layers:
+            others = varying(i) - {dim}
+            if id(i) not in shared:
+                grid = i.shape[dim] > 1 and others in rows
+                layers.append(walk.collapse(i, {dim} if across else others) if grid else i)
         result.append(replace(value, layers=tuple(layers)))
     return result
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from graphprune.ops.calls import args_of, target_of
 from graphprune.ops.fact import Fact, Unfollowed, moved_fact, moved_numbers_fact
 from graphprune.ops.given import Given, Pruned
+from graphprune.ops.heads import STAY
 from graphprune.ops.ids import (
     Layers,
     align,
@@ -49,6 +50,18 @@ def sizes_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
         shape = graph.shape(node, alive)
         new = [size if old != -1 else -1 for old, size in zip(given, shape)]
         yield Given(list(given), new, "size", places=[(node, dim) for dim in range(len(given))])
+
+
+def copies_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """The sizes of the result, or how many copies ``repeat_interleave`` makes."""
+    if all(number.argument != "repeats" for number in node.meta["numbers"]):
+        yield from sizes_given(graph, node, alive)
+        return
+    sizes = node.all_input_nodes[0].meta["shape"]
+    shape = graph.shape(node, alive)
+    for dim, (one, old, new) in enumerate(zip(sizes, node.meta["shape"], shape)):
+        if one == 1 < old:
+            yield Given([old], [new], "repeats", places=[(node, dim)])
 
 
 @declare(
@@ -163,7 +176,7 @@ def diagonal(
     linear=True,
     makes=True,
     fact=moved_fact,
-    given=sizes_given,
+    given=copies_given,
     sample=of((3, 1), [2, 3, 4]),
     hull=True,
 )
@@ -238,12 +251,23 @@ def view(walk: Walk, node: fx.Node, x: Value, size: object, *args: object) -> La
 
 
 def _without_copies(walk: Walk, x: Value, shape: Sequence[int]) -> list[Tensor]:
-    """Fresh ids that are about to share a dimension with others are not worth keeping."""
+    """Fresh ids that are about to share a dimension with others are not worth keeping.
+
+    Copies of keys and values for several queries are where queries leave: what is copied stays.
+    """
     kept = list(x.layers)
     for before, _ in reshape_blocks(x.shape, shape):
         inside = [layer for layer in kept if varying(layer) & set(before)]
         fresh = [layer for layer in inside if walk.is_fresh(layer)]
         shared = sum(x.shape[dim] > 1 for dim in before) > 1
+        if shared and walk.attention == "queries" and len(inside) > len(fresh):
+            copied = [layer for layer in fresh if walk.is_copy(layer)]
+            if len(copied) == 1 and max(before) in varying(copied[0]):
+                for layer in inside:
+                    if layer is not copied[0]:
+                        walk.freeze(layer, STAY)
+                        kept = [other for other in kept if other is not layer]
+                continue
         for layer in fresh:
             if shared and (len(inside) > len(fresh) or walk.is_copy(layer)):
                 walk.freeze(layer, "copies merged with channels")

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from graphprune.ops.contraction import contract, free
 from graphprune.ops.fact import Fact, Unfollowed
 from graphprune.ops.factors import Factors
-from graphprune.ops.heads import inward
+from graphprune.ops.heads import inward, queries
 from graphprune.ops.ids import Layers, varying
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
@@ -26,6 +26,7 @@ aten = torch.ops.aten
 def summed_product(walk: Walk, operands: Sequence[Value], dims: set[int]) -> Layers:
     """The product of operands of equal rank, summed over ``dims``, which are dropped."""
     walk.reading()
+    operands = queries(walk, operands, set(range(operands[0].ndim)) - dims)
     moving = [value for value in operands if not value.constant]
     if len(moving) == 1 and len(dims) == 1 and len(operands) > 1:  # weights read along a dimension
         read = walk.read_along(moving[0], *dims)

@@ -51,10 +51,14 @@ class Problem:
 
 @dataclass(frozen=True)
 class Obstacles:
-    """What has to be tied, or to stay, so that the code of a model can follow."""
+    """What has to be tied, or to stay, so that the code of a model can follow.
+
+    Of the ids ``several`` it is enough that two stay.
+    """
 
     ties: tuple[tuple[Tensor, Tensor], ...] = ()
     frozen: tuple[tuple[Tensor, Reason], ...] = ()
+    several: tuple[Tensor, ...] = ()
 
 
 def obstacles(graph: Analysis, problems: Sequence[Problem]) -> Obstacles:

@@ -12,9 +12,10 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from graphprune.channels.analysis import Analysis
+from graphprune.channels.structure import least
 from graphprune.errors import PlanError, RewriteError, TraceError
 from graphprune.ops.values import Reason
 from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
@@ -53,7 +54,7 @@ class Settled:
 
     def without(self, obstacle: Obstacles) -> Settled:
         """The same where what stood in the way is tied or stays."""
-        derived = self.analysis.derived(obstacle.ties, obstacle.frozen)
+        derived = self.analysis.derived(obstacle.ties, obstacle.frozen, obstacle.several)
         return Settled(derived, self.trusted, self.scaled)
 
 
@@ -172,8 +173,21 @@ def _in_the_way(analysis: Analysis, place: Place, alive: np.ndarray) -> Obstacle
     for node in (*ops[place.position :: -1], *ops[place.position + 1 :]):
         ids = around(analysis, node)
         if not all(alive[layer.numpy()].all() for layer in ids):
+            lone = tuple(layer for layer in ids if _alone(analysis, layer, alive))
+            if lone:  # code takes another way for one: heads that are copied once, say
+                return Obstacles(several=lone)
             return Obstacles(frozen=tuple((layer, reason) for layer in ids))
     return Obstacles(frozen=((torch.arange(len(alive))[~torch.from_numpy(alive)], reason),))
+
+
+def _alone(analysis: Analysis, layer: Tensor, alive: np.ndarray) -> bool:
+    """Whether of several channels one is left, and two were not asked for yet."""
+    if any(layer is known for known in analysis.later.several):
+        return False
+    ids = layer.flatten().numpy()
+    labels = analysis.units.labels[ids]
+    free = ~analysis.units.frozen[labels]
+    return len(np.unique(labels[free & alive[ids]])) == 1 and len(np.unique(labels[free])) > 2
 
 
 def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
@@ -185,9 +199,11 @@ def trial(analysis: Analysis, number: int) -> dict[str, list[int]]:
     generator = np.random.default_rng(number)
     kept = {}
     sizes: dict[int, int] = {}
+    fewest = least(analysis) if analysis.later.several else {}
     for group in analysis.groups:
+        low = min(fewest.get(group.name, 1), max(group.size - 1, 1))
         for _ in range(4):
-            count = int(generator.integers(1, max(group.size, 2)))
+            count = int(generator.integers(low, max(group.size, 2)))
             if sizes.setdefault(count, group.size) == group.size:
                 break
         kept[group.name] = sorted(generator.permutation(group.size)[:count].tolist())

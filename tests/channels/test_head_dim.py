@@ -118,5 +118,7 @@ def test_one_after_the_other():
 
 
 def test_an_unknown_word_is_refused():
-    with pytest.raises(InputError, match="attention must be one of heads, head_dim, not 'width'"):
+    with pytest.raises(
+        InputError, match="attention must be one of heads, queries, head_dim, not 'width'"
+    ):
         graphprune.trace(Attention(), X, attention="width")

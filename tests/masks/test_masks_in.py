@@ -334,7 +334,7 @@ def test_bad_inputs():
         ),
         ({"masks": {"conv1": torch.rand(6)}}, "'conv1' holds other values than true and false"),
         ({"masks": {"conv1": "yes"}}, "the mask of 'conv1' is no vector"),
-        ({"attention": "none"}, "attention must be one of heads, head_dim"),
+        ({"attention": "none"}, "attention must be one of heads, queries, head_dim"),
     ):
         with pytest.raises(InputError, match=text):
             Plan.from_masks(model, x, **options)
