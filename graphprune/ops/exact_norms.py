@@ -12,7 +12,7 @@ the original.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -190,12 +190,16 @@ def _statistics(x: Tensor, dims: list[int], count: int, eps: float) -> tuple[Ten
     return mean, (var + eps).rsqrt()
 
 
-_OPS = torch.library.Library("graphprune", "DEF")
-_TENSORS = "Tensor? weight, Tensor? bias, float eps, int of) -> (Tensor, Tensor, Tensor)"
-_OPS.define(f"layer_norm(Tensor input, SymInt[] normalized_shape, {_TENSORS}")
-_OPS.define(f"group_norm(Tensor input, SymInt group, {_TENSORS}")
-_OPS.impl("layer_norm", _layer_norm, "CompositeImplicitAutograd")
-_OPS.impl("group_norm", _group_norm, "CompositeImplicitAutograd")
+def define(name: str, signature: str, kernel: Callable[..., object]) -> None:
+    """Define an op of ours, which is made of ops of torch; once in a process."""
+    if not hasattr(torch.ops.graphprune, name):
+        torch.library.define(f"graphprune::{name}", signature)
+        torch.library.impl(f"graphprune::{name}", "CompositeImplicitAutograd", kernel)
+
+
+_REST = "Tensor? weight, Tensor? bias, float eps, int of) -> (Tensor, Tensor, Tensor)"
+define("layer_norm", f"(Tensor input, SymInt[] normalized_shape, {_REST}", _layer_norm)
+define("group_norm", f"(Tensor input, SymInt group, {_REST}", _group_norm)
 
 
 @declare(

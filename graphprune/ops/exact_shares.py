@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from graphprune.ops.exact_norms import define
 from graphprune.ops.ids import Layers
 from graphprune.ops.reduction import along_fact, drop, reduced_fact, summed
 from graphprune.ops.registry import declare as _declare
@@ -94,13 +95,9 @@ def _mean(x: Tensor, dim: Sequence[int], keepdim: bool, of: int) -> Tensor:
     return x.sum(tuple(dim), keepdim=keepdim) / of
 
 
-_OPS = torch.library.Library("graphprune", "FRAGMENT")
-_OPS.define("softmax(Tensor input, int dim, int of) -> Tensor")
-_OPS.define("log_softmax(Tensor input, int dim, int of) -> Tensor")
-_OPS.define("mean(Tensor input, int[] dim, bool keepdim, int of) -> Tensor")
-_OPS.impl("softmax", _softmax, "CompositeImplicitAutograd")
-_OPS.impl("log_softmax", _log_softmax, "CompositeImplicitAutograd")
-_OPS.impl("mean", _mean, "CompositeImplicitAutograd")
+define("softmax", "(Tensor input, int dim, int of) -> Tensor", _softmax)
+define("log_softmax", "(Tensor input, int dim, int of) -> Tensor", _log_softmax)
+define("mean", "(Tensor input, int[] dim, bool keepdim, int of) -> Tensor", _mean)
 
 
 @declare(
