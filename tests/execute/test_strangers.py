@@ -53,6 +53,7 @@ def allowed(plan, before, after):
     """That only what a plan names, in the range of sizes, is other than before."""
     named = {f"{c.module}:{c.name}" for c in plan.sizes}
     named |= {f"{c.module}:{c.attribute}" for c in plan.scales}
+    named |= {f"{c.module}:of" for c in plan.norms}
     for name in difference(before, after):
         if ":" in name:
             key = name.partition(":")[2]

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import graphprune
@@ -71,6 +72,28 @@ def masked() -> nn.Module:
     return net
 
 
+class Counted(nn.Module):
+    """Norms and a softmax that count what left, as modules and in the code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2)
+        self.groups, self.bare = nn.GroupNorm(1, 8), nn.LayerNorm(8, elementwise_affine=False)
+        self.softmax, self.middle = nn.Softmax(-1), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.middle(self.softmax(self.groups(self.norm(self.first(x)))))
+        return self.last(F.layer_norm(self.bare(x), self.bare.normalized_shape) * x.softmax(-1))
+
+
+def zeroes() -> nn.Module:
+    """With zeroes in front of a LayerNorm."""
+    net = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    with torch.no_grad():
+        net[0].weight[:3] = net[0].bias[:3, None] = 0
+    return net
+
+
 def seeded(factory: Callable[[], nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return factory().eval()
@@ -82,6 +105,8 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "shuffled": (Shuffled, torch.randn(2, 4)),
     "images": (images, torch.randn(2, 3, 8, 8)),
     "masked": (masked, torch.randn(2, 4)),
+    "counted": (Counted, torch.randn(2, 4)),
+    "zeroes": (zeroes, torch.randn(2, 4)),
 }
 
 
@@ -89,9 +114,9 @@ def plan_for(name: str) -> graphprune.Plan:
     """A real plan of the model."""
     factory, x = MODELS[name]
     model = seeded(factory)
-    if name == "masked":
+    if name in ("masked", "zeroes"):
         return graphprune.Plan.from_masks(model, x)
-    return graphprune.trace(model, x).plan(0.5, exact_only=name == "shuffled")
+    return graphprune.trace(model, x).plan(0.5, exact_only=name in ("shuffled", "counted"))
 
 
 def forged(body: Any, version: int = 3) -> str:
