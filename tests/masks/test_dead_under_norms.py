@@ -127,11 +127,23 @@ def test_what_is_seen_behind_a_norm_stays(name):
     assert graphprune.Plan.from_masks(model, x).removed == 0
 
 
-def test_a_weight_that_hides_a_channel_keeps_the_zeroes():
+def test_where_a_weight_hides_a_channel_one_zero_stands_for_all():
     model = deadened(Readers(nn.LayerNorm(12)), "make")
     with torch.no_grad():
         model.norm.weight[0] = 1e-9
-    assert graphprune.Plan.from_masks(model, TOKENS).removed == 0
+        model.left.weight[:, 1] = model.right.weight[:, 1] = 0
+        model.norm.weight[1] = 3  # the one that stands for others is not read itself
+    plan = graphprune.Plan.from_masks(model, TOKENS)
+    assert plan.removed == len(DEAD) - 1
+    small = graphprune.rebuild(model, plan)
+    torch.testing.assert_close(small(TOKENS), model(TOKENS), rtol=1e-10, atol=1e-11)
+    assert graphprune.verify(model, small, TOKENS).difference <= 1e-10
+    with torch.no_grad():
+        model.norm.weight[[4, 7]] = 0
+        model.norm.bias[[4, 7]] = 0
+    plan = graphprune.Plan.from_masks(model, TOKENS)
+    assert plan.removed == len(DEAD)  # nobody reads what it would stand for
+    torch.testing.assert_close(graphprune.rebuild(model, plan)(TOKENS), model(TOKENS))
 
 
 def test_nothing_is_folded_where_that_is_not_wanted():

@@ -64,6 +64,8 @@ class Affine:
         if len(self.columns):
             self._constants(x, channels, weight)
         self.flat &= ~self.related  # none of them stands for other constants
+        if relation is not None and relation.keeps is not None:
+            self.bad[:, relation.keeps] |= (self.reads & self.related).any(1)
 
     def _spread(self, channels: Tensor) -> Tensor:
         """A vector of inputs as [outputs, inputs of a group]."""

@@ -124,7 +124,7 @@ def _spread(one: Pass, alive: np.ndarray) -> list[MergeChange]:
             continue
         read = reader.affine.read_by(reader.kept(alive)) & (known.factors != 0)
         sources = (reader.gone(alive) & known.zero & read).nonzero().flatten()
-        into, *others = (~known.zero).nonzero().flatten().tolist()
+        into, *others = known.shares.nonzero().flatten().tolist()
         if len(sources):
             found[matrix] = MergeChange(
                 matrix.tensor,

@@ -2,9 +2,9 @@
 
 A normalised row adds up to zero. All zeroes of a row become the same number t, so that q of them
 are made up for by the others: ``q * t = -sum(normalised others)``. With a weight w and a bias b,
-channel j then holds ``b[j] + w[j] * t``, and t is a weighted sum of the other channels, as far as
-none of their weights hides them. A linear layer that reads the channels can take that up: into its
-weights of the others, and into its bias.
+channel j then holds ``b[j] + w[j] * t``, and t is a weighted sum of the other channels. A linear
+layer that reads them can take that up: into its weights of the others, and into its bias. Where a
+weight all but hides one of the others, a zero that stays tells t.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Relation:
         factors: one for each channel.
         constants: one for each channel.
         shares: of the other channels; zero for these.
+        keeps: the channel that all are a multiple of, apart from constants, if it is one alone.
     """
 
     zero: Tensor
     factors: Tensor
     constants: Tensor
     shares: Tensor
+    keeps: int | None = None
 
     def filled(self, x: Fact, dim: int) -> Fact:
         """A value with the constants in the place of these channels, along a dimension."""
@@ -75,13 +77,17 @@ def relation(node: fx.Node, known: Mapping[fx.Node, Any]) -> Relation | None:
     weight, others = (weight if args[2] is not None else weight + 1), ~zero
     if not bool((weight[zero] != 0).any()) or not bool(others.any()):
         return None  # nothing comes of them, or all of the row is known
-    count = int(zero.sum()) + (int(args[5]) - shape[0] if len(args) > 5 else 0)
-    if bool((weight[others].abs() < _HIDDEN * weight[zero].abs().max()).any()):
-        return None
-    shares = torch.zeros_like(weight)
-    shares[others] = -1 / (count * weight[others])
+    shares, keeps = torch.zeros_like(weight), None
+    largest = (weight.abs() * zero).argmax()
+    if bool((weight[others].abs() >= _HIDDEN * weight[largest].abs()).all()):
+        count = int(zero.sum()) + (int(args[5]) - shape[0] if len(args) > 5 else 0)
+        shares[others] = -1 / (count * weight[others])
+    else:  # one of the zeroes stands for all
+        keeps = int(largest)
+        shares[keeps] = 1 / weight[keeps]
+        zero[keeps] = False
     constants = torch.where(zero, bias - weight * (shares * bias).sum(), 0)
-    return Relation(zero, torch.where(zero, weight, 0), constants, shares)
+    return Relation(zero, torch.where(zero, weight, 0), constants, shares, keeps)
 
 
 def _vector(part: Any, known: Mapping[fx.Node, Any], shape: list[int]) -> Tensor | None:
