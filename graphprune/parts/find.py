@@ -182,14 +182,31 @@ class Finder(Emptying):
         )
 
     def _begins(self, stand_ins: Iterable[StandIn], cuts: Iterable[Cut]) -> bool:
-        """Whether the first of numbered layers would leave, or the first that keeps state.
+        """Whether the first of numbered layers would leave, or the first of a kind with state.
 
         Caches of keys and values ask their first entry how long they are.
         """
         if any(covers(s.module, first) for s in stand_ins for first in self._numbered_first):
             return True
-        first = self.record.state[:1]
-        return bool(first) and first[0] not in self.needed(sides_of(cuts))
+        needed = self.needed(sides_of(cuts))
+        return any(node not in needed for node in self._first_states)
+
+    @cached_property
+    def _first_states(self) -> list[fx.Node]:
+        """The first entry of a cache, of each kind, or what that is cut from.
+
+        Masks are made for the first layer of a kind; a window holds less than is read.
+        """
+        needed = self.needed({})
+        kinds: dict[object, fx.Node] = {}
+        for node in self.record.state:
+            kinds.setdefault(node.target, node)
+        found = []
+        for node in kinds.values():
+            while node not in needed and node.all_input_nodes:
+                node = node.all_input_nodes[0]
+            found += [node] if node in needed else []
+        return found
 
     @cached_property
     def _numbered_first(self) -> list[str]:

@@ -264,3 +264,48 @@ def test_a_cache_works_after_layers_have_left():
             steps = small(more, past_key_values=cache).logits[:, -1]
             once = small(torch.cat([ids, more], 1)).logits[:, -1]
         torch.testing.assert_close(steps, once)
+
+
+class Keys:
+    def __init__(self):
+        self.keys = []
+
+
+class Keeps(nn.Module):
+    """Adds what it finds among keys; of these it leaves all, or the last two, to its cache."""
+
+    def __init__(self, window):
+        super().__init__()
+        self.window, self.key, self.out = window, nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, cache):
+        keys = torch.cat([x[:, :0], self.key(x)], 1)
+        cache.keys.append(keys[:, -2:] if self.window else keys)
+        return x + self.out((x @ keys.transpose(1, 2)).softmax(-1) @ keys)
+
+
+class Windows(nn.Module):
+    def __init__(self, windows):
+        super().__init__()
+        self.layers = nn.ModuleList(map(Keeps, windows))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        cache = Keys()
+        for layer in self.layers:
+            x = layer(x, cache)
+        return self.head(x), cache
+
+
+@pytest.mark.parametrize(
+    ("windows", "blocks"),
+    [
+        ((False, False, False), "12"),
+        ((True, True, True), "12"),
+        ((True, False, True, False), "23"),
+        ((False, False, True, True), "13"),
+    ],
+)
+def test_the_first_layer_of_each_kind_of_cache_stays(windows, blocks):
+    graph = graphprune.trace(Windows(windows).eval(), torch.randn(2, 5, 8))
+    assert [block.name for block in graph.blocks] == [f"layers.{place}" for place in blocks]
