@@ -30,7 +30,7 @@ from graphprune.record.windows import Window
 WIDEST = 2560  # columns (channels x kernel) up to which all second moments are kept
 ROWS = 8192  # windows that are looked at of each batch
 STREAMS = 30.0  # how much more errors in streams may count: they reach all that is behind
-LATER = 1.5  # added to the power of e by which late errors count more
+LATER = -1.0  # what the power of e by which late errors count more may be less or more
 FEWEST = 8  # rows that a half tells anything from
 PLAIN = 1e-4  # the ridge where nothing can be held out
 STEPS = 256  # channels of large groups leave several at a time
@@ -285,6 +285,7 @@ class Auto(Reconstruction):
     (``variants``). Without data it is ``l2``, and the plan says so.
     """
 
+    late: float = 2.0
     scope: ClassVar[str] = "global"
     normalise: ClassVar[str] = "macs"
     without_data: ClassVar[str] = "l2"
@@ -292,7 +293,7 @@ class Auto(Reconstruction):
     def variants(
         self, groups: Sequence[Group], tensors: Mapping[str, Tensor]
     ) -> Sequence[Mapping[str, float]]:
-        """Factors by group: streams stay longer; early layers leave earlier, for late ones."""
+        """Factors by group: streams stay longer; late layers leave earlier, for early ones."""
         assert isinstance(tensors, Evidence)
         known: Mapping[Key, Mapping[int, Reader]] = tensors.statistics["reconstruction"]
         streams, late = {}, {}

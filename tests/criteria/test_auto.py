@@ -90,7 +90,7 @@ def test_auto_ranks_all_groups_by_macs_unless_told(monkeypatch):
     assert plan.request["criterion"] == "auto"
     assert (plan.request["scope"], plan.request["normalise"]) == ("global", "macs")
     same = graph.plan(
-        criterion="reconstruction",
+        criterion=Reconstruction(late=2.0),
         scope="global",
         normalise="macs",
         target={"macs": 0.6},
