@@ -7,6 +7,7 @@ from graphprune.measurement import Measurement, measure
 from graphprune.moved import find_moved
 from graphprune.plan.plan import Plan
 from graphprune.planning.options import Options
+from graphprune.search import smallest
 from graphprune.verification.masked import mask
 from graphprune.verification.report import verify
 from graphprune.version import __version__ as __version__
@@ -27,6 +28,7 @@ __all__ = [  # and __version__, which a star does not import
     "measure",
     "rebuild",
     "save",
+    "smallest",
     "trace",
     "trim_tokenizer",
     "trim_vocabulary",

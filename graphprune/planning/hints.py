@@ -12,5 +12,6 @@ HINTS = {  # what other libraries call it, and our command line
     "isomorphic": 'scope="isomorphic" compares scores of alike groups',
     "pruning_ratio_dict": 'ratios takes fractions by layer, such as {"layer3.*": 0.6}',
     "max_pruning_ratio": "min_kept is the smallest fraction that every group keeps",
+    "max_drop": "graphprune.smallest(model, evaluate, data, max_drop) searches the budget",
     "flops": 'pass target={"macs": 0.5}',
 }

@@ -35,7 +35,7 @@ FLOORS = (
     {"planning"},
     {"masks", "parts"},
     {"api"},
-    {"testing", "training", "vocabulary"},
+    {"search", "testing", "training", "vocabulary"},
     {"cli"},
     {"__init__", "__main__"},
 )
