@@ -115,6 +115,8 @@ def zero_by_channel(
     elif packet in (aten.pow, aten.pow_):
         power = node.args[1]
         found = isinstance(power, int | float) and power > 0 and zero(node.args[0])
+    elif packet is aten.embedding:
+        found = zero(node.args[0])
     elif packet in _NORMS:
         found = all(zero(node.args[place]) for place in _NORMS[packet])
     else:

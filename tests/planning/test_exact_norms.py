@@ -377,6 +377,15 @@ def test_softmax_and_mean_count_what_left(make):
         assert torch.equal(graphprune.rebuild(model, plan)(TOKENS), one(TOKENS))
 
 
+def test_a_mean_of_embedded_words_counts_what_left():
+    model = drawn(nn.Sequential(nn.Embedding(20, 12), Offset(), nn.Linear(12, 3)))
+    ids = torch.randint(0, 20, (2, 5))
+    small = graphprune.rebuild(model, 0.5, ids, exact_only=True)
+    assert small.graphprune_plan.removed == 6
+    whole = zeroed(model, small.graphprune_plan)
+    torch.testing.assert_close(small(ids), whole(ids), rtol=1e-10, atol=1e-12)
+
+
 def spelled(x):
     centred = x - x.mean(-1, keepdim=True)
     return centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
