@@ -1,7 +1,8 @@
-"""LayerNorm and GroupNorm that count channels which left as zeroes, with the same parameters.
+"""LayerNorm, GroupNorm and softmax that count channels which left as zeroes.
 
-A smaller norm of torch takes its statistics over the channels that it is given. These take them
-over as many as the original had, as the masked model does.
+A smaller norm of torch takes its statistics over the channels that it is given. These have the same
+parameters and take them over as many as the original had, as the masked model does. Which calls in
+code can be told to do so is found out here as well.
 """
 
 from __future__ import annotations
@@ -214,7 +215,7 @@ def counted(module: nn.Module) -> int:
     if type(module) not in EXACT or "forward" in vars(module):
         return 0
     if isinstance(module, nn.Softmax | nn.LogSoftmax):
-        return sys.maxsize
+        return 0 if module.dim is None else sys.maxsize
     if isinstance(module, nn.GroupNorm):
         return module.num_channels // module.num_groups
     assert isinstance(module, nn.LayerNorm)
