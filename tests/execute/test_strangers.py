@@ -31,7 +31,7 @@ PLANS = {name: plan_for(name) for name in MODELS}
 QUICK, LONG = 60, 6000
 SIZES = {  # what torch's own layers remember of their weights
     "in_channels", "out_channels", "in_features", "out_features", "num_features",
-    "normalized_shape", "groups",
+    "normalized_shape", "groups", "num_channels",
 }  # fmt: skip
 
 
