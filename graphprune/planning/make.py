@@ -274,7 +274,10 @@ def followed(model: nn.Module, call: Call, settled: Settled, chosen: Kept, plan:
     if finding.possible and settled.changes(alive).unsure:
         finding = follow(model, call, settled, chosen)
     if not finding.possible:
-        reason = finding.settled.analysis.later.frozen[-1][1]
+        later = finding.settled.analysis.later
+        reason: object = "the code takes another way where one of several is left: keep two"
+        if len(later.several) == len(settled.analysis.later.several):
+            reason = later.frozen[-1][1]
         limits = [f"{g.name}: {g.limit}" for g in settled.analysis.groups if g.limit]
         raise InputError("; ".join([f"these channels cannot leave: {reason}", *limits]))
     return with_unread(model, call, settled.analysis, plan, ran)

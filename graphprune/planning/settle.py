@@ -25,7 +25,7 @@ from graphprune.planning.problems import Obstacles, Problem, around, obstacles
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
-from graphprune.record.sizes import Attribute, Literal
+from graphprune.record.sizes import Attribute, Literal, plain
 from graphprune.record.tensors import named_modules
 
 TRIALS = 2
@@ -281,7 +281,7 @@ def _guilty(analysis: Analysis, place: Place, unclear: Sequence[Problem]) -> lis
 def changed_literal(leaf: Literal, new: float) -> LiteralChange:
     """The change of a number in the code, as a plan holds it."""
     site = replace(leaf.site, file="", first=0, digest="")
-    return LiteralChange(leaf.module, site, leaf.path, leaf.value, new, leaf.site.digest)
+    return LiteralChange(leaf.module, site, leaf.path, plain(leaf.value), new, leaf.site.digest)
 
 
 def bare_plan(analysis: Analysis, alive: np.ndarray, solved: adapt.Changes) -> Plan:

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphprune
+from graphprune.errors import InputError
 
 SPELLINGS = ("expand", "interleave", "enable_gqa", "broadcast", "einsum")
 KEYS, QUERIES, WIDTH = 2, 4, 6
@@ -94,6 +95,14 @@ def test_code_that_takes_another_way_for_a_single_one_keeps_two(ratio, queries):
     small = graphprune.rebuild(model, ratio, x, attention="queries", scope="local")
     assert (small.queries, small.keys) == (queries, KEYS)
     assert graphprune.verify(model, small, x).verdict == "equal"
+
+
+def test_a_single_one_asked_for_by_hand_is_told():
+    model, x = Once("expand").eval(), torch.randn(2, 5, 8)
+    graph = graphprune.trace(model, x, attention="queries")
+    with pytest.raises(InputError, match="where one of several is left: keep two"):
+        graph.plan_of({"g0": [1]})
+    assert graphprune.verify(model, graph.plan_of({"g0": [1, 2]}), x).verdict == "equal"
 
 
 class Latent(nn.Module):

@@ -45,6 +45,7 @@ def check(entry, ratio, scope, training):
         small = graphprune.rebuild(model, plan)
         report = graphprune.verify(model, small, inputs)
     assert report.difference <= 1e-10
+    assert graphprune.Plan.from_json(plan.to_json()) == plan
     assert removable(graph) == free, f"planning froze more channels:\n{graph}"
     small_groups = all(group.size * ratio < 1 for group in graph.groups)  # none loses a channel
     assert plan.removed > 0 or entry.removable is None or small_groups
