@@ -397,12 +397,39 @@ def _fill(small: nn.Module, content: _Content, devices: Mapping[str, torch.devic
             values[id(old)] = _ready(content, owners[name], old, devices.get(name, usual))
         state[name] = values[id(old)]
     small.load_state_dict(state, assign=True)
+    _filled_in_place(
+        small, {id(values[id(old)]): old for old in olds.values() if id(old) in values}
+    )
     for name, buffer in _unsaved_buffers(small).items():
         dtype = getattr(torch, content.dtypes.get(name, ""), None)
         known = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         if known and buffer.is_floating_point() and buffer.dtype != dtype:
             owner, _, leaf = name.rpartition(".")
             small.get_submodule(owner)._buffers[leaf] = buffer.to(dtype)
+
+
+def _filled_in_place(small: nn.Module, emptied: Mapping[int, Tensor]) -> None:
+    """Let the tensors that were on meta hold the values: hooks may hold them, too.
+
+    Args:
+        small: holds the new tensors.
+        emptied: the old tensors, by the ``id`` of the new ones.
+    """
+    swapped: set[int] = set()
+    for module in small.modules():
+        places: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in places:
+            for name, new in held.items():
+                old = emptied.get(id(new))
+                if not isinstance(old, Tensor):
+                    continue
+                if id(new) not in swapped:
+                    try:
+                        torch.utils.swap_tensors(old, new)
+                    except RuntimeError:  # something watches one of them: only modules are told
+                        continue
+                    swapped.add(id(new))
+                held[name] = old
 
 
 def _ready(content: _Content, name: str, old: Any, device: torch.device | None) -> Tensor:

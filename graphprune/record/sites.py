@@ -34,13 +34,14 @@ class Site:
 
     ``steps`` lead from the forward to the function that holds it; ``span`` is its place, with lines
     counted from the first one of the function (line ``first`` of ``file``). ``method`` tells that
-    argument 0 stands before the dot, ``count`` how many there were.
+    argument 0 stands before the dot, ``count`` how many there were (more in a later round, where a
+    function was given another argument).
     """
 
     steps: tuple[Step, ...]
     span: Span
     method: bool = False
-    count: int = 0
+    count: int = field(default=0, compare=False)
     file: str = field(default="", compare=False)
     names: tuple[str, ...] = field(default=(), compare=False)  # of the arguments, when known
     first: int = field(default=0, compare=False)

@@ -304,3 +304,35 @@ def test_a_factory_that_needs_arguments_is_told(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match=r"the function that makes the model fails .*no weights"):
         load(path, broken)
+
+
+class Scaled(nn.Module):
+    """A parameter that a hook holds as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.scale = nn.Parameter(torch.rand(6) + 1)
+        self.first.register_forward_hook(Times(self.scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+class Times:
+    def __init__(self, scale: torch.Tensor) -> None:
+        self.scale = scale
+
+    def __call__(self, module: nn.Module, args: object, out: torch.Tensor) -> torch.Tensor:
+        return out * self.scale
+
+
+def test_hooks_hold_the_values_of_the_file(tmp_path: Path) -> None:
+    model, x = Scaled(), torch.randn(3, 4)
+    small = graphprune.rebuild(model, 0.5, x)
+    path = save(small, tmp_path / "s")
+    for source in (Scaled(), Scaled):
+        loaded = load(path, source)
+        assert torch.equal(loaded(x), small(x))
+        (hook,) = loaded.first._forward_hooks.values()  # type: ignore[union-attr]
+        assert hook.scale is loaded.scale

@@ -449,3 +449,19 @@ def test_drawn_networks_equal_those_with_zeroes(width, steps, ratio):
     for one in (small, later):
         whole = zeroed(model, one.graphprune_plan)
         torch.testing.assert_close(one(x), whole(x), rtol=1e-9, atol=1e-10)
+
+
+def test_a_width_that_is_written_out_changes_in_every_round():
+    class Written(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.last(F.layer_norm(self.first(x), (8,)))
+
+    model, x = Written().double(), torch.randn(3, 4, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.5, x, exact_only=True)
+    smaller = graphprune.rebuild(small, 0.5, x, exact_only=True)
+    assert (small.last.in_features, smaller.last.in_features) == (4, 2)
+    assert graphprune.verify(model, smaller, x).difference <= 1e-10

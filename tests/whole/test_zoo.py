@@ -9,6 +9,8 @@ from support.comparing import call, shapes, state, untouched
 from support.zoo import ZOO
 
 import graphprune
+from graphprune.errors import InputError
+from graphprune.testing import check as attempts
 
 pytestmark = pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")
 GRAPHS = {}
@@ -112,6 +114,29 @@ def test_modes_are_kept():
     model.layer1.bn1.eval()
     small = graphprune.rebuild(model, 0.5, ZOO["cifar_projected"].inputs())
     assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["heads", "queries", "head_dim"])
+def test_random_plans(entry, attention):
+    """What users are given for their own tests, ours too: counts, places, uneven, second rounds."""
+    if graphprune.trace(entry.build(), entry.inputs(), attention=attention).groups:
+        attempts(entry.build().eval(), entry.inputs(), plans=3, attention=attention)
+
+
+@pytest.mark.slow
+def test_exact_plans(entry, tmp_path):
+    """Two rounds that count what left as zeroes, and a file between them."""
+    model, inputs = entry.build().eval(), entry.inputs()
+    options = {"exact_only": True, "scope": "local"}
+    try:
+        small = graphprune.rebuild(model, 0.5, inputs, **options)
+        loaded = graphprune.load(graphprune.save(small, tmp_path / "small"), entry.build().eval())
+        again = graphprune.rebuild(loaded, 0.3, inputs, **options)
+    except InputError:  # nothing that leaves exactly is left
+        return
+    for result in (small, loaded, again):
+        assert graphprune.verify(model, result, inputs).difference <= 1e-10
 
 
 @pytest.mark.parametrize("name", ["half_precision", "bfloat16_parameters"])
