@@ -43,23 +43,38 @@ class Halves:
 
     def ridge(self) -> float:
         """The one whose refit without half of the channels is best on the other half."""
-        channels = len(self.columns)
-        if channels < 2:
+        if len(self.columns) < 2:
             return RIDGES[0]
+        return min(RIDGES, key=lambda ridge: self.error(self.cheap, ridge))
+
+    def seen(self) -> tuple[float, float]:
+        """The error without half of the channels: on the items refitted to, and on others."""
+        ridge = self.ridge()
+        return self.error(self.cheap, ridge, others=False), self.error(self.cheap, ridge)
+
+    @cached_property
+    def cheap(self) -> Tensor:
+        """Half of the channels: those with the least energy."""
         first, second = (each.diagonal(dim1=-2, dim2=-1) for each in self.covariances)
         energy = self.weight.square().sum(1) * (first + second)
         each = energy.sum(0)[self.columns].sum(1)
-        leaving = each.argsort(stable=True)[: channels // 2]
-        return min(RIDGES, key=lambda ridge: self.error(leaving, ridge))
+        return each.argsort(stable=True)[: len(self.columns) // 2]
 
-    def error(self, leaving: Tensor, ridge: float) -> float:
-        """The squared error without some channels, each half being refitted from the other."""
+    def error(self, leaving: Tensor, ridge: float, others: bool = True) -> float:
+        """The squared error without some channels, each half being refitted from the other.
+
+        Args:
+            leaving: numbers of the channels.
+            ridge: of the refit.
+            others: otherwise each half is refitted from itself.
+        """
         gone = self.columns[leaving].flatten()
         stays = torch.ones(self.weight.shape[-1], dtype=torch.bool)
         stays[gone] = False
         rest = stays.nonzero()[:, 0]
         lost = self.weight[:, self.rows][:, :, gone]
-        fits, checks = self.covariances, self.covariances[::-1]
+        fits = self.covariances
+        checks = fits[::-1] if others else fits
         found = sum(_error(*pair, lost, gone, rest, ridge) for pair in zip(fits, checks))
         return found / len(fits)
 

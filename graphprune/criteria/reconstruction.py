@@ -10,7 +10,7 @@ has not seen (``held``): with fewer rows than channels every channel is redundan
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -293,19 +293,32 @@ class Auto(Reconstruction):
     def variants(
         self, groups: Sequence[Group], tensors: Mapping[str, Tensor]
     ) -> Sequence[Mapping[str, float]]:
-        """Factors by group: streams stay longer; late layers leave earlier, for early ones."""
+        """Factors by group: streams stay longer; early layers do; layers with few rows do not."""
         assert isinstance(tensors, Evidence)
         known: Mapping[Key, Mapping[int, Reader]] = tensors.statistics["reconstruction"]
-        streams, late = {}, {}
+        streams, late, trust = {}, {}, {}
         for group in groups:
             keys = [(member.slot.tensor, member.slot.dim) for member in group.members]
             places = [reader.place for key in keys for reader in known.get(key, {}).values()]
             writers = [m for m in group.members if m.slot.weight and not m.reads]
             if len(places) > 1 and len(writers) > 1:
                 streams[group.name] = STREAMS
+            seen = [each.seen() for each in self._halves(group, known)]
+            held = sum(others for _, others in seen)
+            if held > 0:
+                trust[group.name] = max(sum(fitted for fitted, _ in seen) / held, 1e-3)
             if places:
                 late[group.name] = math.exp(LATER * sum(places) / len(places))
-        return streams, late
+        return streams, late, trust
+
+    def _halves(self, group: Group, known: Mapping[Key, Mapping[int, Reader]]) -> Iterator[Halves]:
+        """What reads a group, in two halves of the items."""
+        for member in group.members:
+            for reader in known.get((member.slot.tensor, member.slot.dim), {}).values():
+                halves, weighed = reader.halves, reader.weighed()
+                columns = reader.columns(torch.from_numpy(member.index.copy()))
+                if halves is not None and weighed is not None and len(columns) > 1:
+                    yield Halves(halves, weighed, columns)
 
 
 auto = register_criterion("auto")(Auto())

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import graphprune
-from graphprune.criteria import Reconstruction, gather, scores
+from graphprune.criteria import Auto, Reconstruction, gather, scores
 from graphprune.criteria.held import RIDGES, Halves
 
 D = torch.float64
@@ -107,3 +107,14 @@ def test_without_data_auto_says_what_stands_in():
     plan = graph.plan(0.25, criterion="auto")
     assert plan.request["criterion"] == "auto: l2, for want of data"
     assert [g.kept for g in plan.groups] == [g.kept for g in graph.plan(0.25).groups]
+
+
+def test_few_rows_are_one_of_the_variants():
+    net, data = Tail().double(), few()
+    graph = graphprune.trace(net, data[0][:1])
+    evidence = gather(net, "auto", graph.groups, data)
+    *_, trust = Auto().variants(graph.groups, evidence)
+    narrow, wide = (trust[group.name] for group in graph.groups)
+    assert wide < 0.5 * narrow < 0.5
+    many = gather(net, "auto", graph.groups, few(4000))
+    assert all(factor > 0.9 for factor in Auto().variants(graph.groups, many)[-1].values())
