@@ -286,6 +286,7 @@ class Auto(Reconstruction):
     """
 
     late: float = 2.0
+    others: ClassVar[tuple[Reconstruction, ...]] = (Reconstruction(ridge=PLAIN),)
     scope: ClassVar[str] = "global"
     normalise: ClassVar[str] = "macs"
     without_data: ClassVar[str] = "l2"

@@ -40,6 +40,7 @@ class Entry:
         without_data: the criterion that stands in where no data are given; needs are errors when
             absent.
         variants: what else the scores may be, for plans to try: factors by group name.
+        others: criteria of the same needs, for plans to try as well.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Entry:
     normalise: str | None = None
     without_data: str | None = None
     variants: Variants | None = None
+    others: Sequence[Criterion] = ()
 
 
 _REGISTRY: dict[str, Entry] = {}
@@ -139,6 +141,6 @@ def _entry(name: str, criterion: Criterion, needs: Iterable[str] | str | None) -
         getattr(criterion, "aggregate", Entry.aggregate),
         *(
             getattr(criterion, name, getattr(Entry, name))
-            for name in ("comparable", "scope", "normalise", "without_data", "variants")
+            for name in ("comparable", "scope", "normalise", "without_data", "variants", "others")
         ),
     )

@@ -7,7 +7,7 @@ outputs come nearest to the original's, on items that the repair has not seen, i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -78,9 +78,15 @@ class Trials:
             return best
         seen = {_kept(best)}
         error: float | None = None
-        for factors in variants(draft.analysis.groups, draft.evidence):
-            product = {n: draft.factors.get(n, 1.0) * factors.get(n, 1.0) for n in draft.base or {}}
-            other = replace(draft, factors=product)
+        changes = [*variants(draft.analysis.groups, draft.evidence)]
+        for change in (*changes, *find(draft.request.criterion).others):
+            if isinstance(change, Mapping):
+                base = draft.base or {}
+                product = {n: draft.factors.get(n, 1.0) * change.get(n, 1.0) for n in base}
+                other = replace(draft, factors=product)
+            else:
+                request = replace(draft.request, criterion=change)
+                other = Draft(draft.model, draft.call, draft.settled, request, draft.evidence)
             plan = make(other)
             if _kept(plan) in seen:
                 continue

@@ -1,10 +1,14 @@
 """Variants of a plan are tried on repaired small models, and the best one is taken."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 import graphprune
+from graphprune.criteria.reconstruction import Reconstruction
+from graphprune.criteria.registry import _REGISTRY
 from graphprune.planning.trials import First
 
 
@@ -22,7 +26,12 @@ def data(count=64):
     return list(torch.randn(count, 6).split(16))
 
 
-def planned(monkeypatch, errors):
+def entries(others):
+    """The registry, with ``auto`` that tries some other criteria."""
+    return {**_REGISTRY, "auto": replace(_REGISTRY["auto"], others=others)}
+
+
+def planned(monkeypatch, errors, others=()):
     """A plan by ``auto`` whose trials have these errors; and the plans that were tried."""
     tried = []
 
@@ -32,6 +41,7 @@ def planned(monkeypatch, errors):
 
     monkeypatch.setattr("graphprune.planning.trials.Trials._error", error)
     monkeypatch.setattr("graphprune.criteria.held.Halves.seen", lambda self: (1.0, 1.0))
+    monkeypatch.setattr("graphprune.criteria.registry._REGISTRY", entries(others))
     batches = data()
     graph = graphprune.trace(Net(), batches[0][:1])
     plan = graph.plan(criterion="auto", target={"macs": 0.5}, data=batches)
@@ -44,6 +54,14 @@ def test_the_variant_with_the_smaller_error_is_taken(monkeypatch, errors, wanted
     kept, tried = planned(monkeypatch, errors)
     assert len(tried) == 2
     assert tried[0] != tried[1]
+    assert kept == tried[wanted]
+
+
+@pytest.mark.parametrize(("errors", "wanted"), [((0.5, 0.4), 1), ((0.5, 0.6), 0)])
+def test_other_criteria_are_tried_on_the_same_statistics(monkeypatch, errors, wanted):
+    monkeypatch.setattr("graphprune.criteria.reconstruction.LATER", 0.0)
+    kept, tried = planned(monkeypatch, errors, (Reconstruction(ridge=1.0, late=30.0),))
+    assert len(tried) == 2
     assert kept == tried[wanted]
 
 
