@@ -148,6 +148,11 @@ def smallest(
         >>> found.chosen is None or found.chosen.drop <= 0.05
         True
     """
+    if not callable(evaluate):
+        raise InputError(
+            "evaluate must be a function of a model that returns a number, larger for better ones; "
+            f"got {type(evaluate).__name__}"
+        )
     _check(max_drop, quantity, least, evaluations, confidence, options)
     batches = list(check_data(data))
     graph = trace(model, example_inputs)
@@ -198,7 +203,14 @@ def _scores(
 ) -> Tensor:
     """What an evaluation says, [items] or [1], in float64."""
     with torch.no_grad():
-        value = torch.as_tensor(evaluate(model)).detach().to("cpu", torch.float64)
+        returned: Any = evaluate(model)
+    try:
+        value = torch.as_tensor(returned).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InputError(
+            "evaluate must return a number, or a tensor of one number for each item; got "
+            f"{type(returned).__name__}"
+        ) from None
     if value.dim() > 1 or not value.numel() or not bool(value.isfinite().all()):
         raise InputError(
             "evaluate must return a finite number, or a tensor of one number for each item; got "

@@ -29,6 +29,7 @@ from graphprune.planning.select import Kept
 from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
 from graphprune.planning.trials import First, Trials
 from graphprune.planning.unread import with_unread
+from graphprune.record.batches import check_data
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
 from graphprune.text import share, shorten
@@ -45,7 +46,7 @@ class _Stuck(Exception):
 def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) -> Plan:
     """The plan for a request; see ``ChannelGraph.plan``."""
     if find(request.criterion).variants is not None and request.data is not None:
-        items = First(request.data)
+        items = First(check_data(request.data))
         trials = Trials(model, items)
         draft = Draft(model, call, settled, replace(request, data=items))
         return trials.best(draft, lambda draft: _planned(draft, settled))

@@ -9,6 +9,7 @@ from torch import nn
 import graphprune
 from graphprune.criteria.reconstruction import Reconstruction
 from graphprune.criteria.registry import _REGISTRY
+from graphprune.errors import InputError
 from graphprune.planning.trials import First
 
 
@@ -86,3 +87,10 @@ def test_few_items_are_kept():
     assert len(first.kept) == 6
     with pytest.raises(TypeError, match="not known"):
         len(First(iter(data())))
+
+
+@pytest.mark.parametrize("wrong", [5, torch.randn(16, 6)], ids=["number", "one batch"])
+def test_data_that_are_no_batches_are_told(wrong):
+    graph = graphprune.trace(Net(), torch.randn(1, 6))
+    with pytest.raises(InputError, match="data must be an iterable of batches"):
+        graph.plan(criterion="auto", target={"macs": 0.5}, data=wrong)

@@ -101,3 +101,12 @@ def test_evaluations_must_be_of_the_same_items():
 def test_rebuild_says_where_the_search_is():
     with pytest.raises(InputError, match="smallest"):
         graphprune.rebuild(net(), max_drop=1.0)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "text"), [(5, "must be a function of a model"), (lambda model: "x", "got str")]
+)
+def test_evaluations_that_are_none_are_told(evaluate, text):
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+    with pytest.raises(InputError, match=text):
+        graphprune.smallest(net, evaluate, [torch.randn(8, 4)], 0.1)
