@@ -5,8 +5,9 @@ from graphprune.calibration import calibrate
 from graphprune.execute.checkpoint import load, save
 from graphprune.measurement import Measurement, measure
 from graphprune.moved import find_moved
-from graphprune.plan.plan import Plan
+from graphprune.plan.plan import MAKERS, Plan
 from graphprune.planning.options import Options
+from graphprune.report import write_report
 from graphprune.search import smallest
 from graphprune.verification.masked import mask
 from graphprune.verification.report import verify
@@ -36,7 +37,8 @@ __all__ = [  # and __version__, which a star does not import
 ]
 
 find_moved()
-del find_moved
+MAKERS["report"] = write_report
+del find_moved, MAKERS, write_report
 
 
 def __dir__() -> list[str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack
+from weakref import WeakValueDictionary
 
 from torch import nn
 
@@ -48,6 +49,8 @@ from graphprune.text import render, shorten
 if TYPE_CHECKING:
     import networkx as nx
 
+# The graphs in use, by architecture and inputs: a plan is plain data, and a report finds them here.
+GRAPHS: WeakValueDictionary[tuple[str, str], ChannelGraph] = WeakValueDictionary()
 ATTENTION = ("heads", "queries", "head_dim")
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -288,7 +291,9 @@ class ChannelGraph:
             >>> graph.plan(target={"params": 0.7}).after.params
             37
         """
-        return self.widths(Request.of(ratio, options))
+        plan = self.widths(Request.of(ratio, options))
+        GRAPHS[plan.architecture, plan.inputs] = self
+        return plan
 
     def widths(self, request: Request) -> Plan:
         """The plan for a request that was checked."""

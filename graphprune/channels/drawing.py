@@ -53,9 +53,9 @@ def draw(analysis: Analysis, title: str, path: Path, parts: Sequence[Sequence[st
         parts: modules of every part that can leave whole; it is a bar beside its layers.
     """
     groups = analysis.all_groups
-    layers = _layers(analysis, groups)
-    bands = _bands(groups, {name: number for number, name in enumerate(layers)})
-    spans = [span for modules in parts for span in _spans(layers, modules)]
+    layers = layers_of(analysis, groups)
+    bands = bands_of(groups, {name: number for number, name in enumerate(layers)})
+    spans = [span for modules in parts for span in spans_of(layers, modules)]
     lanes = 1 + max((band.lane for band in bands), default=0)
     page = _Page.of(title, layers, lanes, 5.8 if spans else 4.4)
     figure = new_figure(page.width, page.height)
@@ -81,7 +81,7 @@ def draw(analysis: Analysis, title: str, path: Path, parts: Sequence[Sequence[st
 
 
 @dataclass(frozen=True)
-class _Band:
+class Band:
     """A group at its place: the rows it touches, and which of them only read."""
 
     group: Group
@@ -102,8 +102,8 @@ class _Page:
     @classmethod
     def of(cls, title: str, layers: Sequence[str], lanes: int, least: float) -> _Page:
         """A page with room for these names, this many lanes, and the legend."""
-        leaf = 0.25 + _CHARACTER * (_longest(_block(name) for name in layers) + 2)
-        first = leaf + _CHARACTER * _longest(_leaf(name) for name in layers) + 0.35
+        leaf = 0.25 + _CHARACTER * (_longest(block_of(name) for name in layers) + 2)
+        first = leaf + _CHARACTER * _longest(leaf_of(name) for name in layers) + 0.35
         width = max(first + lanes * _LANE + 0.05, least, 0.5 + 0.12 * len(title))
         return cls(width, 0.95 + _ROW * len(layers) + 0.5, leaf, first, 0.95)
 
@@ -116,11 +116,13 @@ class _Page:
         return self.top + (row + 0.5) * _ROW
 
 
-def _block(layer: str) -> str:
+def block_of(layer: str) -> str:
+    """What a layer lies in."""
     return layer.rpartition(".")[0]
 
 
-def _leaf(layer: str) -> str:
+def leaf_of(layer: str) -> str:
+    """The name of a layer without what it lies in."""
     return layer.rpartition(".")[2]
 
 
@@ -128,7 +130,7 @@ def _longest(texts: Iterable[str]) -> int:
     return max(map(len, texts), default=0)
 
 
-def _layers(analysis: Analysis, groups: Sequence[Group]) -> list[str]:
+def layers_of(analysis: Analysis, groups: Sequence[Group]) -> list[str]:
     """The modules whose parameters groups touch, in the order in which they run."""
     touched = {name for group in groups for name in group.layers}
     used = [
@@ -140,11 +142,11 @@ def _layers(analysis: Analysis, groups: Sequence[Group]) -> list[str]:
     return [name for name in dict.fromkeys(used) if name in touched]
 
 
-def _bands(groups: Sequence[Group], rows: Mapping[str, int]) -> list[_Band]:
+def bands_of(groups: Sequence[Group], rows: Mapping[str, int]) -> list[Band]:
     """Groups that several layers write (streams) in the left lanes, all others to their right."""
     streams = [group for group in groups if _writers(group) > 1 and not group.frozen]
     others = [group for group in groups if group not in streams]
-    bands: list[_Band] = []
+    bands: list[Band] = []
     for part in (streams, others):
         first = 1 + max((band.lane for band in bands), default=-1)
         ends: list[int] = []  # the last row taken in each lane
@@ -156,11 +158,11 @@ def _bands(groups: Sequence[Group], rows: Mapping[str, int]) -> list[_Band]:
             start = min(touched)
             lane = next((n for n, end in enumerate(ends) if end < start), len(ends))
             ends[lane:] = [max(touched), *ends[lane + 1 :]]
-            bands.append(_Band(group, first + lane, touched))
+            bands.append(Band(group, first + lane, touched))
     return bands
 
 
-def _spans(layers: Sequence[str], modules: Sequence[str]) -> Iterator[tuple[int, int]]:
+def spans_of(layers: Sequence[str], modules: Sequence[str]) -> Iterator[tuple[int, int]]:
     """The first and last of rows that follow each other and lie in some modules."""
     inside = [any(f"{layer}.".startswith(f"{name}.") for name in modules) for layer in layers]
     for held, run in itertools.groupby(enumerate(inside), key=lambda item: item[1]):
@@ -183,19 +185,19 @@ def _header(axes: Axes, page: _Page, title: str, analysis: Analysis) -> None:
 def _names(axes: Axes, page: _Page, layers: Sequence[str]) -> None:
     """Names of layers behind the name of their block, every other block shaded."""
     shaded, before = False, None
-    several = len({_block(name) for name in layers}) > 1
+    several = len({block_of(name) for name in layers}) > 1
     for row, layer in enumerate(layers):
-        block, y = _block(layer), page.y(row)
+        block, y = block_of(layer), page.y(row)
         if block != before:
             shaded, before = not shaded, block
             axes.text(0.25, y, block, size=7.5, family="monospace", color=_PALE, va="center")
         if shaded and several:
             axes.axhspan(y - _ROW / 2, y + _ROW / 2, color=_STRIPE, linewidth=0, zorder=0)
-        name = _leaf(layer)
+        name = leaf_of(layer)
         axes.text(page.leaf, y, name, size=7.5, family="monospace", color=_INK, va="center")
 
 
-def _line(axes: Axes, page: _Page, band: _Band) -> None:
+def _line(axes: Axes, page: _Page, band: Band) -> None:
     colour, x = _COLOURS[band.group.kind], page.x(band.lane)
     ends = [page.y(min(band.rows)), page.y(max(band.rows))]
     axes.plot([x, x], ends, color=colour, linewidth=11, alpha=0.16, solid_capstyle="round")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.markup import escape
+from torch import nn
 
 from graphprune.api import rebuild, trace
 from graphprune.cli.ids import chosen_ids, load_tokenizer
@@ -35,10 +36,12 @@ from graphprune.errors import (
     InputError,
 )
 from graphprune.execute.checkpoint import load, save
-from graphprune.measurement import measure
+from graphprune.measurement import Measurement, measure
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.planning.options import Options, short
+from graphprune.report.content import command_line
 from graphprune.testing import check as try_plans
+from graphprune.verification.report import Report
 from graphprune.verification.report import verify as compare
 from graphprune.version import __version__
 from graphprune.vocabulary.tokenizer import trim_tokenizer
@@ -120,6 +123,9 @@ def shrink(
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what was done for people to read (HTML).")
+    ] = None,
     inputs: Inputs = [],
     seed: Seed = 0,
     attention: Attention = "heads",
@@ -128,7 +134,7 @@ def shrink(
 ) -> None:
     """Remove channels, branches, blocks or experts from a model and save what is left."""
     with session(as_json) as run:
-        check_folders(out, plan)
+        check_folders(out, plan, report)
         _check_criterion(criterion)
         options: Options = {
             "criterion": criterion,
@@ -154,22 +160,23 @@ def shrink(
             small = rebuild(original, ratio, example, attention=attention, **options)
         applied = plan_of(small)
         assert applied is not None  # rebuild leaves it there
-        report = None
+        verified = None
         if verify:
             with run.status("verifying"):
-                report = compare(original, small, example, seed=seed)
+                verified = compare(original, small, example, seed=seed)
         with run.status("measuring"):
             before, after = measure(original, example), measure(small, example)
         if plan is not None:
             write_plan(applied, plan)
         if out is not None:
             save(small, out)
+        _report(run, report, applied, original, example, small, verified, (before, after))
         _say_plan(run, applied)
         run.print(costs(before, after))
         for note in applied.notes:
             run.print(escape(note))
-        say_verified(run, report)
-        for title, path in (("small model", out), ("plan", plan)):
+        say_verified(run, verified)
+        for title, path in (("small model", out), ("plan", plan), ("report", report)):
             if path is not None:
                 run.print(f"{title} written to [bold]{escape(str(path))}[/]")
         if out is None:
@@ -179,8 +186,9 @@ def shrink(
                 "model": model,
                 "before": dataclasses.asdict(before),
                 "after": dataclasses.asdict(after),
-                "verified": report_data(report),
+                "verified": report_data(verified),
                 "out": None if out is None else str(out),
+                "report": None if report is None else str(report),
                 "plan": json.loads(applied.to_json()),
             }
         )
@@ -418,6 +426,31 @@ def _number(option: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"--{option} needs a number after the sign =, got {text!r}") from None
+
+
+def _report(
+    run: Session,
+    path: Path | None,
+    plan: Plan,
+    original: nn.Module,
+    example: object,
+    small: nn.Module,
+    verified: Report | None,
+    measured: tuple[Measurement, Measurement],
+) -> None:
+    """Write what was done for people, when it was asked for."""
+    if path is None:
+        return
+    with run.status("writing the report"):
+        plan.report(
+            path,
+            original,
+            example,
+            small=small,
+            verification=verified,
+            measured=measured,
+            command=command_line(),
+        )
 
 
 def _say_plan(run: Session, plan: Plan) -> None:

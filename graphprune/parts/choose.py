@@ -166,6 +166,8 @@ class Chooser:
         told |= {"criterion": request.named, "seed": request.seed}
         if request.target:
             told["target"] = {name: target.amount for name, target in request.target.items()}
+        if request.keep:
+            told["keep"] = list(request.keep)
         told |= self.whole.counted
         plan = replace(plan, inputs=str(self.call), request=told)
         return replace(plan, before=self.whole.cost, after=self._traced(plan).cost)

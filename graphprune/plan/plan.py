@@ -41,7 +41,7 @@ from graphprune.text import render, share, shorten
 FORMAT = "graphprune-plan"
 VERSION = 3
 SAME_WEIGHTS = 1e-2  # how far the mark of equal weights differs in a lower precision
-MAKERS: dict[str, Callable[..., Plan]] = {}  # what floors above make plans of, bound in ``api``
+MAKERS: dict[str, Callable[..., Any]] = {}  # what floors above make of plans, bound by them
 PLURAL = {"block": "blocks", "branch": "branches"}
 CELL = 50  # characters for the layers of a group: a table of deep names fits into a terminal
 __all__ = ["BiasChange", "Cost", "Cut", "ExpertsPlan", "GroupPlan", "IndexChange",
@@ -238,6 +238,73 @@ class Plan:
             (4, True)
         """
         return MAKERS["from_masks"](model, example_inputs, masks, fold, attention)
+
+    def report(
+        self,
+        path: str | Path,
+        model: object = None,
+        example_inputs: object = None,
+        *,
+        small: nn.Module | None = None,
+        verification: object = None,
+        measured: object = None,
+        accuracy: object = None,
+        history: object = None,
+        command: str = "",
+        title: str = "",
+    ) -> Path:
+        """Write a report: one HTML file, for people, that needs no network.
+
+        Parameters, MACs and bytes before and after, what left, and how to repeat it are always
+        there. With the model, or while the graph that made the plan is in use, there are also all
+        layers by MACs and by the share that is kept, the drawn graph, and the frozen groups with
+        the reason and the source line.
+
+        Args:
+            path: the file to write.
+            model: the original, or its graph that :func:`trace` returned.
+            example_inputs: as for :func:`trace`, where a model is given.
+            small: what was made by the plan, perhaps fine-tuned; made anew when absent.
+            verification: what :func:`verify` returned.
+            measured: two results of :func:`measure`, before and after, for latency and activations.
+            accuracy: two numbers, before and after, or such pairs by name.
+            history: a ``graphprune.training.History``.
+            command: the command that did all this, to be shown.
+            title: above it all; the class of the model by default.
+
+        Returns:
+            The path.
+
+        Raises:
+            InputError: it cannot be written there, or something given is of the wrong type.
+            PlanError: the plan belongs to another model.
+
+        Example:
+            >>> import torch, graphprune, tempfile
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+            >>> plan = graphprune.trace(net).plan(0.5)
+            >>> small = graphprune.rebuild(net, plan)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     page = plan.report(
+            ...         folder + "/report.html", net, verification=graphprune.verify(net, small)
+            ...     )
+            ...     "<b>Verified.</b>" in page.read_text(encoding="utf-8")
+            True
+        """
+        written: Path = MAKERS["report"](
+            self,
+            path,
+            model,
+            example_inputs,
+            small=small,
+            verification=verification,
+            measured=measured,
+            accuracy=accuracy,
+            history=history,
+            command=command,
+            title=title,
+        )
+        return written
 
     def check(self, model: nn.Module) -> None:
         """Raise unless the plan may change ``model``: nothing but what such a plan can change.

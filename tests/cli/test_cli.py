@@ -113,6 +113,20 @@ def test_json_is_one_document() -> None:
     assert found["cost"]["macs"] == 6 * 12 + 12 * 3
 
 
+def test_report() -> None:
+    result = shrink("--report", "report.html")
+    assert result.exit_code == OK, result.output
+    assert "report written to report.html" in result.stdout
+    text = Path("report.html").read_text(encoding="utf-8")
+    for part in ("<b>Verified.</b>", "latency on cpu", "12 <span", "reads a model input"):
+        assert part in text
+    found = document(shrink("--report", "report.html", "--json"))
+    assert found["report"] == "report.html"
+    result = shrink("--report", "nowhere/report.html")
+    assert result.exit_code == MISTAKE
+    assert "no folder 'nowhere'" in result.stderr
+
+
 def test_no_verify() -> None:
     result = shrink("--no-verify")
     assert result.exit_code == OK

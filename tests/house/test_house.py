@@ -36,6 +36,7 @@ FLOORS = (
     {"masks", "parts"},
     {"api"},
     {"search", "testing", "training", "vocabulary"},
+    {"report"},
     {"cli"},
     {"__init__", "__main__"},
 )
