@@ -112,7 +112,7 @@ class Fates:
             more = np.zeros(ties.size - len(self.known), np.int8)
             self.known = np.concatenate([self.known, more])
         for left, right in zip(ties.left[self._ties :], ties.right[self._ties :]):
-            self._open.append((left.numpy(), right.numpy()))
+            self._open.append((left.numpy().reshape(-1), right.numpy().reshape(-1)))
         self._ties = len(ties.left)
         for ids, reason in ties.frozen[self._frozen :]:
             if not self.clash and bool((self.known[ids.numpy()] == _GONE).any()):
@@ -126,23 +126,22 @@ class Fates:
 
     def _spread(self) -> bool:
         """Hand fates on along ties; whether any was handed on."""
-        left_open, changed = [], False
-        for left, right in self._open:
-            a, b = self.known[left], self.known[right]
-            if not self.clash and bool(((a != b) & (a > 0) & (b > 0)).any()):
-                self.clash = "channels that stay meet channels that leave"
-            unknown = (a == _UNKNOWN) | (b == _UNKNOWN)
-            if not unknown.any():
-                continue
-            for ids, mine, other in ((left, a, b), (right, b, a)):
-                found = (mine == _UNKNOWN) & (other != _UNKNOWN)
-                changed |= bool(found.any())
+        if not self._open:
+            return False
+        left, right = (np.concatenate(ids) for ids in zip(*self._open))
+        a, b = self.known[left], self.known[right]
+        changed = False
+        for ids, mine, other in ((left, a, b), (right, b, a)):
+            found = (mine == _UNKNOWN) & (other != _UNKNOWN)
+            if found.any():
+                changed = True
                 self.known[ids[found]] = other[found]
-            self.version += 1
-            still = (a == _UNKNOWN) & (b == _UNKNOWN)
-            if still.any():
-                left_open.append((left[still], right[still]))
-        self._open = left_open
+        a, b = self.known[left], self.known[right]
+        if not self.clash and bool(((a != b) & (a > 0) & (b > 0)).any()):
+            self.clash = "channels that stay meet channels that leave"
+        self.version += changed
+        still = (a == _UNKNOWN) | (b == _UNKNOWN)
+        self._open = [(left[still], right[still])] if still.any() else []
         return changed
 
     def _way(self, choice: Alternatives) -> list[tuple[np.ndarray, np.ndarray]]:
