@@ -1,11 +1,14 @@
 """What pyproject asks for is what the package imports, and where: no more, and nothing by luck."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+
+from support.sources import nodes
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -23,16 +26,21 @@ HARD = asked(PROJECT["dependencies"])
 EXTRAS = {name: asked(texts) for name, texts in PROJECT["optional-dependencies"].items()}
 
 
-def imported(tree, top):
+@functools.cache
+def imported(path, top):
     """The modules that are imported as a file loads, or else inside functions."""
+    return {*_imported(path, top)}
+
+
+def _imported(path, top):
     inside = {
         id(node)
-        for outer in ast.walk(tree)
+        for outer in nodes(path)
         if isinstance(outer, ast.FunctionDef)
         or (isinstance(outer, ast.If) and "TYPE_CHECKING" in ast.unparse(outer.test))
         for node in ast.walk(outer)
     }
-    for node in ast.walk(tree):
+    for node in nodes(path):
         if (id(node) in inside) == top:
             continue
         if isinstance(node, ast.Import):
@@ -46,7 +54,7 @@ def found(top):
     names = set()
     for file in (ROOT / "graphprune").rglob("*.py"):
         if "callbacks" not in file.parts:  # each is of the library whose name it bears
-            names.update(imported(ast.parse(file.read_text(encoding="utf-8")), top))
+            names.update(imported(file, top))
     return names - OWN
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.sources import nodes
 
 import graphprune
 from graphprune import errors
@@ -50,7 +51,7 @@ def room(path):
 
 def imports(path):
     """The rooms that a file imports from, with the lines; imports for types alone as well."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path.name}:{node.lineno}: imports are absolute"
             head, *rest = (node.module or "").split(".")
@@ -84,7 +85,7 @@ def test_imports_go_down(path):
 
 def modules(path):
     """The modules that a file imports from, as dotted names below the package."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("graphprune"):
             inside = node.module.partition(".")[2]
             yield from [inside] if inside else (alias.name for alias in node.names)
@@ -179,7 +180,7 @@ def test_files_are_short(folder):
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_nothing_is_registered_twice(path):
     """Neither in a decorator's list of ops nor as a key of a table."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         keys = node.keys if isinstance(node, ast.Dict) else []
         double = [key for key, n in Counter(ast.unparse(k) for k in keys if k).items() if n > 1]
         assert not double, f"{name(path)}:{node.lineno}: {double}"
@@ -189,7 +190,7 @@ def test_an_op_is_declared_once():
     targets = Counter(
         ast.unparse(argument)
         for path in FILES
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for node in nodes(path)
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("declare", "spelling")
         for argument in node.args
         if not isinstance(argument, ast.Starred)
