@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import graphprune
-from graphprune import criteria, errors, testing, training
+from graphprune import criteria, deploy, errors, testing, training
 from graphprune.channels import analysis
 from graphprune.measurement import Comparison
 from graphprune.ops import Op, check, declare, forget
@@ -74,6 +74,7 @@ def reference() -> str:
             "graphprune.training.callbacks",
             [getattr(callbacks, name) for name in callbacks.__all__],
         ),
+        *chapter("Deploy", "graphprune.deploy", [getattr(deploy, n) for n in deploy.__all__]),
         *chapter(
             "Testing", "graphprune.testing", [testing.check, testing.plans, testing.CheckReport]
         ),

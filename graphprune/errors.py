@@ -58,6 +58,10 @@ class CheckpointError(GraphPruneError, ValueError):
     """A saved file is damaged or does not fit the model."""
 
 
+class ExportError(GraphPruneError, RuntimeError):
+    """A model could not be written for an engine, or the engine does not run what was written."""
+
+
 class RankError(GraphPruneError, RuntimeError):
     """Processes that train one model together do not agree on what to remove."""
 

@@ -13,8 +13,10 @@ from rich.markup import escape
 from torch import nn
 
 from graphprune.api import rebuild, trace
+from graphprune.cli.export import export
 from graphprune.cli.ids import chosen_ids, load_tokenizer
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
+from graphprune.cli.options import Attention, Inputs, Json, Model, Seed, Weights
 from graphprune.cli.printing import (
     checks,
     cost,
@@ -55,31 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="torchvision:resnet50, package.module:factory or path/to/file.py:factory",
-        show_default=False,
-    ),
-]
-Weights = Annotated[
-    Path | None,
-    typer.Option("--weights", help="Weights of MODEL: .safetensors, or a torch.save state_dict."),
-]
-Inputs = Annotated[
-    list[str],
-    typer.Option("--input", help="Shape of an input: 1,3,224,224 or 1,16:int64; one per argument."),
-]
-Attention = Annotated[
-    str,
-    typer.Option(
-        "--attention",
-        help="heads: whole heads go; queries: of each key; head_dim: all get narrower.",
-    ),
-]
-Seed = Annotated[int, typer.Option("--seed", help=short("seed"))]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+app.command()(export)
 
 
 @app.command()

@@ -29,6 +29,7 @@ NEEDS = {
     "lightning_prune": ["lightning"],
     "trainer_prune": ["transformers", "accelerate"],
     "graphprune.vocabulary.tokenizer": ["tokenizers"],
+    "graphprune.deploy.exporting": ["onnx", "onnxruntime", "onnxscript"],
 }
 MACHINE = re.compile(rf"(?<![\w./~-])/({'|'.join(('work', 'tmp', 'root', 'home', 'opt'))})/\w")
 

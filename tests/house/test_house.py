@@ -36,7 +36,7 @@ FLOORS = (
     {"planning"},
     {"masks", "parts"},
     {"api"},
-    {"search", "testing", "training", "vocabulary"},
+    {"deploy", "search", "testing", "training", "vocabulary"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

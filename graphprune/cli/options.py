@@ -1,0 +1,36 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphprune.planning.options import short
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:resnet50, package.module:factory or path/to/file.py:factory",
+        show_default=False,
+    ),
+]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", help="Weights of MODEL: .safetensors, or a torch.save state_dict."),
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option("--input", help="Shape of an input: 1,3,224,224 or 1,16:int64; one per argument."),
+]
+Attention = Annotated[
+    str,
+    typer.Option(
+        "--attention",
+        help="heads: whole heads go; queries: of each key; head_dim: all get narrower.",
+    ),
+]
+Seed = Annotated[int, typer.Option("--seed", help=short("seed"))]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]

@@ -1,0 +1,10 @@
+"""From a small model to one that is served: files for engines, checked in them.
+
+A model and example inputs enter; a file leaves (ONNX, a ``torch.export`` package) together with a
+report of how it compares with the model in the engine that runs it. Engines are loaded where they
+are used: ``pip install "graphprune[onnx]"``. Nothing but the command line imports it.
+"""
+
+from graphprune.deploy.exporting import Exported, export
+
+__all__ = ["Exported", "export"]

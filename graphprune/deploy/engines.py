@@ -1,0 +1,153 @@
+"""What runs models: each engine takes tensors on the CPU and returns tensors."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphprune.deploy.flat import Flat, on_cpu
+from graphprune.deploy.quiet import quiet
+from graphprune.errors import ExportError, InputError
+from graphprune.measurement import cpu_threads
+from graphprune.record.inputs import Call
+
+Run = Callable[[], object]
+_EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
+_ONLY_ERRORS = 4  # of the levels of ONNX Runtime's own log
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model that is ready to run.
+
+    Attributes:
+        name: the engine with its version.
+        inputs: the names of the inputs, in order; empty where they have none.
+        run: the outputs for inputs.
+        ready: what runs the model once on given inputs and returns nothing of use, for a stopwatch.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    run: Callable[[Sequence[Tensor]], list[Tensor]]
+    ready: Callable[[Sequence[Tensor]], Run]
+
+
+def needed(name: str, what: str) -> ModuleType:
+    """An optional library.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        with quiet():
+            return importlib.import_module(name)
+    except ImportError as error:
+        raise InputError(
+            f'{what} needs {name} ({error}): pip install "graphprune[{_EXTRAS[name]}]"'
+        ) from None
+
+
+def onnxruntime(path: Path, threads: int | None = None) -> Engine:
+    """An ONNX file in ONNX Runtime, on the CPU.
+
+    Args:
+        path: the file.
+        threads: within an op; all cores when absent.
+
+    Raises:
+        InputError: ONNX Runtime is not installed, or there is no such file.
+        ExportError: it does not load the file.
+    """
+    runtime: Any = needed("onnxruntime", "running an ONNX file")
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}")
+    options = runtime.SessionOptions()
+    options.log_severity_level = _ONLY_ERRORS
+    options.intra_op_num_threads = threads or 0
+    # Threads that wait actively for more work would slow down whatever runs in turns with this.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    try:
+        session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of classes of its own, which share no base
+        raise ExportError(f"ONNX Runtime cannot load {path.name!r}: {told(error)}") from error
+    names = tuple(item.name for item in session.get_inputs())
+
+    def feed(tensors: Sequence[Tensor]) -> dict[str, Any]:
+        values = (runtime.OrtValue.ortvalue_from_numpy(_array(t)) for t in on_cpu(tensors))
+        return dict(zip(names, values, strict=True))
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            found = session.run_with_ort_values(None, feed(tensors))
+        except Exception as error:
+            raise ExportError(told(error)) from error
+        return [torch.from_numpy(value.numpy()) for value in found]
+
+    def ready(tensors: Sequence[Tensor]) -> Run:
+        given = feed(tensors)
+        return lambda: session.run_with_ort_values(None, given)
+
+    return Engine(f"ONNX Runtime {runtime.__version__}", names, run, ready)
+
+
+def eager(model: nn.Module, call: Call, threads: int | None = None) -> Engine:
+    """A model in PyTorch, as it is; in eval mode the caller puts it."""
+    return _of_torch(f"PyTorch {torch.__version__}, eager", Flat(model, call), threads)
+
+
+def program(path: Path, threads: int | None = None) -> Engine:
+    """A package of ``torch.export``, whose inputs are the tensors of the call.
+
+    Raises:
+        ExportError: it is none.
+    """
+    try:
+        with quiet():
+            loaded = torch.export.load(path)
+    except Exception as error:
+        raise ExportError(f"torch.export cannot load {path.name!r}: {told(error)}") from error
+    args, kwargs = loaded.example_inputs
+    flat = Flat(loaded.module(), Call(tuple(args), dict(kwargs)))
+    return _of_torch(f"torch.export {torch.__version__}", flat, threads)
+
+
+def _of_torch(name: str, flat: Flat, threads: int | None) -> Engine:
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        with cpu_threads(threads), torch.no_grad():
+            try:
+                return on_cpu(flat(*tensors))
+            except Exception as error:
+                raise ExportError(told(error)) from error
+
+    def ready(tensors: Sequence[Tensor]) -> Run:
+        def once() -> None:
+            with cpu_threads(threads), torch.no_grad():
+                flat.whole(*tensors)
+
+        return once
+
+    return Engine(name, (), run, ready)
+
+
+def told(error: BaseException) -> str:
+    """What an error of another library says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:300]
+
+
+def _array(tensor: Tensor) -> Any:
+    try:
+        return tensor.numpy()
+    except TypeError:
+        raise ExportError(
+            f"inputs of {tensor.dtype} cannot be given to ONNX Runtime from Python: export "
+            "model.float()"
+        ) from None

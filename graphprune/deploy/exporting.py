@@ -1,0 +1,309 @@
+"""The door: a small model becomes a file for an engine, checked there before anyone sees it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from graphprune.deploy.agreeing import Agreement, Comparison
+from graphprune.deploy.axes import Axis, Dynamic, find_axes
+from graphprune.deploy.engines import Engine, needed, onnxruntime, program
+from graphprune.deploy.files import written_beside
+from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, unique
+from graphprune.deploy.onnx_files import LARGE, check_opset, write
+from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
+from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
+from graphprune.measurement import bytes_text, drawn, shared_copy
+from graphprune.record.batches import at_rest, device_of
+from graphprune.record.checks import check_model
+from graphprune.record.inputs import Call, called, infer
+from graphprune.record.outputs import Outputs
+from graphprune.record.recording import record
+from graphprune.record.tensors import named_tensors
+from graphprune.text import render
+
+Names = Sequence[str] | str | None
+ENGINES = {".onnx": "ONNX", ".pt2": "torch.export"}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a file: its name, dtype, and sizes, open ones by name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        """As ``input float32[batch, 3, 224, 224]``."""
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compares with the model in its engine; ``print`` it.
+
+    Attributes:
+        path: the file.
+        format: ``"ONNX"`` or ``"torch.export"``.
+        opset: the version of ONNX's operators; ``None`` for other formats.
+        inputs: names, dtypes and sizes of the inputs.
+        outputs: the same of the outputs; sizes that follow open ones are told as formulas.
+        bytes: size of the file and of the data file beside it, if there is one.
+        agreement: the comparison in the engine; ``None`` when it was not asked for.
+        notes: what else there is to say.
+    """
+
+    path: Path
+    format: str
+    opset: int | None
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    bytes: int
+    agreement: Agreement | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """``"equal"``, ``"not decided"`` or ``"not checked"``; what differs is never written."""
+        return "not checked" if self.agreement is None else self.agreement.verdict
+
+    def __str__(self) -> str:
+        """What the file takes and returns, and a table of the comparisons."""
+        version = "" if self.opset is None else f", opset {self.opset}"
+        lines = [f"{self.path.name}: {self.format}{version}, {bytes_text(self.bytes)}"]
+        lines += [f"  in   {port}" for port in self.inputs]
+        lines += [f"  out  {port}" for port in self.outputs]
+        return "\n".join([*lines, told(self.agreement), *self.notes])
+
+
+def told(agreement: Agreement | None) -> str:
+    """A comparison as a table."""
+    if agreement is None:
+        return "not checked"
+    title = f"equals the model in {agreement.engine}, tolerance {agreement.tolerance:.0e}"
+    if agreement.reason:
+        title = f"not decided whether it equals the model in {agreement.engine}: {agreement.reason}"
+    rows = [
+        (check.name, check.inputs, f"{check.difference:.1e}" if check.decided else "-")
+        for check in agreement.checks
+    ]
+    noted = [f"{check.name}: {check.note}" for check in agreement.checks if check.note]
+    table = render(title, ("what", "inputs", "largest relative difference"), rows)
+    return "\n".join([table, *noted])
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: object = None,
+    *,
+    dynamic: Dynamic = "batch",
+    input_names: Names = None,
+    output_names: Names = None,
+    outputs: object = None,
+    opset: int | None = None,
+    external_data: bool | None = None,
+    check: bool = True,
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> Exported:
+    """Write a model as a file for an engine, after comparing both there.
+
+    ``.onnx`` is written by torch's exporter and run in ONNX Runtime, ``.pt2`` is a package of
+    ``torch.export``. The file is made beside its final name, run on the example inputs, on other
+    values and at another size of every open dimension, and only then moved there; a file of that
+    name is replaced. The model is left as it was.
+
+    Args:
+        model: any module, such as what :func:`graphprune.rebuild` returned; exported in eval mode.
+        path: the file, ``.onnx`` or ``.pt2``.
+        example_inputs: as for :func:`graphprune.trace`; inferred when absent.
+        dynamic: which sizes stay open. ``"batch"``: the first of every input, if the model's code
+            allows it (else a ``PruningWarning`` says that it is fixed). By name, with the
+            dimension of every input or of some: ``{"batch": 0, "sequence": 1}``,
+            ``{"sequence": {"input_ids": 1}}``. ``None``: all sizes are those of the example.
+        input_names: names of the inputs, in order; those of the arguments when absent.
+        output_names: names of the outputs, in order; keys of the output when absent.
+        outputs: which outputs the file returns, as for :func:`graphprune.trace`; all when absent.
+        opset: version of ONNX's operators; the exporter's choice when absent.
+        external_data: whether the weights go into ``path`` with ``.data`` behind it; when absent
+            for models that one ONNX file cannot hold (2 GB).
+        check: compare with the model in the engine.
+        tolerance: largest relative difference allowed; 1e-5 in float32, 1e-2 in float16 when
+            absent. Beyond it a difference counts as none while it is at most eight times what
+            rounding does to the model itself, which the report says.
+        seed: for other values of the inputs.
+
+    Returns:
+        What was written, and the comparison.
+
+    Raises:
+        ExportError: the model cannot be exported, or the engine does not load the file.
+        VerificationError: the engine computes something else; no file is left.
+        InputError: an argument is wrong, or a library is missing.
+        ModelError: the model cannot be exported as it is (wrapped, quantized, without weights).
+
+    Example:
+        >>> import tempfile, torch, graphprune
+        >>> from graphprune.deploy import export
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> small = graphprune.rebuild(net, 0.5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     made = export(small, f"{folder}/small.onnx", torch.randn(1, 4))
+        >>> print(made.verdict, made.inputs[0])
+        equal input float32[batch, 4]
+    """
+    path = Path(path)
+    if path.suffix not in ENGINES:
+        raise InputError(f"path must end in {' or '.join(ENGINES)}; got {path.name!r}")
+    check_model(model)
+    check_opset(opset)
+    if path.suffix == ".onnx":
+        for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+            needed(library, "writing and checking ONNX")
+    with at_rest(model):
+        ready = Ready(model, example_inputs, Outputs.of(outputs))
+        ready.name(input_names, output_names)
+        return _exported(ready, path, dynamic, opset, external_data, check, tolerance, seed)
+
+
+class Ready:
+    """A model with inputs on the CPU, in eval mode, and the names of what goes in and out."""
+
+    def __init__(self, model: nn.Module, example_inputs: object, outputs: Outputs | None) -> None:
+        self.model, self.call = model, example_call(model, example_inputs)
+        self.twin = on_the_cpu(model)
+        self.flat = Flat(self.twin, self.call)
+        args, kwargs = drawn_where_absent(self.call)
+        self.tensors = Call(args, kwargs).tensors()
+        try:
+            with torch.no_grad():
+                out = self.flat.whole(*(tensor.clone() for tensor in self.tensors))
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} does not run on {self.call}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self.outputs = self.flat.choose(out, outputs)
+        self.kinds = [tensor.dtype for tensor in self.flat.tensors_of(out)]
+        self.inputs = input_names(model, self.call)
+
+    def name(self, inputs: Names, outputs: Names) -> None:
+        """Settle the names of inputs and outputs."""
+        self.inputs = chosen_names(inputs, self.inputs, "input")
+        names = chosen_names(outputs, self.outputs, "output")
+        if outputs is not None and set(names) & set(self.inputs):
+            raise InputError(f"{sorted(set(names) & set(self.inputs))} name inputs and outputs")
+        self.outputs = unique(names, self.inputs)
+
+
+def example_call(model: nn.Module, example_inputs: object) -> Call:
+    """Example inputs as the model takes them."""
+
+    def runs(call: Call) -> object:
+        return record(model, call, False)
+
+    if example_inputs is None:
+        return infer(model, runs)[0]
+    if isinstance(example_inputs, list):  # of arguments, or the one argument
+        return called(example_inputs, runs)[0]
+    return Call.of(example_inputs)
+
+
+def on_the_cpu(model: nn.Module) -> nn.Module:
+    """A copy in eval mode, which shares parameters with a model that is on the CPU."""
+    try:
+        if device_of(model).type == "cpu":
+            return shared_copy(model).eval()
+        return copy.deepcopy(model).cpu().eval()
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}"
+        ) from error
+
+
+def drawn_where_absent(call: Call) -> tuple[tuple[object, ...], dict[str, object]]:
+    """The inputs on the CPU; drawn where they have no values, or are zero throughout."""
+    absent = any(tensor.is_meta for tensor in call.tensors())
+    floats = [t for t in call.tensors() if t.is_floating_point() and not t.is_meta]
+    cpu = torch.device("cpu")
+    return drawn(call, cpu) if absent or not any(map(torch.any, floats)) else call.on(cpu)
+
+
+def _exported(
+    ready: Ready,
+    path: Path,
+    dynamic: Dynamic,
+    opset: int | None,
+    external_data: bool | None,
+    check: bool,
+    tolerance: float | None,
+    seed: int,
+) -> Exported:
+    whole = path.suffix == ".pt2" and ready.flat.chosen is None
+    axes, recorded, notes = _recorded(ready, dynamic, whole)
+    size = sum(t.numel() * t.element_size() for _, t in named_tensors(ready.twin))
+    apart = size > LARGE if external_data is None else external_data
+    with written_beside(path) as folder:
+        file = folder / path.name
+        version = None
+        if path.suffix == ".onnx":
+            names = ready.inputs, ready.outputs
+            version = write(recorded, file, names, axes, opset=opset, external_data=apart)
+        else:
+            torch.export.save(recorded, file)
+        agreement = None
+        if check:
+            engine = load_engine(file)
+            comparison = Comparison(ready.flat, ready.outputs, engine, tolerance, seed)
+            agreement = comparison.all(ready.tensors, axes)
+        total = sum(part.stat().st_size for part in folder.iterdir())
+    if agreement is not None and agreement.reason:
+        warn(f"export could not decide whether {path.name} is right: {agreement.reason}")
+    inputs, outputs = _ports(ready, axes, recorded)
+    return Exported(
+        path, ENGINES[path.suffix], version, inputs, outputs, total, agreement, tuple(notes)
+    )
+
+
+def load_engine(file: Path, threads: int | None = None) -> Engine:
+    """The engine that runs a file."""
+    return onnxruntime(file, threads) if file.suffix == ".onnx" else program(file, threads)
+
+
+def _recorded(ready: Ready, dynamic: Dynamic, whole: bool) -> tuple[list[Axis], Program, list[str]]:
+    """The model as a program; the batch size is fixed where the code fixes it, if nobody asked."""
+    axes = find_axes(dynamic, ready.inputs, ready.tensors)
+    try:
+        return axes, exported(ready.flat, ready.tensors, axes, whole=whole), []
+    except Fixed as error:
+        if dynamic != "batch":
+            raise ExportError(
+                f"{type(ready.model).__name__} fixes a size that was to be left open ({error}): "
+                "leave it out of dynamic=, or rewrite the code that computes with it"
+            ) from error
+        found = exported(ready.flat, ready.tensors, [], whole=whole)
+        text = f"the batch size is fixed at {axes[0].size}: the model's code fixes it ({error})"
+        warn(text)
+        return [], found, [text]
+
+
+def _ports(
+    ready: Ready, axes: Sequence[Axis], recorded: Program
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    shapes: list[list[int | str]] = [[*tensor.shape] for tensor in ready.tensors]
+    for axis in axes:
+        for number, dim in axis.places:
+            shapes[number][dim] = axis.name
+    inputs = zip(ready.inputs, ready.tensors, shapes)
+    outputs = zip(ready.outputs, ready.kinds, open_shapes(recorded, axes))
+    return (
+        tuple(Port(name, type_name(tensor.dtype), tuple(shape)) for name, tensor, shape in inputs),
+        tuple(Port(name, type_name(kind), shape) for name, kind, shape in outputs),
+    )

@@ -1,0 +1,89 @@
+"""The command ``export``: files, what it says, mistakes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from graphprune.cli.export import open_sizes
+from graphprune.cli.main import app
+from graphprune.cli.session import MISTAKE, OK
+from graphprune.errors import InputError
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's exporters
+SOURCE = """
+from torch import nn
+
+def net():
+    print("building")
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "nets_of_export.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delitem(sys.modules, "nets_of_export", raising=False)
+    return tmp_path
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))
+
+
+def test_what_shrink_wrote_is_exported() -> None:
+    made = "nets_of_export:net", "--input", "1,3,16,16"
+    shrunk = call("shrink", *made, "--ratio", "0.5", "--out", "small.safetensors")
+    assert shrunk.exit_code == OK
+    exported = call(
+        "export", made[0], "small.safetensors", *made[1:], "--out", "small.pt2",
+        "--dynamic", "n=0", "--dynamic", "rows=input.2", "--json",
+    )  # fmt: skip
+    assert exported.exit_code == OK, exported.output
+    found = json.loads(exported.stdout)
+    assert found["verdict"] == "equal"
+    assert found["inputs"][0]["shape"] == ["n", 3, "rows", 16]
+    loaded = torch.export.load("small.pt2")
+    assert sum(tensor.numel() for tensor in loaded.state_dict.values()) == 4 * 28 + 4 * 37
+    assert loaded.module()(torch.randn(3, 3, 20, 16)).shape == (3, 4, 16, 12)
+
+
+def test_people_are_told_what_was_compared() -> None:
+    exported = call("export", "nets_of_export:net", "--input", "1,3,16,16", "--out", "a.pt2")
+    assert exported.exit_code == OK, exported.output
+    assert "output, batch 2" in exported.stdout
+    assert "equal in the engine" in exported.stdout
+    assert exported.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--out", "a.tflite"), "path must end in .onnx or .pt2"),
+        (("--out", "no/a.pt2"), "no folder 'no'"),
+        (("--out", "a.pt2", "--dynamic", "batch"), "--dynamic is written batch=0"),
+        (("--out", "a.pt2", "--dynamic", "batch=9"), "no input has a dimension 9"),
+        (("--out", "a.pt2", "--output", "logits"), "it is a tensor"),
+    ],
+)
+def test_mistakes_are_one_message(arguments: tuple[str, ...], told: str) -> None:
+    result = call("export", "nets_of_export:net", "--input", "1,3,16,16", *arguments)
+    assert result.exit_code == MISTAKE
+    assert told in result.stderr
+    assert not list(Path().glob("a.*"))
+
+
+def test_sizes_in_words() -> None:
+    assert open_sizes([]) == "batch"
+    assert open_sizes(["none"]) is None
+    assert open_sizes(["n=0", "m=a.1", "m=b.-1"]) == {"n": 0, "m": {"a": 1, "b": -1}}
+    with pytest.raises(InputError, match="for every input and for one"):
+        open_sizes(["n=0", "n=a.1"])
