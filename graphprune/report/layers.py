@@ -40,9 +40,9 @@ class Layer:
 
     @property
     def kept(self) -> float:
-        """The share of the output channels that is left; of parameters where there are none."""
-        part, whole = (self.after, self.before) if self.before else (self.params[1], self.params[0])
-        return part / whole if whole else 1.0
+        """The share of the output channels that is left; else of parameters, else of MACs."""
+        pairs = ((self.before, self.after), self.params, self.macs)
+        return next((after / before for before, after in pairs if before), 1.0)
 
 
 def layers_of(

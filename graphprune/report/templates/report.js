@@ -36,7 +36,7 @@ const canvas = document.getElementById("canvas");
 if (canvas) {
   const picture = canvas.querySelector("svg");
   const box = picture.viewBox.baseVal;
-  const fitting = () => Math.min(1, (canvas.clientWidth - 2) / box.width);
+  const fitting = () => Math.min(1, (canvas.parentElement.clientWidth - 2) / box.width);
   let scale = 1;
   const zoom = (next, x = canvas.clientWidth / 2, y = canvas.clientHeight / 2) => {
     next = Math.min(4, Math.max(0.1, next));
