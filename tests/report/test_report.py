@@ -67,7 +67,7 @@ IMAGE, IDS = torch.zeros(1, 3, 8, 8), torch.zeros(1, 4, dtype=torch.long)
 class Page(HTMLParser):
     """The elements, their attributes and all text of a page; it must be well-formed."""
 
-    VOID = ("meta", "input", "rect", "line", "circle", "polyline")
+    VOID = ("meta", "input", "wbr", "rect", "line", "circle", "polyline")
 
     def __init__(self, text: str) -> None:
         super().__init__()
