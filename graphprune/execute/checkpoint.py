@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
-from graphprune.execute.config import refuse_emptied
+from graphprune.execute.config import Before, refuse_loaded
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
 from graphprune.execute.weightless import weightless
@@ -124,6 +124,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
     """
     content = _read(Path(path))
     original = weightless(model_or_factory)
+    before = Before.of(original.model)
     _mask_as_planned(original.model, content)
     _check_fit(content, original.model)
     try:
@@ -133,7 +134,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
     set_masks(small, content.masked)
     _fill(small, content, original.devices)
     recompute_masked(small)
-    refuse_emptied(small)
+    refuse_loaded(small, before)
     return small
 
 

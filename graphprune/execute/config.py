@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.errors import ModelError, warn
+from graphprune.errors import warn
 from graphprune.execute.building import (
     Field,
     Recipe,
@@ -43,13 +43,12 @@ from graphprune.execute.likeness import (
     watch,
 )
 from graphprune.execute.numbering import Counted, Numbering
+from graphprune.execute.saving import Refusal, configs_by_part, origin_of, remember, saved
 from graphprune.execute.widths import Sizes, Widths, sizes_of
 from graphprune.record.inputs import Call
 from graphprune.record.norms import EXACT
 from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
-
-ADVICE = "use graphprune.save and graphprune.load"
 
 
 @dataclass
@@ -58,12 +57,18 @@ class Before:
 
     shapes: Sizes
     plain: Plain
+    configs: dict[str, Any]
 
     @classmethod
     def of(cls, model: nn.Module) -> Before | None:
         """What configs must follow; ``None`` where no part of the model has or writes one."""
-        found = any(_saved(module) or Recipe.of(module) for _, module in named_modules(model))
-        return cls(dict(shapes_of(model)), plain_of(model)) if found else None
+        if not any(saved(module) or Recipe.of(module) for _, module in named_modules(model)):
+            return None
+        return cls(dict(shapes_of(model)), plain_of(model), configs_by_part(model))
+
+    def changed(self, small: nn.Module) -> bool:
+        """Whether a small model is another one."""
+        return dict(shapes_of(small)) != self.shapes or plain_of(small) != self.plain
 
     def part(self, name: str) -> Plain:
         """The attributes of a part of the model, named from there."""
@@ -79,11 +84,6 @@ def _below(plain: Plain, name: str) -> Plain:
     }
 
 
-def _saved(module: nn.Module) -> bool:
-    """Whether a model has a method that writes its config beside its weights."""
-    return callable(getattr(type(module), "save_pretrained", None))
-
-
 def follow_config(small: nn.Module, before: Before, call: Call | None = None) -> None:
     """Write the sizes of a small model into its config, or make ``save_pretrained`` say why not.
 
@@ -96,22 +96,27 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
     Warns:
         PruningWarning: a config stays, and something would write it into a file.
     """
-    if dict(shapes_of(small)) == before.shapes and plain_of(small) == before.plain:
+    if not before.changed(small):
         return
     parts = dict(_parts(small))
     seen = _watched(small, list(parts), call)
     refused: dict[int, str] = {}
-    told: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for name, module in parts.items():
         config = getattr(module, "config", None)
         reason = refused.get(id(config)) or _counted(small, before.part(name), name, seen, call)
         if reason:
-            refused[id(config)] = reason
-            _refuse(module, name, before, reason)
-        if reason and _saved(module):
-            told.setdefault(reason, type(module).__name__)
-    for reason, kind in told.items():
-        warn(f"{_refusal(kind, reason)}; {kind}.save_pretrained refuses")
+            refused[id(config)] = reasons[name] = reason
+    remember(small, before.configs)
+    for name, reason in reasons.items():
+        _refuse(small, name, before, reason)
+    told: dict[str, Refusal] = {}
+    for name, reason in reasons.items():
+        refusal = vars(parts[name]).get("save_pretrained")
+        if isinstance(refusal, Refusal):
+            told.setdefault(reason, refusal)
+    for refusal in told.values():
+        warn(refusal.warning)
 
 
 def _counted(
@@ -141,21 +146,23 @@ def _counted(
         numbering.undo()
         return "its code counts on entries of lists that have left"
     for _, module in named_modules(part):
-        if _saved(module):
+        if saved(module):
             vars(module)["save_pretrained"] = Counted(module)
     return ""
 
 
-def _refuse(part: nn.Module, name: str, before: Before, reason: str) -> None:
+def _refuse(small: nn.Module, name: str, before: Before, reason: str) -> None:
     """Let ``save_pretrained`` of a part refuse, and of all in it that has changed."""
+    part = small.get_submodule(name)
     for inner, module in named_modules(part):
         head = ".".join(filter(None, (name, inner)))
         changed = any(isinstance(each, Emptied) for _, each in named_modules(module)) or any(
             before.shapes.get((f"{head}.{tensor}".lstrip("."), dim), size) != size
             for (tensor, dim), size in shapes_of(module).items()
         )
-        if _saved(module) and (module is part or changed):
-            vars(module)["save_pretrained"] = Refusal(type(module).__name__, reason)
+        if saved(module) and (module is part or changed):
+            refusal = Refusal.of(small, head, reason, origin_of(module))
+            vars(module)["save_pretrained"] = refusal
 
 
 def _same(small: nn.Module, name: str, seen: Seen, call: Call | None) -> bool:
@@ -175,14 +182,22 @@ def _gone(part: nn.Module, numbering: Numbering) -> str:
     return plain if exact else ""
 
 
-def refuse_emptied(small: nn.Module) -> None:
-    """Let ``save_pretrained`` of a model refuse where modules have left that its config names."""
-    for _, module in named_modules(small):
+def refuse_loaded(small: nn.Module, before: Before | None) -> None:
+    """Let ``save_pretrained`` of a model that was loaded with a plan know of the plan.
+
+    Its configs say what those of the original say.
+    """
+    if before is None or not before.changed(small):
+        return
+    remember(small, before.configs)
+    for name, module in _parts(small):
         gone = [n for n, part in named_modules(module) if isinstance(part, Emptied)]
-        if gone and _saved(module):
-            advice = "rebuild(model, plan, example_inputs) lets it follow where it can"
-            reason = f"a model built from it has {shorten(gone, 3)} ({advice})"
-            vars(module)["save_pretrained"] = Refusal(type(module).__name__, reason)
+        built = shorten(gone, 3) if gone else "the sizes of the original"
+        reason = (
+            f"a model built from it has {built} (rebuild(model, plan, example_inputs) lets it "
+            "follow where it can)"
+        )
+        _refuse(small, name, before, reason)
 
 
 def _parts(small: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -191,8 +206,8 @@ def _parts(small: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in named_modules(small):
         config = getattr(module, "config", None)
         recipe = Recipe.of(module)
-        inside = recipe is not None and (id(config) in known or not _saved(module))
-        if (recipe or _saved(module)) and not (name and inside):
+        inside = recipe is not None and (id(config) in known or not saved(module))
+        if (recipe or saved(module)) and not (name and inside):
             yield name, module
         if recipe is not None:
             known.update(_identities(module, config))
@@ -391,18 +406,3 @@ def _other_list(path: Field, was: Any, now: Any) -> bool:
     hidden = any(isinstance(step, str) and step.startswith("_") for step in path)
     texts = any(one != other and isinstance(one, str) for one, other in zip(was, now))
     return len(was) != len(now) or texts or (hidden and was != now)
-
-
-def _refusal(kind: str, reason: str) -> str:
-    return f"the config of {kind} cannot express this model: {reason}; {ADVICE}"
-
-
-class Refusal:
-    """Takes the place of ``save_pretrained`` where the config cannot express the sizes."""
-
-    def __init__(self, name: str, reason: str = "its sizes have changed") -> None:
-        self.name, self.reason = name, reason
-
-    def __call__(self, *args: object, **kwargs: object) -> None:
-        """Say what to do instead."""
-        raise ModelError(_refusal(self.name, getattr(self, "reason", "its sizes have changed")))
