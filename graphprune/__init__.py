@@ -3,6 +3,7 @@
 from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.calibration import calibrate
 from graphprune.execute.checkpoint import load, save
+from graphprune.folders.door import from_pretrained
 from graphprune.measurement import Measurement, measure
 from graphprune.moved import find_moved
 from graphprune.plan.plan import MAKERS, Plan
@@ -23,6 +24,7 @@ __all__ = [  # and __version__, which a star does not import
     "Options",
     "Plan",
     "calibrate",
+    "from_pretrained",
     "kept_ids_by_count",
     "load",
     "mask",

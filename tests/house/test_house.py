@@ -36,7 +36,7 @@ FLOORS = (
     {"planning"},
     {"masks", "parts"},
     {"api"},
-    {"deploy", "search", "testing", "training", "vocabulary"},
+    {"deploy", "folders", "search", "testing", "training", "vocabulary"},
     {"report"},
     {"cli"},
     {"__init__", "__main__"},

@@ -1,0 +1,354 @@
+"""Folders of transformers: ``AutoModel...from_pretrained`` and ``graphprune.from_pretrained``.
+
+A folder holds the config of the original, the plan, the small model's weights, and a file of code
+that ``auto_map`` names. Loading is that of transformers, shards, dtypes and devices included, of a
+class whose constructor makes what the config builds small.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
+from graphprune.execute.building import Recipe
+from graphprune.execute.config import Before, refuse_loaded
+from graphprune.execute.saving import WRITERS, Offer
+from graphprune.folders.plans import (
+    ENTRY,
+    PLAN_FILE,
+    Entry,
+    fitting,
+    refused,
+    settle_values,
+    small_of,
+    tie,
+    told,
+    write_plan,
+    write_text,
+)
+from graphprune.plan.plan import Plan
+from graphprune.record.tensors import aliases
+from graphprune.text import shorten
+
+CODE_FILE = "modeling_graphprune.py"
+_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder",
+        "token")  # fmt: skip
+_CODE = '''"""Loads the small model of this folder; written by graphprune.
+
+AutoModel classes import this file when they are given trust_remote_code=True. Without it,
+graphprune.from_pretrained(folder) gives the same model.
+"""
+
+from graphprune.folders.of_transformers import small_class
+from transformers import {kind}
+
+Small{kind} = small_class({kind})
+'''
+
+
+# --- writing ----------------------------------------------------------------------------------
+
+
+class TransformersWriter:
+    """Writes what ``save_pretrained`` writes, and the plan with the code that applies it."""
+
+    def fits(self, offer: Offer) -> bool:
+        """Models of transformers."""
+        base = _base_class()
+        return base is not None and isinstance(offer.module, base)
+
+    def write(self, offer: Offer, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """Write a folder.
+
+        Raises:
+            ModelError: config and plan do not make this model.
+        """
+        module: Any = offer.module
+        folder, args = (args[0], args[1:]) if args else (options.pop("save_directory"), args)
+        if options.pop("safe_serialization", True) is False:
+            raise InputError("folders of small models hold safetensors: leave safe_serialization")
+        config = module.config if offer.origin is None else offer.origin.of(module.config)
+        try:
+            plan = fitting(offer, config)
+        except GraphPruneError as error:
+            raise refused(offer, error) from error
+        if options.pop("push_to_hub", False):  # which saves once more, into a folder of its own
+            name = options.pop("repo_id", Path(folder).name)
+            hub = {k: options.pop(k) for k in ("commit_message", "create_pr") if k in options}
+            module.push_to_hub(name, token=options.get("token"), **hub)
+        if args[0] if args else options.get("is_main_process", True):
+            write_plan(plan, folder)
+            if _in_library(type(module)):
+                write_text(Path(folder) / CODE_FILE, _CODE.format(kind=type(module).__name__))
+        with _said(module, config, plan):
+            return type(module).save_pretrained(module, folder, *args, **options)
+
+
+@contextlib.contextmanager
+def _said(module: Any, config: Any, plan: Plan) -> Iterator[None]:
+    """For a while, a model has the config that its folder gets, and forgets no tensor."""
+    own, mine = module.config, vars(module)
+    attention = getattr(own, "_attn_implementation", None)
+    entry = Entry.of(plan, attention=attention).to_dict()
+    setattr(config, ENTRY, entry)
+    known = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if "Model" not in k}
+    reference = f"{Path(CODE_FILE).stem}.Small{type(module).__name__}"
+    auto_map = {**known, **dict.fromkeys(_auto_classes(type(module), type(config)), reference)}
+    if auto_map:
+        config.auto_map = auto_map
+    elif hasattr(config, "auto_map"):
+        del config.auto_map
+    try:
+        mine["_keys_to_ignore_on_save"] = None  # of computed tables, which would be the original's
+        module.config = config
+        yield
+    finally:
+        module.config = own
+        del mine["_keys_to_ignore_on_save"]
+
+
+def _auto_classes(kind: type, config: type) -> list[str]:
+    """The auto classes that make a class of its config."""
+    import transformers.models.auto.modeling_auto as auto
+
+    found = []
+    for name, thing in vars(auto).items():
+        mapping = getattr(thing, "_model_mapping", None)
+        if not name.startswith("AutoModel") or mapping is None or not _in_library(kind):
+            continue
+        try:
+            made = mapping.get(config, None)
+        except Exception:  # a class of this kind needs a library that is not there
+            continue
+        if kind in (made if isinstance(made, tuple | list) else (made,)):
+            found.append(name)
+    return found
+
+
+def _in_library(kind: type) -> bool:
+    """Whether a class is one of transformers' own, found by its name."""
+    import transformers
+
+    return getattr(transformers, kind.__name__, None) is kind
+
+
+def _base_class() -> Any:
+    """``PreTrainedModel``, once somebody has imported it."""
+    loaded = sys.modules.get("transformers.modeling_utils")
+    return getattr(loaded, "PreTrainedModel", None)
+
+
+WRITERS.append(TransformersWriter())
+
+
+# --- loading ----------------------------------------------------------------------------------
+
+
+def small_class(kind: Any) -> Any:
+    """A class that loads folders of small models: what ``auto_map`` names.
+
+    Args:
+        kind: the class of the original. Folders without a plan, and models made from a config,
+            are its own.
+    """
+
+    def from_pretrained(cls: Any, folder: Any, *args: Any, **options: Any) -> Any:
+        return load(kind, folder, *args, **options)
+
+    def from_config(cls: Any, config: Any, **options: Any) -> Any:
+        return kind._from_config(config, **options)
+
+    found = type(f"Small{kind.__name__}", (kind,), {"__module__": __name__})
+    members: dict[str, Callable[..., Any]] = {
+        "from_pretrained": from_pretrained,
+        "_from_config": from_config,
+    }
+    for name, method in members.items():
+        setattr(found, name, classmethod(method))
+    return found
+
+
+def load(kind: Any, folder: Any, *args: Any, **options: Any) -> Any:
+    """A small model from a folder; see :func:`graphprune.from_pretrained`.
+
+    Args:
+        kind: the class of the original.
+        folder: where it is, or a name on the hub.
+        args: for the constructor.
+        options: those of ``from_pretrained`` of transformers.
+
+    Raises:
+        CheckpointError: the folder is damaged, not whole, or does not fit.
+    """
+    name = str(folder)
+    config, options = _config(kind, folder, options)
+    value = getattr(config, ENTRY, None)
+    if value is None:
+        return kind.from_pretrained(folder, *args, config=config, **options)
+    entry = Entry.read(value, name)
+    config = _plain(config)
+    plan = entry.plan(_file(folder, options), name)
+    options.setdefault("use_safetensors", True)
+    _attention(config, entry, options)
+    reference, ties = _reference(kind, config, plan, name)
+    asked = options.pop("output_loading_info", False)
+    with _reported(name):
+        model, info = _from_pretrained(
+            _planned(kind, plan, ties, name), folder, args, config, options
+        )
+    _check_whole(info, kind, name)
+    settle_values(model, reference)
+    for key in ("_keys_to_ignore_on_load_missing", "_initialize_missing_keys"):
+        vars(model).pop(key, None)
+    refuse_loaded(model, _before(kind, config))
+    return (model, info) if asked else model
+
+
+def _from_pretrained(
+    kind: Any, folder: Any, args: tuple[Any, ...], config: Any, options: dict[str, Any]
+) -> Any:
+    return kind.from_pretrained(folder, *args, config=config, output_loading_info=True, **options)
+
+
+def _config(kind: Any, folder: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The config in a folder, and the options that it did not take."""
+    config = options.pop("config", None)
+    if config is not None and not isinstance(config, str | Path):
+        return config, options
+    own = ("dtype", "torch_dtype", "quantization_config", "output_loading_info")
+    mine = {key: options.pop(key) for key in own if key in options}
+    try:
+        found, rest = kind.config_class.from_pretrained(
+            folder if config is None else config, return_unused_kwargs=True, **options
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"cannot read the config of {str(folder)!r}: {told(error)}") from (
+            error
+        )
+    hub = {key: options[key] for key in _HUB if key in options}
+    return found, {**rest, **hub, **mine}
+
+
+def _plain(config: Any) -> Any:
+    """The config of the original, without what the folder says of the plan."""
+    config = copy.deepcopy(config)
+    delattr(config, ENTRY)
+    if getattr(config, "auto_map", None):
+        left = {k: v for k, v in config.auto_map.items() if Path(CODE_FILE).stem not in str(v)}
+        config.auto_map = left
+        if not left:
+            del config.auto_map
+    return config
+
+
+def _file(folder: Any, options: dict[str, Any]) -> str | None:
+    """The file of the plan: in the folder, or of a name on the hub."""
+    if Path(folder).is_dir():
+        return str(Path(folder) / (options.get("subfolder") or "") / PLAN_FILE)
+    from transformers.utils.hub import cached_file
+
+    hub = {key: options[key] for key in _HUB if options.get(key) is not None}
+    return cached_file(folder, PLAN_FILE, _raise_exceptions_for_missing_entries=False, **hub)
+
+
+def _attention(config: Any, entry: Entry, options: dict[str, Any]) -> None:
+    """Attention runs as it did when numbers in its code were changed, unless asked otherwise."""
+    name = entry.more.get("attention")
+    if isinstance(name, str) and name in ("eager", "sdpa") and "attn_implementation" not in options:
+        config._attn_implementation = name
+
+
+def _planned(kind: Any, plan: Plan, ties: dict[str, str], name: str) -> Any:
+    """A class for one call: what its constructor makes is small, and of the class of the original.
+
+    All weights are in the file: nothing is drawn, and nothing that is missing is passed over.
+
+    Args:
+        kind: the class of the original.
+        plan: what makes it small.
+        ties: of tied tensors, the first name by the others: loaders tie later than plans need it.
+        name: of the folder.
+    """
+
+    def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
+        kind.__init__(self, config, *args, **options)
+        self.__class__ = kind
+        tie(self, ties)
+        with torch.device("cpu"):
+            small_of(self, plan, name)
+        vars(self)["_keys_to_ignore_on_load_missing"] = None
+        vars(self)["_initialize_missing_keys"] = lambda *_, **__: None
+
+    members = {"__init__": init, "__module__": kind.__module__, "_auto_class": None}
+    return type(kind.__name__, (kind,), members)
+
+
+def _reference(kind: Any, config: Any, plan: Plan, name: str) -> tuple[nn.Module, dict[str, str]]:
+    """The small model without its large weights, for what no file holds; and what is tied."""
+    recipe = Recipe(kind, config)
+    try:
+        original = recipe.build(config)
+    except Exception as error:
+        raise CheckpointError(
+            f"the config of {name!r} builds no {kind.__name__} ({told(error)})"
+        ) from error
+    ties = {other: first for other, first in aliases(original).items() if other != first}
+    return small_of(original, plan, name), ties
+
+
+def _before(kind: Any, config: Any) -> Before | None:
+    """The original, as far as configs are about it."""
+    return Before.of(Recipe(kind, config).build(config))
+
+
+@contextlib.contextmanager
+def _reported(name: str) -> Iterator[None]:
+    """Errors of files as one kind of error."""
+    try:
+        yield
+    except (GraphPruneError, torch.OutOfMemoryError, TypeError, ImportError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{name!r} cannot be loaded: {told(error)}") from error
+
+
+def _check_whole(info: Any, kind: Any, name: str) -> None:
+    """Raise unless every tensor of the small model was in the files, in its shape."""
+    missing = sorted(map(str, info.get("missing_keys", ())))
+    wrong = [str(key) for key in info.get("mismatched_keys", ())]
+    if not (missing or wrong or info.get("error_msgs")):
+        return
+    parts = [f"missing in its files: {shorten(missing, 5)}"] if missing else []
+    parts += [f"of another shape: {shorten(wrong, 3)}"] if wrong else []
+    parts += [str(text) for text in info.get("error_msgs", ())][:1]
+    raise CheckpointError(
+        f"{name!r} does not hold the small {kind.__name__} of its plan: {'; '.join(parts)}"
+    )
+
+
+def class_named(config: Any, model_class: Any, folder: str) -> Any:
+    """The class of the original: the one given, or the one of transformers that a config names.
+
+    Raises:
+        ModelError: it names none.
+    """
+    import transformers
+
+    if model_class is not None:
+        return model_class
+    names = getattr(config, "architectures", None) or [None]
+    kind = getattr(transformers, str(names[0]), None)
+    if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+        return kind
+    raise ModelError(
+        f"{folder!r} holds a {names[0]}, which is no class of transformers "
+        f"{transformers.__version__}: pass model_class, the class of the original"
+    )
