@@ -13,9 +13,11 @@ from rich.markup import escape
 from torch import nn
 
 from graphprune.api import rebuild, trace
+from graphprune.cli.bench import bench
 from graphprune.cli.export import export
 from graphprune.cli.ids import chosen_ids, load_tokenizer
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
+from graphprune.cli.measuring import measured
 from graphprune.cli.options import Attention, Inputs, Json, Model, Seed, Weights
 from graphprune.cli.printing import (
     checks,
@@ -58,6 +60,7 @@ app = typer.Typer(
 )
 
 app.command()(export)
+app.command()(bench)
 
 
 @app.command()
@@ -143,7 +146,7 @@ def shrink(
             with run.status("verifying"):
                 verified = compare(original, small, example, seed=seed)
         with run.status("measuring"):
-            before, after = measure(original, example), measure(small, example)
+            before, after = measured(original, small, example, threads)
         if plan is not None:
             write_plan(applied, plan)
         if out is not None:

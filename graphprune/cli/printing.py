@@ -15,7 +15,8 @@ from graphprune.text import shorten
 from graphprune.verification.report import Report
 
 
-def _table(title: str, *columns: str, wide: int | None = None) -> Table:
+def new_table(title: str, *columns: str, wide: int | None = None) -> Table:
+    """An empty table: numbers on the right, the wide column and the next one may wrap."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
     for position, column in enumerate(columns):
         numbers = position > 0 and wide != position and column not in ("kind", "inputs")
@@ -30,7 +31,7 @@ def _table(title: str, *columns: str, wide: int | None = None) -> Table:
 
 def groups_of_plan(plan: Plan) -> Table:
     """The kept channels of every group."""
-    table = _table("channels kept", "group", "channels", "kind", "layers", wide=3)
+    table = new_table("channels kept", "group", "channels", "kind", "layers", wide=3)
     for group in plan.groups:
         kind = "exact" if group.exact else "renormalising"
         kept = f"{group.size} -> {len(group.kept)}"
@@ -42,7 +43,7 @@ def groups_of_graph(graph: ChannelGraph) -> Table:
     """All groups, frozen ones dimmed."""
     channels = sum(group.size for group in graph)
     title = f"{type(graph.model).__name__}: {len(graph)} groups, {channels:,} removable channels"
-    table = _table(title, "group", "channels", "kind", "layers", wide=3)
+    table = new_table(title, "group", "channels", "kind", "layers", wide=3)
     for group in graph.analysis.all_groups:
         layers = escape(shorten(group.layers, 3))
         note = f"{layers}\n[dim]{escape(group.note)}[/]" if group.note else layers
@@ -54,7 +55,7 @@ def groups_of_graph(graph: ChannelGraph) -> Table:
 def costs(before: Measurement, after: Measurement) -> Table:
     """A model before and after."""
     title = f"cost on {escape(after.inputs)}, {after.device}"
-    table = _table(title, "", "original", "small", "share")
+    table = new_table(title, "", "original", "small", "share")
     for row in before.compare(after).rows():
         table.add_row(*row)
     return table
@@ -62,7 +63,7 @@ def costs(before: Measurement, after: Measurement) -> Table:
 
 def cost(cost: Measurement) -> Table:
     """A model by itself."""
-    table = _table(f"cost on {escape(cost.inputs)}", "", "original")
+    table = new_table(f"cost on {escape(cost.inputs)}", "", "original")
     for name, text, _ in cost.rows():
         table.add_row(name, text)
     return table
@@ -71,7 +72,7 @@ def cost(cost: Measurement) -> Table:
 def checks(report: Report) -> Table:
     """The differences that were found."""
     title = f"largest relative differences, tolerance {report.tolerance:.0e}"
-    table = _table(title, "compared", "inputs", "difference", wide=0)
+    table = new_table(title, "compared", "inputs", "difference", wide=0)
     for check in report.checks:
         table.add_row(escape(check.name), escape(check.inputs), f"{check.difference:.1e}")
     return table

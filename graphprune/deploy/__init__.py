@@ -6,5 +6,6 @@ are used: ``pip install "graphprune[onnx]"``. Nothing but the command line impor
 """
 
 from graphprune.deploy.exporting import Exported, export
+from graphprune.deploy.timing import Bench, Timing, bench
 
-__all__ = ["Exported", "export"]
+__all__ = ["Bench", "Exported", "Timing", "bench", "export"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,13 @@ from graphprune.record.inputs import Call
 
 Run = Callable[[], object]
 _EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
+DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(double)": torch.float64,
+    "tensor(float16)": torch.float16,
+    "tensor(bool)": torch.bool,
+    **{f"tensor({name})": getattr(torch, name) for name in ("int8", "uint8", "int32", "int64")},
+}
 _ONLY_ERRORS = 4  # of the levels of ONNX Runtime's own log
 
 
@@ -32,12 +39,16 @@ class Engine:
         inputs: the names of the inputs, in order; empty where they have none.
         run: the outputs for inputs.
         ready: what runs the model once on given inputs and returns nothing of use, for a stopwatch.
+        ports: names, dtypes and sizes of the inputs, open ones by name, as far as a file tells.
+        example: the arguments that a program was recorded with.
     """
 
     name: str
     inputs: tuple[str, ...]
     run: Callable[[Sequence[Tensor]], list[Tensor]]
     ready: Callable[[Sequence[Tensor]], Run]
+    ports: tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...] = ()
+    example: Call | None = None
 
 
 def needed(name: str, what: str) -> ModuleType:
@@ -95,7 +106,11 @@ def onnxruntime(path: Path, threads: int | None = None) -> Engine:
         given = feed(tensors)
         return lambda: session.run_with_ort_values(None, given)
 
-    return Engine(f"ONNX Runtime {runtime.__version__}", names, run, ready)
+    ports = tuple(
+        (item.name, DTYPES.get(item.type, torch.float32), tuple(item.shape))
+        for item in session.get_inputs()
+    )
+    return Engine(f"ONNX Runtime {runtime.__version__}", names, run, ready, ports)
 
 
 def eager(model: nn.Module, call: Call, threads: int | None = None) -> Engine:
@@ -115,8 +130,9 @@ def program(path: Path, threads: int | None = None) -> Engine:
     except Exception as error:
         raise ExportError(f"torch.export cannot load {path.name!r}: {told(error)}") from error
     args, kwargs = loaded.example_inputs
-    flat = Flat(loaded.module(), Call(tuple(args), dict(kwargs)))
-    return _of_torch(f"torch.export {torch.__version__}", flat, threads)
+    call = Call(tuple(args), dict(kwargs))
+    found = _of_torch(f"torch.export {torch.__version__}", Flat(loaded.module(), call), threads)
+    return replace(found, example=call)
 
 
 def _of_torch(name: str, flat: Flat, threads: int | None) -> Engine:

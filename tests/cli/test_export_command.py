@@ -1,18 +1,23 @@
-"""The command ``export``: files, what it says, mistakes."""
+"""The commands ``export`` and ``bench``: files, what they say, mistakes."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner, Result
 
+import graphprune
 from graphprune.cli.export import open_sizes
 from graphprune.cli.main import app
+from graphprune.cli.measuring import measured
 from graphprune.cli.session import MISTAKE, OK
+from graphprune.deploy import timing
 from graphprune.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's exporters
@@ -32,6 +37,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delitem(sys.modules, "nets_of_export", raising=False)
+    monkeypatch.setattr(timing, "_TURN", 0.0)
+    monkeypatch.setattr("graphprune.cli.measuring._SECONDS", 0.0)
     return tmp_path
 
 
@@ -87,3 +94,41 @@ def test_sizes_in_words() -> None:
     assert open_sizes(["n=0", "m=a.1", "m=b.-1"]) == {"n": 0, "m": {"a": 1, "b": -1}}
     with pytest.raises(InputError, match="for every input and for one"):
         open_sizes(["n=0", "n=a.1"])
+
+
+def test_files_and_models_are_measured() -> None:
+    made = "nets_of_export:net", "--input", "1,3,16,16"
+    call("shrink", *made, "--ratio", "0.5", "--out", "small.safetensors")
+    call("export", made[0], "small.safetensors", *made[1:], "--out", "small.pt2")
+    models = made[0], f"{made[0]}=small.safetensors", "small.pt2"
+    result = call("bench", *models, *made[1:], "--seconds", "0", "--json")
+    assert result.exit_code == OK, result.output
+    found = json.loads(result.stdout)
+    assert [row["name"] for row in found["rows"]] == list(models)
+    assert found["rows"][0]["share"] == 1
+    assert found["load"]
+    result = call("bench", "small.pt2", "--seconds", "0", "--threads", "1,all")
+    assert result.exit_code == OK, result.output
+    assert "small.pt2" in result.stdout
+    for arguments, told in (
+        (("small.pt2", "--threads", "few"), "--threads is written 1, all or 1,all"),
+        (("no.pt2",), "cannot load 'no.pt2'"),
+        (("no",), "MODEL must be"),
+    ):
+        result = call("bench", *arguments)
+        assert result.exit_code == MISTAKE
+        assert told in result.stderr
+
+
+def test_shrink_tells_the_latency_that_the_plan_was_accepted_by() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.randn(1, 4)
+    small = graphprune.rebuild(model, 0.5, x)
+    plan = small.graphprune_plan
+    told = {"device": "here", "before": 3.0, "predicted": 2.0, "measured": 1.0}
+    small.graphprune_plan = replace(plan, request={**plan.request, "latency": told})
+    before, after = measured(model, small, x, 1)
+    assert (before.latency, after.latency) == (3.0, 1.0)
+    small.graphprune_plan = plan
+    before, after = measured(model, small, x, 1)
+    assert before.latency != 3.0
+    assert after.spread is not None
