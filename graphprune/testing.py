@@ -28,7 +28,7 @@ from graphprune.plan.plan import Plan
 from graphprune.record.inputs import Call
 from graphprune.record.outputs import fields
 from graphprune.record.tensors import named_modules, named_tensors
-from graphprune.text import render, shorten
+from graphprune.text import bar, render, shorten
 from graphprune.verification.report import verify
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def check(
     *,
     attention: str = "heads",
     dtype: torch.dtype = torch.float64,
+    progress: bool = False,
 ) -> CheckReport:
     """Try random plans on a model: rebuild, run, verify, save and load, original untouched.
 
@@ -180,6 +181,7 @@ def check(
         seed: of the plans: the same seed tries the same ones.
         attention: as for :func:`graphprune.trace`.
         dtype: the precision that ``verify`` compares in.
+        progress: show a progress bar, if the error stream is a terminal.
 
     Returns:
         A report; ``print`` it.
@@ -212,12 +214,15 @@ def check(
         phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
     )  # fmt: skip
 
-    def run(plan: Plan) -> None:
-        attempt(plan)
-
     state = torch.get_rng_state()
     try:
-        settings(hypothesis.seed(seed)(hypothesis.given(strategy)(run)))()
+        with bar("plans", plans, progress) as tick:
+
+            def run(plan: Plan) -> None:
+                attempt(plan)
+                tick()
+
+            settings(hypothesis.seed(seed)(hypothesis.given(strategy)(run)))()
     except CheckFailed as failure:
         raise failure from failure.__cause__
     finally:

@@ -269,7 +269,7 @@ def _bar(console: Console, title: str, total: int) -> Iterator[Any]:
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=total, note="")
 
         def advance(note: str, steps: int = 1) -> None:

@@ -60,6 +60,8 @@ def export(
         original = load_model(model, seed)
         if weights is not None:
             load_weights(original, weights)
+        if small is None:
+            run.say_random(model, weights)
         chosen: nn.Module = original if small is None else load(small, original)
         with run.status("exporting"):
             made = write(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import importlib.util
-import inspect
 import os
 import pickle
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -21,11 +19,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from graphprune.cli.sources import RANDOM, SOURCES
 from graphprune.errors import CheckpointError, InputError
 from graphprune.record.tensors import aliases
 from graphprune.text import shorten
 
-_FORMS = "torchvision:NAME, package.module:factory or path/to/file.py:factory"
+_FORMS = "torchvision:NAME, timm:NAME, hf:FOLDER, package.module:factory or path/to/file.py:factory"
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _DTYPES = {
     "float": torch.float32,
@@ -42,9 +41,10 @@ def load_model(text: str, seed: int = 0) -> nn.Module:
     """Make the model that a text names.
 
     Args:
-        text: ``torchvision:resnet50``, ``package.module:factory`` (the working directory is
-            searched, too) or ``path/to/file.py:factory``. The factory takes no arguments; a
-            module instance is taken as it is.
+        text: ``torchvision:resnet50``, ``timm:resnet50``, ``hf:folder`` (that transformers wrote),
+            ``package.module:factory`` (the working directory is searched, too) or
+            ``path/to/file.py:factory``. The factory takes no arguments; a module instance is
+            taken as it is.
         seed: for the random weights.
 
     Raises:
@@ -54,19 +54,33 @@ def load_model(text: str, seed: int = 0) -> nn.Module:
         >>> load_model("torchvision:resnet18").fc.out_features
         1000
     """
-    source, separator, name = text.rpartition(":")
-    if not separator or not source or not name:
+    library, _, inside = text.partition(":")
+    source, _, name = text.rpartition(":")
+    if not source or not name:
         raise InputError(f"MODEL must be {_FORMS}; got {text!r}")
-    factory = _torchvision(name) if source == "torchvision" else _attribute(source, name)
+    if library in SOURCES:
+        factory, name = _guarded(f"import {library}", lambda: SOURCES[library](inside)), text
+    else:
+        factory = _attribute(source, name)
     if isinstance(factory, nn.Module):
         return factory
     if not callable(factory):
         raise InputError(f"{text!r} is a {type(factory).__name__}: name a function or a class")
     torch.manual_seed(seed)
-    model = _guarded(f"{name}()", factory)
+    model = _guarded(name if library in SOURCES else f"{name}()", factory)
     if not isinstance(model, nn.Module):
         raise InputError(f"{text!r} returned a {type(model).__name__} instead of a torch module")
     return model
+
+
+def has_random_weights(text: str, weights: Path | None) -> bool:
+    """Whether a model that a text names has drawn weights, as far as the text says.
+
+    Example:
+        >>> has_random_weights("torchvision:resnet18", None)
+        True
+    """
+    return weights is None and text.partition(":")[0] in RANDOM
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -134,32 +148,6 @@ def parse_inputs(shapes: list[str], model: nn.Module) -> tuple[Tensor, ...] | No
 # --- models -----------------------------------------------------------------------------------
 
 
-def _torchvision(name: str) -> Callable[[], Any]:
-    try:
-        import torchvision
-    except ImportError as error:
-        raise InputError(
-            f"torchvision:{name} needs torchvision ({error}): pip install torchvision"
-        ) from None
-    known = torchvision.models.list_models()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=4)
-        raise InputError(
-            f"torchvision has no model {name!r}"
-            + (f"; did you mean {', '.join(near)}?" if near else "; see torchvision.models")
-        )
-    builder = torchvision.models.get_model_builder(name)
-    parameters = inspect.signature(builder).parameters
-    none = {key: None for key in ("weights", "weights_backbone") if key in parameters}
-
-    def factory() -> Any:
-        with warnings.catch_warnings():  # GoogLeNet and Inception announce a slow initialisation
-            warnings.simplefilter("ignore", FutureWarning)
-            return builder(**none)
-
-    return factory
-
-
 def _attribute(source: str, name: str) -> Any:
     if source.endswith(".py"):
         module = _from_file(Path(source))
@@ -207,6 +195,8 @@ def _guarded(what: str, run: Callable[[], object]) -> Any:
     """Run the user's code; its failure is told in one message with the line it came from."""
     try:
         return run()
+    except InputError:
+        raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         where = f" at {frames[-1].filename}:{frames[-1].lineno}" if frames else ""

@@ -136,6 +136,7 @@ def shrink(
         if max_kept < 1:
             options["max_kept"] = max_kept
         original = _model(model, weights, seed)
+        random = run.say_random(model, weights)
         example = parse_inputs(inputs, original)
         with run.status("analysing"):
             small = rebuild(original, ratio, example, attention=attention, **options)
@@ -165,6 +166,7 @@ def shrink(
         run.finish(
             {
                 "model": model,
+                "random_weights": random,
                 "before": dataclasses.asdict(before),
                 "after": dataclasses.asdict(after),
                 "verified": report_data(verified),
@@ -215,6 +217,7 @@ def trim(
         known = None if tokenizer is None else load_tokenizer(tokenizer)
         kept = chosen_ids(ids, text, known, min_count, top, share)
         original = _model(model, weights, seed)
+        random = run.say_random(model, weights)
         example = parse_inputs(inputs, original)
         with run.status("analysing"):
             small = trim_vocabulary(
@@ -245,6 +248,7 @@ def trim(
         run.finish(
             {
                 "model": model,
+                "random_weights": random,
                 "ids": [vocabulary.kept for vocabulary in applied.vocabularies],
                 "before": dataclasses.asdict(applied.before),
                 "after": dataclasses.asdict(applied.after),
@@ -333,8 +337,9 @@ def check(
     with session(as_json) as run:
         original = _model(model, weights, seed)
         example = parse_inputs(inputs, original)
-        with run.status(f"trying {plans} plans"):
-            report = try_plans(original, example, plans, seed, attention=attention)
+        report = try_plans(
+            original, example, plans, seed, attention=attention, progress=not as_json
+        )
         run.print(escape(str(report)))
         run.finish({**vars(report), "model": model})
 

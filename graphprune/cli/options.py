@@ -13,7 +13,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="torchvision:resnet50, package.module:factory or path/to/file.py:factory",
+        help="torchvision:NAME, timm:NAME, hf:FOLDER, path/to/file.py:factory, package:factory",
         show_default=False,
     ),
 ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,10 @@ from typing import TextIO
 
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from graphprune.cli.loading import has_random_weights
 from graphprune.errors import (
     CheckFailed,
     GraphPruneError,
@@ -24,6 +29,7 @@ from graphprune.plan.plan import Plan
 from graphprune.verification.report import Report
 
 OK, DIFFERS, MISTAKE = 0, 1, 2
+_OTHERS = (Path(__file__).resolve().parents[1], Path(sysconfig.get_path("stdlib")).resolve())
 
 
 class Session:
@@ -42,12 +48,24 @@ class Session:
 
     @contextlib.contextmanager
     def status(self, text: str) -> Iterator[None]:
-        """Show what takes time, on a terminal."""
+        """Show what takes time and how long it has taken, on a terminal."""
         if self.as_json or not self.console.is_terminal:
             yield
-        else:
-            with self.console.status(f"{text} ..."):
-                yield
+            return
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, console=self.console, transient=True) as shown:
+            shown.add_task(f"{text} ...", total=None)
+            yield
+
+    def say_random(self, model: str, weights: Path | None) -> bool:
+        """Say that weights were drawn, where that is known."""
+        random = has_random_weights(model, weights)
+        if random:
+            self.print(
+                f"[yellow]the weights are random[/]: {escape(model)} names an architecture; pass "
+                "--weights FILE for trained ones"
+            )
+        return random
 
     def warn(
         self,
@@ -58,9 +76,11 @@ class Session:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        """Stands in for ``warnings.showwarning``."""
+        """Stands in for ``warnings.showwarning``: what other libraries warn of is not shown."""
         if issubclass(category, PruningWarning):
             self.warnings.append(str(message))
+        elif not of_the_user(filename):
+            return
         self.errors.print(f"warning: {message}", markup=False, style="yellow")
 
     def finish(self, document: dict[str, object]) -> None:
@@ -83,7 +103,7 @@ def session(as_json: bool) -> Iterator[Session]:
     code = OK
     # A model's own prints must not get into the JSON document.
     quiet = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with warnings.catch_warnings(), quiet:
+    with warnings.catch_warnings(), quiet, quiet_libraries():
         warnings.simplefilter("default")
         warnings.showwarning = run.warn
         try:
@@ -92,6 +112,30 @@ def session(as_json: bool) -> Iterator[Session]:
             code = run.fail(error)
     if code:
         raise typer.Exit(code)
+
+
+def of_the_user(file: str) -> bool:
+    """Whether a file is the user's: of no installed package, neither Python's own nor ours."""
+    path = Path(file).resolve()
+    if {"site-packages", "dist-packages"} & {*path.parts}:
+        return False
+    return not any(path.is_relative_to(place) for place in _OTHERS)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """What installed libraries log below an error is not shown while a command runs."""
+    call = logging.Logger.callHandlers
+
+    def called(logger: logging.Logger, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or of_the_user(record.pathname):
+            call(logger, record)
+
+    setattr(logging.Logger, "callHandlers", called)  # noqa: B010 (which type checkers refuse)
+    try:
+        yield
+    finally:
+        setattr(logging.Logger, "callHandlers", call)  # noqa: B010
 
 
 def check_folders(*paths: Path | None) -> None:

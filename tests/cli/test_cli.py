@@ -188,7 +188,10 @@ def test_inputs_of_other_types() -> None:
 
 
 MISTAKES = {
-    "no colon": (("shrink", "resnet18"), "MODEL must be torchvision:NAME, package.module:factory"),
+    "no colon": (
+        ("shrink", "resnet18"),
+        "MODEL must be torchvision:NAME, timm:NAME, hf:FOLDER, package.module:factory",
+    ),
     "unknown torchvision": (("shrink", "torchvision:resnet19"), "did you mean resnet1"),
     "no module": (("shrink", "no_such_module:net"), "no module 'no_such_module' can be imported"),
     "no package": (("shrink", "no_such.module:net"), "no module 'no_such.module'"),
