@@ -10,9 +10,11 @@ import typer
 from rich.markup import escape
 from torch import nn
 
+from graphprune.cli.certified import command_of, placed, said_of_masked
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.options import Inputs, Json, Model, Seed, Weights
 from graphprune.cli.session import Session, check_folders, session
+from graphprune.deploy.certificate import MASKED, Certificate
 from graphprune.deploy.exporting import Exported
 from graphprune.deploy.exporting import export as write
 from graphprune.errors import InputError
@@ -49,6 +51,9 @@ def export(
             help="Weights in a second file; by itself beyond 1.9 GB.",
         ),
     ] = None,
+    certificate: Annotated[
+        bool, typer.Option(help="Write FILE.certificate.json, which verify checks again.")
+    ] = True,
     weights: Weights = None,
     inputs: Inputs = [],  # noqa: B006
     seed: Seed = 0,
@@ -73,6 +78,9 @@ def export(
                 opset=opset,
                 external_data=external_data,
                 seed=seed,
+                original=None if small is None else original,
+                certificate=certificate,
+                command=placed(command_of(model, small, weights, inputs, seed), out),
             )
         say_exported(run, made)
         run.finish({"model": model, **exported_data(made)})
@@ -112,6 +120,11 @@ def say_exported(run: Session, made: Exported) -> None:
     else:
         run.print(f"[yellow]{made.verdict}[/]")
     run.print(f"written to [bold]{escape(str(made.path))}[/]")
+    if made.certificate is not None:
+        for one in Certificate.read(made.certificate).compared:
+            if one.what == MASKED:
+                run.print(said_of_masked(one))
+        run.print(f"certificate written to [bold]{escape(str(made.certificate))}[/]")
 
 
 def exported_data(made: Exported) -> dict[str, Any]:
@@ -119,6 +132,7 @@ def exported_data(made: Exported) -> dict[str, Any]:
     return {
         **dataclasses.asdict(made),
         "path": str(made.path),
+        "certificate": None if made.certificate is None else str(made.certificate),
         "verdict": made.verdict,
         "difference": None if made.agreement is None else made.agreement.difference,
     }

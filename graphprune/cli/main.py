@@ -14,11 +14,12 @@ from torch import nn
 
 from graphprune.api import rebuild, trace
 from graphprune.cli.bench import bench
+from graphprune.cli.certified import certify, check_again, command_of
 from graphprune.cli.export import export
 from graphprune.cli.ids import chosen_ids, load_tokenizer
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.measuring import measured
-from graphprune.cli.options import Attention, Inputs, Json, Model, Seed, Weights
+from graphprune.cli.options import MODEL_HELP, Attention, Inputs, Json, Model, Seed, Weights
 from graphprune.cli.printing import (
     checks,
     cost,
@@ -107,6 +108,10 @@ def shrink(
     report: Annotated[
         Path | None, typer.Option(help="Write what was done for people to read (HTML).")
     ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="Write what was verified, with digests (JSON); verify checks it again."),
+    ] = None,
     inputs: Inputs = [],
     seed: Seed = 0,
     attention: Attention = "heads",
@@ -115,7 +120,7 @@ def shrink(
 ) -> None:
     """Remove channels, branches, blocks or experts from a model and save what is left."""
     with session(as_json) as run:
-        check_folders(out, plan, report)
+        check_folders(out, plan, report, certificate)
         _check_criterion(criterion)
         options: Options = {
             "criterion": criterion,
@@ -152,13 +157,17 @@ def shrink(
             write_plan(applied, plan)
         if out is not None:
             save(small, out)
+        made = command_of(model, out, weights, inputs, seed)
+        certify(certificate, original, small, verified, out, made)
         _report(run, report, applied, original, example, small, verified, (before, after))
         _say_plan(run, applied)
         run.print(costs(before, after))
         for note in applied.notes:
             run.print(escape(note))
         say_verified(run, verified)
-        for title, path in (("small model", out), ("plan", plan), ("report", report)):
+        for title, path in (
+            ("small model", out), ("plan", plan), ("report", report), ("certificate", certificate),
+        ):  # fmt: skip
             if path is not None:
                 run.print(f"{title} written to [bold]{escape(str(path))}[/]")
         if out is None:
@@ -172,6 +181,7 @@ def shrink(
                 "verified": report_data(verified),
                 "out": None if out is None else str(out),
                 "report": None if report is None else str(report),
+                "certificate": None if certificate is None else str(certificate),
                 "plan": json.loads(applied.to_json()),
             }
         )
@@ -304,8 +314,16 @@ def inspect(
 
 @app.command()
 def verify(
-    model: Model,
-    small: Annotated[Path, typer.Argument(help="What shrink --out wrote.", show_default=False)],
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False)
+    ] = None,
+    small: Annotated[
+        Path | None, typer.Argument(help="What shrink --out wrote.", show_default=False)
+    ] = None,
+    certificate: Annotated[
+        Path | None,
+        typer.Option(help="Check again what a certificate says; it knows MODEL and the rest."),
+    ] = None,
     weights: Weights = None,
     inputs: Inputs = [],
     seed: Seed = 0,
@@ -313,6 +331,11 @@ def verify(
 ) -> None:
     """Check that a saved small model equals the masked original (not after fine-tuning)."""
     with session(as_json) as run:
+        if certificate is not None:
+            check_again(run, certificate, model, small, weights, inputs)
+            return
+        if model is None or small is None:
+            raise InputError("verify needs MODEL and what shrink --out wrote, or --certificate")
         original = _model(model, weights, seed)
         example = parse_inputs(inputs, original)
         loaded = load(small, original)

@@ -9,11 +9,12 @@ import typer
 
 from graphprune.planning.options import short
 
+MODEL_HELP = "torchvision:NAME, timm:NAME, hf:FOLDER, path/to/file.py:factory, package:factory"
 Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="torchvision:NAME, timm:NAME, hf:FOLDER, path/to/file.py:factory, package:factory",
+        help=MODEL_HELP,
         show_default=False,
     ),
 ]

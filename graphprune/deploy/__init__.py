@@ -5,7 +5,19 @@ report of how it compares with the model in the engine that runs it. Engines are
 are used: ``pip install "graphprune[onnx]"``. Nothing but the command line imports it.
 """
 
+from graphprune.deploy.certificate import Certificate, Compared
 from graphprune.deploy.exporting import Exported, export
+from graphprune.deploy.repeating import Repeated, repeat
 from graphprune.deploy.timing import Bench, Timing, bench
 
-__all__ = ["Bench", "Exported", "Timing", "bench", "export"]
+__all__ = [
+    "Bench",
+    "Certificate",
+    "Compared",
+    "Exported",
+    "Repeated",
+    "Timing",
+    "bench",
+    "export",
+    "repeat",
+]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -12,6 +12,16 @@ from torch import nn
 
 from graphprune.deploy.agreeing import Agreement, Comparison
 from graphprune.deploy.axes import Axis, Dynamic, find_axes
+from graphprune.deploy.certificate import (
+    Certificate,
+    Compared,
+    Ran,
+    beside,
+    of_agreement,
+    sizes_of,
+    with_masked,
+)
+from graphprune.deploy.certificate import certificate as new_certificate
 from graphprune.deploy.engines import Engine, needed, onnxruntime, program
 from graphprune.deploy.files import written_beside
 from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, unique
@@ -57,6 +67,8 @@ class Exported:
         bytes: size of the file and of the data file beside it, if there is one.
         agreement: the comparison in the engine; ``None`` when it was not asked for.
         notes: what else there is to say.
+        certificate: the file beside it that says what was compared; read it with
+            :meth:`graphprune.deploy.Certificate.read`.
     """
 
     path: Path
@@ -67,6 +79,7 @@ class Exported:
     bytes: int
     agreement: Agreement | None
     notes: tuple[str, ...] = ()
+    certificate: Path | None = None
 
     @property
     def verdict(self) -> str:
@@ -112,6 +125,9 @@ def export(
     check: bool = True,
     tolerance: float | None = None,
     seed: int = 0,
+    original: nn.Module | None = None,
+    certificate: bool = True,
+    command: Mapping[str, object] | None = None,
 ) -> Exported:
     """Write a model as a file for an engine, after comparing both there.
 
@@ -139,6 +155,11 @@ def export(
             absent. Beyond it a difference counts as none while it is at most eight times what
             rounding does to the model itself, which the report says.
         seed: for other values of the inputs.
+        original: what the small model was made from, for the certificate: both are compared, and
+            it says so when they differ, as after fine-tuning.
+        certificate: whether to write ``path`` with ``.certificate.json`` behind it, which
+            :func:`graphprune.deploy.repeat` checks again.
+        command: for the certificate: how to make the models again, as the command line does.
 
     Returns:
         What was written, and the comparison.
@@ -170,7 +191,21 @@ def export(
     with at_rest(model):
         ready = Ready(model, example_inputs, Outputs.of(outputs))
         ready.name(input_names, output_names)
-        return _exported(ready, path, dynamic, opset, external_data, check, tolerance, seed)
+        made = _Made(ready, path, dynamic)
+        with written_beside(path) as folder:
+            made.write(folder, opset, external_data)
+            agreement = made.check(folder, tolerance, seed) if check else None
+            found = made.exported(folder, agreement)
+            if certificate:
+                masked = (
+                    () if original is None else (with_masked(original, model, ready.call, seed),)
+                )
+                told = made.certificate(folder, found, original, masked, seed, command)
+                (folder / beside(path).name).write_text(told.to_json(), encoding="utf-8")
+                found = replace(found, certificate=beside(path))
+    if agreement is not None and agreement.reason:
+        warn(f"export could not decide whether {path.name} is right: {agreement.reason}")
+    return found
 
 
 class Ready:
@@ -236,40 +271,67 @@ def drawn_where_absent(call: Call) -> tuple[tuple[object, ...], dict[str, object
     return drawn(call, cpu) if absent or not any(map(torch.any, floats)) else call.on(cpu)
 
 
-def _exported(
-    ready: Ready,
-    path: Path,
-    dynamic: Dynamic,
-    opset: int | None,
-    external_data: bool | None,
-    check: bool,
-    tolerance: float | None,
-    seed: int,
-) -> Exported:
-    whole = path.suffix == ".pt2" and ready.flat.chosen is None
-    axes, recorded, notes = _recorded(ready, dynamic, whole)
-    size = sum(t.numel() * t.element_size() for _, t in named_tensors(ready.twin))
-    apart = size > LARGE if external_data is None else external_data
-    with written_beside(path) as folder:
-        file = folder / path.name
-        version = None
-        if path.suffix == ".onnx":
+class _Made:
+    """A file in the making."""
+
+    def __init__(self, ready: Ready, path: Path, dynamic: Dynamic) -> None:
+        self.ready, self.path = ready, path
+        self.opset: int | None = None
+        whole = path.suffix == ".pt2" and ready.flat.chosen is None
+        self.axes, self.recorded, self.notes = _recorded(ready, dynamic, whole)
+
+    def write(self, folder: Path, opset: int | None, external_data: bool | None) -> None:
+        """Write the file, and the data file beside it where there is one."""
+        file, ready = folder / self.path.name, self.ready
+        size = sum(t.numel() * t.element_size() for _, t in named_tensors(ready.twin))
+        apart = size > LARGE if external_data is None else external_data
+        if file.suffix == ".onnx":
             names = ready.inputs, ready.outputs
-            version = write(recorded, file, names, axes, opset=opset, external_data=apart)
+            self.opset = write(
+                self.recorded, file, names, self.axes, opset=opset, external_data=apart
+            )
         else:
-            torch.export.save(recorded, file)
-        agreement = None
-        if check:
-            engine = load_engine(file)
-            comparison = Comparison(ready.flat, ready.outputs, engine, tolerance, seed)
-            agreement = comparison.all(ready.tensors, axes)
+            torch.export.save(self.recorded, file)
+
+    def check(self, folder: Path, tolerance: float | None, seed: int) -> Agreement:
+        """Compare with the model in the engine."""
+        engine = load_engine(folder / self.path.name)
+        comparison = Comparison(self.ready.flat, self.ready.outputs, engine, tolerance, seed)
+        return comparison.all(self.ready.tensors, self.axes)
+
+    def exported(self, folder: Path, agreement: Agreement | None) -> Exported:
+        """What is told of the file."""
+        inputs, outputs = _ports(self.ready, self.axes, self.recorded)
         total = sum(part.stat().st_size for part in folder.iterdir())
-    if agreement is not None and agreement.reason:
-        warn(f"export could not decide whether {path.name} is right: {agreement.reason}")
-    inputs, outputs = _ports(ready, axes, recorded)
-    return Exported(
-        path, ENGINES[path.suffix], version, inputs, outputs, total, agreement, tuple(notes)
-    )
+        kind = ENGINES[self.path.suffix]
+        notes = tuple(self.notes)
+        return Exported(self.path, kind, self.opset, inputs, outputs, total, agreement, notes)
+
+    def certificate(
+        self,
+        folder: Path,
+        found: Exported,
+        original: nn.Module | None,
+        masked: Sequence[Compared],
+        seed: int,
+        command: Mapping[str, object] | None,
+    ) -> Certificate:
+        """What is certified of it."""
+        ready, agreement = self.ready, found.agreement
+        names = tuple(ready.inputs), tuple(ready.outputs)
+        sizes = sizes_of(self.axes, ready.inputs)
+        ran = Ran(self.path.name, *names, ready.flat.chosen, sizes)
+        checked = [] if agreement is None else [of_agreement(self.path.name, agreement)]
+        return new_certificate(
+            ready.model,
+            original,
+            [*masked, *checked],
+            sorted(folder.iterdir()),
+            ran=ran,
+            engines=dict([] if agreement is None else [agreement.engine.rsplit(" ", 1)]),
+            seed=seed,
+            command=command,
+        )
 
 
 def load_engine(file: Path, threads: int | None = None) -> Engine:

@@ -37,7 +37,7 @@ def written_beside(path: Path) -> Iterator[Path]:
     try:
         yield folder
         parts = sorted(folder.iterdir(), key=lambda part: part.name == path.name)
-        if len(parts) > 1:
+        if any(part.name == f"{path.name}.data" for part in parts):
             path.unlink(missing_ok=True)
         for part in parts:
             _sync(part)

@@ -16,7 +16,7 @@ import graphprune
 from graphprune.cli.export import open_sizes
 from graphprune.cli.main import app
 from graphprune.cli.measuring import measured
-from graphprune.cli.session import MISTAKE, OK
+from graphprune.cli.session import DIFFERS, MISTAKE, OK
 from graphprune.deploy import timing
 from graphprune.errors import InputError
 
@@ -132,3 +132,26 @@ def test_shrink_tells_the_latency_that_the_plan_was_accepted_by() -> None:
     before, after = measured(model, small, x, 1)
     assert before.latency != 3.0
     assert after.spread is not None
+
+
+def test_certificates_are_checked_again(tmp_path: Path) -> None:
+    made = "nets_of_export.py:net", "--input", "1,3,16,16"
+    Path("small").mkdir()
+    files = "--out", "small/small.safetensors", "--certificate", "small/shrunk.json"
+    assert call("shrink", *made, "--ratio", "0.5", *files).exit_code == OK
+    exported = call("export", made[0], files[1], *made[1:], "--out", "small/small.pt2")
+    assert "the small model equals the masked original" in exported.stdout
+    for name in ("shrunk.json", "small.pt2.certificate.json"):
+        result = call("verify", "--certificate", f"small/{name}")
+        assert result.exit_code == OK, result.output
+        assert "masked original: equal" in result.stdout
+        assert "verified" in result.stdout
+    Path("small/small.pt2").write_text("something else")
+    result = call("verify", "--certificate", "small/small.pt2.certificate.json", "--json")
+    assert result.exit_code == DIFFERS
+    assert (
+        "the content of small.pt2 is another one" in json.loads(result.stdout)["error"]["message"]
+    )
+    result = call("verify", made[0])
+    assert result.exit_code == MISTAKE
+    assert "or --certificate" in result.stderr

@@ -106,6 +106,7 @@ def test_a_small_model_in_onnx_runtime(tmp_path: Path, external: bool) -> None:
         outputs="logits",
         output_names="scores",
         external_data=external,
+        certificate=False,
     )
     assert made.verdict == "equal"
     names = ["small.onnx", "small.onnx.data"] if external else ["small.onnx"]
