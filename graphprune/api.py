@@ -34,6 +34,7 @@ from graphprune.planning.make import (
     followed,
     make_plan,
 )
+from graphprune.planning.naming import named
 from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, of_parts, sensitivity
 from graphprune.planning.settle import Settled, analyse
@@ -291,7 +292,7 @@ class ChannelGraph:
             >>> graph.plan(target={"params": 0.7}).after.params
             37
         """
-        plan = self.widths(Request.of(ratio, options))
+        plan = self.widths(Request.of(ratio, named(options, self.model)))
         GRAPHS[plan.architecture, plan.inputs] = self
         return plan
 
@@ -372,7 +373,7 @@ class ChannelGraph:
         """
         if "target" in options:
             raise InputError("sensitivity takes no target: pass what it returns to a plan with one")
-        request = Request.of(0.0, options)
+        request = Request.of(0.0, named(options, model))
         found = sensitivity(model, self.call, self.settled, evaluate, fractions, request)
         if request.parts == ("channels",):
             return found
@@ -419,6 +420,7 @@ def rebuild(
     inplace: bool = False,
     attention: str = "heads",
     outputs: object = None,
+    ratio: float | None = None,
     **options: Unpack[Options],
 ) -> nn.Module:
     """Make a genuinely smaller model whose output equals the masked original.
@@ -433,6 +435,7 @@ def rebuild(
         attention: ``"heads"`` removes whole attention heads, ``"queries"`` some of those that share
             a key, ``"head_dim"`` makes all narrower.
         outputs: which outputs count: see :func:`trace`; all by default.
+        ratio: the fraction, by name.
         options: criterion, scope, targets and constraints: see :class:`graphprune.Options`.
 
     Returns:
@@ -456,6 +459,11 @@ def rebuild(
         >>> sum(p.numel() for p in small.parameters()) < 0.3 * 11_700_000
         True
     """
+    if ratio is not None:
+        if ratio_or_plan is not None:
+            kind = "a plan" if isinstance(ratio_or_plan, Plan) else "a ratio by place"
+            raise InputError(f"both {kind} and ratio={ratio!r} were given: leave one of them out")
+        ratio_or_plan = ratio
     if isinstance(ratio_or_plan, Plan):
         if options:
             raise InputError(
@@ -465,6 +473,8 @@ def rebuild(
         check_model(model, values=False)
         call = None if example_inputs is None else Call.of(example_inputs)
         return _shrunk(model, ratio_or_plan, call, inplace)
+    if isinstance(model, nn.Module):
+        options = named(options, model)
     Request.of(ratio_or_plan, options)  # a wrong option is told before anything long is done
     graph = trace(model, example_inputs, attention=attention, outputs=outputs)
     return _shrunk(model, graph.plan(ratio_or_plan, **options), graph.call, inplace)

@@ -15,6 +15,7 @@ from graphprune.api import rebuild, trace
 from graphprune.arguments import is_int, is_number
 from graphprune.calibration import calibrate
 from graphprune.errors import InputError
+from graphprune.planning.naming import named
 from graphprune.record.batches import check_data
 from graphprune.text import bar, render
 
@@ -157,7 +158,7 @@ def smallest(
     batches = list(check_data(data))
     graph = trace(model, example_inputs)
     base = _scores(evaluate, model, None)
-    asked = {"criterion": "auto", **options, "data": batches}
+    asked = {"criterion": "auto", **named(options, model), "data": batches}
     found: dict[float, tuple[Tried, nn.Module]] = {}
 
     def attempt(budget: float) -> bool:

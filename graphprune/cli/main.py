@@ -32,6 +32,7 @@ from graphprune.cli.session import (
     Session,
     check_folders,
     say_verified,
+    say_written,
     session,
     write_plan,
 )
@@ -169,7 +170,7 @@ def shrink(
             ("small model", out), ("plan", plan), ("report", report), ("certificate", certificate),
         ):  # fmt: skip
             if path is not None:
-                run.print(f"{title} written to [bold]{escape(str(path))}[/]")
+                say_written(run, title, path)
         if out is None:
             run.print("[dim]nothing was saved: pass --out small.safetensors[/]")
         run.finish(
@@ -252,7 +253,7 @@ def trim(
             ("small model", out), ("plan", plan), ("tokenizer", tokenizer_out),
         ):  # fmt: skip
             if path is not None:
-                run.print(f"{title} written to [bold]{escape(str(path))}[/]")
+                say_written(run, title, path)
         if out is None:
             run.print("[dim]nothing was saved: pass --out small.safetensors[/]")
         run.finish(

@@ -25,6 +25,7 @@ from graphprune.errors import (
     PruningWarning,
     VerificationError,
 )
+from graphprune.measurement import bytes_text
 from graphprune.plan.plan import Plan
 from graphprune.verification.report import Report
 
@@ -153,6 +154,12 @@ def write_plan(plan: Plan, path: Path) -> None:
         plan.to_json(path)
     except OSError as error:
         raise InputError(f"cannot write {str(path)!r}: {error.strerror}") from error
+
+
+def say_written(session: Session, title: str, path: Path) -> None:
+    """Where a file is, and how large."""
+    size = bytes_text(path.stat().st_size)
+    session.print(f"{title} written to [bold]{escape(str(path))}[/] ({size})")
 
 
 def say_verified(session: Session, report: Report | None) -> None:

@@ -13,6 +13,7 @@ from numbers import Real
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
+from torch import nn
 
 from graphprune.arguments import is_int, is_number
 from graphprune.criteria import find, name_of
@@ -46,8 +47,8 @@ class Options(TypedDict, total=False):
     # Types for checkers; what the options mean, and their defaults, is said once in Request.
     criterion: Any
     scope: str
-    keep: str | Iterable[str]
-    ratios: Mapping[str, float] | Allocation
+    keep: str | nn.Module | Iterable[str | nn.Module]
+    ratios: Mapping[str, float] | Mapping[nn.Module, float] | Allocation
     target: Mapping[str, float | str]
     min_kept: float | Mapping[str, float]
     max_kept: float | Mapping[str, float]
@@ -128,17 +129,17 @@ class Request:
     keep: tuple[str, ...] = field(
         default=(),
         metadata=option(
-            "glob patterns of layers whose output channels all stay.",
+            "glob patterns of layers, or modules, whose output channels all stay.",
             short="Layers that keep all channels (glob).",
         ),
     )
     ratios: Mapping[str, float] = field(
         default_factory=dict,
         metadata=option(
-            'fractions to remove by glob pattern of layers (``{"layer3.*": 0.6}``) or name of a '
-            "group; the last pattern that fits counts. Such groups do not take part in a search "
-            "for a target. Or the result of ``graph.sensitivity``, by which the channels leave "
-            "first from where that costs least.",
+            'fractions to remove by glob pattern of layers (``{"layer3.*": 0.6}``), module or '
+            "name of a group; the last pattern that fits counts. Such groups do not take part in a "
+            "search for a target. Or the result of ``graph.sensitivity``, by which the channels "
+            "leave first from where that costs least.",
             short="Of some layers: 'layer3.*=0.6'.",
         ),
     )
@@ -427,7 +428,8 @@ def _patterns(given: Any) -> tuple[str, ...]:
     patterns = tuple(given) if several else (given,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise InputError(
-            f'keep must be a glob pattern of layers such as "layer1.*", or several; got {given!r}'
+            'keep must be a glob pattern of layers such as "layer1.*", a module, or several; got '
+            f"{given!r}"
         )
     return patterns
 

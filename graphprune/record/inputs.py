@@ -159,15 +159,24 @@ def called(example_inputs: object, runs: Callable[[Call], object]) -> tuple[Call
     call = Call.of(example_inputs)
     try:
         return call, runs(call)
-    except TraceError:
-        if not isinstance(example_inputs, tuple | list) or len(call.tensors()) < len(call.args):
+    except TraceError as error:
+        if not isinstance(example_inputs, tuple | list | Tensor):
             raise
-        whole = Call(([*example_inputs],))
+        if len(call.tensors()) < len(call.args):
+            raise
+        whole = Call(([*call.args],))
         try:
-            return whole, runs(whole)
+            found = runs(whole)
         except TraceError:
-            pass
-        raise
+            found = None
+        if found is None:
+            raise
+        if isinstance(example_inputs, Tensor):
+            raise TraceError(
+                "the model runs on a list of such tensors, not on the tensor itself: pass "
+                f"example_inputs=[image] ({error})"
+            ) from error
+        return whole, found
 
 
 def resized(tensor: Tensor, call: Call, batch: bool, side: bool) -> tuple[int, ...] | None:

@@ -17,6 +17,7 @@ from graphprune.criteria import check_needs, find
 from graphprune.errors import InputError, PruningWarning, warn
 from graphprune.plan.plan import Plan
 from graphprune.planning.kinds import check_channels_alone
+from graphprune.planning.naming import named
 from graphprune.planning.options import Request
 from graphprune.record.batches import check_data
 from graphprune.record.checks import check_model
@@ -127,7 +128,7 @@ class Pruner:
             if name in options:
                 raise InputError(f"{name} is what the schedule says step by step: leave it out")
         check_channels_alone(options)
-        self.options = options
+        self.options = named(options, self.model)
         if finish_at is not None:
             check_count("finish_at", finish_at, 1)
         self.finish_at = finish_at

@@ -13,6 +13,7 @@ from graphprune.errors import InputError
 from graphprune.plan.plan import Plan
 from graphprune.planning.draft import Draft, matching
 from graphprune.planning.kinds import check_channels_alone
+from graphprune.planning.naming import named
 from graphprune.planning.options import Request
 from graphprune.record.batches import check_data
 
@@ -53,6 +54,7 @@ class RoundPlans:
             if name in options:
                 raise InputError(f"{name} is what the sparsity says round by round: leave it out")
         check_channels_alone(options)
+        options = named(options, model)
         self.request = Request.of(0.0, options)
         if self.request.data is not None:
             check_data(self.request.data, passes=rounds)

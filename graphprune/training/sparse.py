@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import prune
 
 from graphprune.errors import InputError, warn
+from graphprune.planning.naming import patterns_of
 from graphprune.planning.options import check_ratio
 from graphprune.record.attention import MultiheadAttention
 from graphprune.record.checks import check_model
@@ -91,11 +92,11 @@ class NMStructured(prune.BasePruningMethod):
 
 def sparsify(
     model: nn.Module,
-    sparsity: float | None = None,
+    sparsity: float | Mapping[str, float] | Mapping[nn.Module, float] | None = None,
     *,
     pattern: str | None = None,
     scope: str = "global",
-    keep: str | Iterable[str] = (),
+    keep: str | nn.Module | Iterable[str | nn.Module] = (),
 ) -> Sparsity:
     """Mask the smallest single weights of linear layers and convolutions.
 
@@ -106,11 +107,13 @@ def sparsify(
 
     Args:
         model: is masked in place.
-        sparsity: the fraction of weights that shall be zero, in [0, 1).
+        sparsity: the fraction of weights that shall be zero, in [0, 1); or such fractions by glob
+            pattern of layers, ``{"layer3.*": 0.9, "fc": 0.5}``, or by module: the last one that
+            fits counts, each layer is compared by itself, and others are left alone.
         pattern: ``"2:4"`` keeps two of every four weights along the input channels, any ``"n:m"``
             likewise; instead of a sparsity.
         scope: ``"global"`` compares the weights of all layers, ``"local"`` those of each.
-        keep: glob patterns of layers that stay dense.
+        keep: glob patterns of layers, or modules, that stay dense.
 
     Returns:
         The zeros of every layer. Layers are left alone, with a note, when their weight is shared or
@@ -136,9 +139,17 @@ def sparsify(
         raise InputError(f"scope must be one of {', '.join(SCOPES)}, not {scope!r}")
     model = unwrapped_model(model)
     check_model(model)
-    targets, notes = layers_to_mask(model, keep)
+    by_layer = None
+    if isinstance(sparsity, Mapping):
+        if scope != SCOPES[0]:
+            raise InputError("sparsity by layer compares within each: leave scope out")
+        by_layer = _by_layer(sparsity, model)
+    targets, notes = layers_to_mask(model, patterns_of(keep, model, "keep"), by_layer)
     if pattern is not None:
         _mask_pattern(targets, notes, *_numbers(pattern))
+    elif by_layer is not None:
+        for target in targets:
+            _mask_smallest([target], by_layer[target[0]], scope)
     else:
         _mask_smallest(targets, check_ratio(sparsity, "sparsity", ""), scope)
     report = sparsity_of(model, notes)
@@ -202,8 +213,28 @@ def prune_hook(module: nn.Module) -> prune.BasePruningMethod | None:
     return next((hook for hook in mask_hooks(module) if hook._tensor_name == "weight"), None)
 
 
+def _by_layer(amounts: Mapping[Any, Any], model: nn.Module) -> dict[str, float]:
+    """The sparsity of every layer that patterns or modules name."""
+    by_pattern = {p: a for k, a in amounts.items() for p in patterns_of([k], model, "sparsity")}
+    names = [name for name, module in named_modules(model) if isinstance(module, _LAYERS)]
+    found: dict[str, float] = {}
+    for pattern, amount in by_pattern.items():
+        if not isinstance(pattern, str):
+            raise InputError(
+                "sparsity must map glob patterns of layers, or modules, to fractions, such as "
+                f'{{"layer3.*": 0.9}}; got {pattern!r}'
+            )
+        fitting = [name for name in names if fnmatchcase(name, pattern)]
+        if not fitting:
+            raise InputError(
+                f"sparsity pattern {pattern!r} fits no layer; layers: {shorten(names, 12)}"
+            )
+        found |= dict.fromkeys(fitting, check_ratio(amount, f"sparsity[{pattern!r}]", ""))
+    return found
+
+
 def layers_to_mask(
-    model: nn.Module, keep: str | Iterable[str]
+    model: nn.Module, keep: str | Iterable[str], only: Container[str] | None = None
 ) -> tuple[list[Target], dict[str, str]]:
     """The layers to mask by name, and why the others are left alone."""
     patterns = (keep,) if isinstance(keep, str) else tuple(keep)
@@ -222,6 +253,8 @@ def layers_to_mask(
         weight = module._parameters.get("weight_orig" if masked else "weight")
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             notes[name] = "keep"
+        elif only is not None and name not in only:
+            notes[name] = "no sparsity for it"
         elif id(module) in inside:
             notes[name] = "another module reads its weight"
         elif weight is None:

@@ -6,6 +6,8 @@ from torch import nn
 
 import graphprune
 from graphprune.errors import InputError, PruningWarning
+from graphprune.planning.hints import HINTS
+from graphprune.planning.options import OPTIONS
 
 X = torch.randn(1, 4)
 
@@ -47,9 +49,17 @@ def test_nothing_is_said_where_all_went_as_asked(options):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("ratio", r"pass the ratio by place, rebuild\(model, 0.5\)"),
-        ("sparsity", r"pass the ratio by place"),
-        ("ignored_layers", "keep takes glob patterns"),
+        ("sparsity", r"pass the fraction .* as ratio, rebuild\(model, 0.5\)"),
+        ("pruning_ratio", "pass the fraction of channels"),
+        ("ch_sparsity", "pass the fraction of channels"),
+        ("ignored_layers", r"keep takes modules, or glob patterns .* keep=\[model.head\]"),
+        ("ignored_scope", "keep takes modules"),
+        ("iterative_steps", "graphprune.training.iterate"),
+        ("num_heads", 'attention="heads"'),
+        ("dummy_input", "pass the inputs as example_inputs"),
+        ("dataloader", "pass batches as data"),
+        ("constraints", 'target={"macs": 0.5'),
+        ("root_module_types", "found by tracing"),
         ("importance", "criterion says how channels are scored"),
         ("flops", 'target={"macs": 0.5}'),
     ],
@@ -57,6 +67,75 @@ def test_nothing_is_said_where_all_went_as_asked(options):
 def test_words_of_other_libraries(word, told):
     with pytest.raises(InputError, match=f"unknown option '{word}': .*{told}"):
         graphprune.rebuild(small_net(), example_inputs=X, **{word: 0.5})
+
+
+def test_what_hints_name_is_there():
+    import graphprune.training
+
+    assert callable(graphprune.training.iterate)
+    assert not set(HINTS) & set(OPTIONS)
+    for options in ({"attention": "heads"}, {"attention": "head_dim"}, {"outputs": None}):
+        graphprune.rebuild(small_net(), 0.5, X, **options)
+
+
+def test_a_ratio_by_name():
+    net = small_net()
+    assert graphprune.rebuild(net, example_inputs=X, ratio=0.5)[0].out_features == 4
+    assert graphprune.trace(net, X).plan(ratio=0.5).removed == 4
+    plan = graphprune.trace(net, X).plan(0.5)
+    for given, kind in ((0.5, "a ratio by place"), (plan, "a plan")):
+        with pytest.raises(InputError, match=f"both {kind} and ratio=0.25 were given"):
+            graphprune.rebuild(net, given, X, ratio=0.25)
+
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+        self.add_module("odd[0]", nn.Linear(8, 6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.get_submodule("odd[0]")(self.body(x))))
+
+
+@pytest.mark.parametrize(
+    ("keep", "widths"),
+    [
+        (lambda net: net.body, (8, 8, 3)),
+        (lambda net: [net.body[0]], (8, 4, 3)),
+        (lambda net: [net.body[0], "odd*"], (8, 4, 6)),
+        (lambda net: (net.get_submodule("odd[0]"),), (4, 4, 6)),
+        (lambda net: {net.body[2]}, (4, 8, 3)),
+    ],
+)
+def test_modules_that_keep_their_channels(keep, widths):
+    net = Deep()
+    small = graphprune.rebuild(net, 0.5, X, keep=keep(net))
+    layers = small.body[0], small.body[2], small.get_submodule("odd[0]")
+    assert tuple(layer.out_features for layer in layers) == widths
+    assert graphprune.trace(net, X).plan(0.5, keep=keep(net)) == small.graphprune_plan
+    said = small.graphprune_plan.request["keep"]
+    assert graphprune.rebuild(net, 0.5, X, keep=said).graphprune_plan == small.graphprune_plan
+
+
+def test_modules_as_keys_and_in_training():
+    from graphprune.training import Pruner
+
+    net = Deep()
+    plan = graphprune.trace(net, X).plan(0.5, ratios={net.body: 0.25, net.body[0]: 0.5})
+    assert [len(group.kept) for group in plan.groups] == [4, 6, 3]
+    plan = graphprune.trace(net, X).plan(0.75, min_kept={"*": 0.25, net.body: 0.5})
+    assert [len(group.kept) for group in plan.groups] == [4, 4, 2]
+    pruner = Pruner(net, X, schedule=0.5, keep=[net.body[0]])
+    assert pruner.options["keep"] == ["body.0"]
+
+
+def test_a_module_of_another_model():
+    with pytest.raises(InputError, match="keep holds a Linear that is no module of this model"):
+        graphprune.rebuild(Deep(), 0.5, X, keep=[Deep().head])
+    with pytest.raises(InputError, match="ratios holds a Linear that is no module"):
+        graphprune.rebuild(Deep(), 0.5, X, ratios={Deep().head: 0.3})
 
 
 class Decoder(nn.Module):

@@ -1,10 +1,11 @@
 """Example inputs that nobody gave: ids, where the forward names them."""
 
 import pytest
+import torch
 from torch import nn
 
 import graphprune
-from graphprune.errors import InputError
+from graphprune.errors import InputError, TraceError
 from graphprune.measurement import measure
 
 
@@ -44,3 +45,25 @@ class Scores(Pair):
 def test_what_was_tried_is_told():
     with pytest.raises(InputError, match=r"could not infer.*input_ids=int64\[1, 16\]"):
         graphprune.trace(Scores())
+
+
+class TakesImages(nn.Module):
+    """A detector takes a list of images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, images: list[torch.Tensor]) -> torch.Tensor:
+        if not isinstance(images, list):
+            raise ValueError("a list of images is expected")
+        return self.head(self.conv(torch.stack(images)))
+
+
+def test_one_image_for_a_model_that_takes_a_list():
+    image = torch.zeros(3, 8, 8)
+    for function in (graphprune.trace, graphprune.measure):
+        with pytest.raises(TraceError, match=r"runs on a list .* pass example_inputs=\[image\]"):
+            function(TakesImages(), image)
+        function(TakesImages(), [image])

@@ -292,3 +292,31 @@ def test_semi_structured_tensors_compute_the_same():
     x = torch.randn(64, 128, device="cuda", dtype=torch.half)
     torch.testing.assert_close(fast(x), model(x), rtol=1e-2, atol=1e-2)
     assert type(fast[0].weight.data).__name__.startswith("SparseSemiStructured")
+
+
+def test_amounts_by_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 10), nn.Linear(10, 4)))
+    report = sparsify(model, {"1.*": 0.25, model[1][1]: 0.5})
+    assert [(row.layer, row.zeros, row.note) for row in report.layers] == [
+        ("0", 0, "no sparsity for it"), ("1.0", 20, ""), ("1.1", 20, ""),
+    ]  # fmt: skip
+    assert sparsify(model, {"*": 0.5, "0": 0.125}).layers[0].zeros == 8
+    assert sparsify(model, {model[1]: 0.75}, keep=[model[1][0]]).layers[2].zeros == 30
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "options", "told"),
+    [
+        ({"head": 0.5}, {}, "sparsity pattern 'head' fits no layer; layers: 0"),
+        ({"0": 1.5}, {}, r"sparsity\['0'\] must be in \[0, 1\)"),
+        ({0: 0.5}, {}, "sparsity must map glob patterns of layers, or modules, to fractions"),
+        ({"0": 0.5}, {"scope": "local"}, "leave scope out"),
+        ({nn.Linear(2, 2): 0.5}, {}, "holds a Linear that is no module of this model"),
+        ({}, {}, "no layer can be masked"),
+    ],
+)
+def test_wrong_amounts_by_layer(sparsity, options, told) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(InputError, match=told):
+        sparsify(model, sparsity, **options)
+    assert isinstance(model[0].weight, nn.Parameter)
