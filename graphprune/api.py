@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar, Unpack
+from typing import TYPE_CHECKING, Unpack
 from weakref import WeakValueDictionary
 
 from torch import nn
@@ -40,6 +38,7 @@ from graphprune.planning.sensitivity import Sensitivity, of_parts, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.planning.unread import with_unread
 from graphprune.record.checks import check_model
+from graphprune.record.collecting import uncollected
 from graphprune.record.cost import peak_activations
 from graphprune.record.inputs import Call, called
 from graphprune.record.outputs import Outputs
@@ -53,28 +52,6 @@ if TYPE_CHECKING:
 # The graphs in use, by architecture and inputs: a plan is plain data, and a report finds them here.
 GRAPHS: WeakValueDictionary[tuple[str, str], ChannelGraph] = WeakValueDictionary()
 ATTENTION = ("heads", "queries", "head_dim")
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def uncollected(function: Callable[P, R]) -> Callable[P, R]:
-    """Run a function without cyclic garbage collection.
-
-    A recorded graph holds many small objects and frees none of them before it is done; each
-    full collection in between would walk all objects of the process in vain.
-    """
-
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
-        enabled = gc.isenabled()
-        try:
-            gc.disable()
-            return function(*args, **kwargs)
-        finally:
-            if enabled:
-                gc.enable()
-
-    return wrapper
 
 
 @uncollected
