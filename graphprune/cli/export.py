@@ -11,6 +11,7 @@ from rich.markup import escape
 from torch import nn
 
 from graphprune.cli.certified import command_of, placed, said_of_masked
+from graphprune.cli.int8 import add_int8, check_int8, int8_data
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.options import Inputs, Json, Model, Seed, Weights
 from graphprune.cli.session import Session, check_folders, session
@@ -51,6 +52,17 @@ def export(
             help="Weights in a second file; by itself beyond 1.9 GB.",
         ),
     ] = None,
+    int8: Annotated[
+        str | None,
+        typer.Option(help="Write FILE.int8.onnx as well: static (with --data), or dynamic."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="Inputs that show the ranges of values: .npz, .npy or .safetensors, by name; "
+            "labels for accuracy."
+        ),
+    ] = None,
     certificate: Annotated[
         bool, typer.Option(help="Write FILE.certificate.json, which verify checks again.")
     ] = True,
@@ -62,28 +74,36 @@ def export(
     """Write a model as ONNX or torch.export, compared in the engine before it gets its name."""
     with session(as_json) as run:
         check_folders(out)
+        check_int8(int8, out, data)
         original = load_model(model, seed)
         if weights is not None:
             load_weights(original, weights)
         if small is None:
             run.say_random(model, weights)
         chosen: nn.Module = original if small is None else load(small, original)
+        options: dict[str, Any] = {
+            "example_inputs": parse_inputs(inputs, original),
+            "dynamic": open_sizes(dynamic),
+            "outputs": outputs or None,
+            "opset": opset,
+            "external_data": external_data,
+            "seed": seed,
+        }
         with run.status("exporting"):
             made = write(
                 chosen,
                 out,
-                parse_inputs(inputs, original),
-                dynamic=open_sizes(dynamic),
-                outputs=outputs or None,
-                opset=opset,
-                external_data=external_data,
-                seed=seed,
+                **options,
                 original=None if small is None else original,
                 certificate=certificate,
                 command=placed(command_of(model, small, weights, inputs, seed), out),
             )
         say_exported(run, made)
-        run.finish({"model": model, **exported_data(made)})
+        found = None
+        if int8 is not None:
+            before = None if small is None else original
+            found = add_int8(run, made, int8, data, before, options)
+        run.finish({"model": model, **exported_data(made), **int8_data(found)})
 
 
 def open_sizes(texts: list[str]) -> Any:

@@ -7,6 +7,8 @@ are used: ``pip install "graphprune[onnx]"``. Nothing but the command line impor
 
 from graphprune.deploy.certificate import Certificate, Compared
 from graphprune.deploy.exporting import Exported, export
+from graphprune.deploy.likeness import Likeness
+from graphprune.deploy.quantizing import Quantized, quantize
 from graphprune.deploy.repeating import Repeated, repeat
 from graphprune.deploy.timing import Bench, Timing, bench
 
@@ -15,9 +17,12 @@ __all__ = [
     "Certificate",
     "Compared",
     "Exported",
+    "Likeness",
+    "Quantized",
     "Repeated",
     "Timing",
     "bench",
     "export",
+    "quantize",
     "repeat",
 ]
