@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
 from graphprune.channels.resolve import Units, resolve
@@ -34,6 +35,7 @@ from graphprune.record.tensors import (
     shared_by_modules,
 )
 
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _PROJECTION = re.compile(r"\bweight_hr_l\d+(_reverse)?$")  # [projected, hidden] of an LSTM
 
 
@@ -334,18 +336,31 @@ def _walked(
 def _tie_unread(
     model: nn.Module, records: Sequence[Record], values: Mapping[str, Value], ties: Ties
 ) -> None:
-    """Biases that nothing reads go with the outputs of their weight: a layer fits itself."""
+    """What nothing reads of a layer of torch goes with what is read of it: the layer fits itself.
+
+    A bias goes with the outputs of its weight, the vectors of a norm with each other.
+    """
     read = {str(n.target) for r in records for n in r.graph.nodes if n.op == "get_attr"}
+
+    def tie(name: str, others: Sequence[Tensor]) -> None:
+        for layer, other in zip(values[name].layers, others):
+            if layer.numel() == other.numel():
+                ties.tie(layer.reshape(-1), other.reshape(-1))
+
     for name, module in named_modules(model):
-        weight, bias = (f"{name}.{leaf}".lstrip(".") for leaf in ("weight", "bias"))
-        known = isinstance(module, nn.Linear | _ConvNd) and {weight, bias} <= values.keys()
-        if not known or weight not in read or bias in read:
+        leaves = (f"{name}.{leaf}".lstrip(".") for leaf in (*module._parameters, *module._buffers))
+        mine = [leaf for leaf in leaves if leaf in values]
+        seen = [leaf for leaf in mine if leaf in read]
+        if not seen or len(seen) == len(mine):
             continue
-        turned = isinstance(module, _ConvNd) and module.transposed
-        outputs = values[weight].on(1 if turned else 0)
-        for layer in values[bias].layers if outputs else ():
-            if layer.numel() == outputs[0].numel():
-                ties.tie(layer.reshape(-1), outputs[0].reshape(-1))
+        if isinstance(module, _NORMS):
+            for leaf in mine:
+                if leaf not in read:
+                    tie(leaf, values[seen[0]].layers)
+        elif isinstance(module, nn.Linear | nn.Bilinear | _ConvNd) and len(mine) == 2:
+            weight, bias = mine
+            turned = isinstance(module, _ConvNd) and module.transposed
+            tie(bias, values[weight].on(1 if turned else 0)[:1])
 
 
 def _remembered(model: nn.Module, records: Sequence[Record]) -> Iterator[Comparison]:

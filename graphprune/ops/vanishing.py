@@ -1,4 +1,4 @@
-"""Where zeroed parameters break an op: it divides by them, or takes their logarithm."""
+"""What zeroed parameters make of an op: whether it breaks, and whether its result is zero."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphprune.ops.calls import args_of
+from graphprune.ops.registry import op_of, packet_of
 
 aten = torch.ops.aten
 
@@ -80,46 +82,96 @@ def _vanishes(node: fx.Node, zero: Callable[[Any], bool]) -> bool:
     return False
 
 
-_OVER_CHANNELS = _packets("sum", "mean")
+NOTHING = _packets("zeros", "zeros_like", "new_zeros")
 _NORMS = {  # weight, bias
     aten.native_layer_norm: (2, 3),
     aten.native_group_norm: (1, 2),
-    aten.native_batch_norm: (1, 2),
-    aten._native_batch_norm_legit: (1, 2),
-    aten._native_batch_norm_legit_no_training: (1, 2),
+    aten._fused_rms_norm: (2,),
+    torch.ops.graphprune.layer_norm: (2, 3),
+    torch.ops.graphprune.group_norm: (2, 3),
 }
+_RECURRENT = {aten.mkldnn_rnn_layer: tuple(range(1, 7))}  # weights, biases, and the first state
+_MAIN: dict[object, int] = {
+    aten.scaled_dot_product_attention: 2,
+    aten.embedding: 0,
+    aten.native_dropout: 0,
+}
+# Every channel by itself, in several places.
+_MOVING = _packets(
+    "gather", "index", "index_select", "roll", "pixel_shuffle", "pixel_unshuffle", "unfold",
+    "channel_shuffle", "im2col", "col2im", "upsample_nearest1d", "upsample_nearest2d",
+    "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_bicubic2d",
+    "upsample_trilinear3d", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d",
+    "replication_pad1d", "replication_pad2d", "replication_pad3d", "sum", "mean", "as_strided",
+    "split_copy", "contiguous", "view_as_complex", "view_as_real", "real", "imag", "_conj",
+    "cumsum", "resolve_conj", "_unsafe_index", "grid_sampler_2d", "diagonal", "_reshape_alias",
+    "_pack_padded_sequence", "_pad_packed_sequence", "glu", "unsafe_split",
+    "unsafe_split_with_sizes", "split_with_sizes_copy", "unfold_copy", "view_copy", "triu", "tril",
+)  # fmt: skip
 
 
 def zero_by_channel(
-    node: object, channels: Callable[[fx.Node], bool], known: dict[fx.Node, bool] | None = None
+    node: fx.Node,
+    alone: Callable[[object], bool],
+    together: Callable[[Any], bool],
+    joined: Callable[[Any, int], bool],
 ) -> bool:
-    """Whether a value is zero in every channel whose slices of parameters are zero.
+    """Whether the result of an op is zero in every channel of it whose parameters are.
 
     Args:
-        node: a value.
-        channels: whether a parameter has channels that may leave.
-        known: what was found before.
+        node: an op.
+        alone: whether an operand is, in all channels of the result.
+        together: whether one or another of several operands is, in each of these channels.
+        joined: whether all of several operands are, each in its part of a dimension.
     """
-    if not isinstance(node, fx.Node):
+    op, packet, args = op_of(node), packet_of(node), args_of(node)
+    if packet is None:  # an item of a list
+        return alone(args[0])
+    parameters = _parameters(node)
+    if parameters is not None:
+        return bool(parameters) and all(map(alone, parameters))
+    if packet in (aten.mul, aten.mul_):
+        return together(args[:2])
+    if op.factors is not None and packet not in _MOVING:
+        factors = op.factors(*args, **node.kwargs)
+        return together(factors.operands) and (factors.bias is None or alone(factors.bias))
+    if packet in _MAIN or packet in _MOVING or op.powers == (1, -1):
+        return alone(args[_MAIN.get(packet, 0)])
+    if packet in (aten.cat, aten.concat):
+        return joined(args[0], args[1] if len(args) > 1 else 0)
+    if packet in (aten.where, aten.lerp):
+        return all(map(alone, args[1:3] if packet is aten.where else args[:2]))
+    if packet is aten.constant_pad_nd:
+        return alone(args[0]) and not (len(args) > 2 and args[2])
+    given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Node)]
+    if not given or not all(map(alone, given)):
         return False
-    known = {} if known is None else known
-    if node in known or len(known) > _FAR:
-        return known.get(node, False)
-    packet = getattr(node.target, "overloadpacket", None)
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    return op.linear or op.hull or (pointwise and _zero_of_zeroes(node))
 
-    def zero(other: object) -> bool:
-        return zero_by_channel(other, channels, known)
 
-    if node.op == "get_attr":
-        found = _vanishes(node, zero) and channels(node)
-    elif packet in (aten.pow, aten.pow_):
-        power = node.args[1]
-        found = isinstance(power, int | float) and power > 0 and zero(node.args[0])
-    elif packet is aten.embedding:
-        found = zero(node.args[0])
-    elif packet in _NORMS:
-        found = all(zero(node.args[place]) for place in _NORMS[packet])
+def _parameters(node: fx.Node) -> list[Any] | None:
+    """What makes the results of a norm or a recurrent layer zero; ``None`` for other ops."""
+    op, packet, args = op_of(node), packet_of(node), args_of(node)
+    if packet in _RECURRENT:
+        return [args[place] for place in _RECURRENT[packet]]
+    if packet in _NORMS:
+        affine = [args[place] for place in _NORMS[packet] if place < len(args)]
+    elif op.norm is not None:
+        norm = op.norm(*args)
+        affine = [norm.weight, norm.bias]
     else:
-        found = packet not in _OVER_CHANNELS and _vanishes(node, zero)
-    known[node] = found
-    return found
+        return None
+    return [] if affine[0] is None else [value for value in affine if value is not None]
+
+
+def _zero_of_zeroes(node: fx.Node) -> bool:
+    """Whether an op that works number by number makes zeroes of zeroes."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    args, kwargs = fx.map_arg((args_of(node), dict(node.kwargs)), lambda _: zero.clone())
+    function: Any = node.target
+    try:
+        found = function(*args, **kwargs)
+    except Exception:  # not of one number: an op that is not known here
+        return False
+    return isinstance(found, torch.Tensor) and not bool(found.any())

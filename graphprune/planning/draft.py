@@ -67,7 +67,10 @@ class Draft:
 
     def may_leave(self, group: Group) -> bool:
         """Whether the request allows that statistics change as they do for a group."""
-        return group.exact or self.rescaling is None or self.rescaling.covers(group)
+        if self.rescaling is None:
+            return True
+        made_up = group.exact or self.rescaling.covers(group)
+        return made_up and self.rescaling.plain.covers(group)
 
     @cached_property
     def scores(self) -> dict[str, Tensor]:

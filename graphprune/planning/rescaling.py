@@ -22,8 +22,8 @@ from torch import fx, nn
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.ops.calls import args_of
 from graphprune.ops.registry import op_of, packet_of, zeroes
-from graphprune.ops.vanishing import zero_by_channel
 from graphprune.plan.plan import LiteralChange, NormChange, Rescale
+from graphprune.planning.plain import Plain
 from graphprune.planning.settle import changed_literal
 from graphprune.record.norms import counted, counts_in_code
 from graphprune.record.sites import OF, Site
@@ -134,17 +134,19 @@ class Rescaling:
         graph: the analysed model.
         norms: root mean squares, which can be rescaled.
         counting: others, which can count what left.
+        plain: what zeroed parameters zero of what ops sum up.
     """
 
     graph: Analysis
     norms: dict[fx.Node | None, RootMeanSquare]
     counting: dict[fx.Node | None, Counting]
+    plain: Plain
 
     @classmethod
     def of(cls, graph: Analysis, model: nn.Module) -> Rescaling:
         """Find them."""
-        norms = _norms(graph, model)
-        return cls(graph, norms, _counting(graph, model, norms))
+        norms, plain = _norms(graph, model), Plain(graph)
+        return cls(graph, norms, _counting(graph, model, norms, plain.zero), plain)
 
     def covers(self, group: Group) -> bool:
         """Whether all statistics that change with the channels of a group can be made up for."""
@@ -194,7 +196,7 @@ def _norms(graph: Analysis, model: nn.Module) -> dict[fx.Node | None, RootMeanSq
 
 
 def _counting(
-    graph: Analysis, model: nn.Module, norms: Mapping[fx.Node | None, object]
+    graph: Analysis, model: nn.Module, norms: Mapping[fx.Node | None, object], zero: set[fx.Node]
 ) -> dict[fx.Node | None, Counting]:
     """Statistics that a module of torch takes, or that code calls by their name.
 
@@ -206,7 +208,6 @@ def _counting(
     by_place: dict[tuple[str, Site | None], set[int]] = {}
     for norm in every.values():
         by_place.setdefault((norm.module, norm.site), set()).add(norm.now)
-    known: dict[fx.Node, bool] = {}
     found: dict[fx.Node | None, Counting] = {}
     for node in dict.fromkeys(node for _, _, node in graph.marks.statistics):
         if node is None or node not in every or node in norms:
@@ -216,18 +217,9 @@ def _counting(
         kind = norm.site is None and counted(module) > 0
         kind = kind or (norm.site is not None and counts_in_code(module, norm.site))
         alone = len(by_place[norm.module, norm.site]) == 1
-        if kind and alone and (packet_of(node) is not aten.mean or _zero(graph, node, known)):
+        if kind and alone and (packet_of(node) is not aten.mean or node.args[0] in zero):
             found[node] = norm
     return found
-
-
-def _zero(graph: Analysis, mean: fx.Node, known: dict[fx.Node, bool]) -> bool:
-    """Whether what a mean is taken of is zero where channels left."""
-
-    def channels(parameter: fx.Node) -> bool:
-        return bool(graph.values[parameter].layers)
-
-    return zero_by_channel(mean.args[0], channels, known)
 
 
 def _uses(graph: Analysis) -> dict[str, int]:

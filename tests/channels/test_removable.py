@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.zoo.spellings import GroupedEinsum, Projected, ShuffledMean, TensorSplit
 from torch import nn
+from torch.nn import functional as F
 
 import graphprune
 from graphprune.errors import InputError
@@ -64,3 +65,55 @@ def test_a_projection_is_told_to_forbid_a_number():
         small = graphprune.rebuild(model, graph.plan_of({state.name: kept}))
         assert small.step.rnn.hidden_size == len(kept)
         assert graphprune.verify(model, small, X).difference < 1e-10
+
+
+class Borrowed(nn.Module):
+    """A layer of which the code reads some tensors only."""
+
+    def __init__(self, layer, use):
+        super().__init__()
+        self.first, self.layer = nn.Conv2d(3, 8, 1), layer
+        self.last, self.use = nn.Conv2d(8, 2, 1), use
+
+    def forward(self, x):
+        return self.last(self.use(self.layer, self.first(x)))
+
+
+BORROWED = {
+    "statistics": (
+        nn.BatchNorm2d(8),
+        lambda norm, h: F.batch_norm(h, norm.running_mean, norm.running_var),
+    ),
+    "a weight of a norm": (nn.BatchNorm2d(8), lambda norm, h: h * norm.weight[:, None, None]),
+    "a norm without its bias": (
+        nn.GroupNorm(2, 8),
+        lambda norm, h: F.group_norm(h, 2, norm.weight),
+    ),
+    "a kernel": (nn.Conv2d(8, 8, 1), lambda conv, h: F.conv2d(h, conv.weight)),
+    "a kernel the other way": (
+        nn.ConvTranspose2d(8, 8, 1),
+        lambda conv, h: F.conv_transpose2d(h, conv.weight),
+    ),
+    "a bias": (nn.Linear(5, 8), lambda linear, h: h + linear.bias[:, None, None]),
+    "a product": (
+        nn.Bilinear(8, 8, 8),
+        lambda both, h: h * torch.einsum(
+            "bc,ocd,bd->bo", h.mean((2, 3)), both.weight, h.mean((2, 3))
+        )[:, :, None, None],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BORROWED)
+@pytest.mark.filterwarnings("ignore:.*as the model does not read them")
+def test_tensors_that_nothing_reads_stay_as_long_as_the_others(name):
+    model = Borrowed(*BORROWED[name]).double().eval()
+    small = graphprune.rebuild(model, 0.5, X)
+    assert graphprune.verify(model, small, X)
+    assert small.first.out_channels == 4
+    assert (
+        len({len(vector) for vector in small.layer.state_dict().values() if vector.dim() == 1}) == 1
+    )
+    assert small.layer.bias.shape == (4,)
+    second = graphprune.rebuild(small, graphprune.trace(small, X).plan(0.5))
+    assert graphprune.verify(model, second, X)
