@@ -98,6 +98,32 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
     """
     if not before.changed(small):
         return
+    reasons = _unsaid(small, before, call)
+    remember(small, before.configs)
+    for name, reason in reasons.items():
+        _refuse(small, name, before, reason)
+    told: dict[str, Refusal] = {}
+    for name, reason in reasons.items():
+        refusal = vars(small.get_submodule(name)).get("save_pretrained")
+        if isinstance(refusal, Refusal):
+            told.setdefault(reason, refusal)
+    for refusal in told.values():
+        warn(refusal.warning)
+
+
+def unsaid(small: nn.Module, before: Before, call: Call | None = None) -> str:
+    """Why the configs of a small model cannot say its sizes; nothing where they can.
+
+    Args:
+        small: its configs follow where they can.
+        before: the model that it was made of.
+        call: example inputs.
+    """
+    return next(iter(_unsaid(small, before, call).values()), "")
+
+
+def _unsaid(small: nn.Module, before: Before, call: Call | None) -> dict[str, str]:
+    """Why configs cannot follow, by the names of parts; all others follow."""
     parts = dict(_parts(small))
     seen = _watched(small, list(parts), call)
     refused: dict[int, str] = {}
@@ -107,16 +133,7 @@ def follow_config(small: nn.Module, before: Before, call: Call | None = None) ->
         reason = refused.get(id(config)) or _counted(small, before.part(name), name, seen, call)
         if reason:
             refused[id(config)] = reasons[name] = reason
-    remember(small, before.configs)
-    for name, reason in reasons.items():
-        _refuse(small, name, before, reason)
-    told: dict[str, Refusal] = {}
-    for name, reason in reasons.items():
-        refusal = vars(parts[name]).get("save_pretrained")
-        if isinstance(refusal, Refusal):
-            told.setdefault(reason, refusal)
-    for refusal in told.values():
-        warn(refusal.warning)
+    return reasons
 
 
 def _counted(

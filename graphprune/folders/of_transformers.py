@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
 from graphprune.execute.building import Recipe
@@ -197,8 +196,11 @@ def load(kind: Any, folder: Any, *args: Any, **options: Any) -> Any:
     config = _plain(config)
     plan = entry.plan(_file(folder, options), name)
     options.setdefault("use_safetensors", True)
-    _attention(config, entry, options)
     reference, ties = _reference(kind, config, plan, name)
+    attention = entry.more.get("attention")
+    own = getattr(reference.config, "_attn_implementation", None)
+    if attention in ("eager", "sdpa") and attention != own and "attn_implementation" not in options:
+        config._attn_implementation = attention  # numbers in its code were changed
     asked = options.pop("output_loading_info", False)
     with _reported(name):
         model, info = _from_pretrained(
@@ -259,13 +261,6 @@ def _file(folder: Any, options: dict[str, Any]) -> str | None:
     return cached_file(folder, PLAN_FILE, _raise_exceptions_for_missing_entries=False, **hub)
 
 
-def _attention(config: Any, entry: Entry, options: dict[str, Any]) -> None:
-    """Attention runs as it did when numbers in its code were changed, unless asked otherwise."""
-    name = entry.more.get("attention")
-    if isinstance(name, str) and name in ("eager", "sdpa") and "attn_implementation" not in options:
-        config._attn_implementation = name
-
-
 def _planned(kind: Any, plan: Plan, ties: dict[str, str], name: str) -> Any:
     """A class for one call: what its constructor makes is small, and of the class of the original.
 
@@ -291,7 +286,7 @@ def _planned(kind: Any, plan: Plan, ties: dict[str, str], name: str) -> Any:
     return type(kind.__name__, (kind,), members)
 
 
-def _reference(kind: Any, config: Any, plan: Plan, name: str) -> tuple[nn.Module, dict[str, str]]:
+def _reference(kind: Any, config: Any, plan: Plan, name: str) -> tuple[Any, dict[str, str]]:
     """The small model without its large weights, for what no file holds; and what is tied."""
     recipe = Recipe(kind, config)
     try:

@@ -25,7 +25,8 @@ from graphprune.parts.trial import without
 from graphprune.plan.plan import Cost, Plan
 from graphprune.planning.budget import TITLES, amount_text
 from graphprune.planning.latency import Bench
-from graphprune.planning.options import Request, Target
+from graphprune.planning.options import Request
+from graphprune.planning.targets import Target
 from graphprune.record.batches import device_of
 from graphprune.record.inputs import Call
 from graphprune.text import shorten

@@ -13,8 +13,8 @@ from graphprune.errors import InputError
 from graphprune.measurement import bytes_text, count_text
 from graphprune.ops.views import macs_of, multiplies
 from graphprune.planning.costs import Costs, Counts, Polynomials
-from graphprune.planning.options import Target
 from graphprune.planning.select import Path
+from graphprune.planning.targets import Target
 from graphprune.text import share, shorten
 
 _TRIES = 8  # of a search whose foreseen costs were not the exact ones

@@ -192,16 +192,15 @@ class Deadline:
             for place in ranked[: max(1, len(ranked) // 10)]:
                 number = open_lanes[place]
                 lane = path.lanes[number]
-                now = lane.counts[taken[number]]
+                now, was = lane.counts[taken[number]], lane.kept(taken[number])
                 aim = now - max(1, round(now / _CHUNKS))
                 while taken[number] + 1 < len(lane.counts):
                     taken[number] += 1
                     if lane.counts[taken[number]] <= aim:
                         break
                 turn += 1
-                left = lane.counts[taken[number]]
-                for group in lane.groups:
+                for group, old, left in zip(lane.groups, was, lane.kept(taken[number])):
                     size = groups[group].size
-                    turns[groups[group].name][size - now : size - left] = turn
+                    turns[groups[group].name][size - old : size - left] = turn
             open_lanes = [n for n in open_lanes if taken[n] + 1 < len(path.lanes[n].counts)]
         return turns

@@ -18,7 +18,8 @@ from graphprune.criteria import comparable, gather, scores
 from graphprune.errors import InputError, warn
 from graphprune.ops.values import Natural
 from graphprune.plan.plan import Plan
-from graphprune.planning.costs import Costs
+from graphprune.planning.costs import Costs, Counts
+from graphprune.planning.expressible import Sayable, Search, levels_of
 from graphprune.planning.options import Request
 from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept, Lane, Path, allowed, kept, levels
@@ -40,6 +41,7 @@ class Draft:
     evidence: Mapping[str, Tensor] | None = None
     factors: Mapping[str, float] = field(default_factory=dict)  # of the scores, by group name
     base: dict[str, Tensor] | None = None  # scores without these factors
+    sayable: Sayable | None = None  # what a config can say, once that was asked for
 
     @property
     def analysis(self) -> Analysis:
@@ -120,6 +122,8 @@ class Draft:
         turns = self._levels() if order is None else order
         numbers = {name: number for number, name in enumerate(groups)}
         together: dict[object, list[Group]] = {}
+        if self.request.expressible:
+            return Path(tuple(self._joint_lanes(fixed, turns)), self._full())
         for name in self.scores:
             group = groups[name]
             key: object = name
@@ -136,8 +140,40 @@ class Draft:
                 counts = (nearest,)
             level = np.mean([turns[group.name] for group in members], axis=0)
             lanes.append(Lane(tuple(numbers[g.name] for g in members), counts, level))
-        full = np.array([group.size for group in groups.values()], float)
-        return Path(tuple(lanes), full)
+        return Path(tuple(lanes), self._full())
+
+    def _full(self) -> Counts:
+        """What all groups keep where nothing leaves."""
+        return np.array([group.size for group in self.analysis.groups], float)
+
+    def said(self) -> Sayable:
+        """What the config of the model can say."""
+        if self.sayable is None:
+            self.sayable = Search(self.model, self.call, self.settled).run()
+        return self.sayable
+
+    def _joint_lanes(
+        self, fixed: Mapping[str, float], turns: Mapping[str, np.ndarray]
+    ) -> Iterator[Lane]:
+        """Groups that the config of the model sizes together keep equal shares."""
+        numbers = {group.name: number for number, group in enumerate(self.analysis.groups)}
+        for joint in self.said().joints:
+            if not all(name in self.scores for name in joint.groups):
+                continue  # some of them stay
+            members = [self.analysis.groups[numbers[name]] for name in joint.groups]
+            allowed = [set(self._allowed([group])) for group in members]
+            rows = [row for row in joint.rows if all(n in a for n, a in zip(row, allowed))]
+            rows = rows or [joint.rows[0]]
+            ratio = next((fixed[name] for name in joint.groups if name in fixed), None)
+            if ratio is not None:
+                aim = members[0].size * (1 - ratio)
+                rows = [min(rows, key=lambda row: abs(row[0] - aim))]
+            yield Lane(
+                tuple(numbers[name] for name in joint.groups),
+                tuple(row[0] for row in rows),
+                levels_of([turns[name] for name in joint.groups], members[0].size),
+                tuple(rows),
+            )
 
     def _allowed(self, members: Sequence[Group]) -> tuple[int, ...]:
         request = self.request
@@ -212,6 +248,8 @@ class Draft:
         if unusual:
             text += f"; frozen:\n{why(self.analysis, unusual)}"
         small = [group for group in free if group.size * ratio < 1]
+        for told in self.sayable.told(free) if self.sayable else ():
+            text += f"\n  {told}"
         for told, groups in (*held, ("too small to lose a channel at this ratio", small)):
             if groups:
                 names = shorten([group.layers[0] for group in groups], 6)

@@ -37,6 +37,12 @@ def check_parts(request: Any, plain: Any) -> None:
     Raises:
         InputError: names the option.
     """
+    if request.expressible and request.parts != ("channels",):
+        raise InputError(
+            f"expressible={request.expressible!r} is about channels: let parts leave first, by "
+            "rebuild(model, ratio, parts=...), whose config follows by itself, then the channels "
+            "of what that returns"
+        )
     if "channels" in request.parts:
         return
     for name in _OF_CHANNELS:

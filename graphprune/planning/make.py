@@ -21,6 +21,7 @@ from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
 from graphprune.planning.draft import Draft, passed_by, unread, why
 from graphprune.planning.dry_run import Ran
+from graphprune.planning.expressible import Search, said_by_config
 from graphprune.planning.freeing import freed
 from graphprune.planning.latency import Bench, Cache
 from graphprune.planning.options import Request
@@ -63,12 +64,41 @@ def _planned(draft: Draft, settled: Settled) -> Plan:
         try:
             chosen = draft.kept(_counts(draft, told))
             plan, ran = emit(model, call, draft.settled, chosen, told, draft.rescaling)
+            if request.expressible and not _is_said(draft, plan):
+                continue
         except _Stuck as stuck:
             draft = Draft(model, call, stuck.settled, request, draft.evidence, draft.factors)
             continue
         draft.warn(plan)
+        if draft.sayable is not None:
+            plan = replace(plan, notes=(*plan.notes, *draft.sayable.told(draft.analysis.groups)))
         plan = freed(draft, plan, chosen) if request.columns == "free" else plan
         return with_unread(model, call, settled.analysis, plan, ran)
+
+
+def _is_said(draft: Draft, plan: Plan) -> bool:
+    """Whether the config of the model says a plan; else the draft is without its sizes.
+
+    Raises:
+        InputError: it does not, and no size is to blame.
+    """
+    said, kind = draft.said(), type(draft.model).__name__
+    if not said.joints:
+        lines = "\n  ".join(said.told(draft.analysis.groups))
+        raise InputError(f"the config of {kind} says no other width:\n  {lines}")
+    reason = said_by_config(draft.model, draft.call, plan)
+    if not reason:
+        return True
+    left = {group.name: len(group.kept) for group in plan.groups}
+    search = Search(draft.model, draft.call, draft.settled)
+    joints = []
+    for joint in said.joints:
+        row = tuple(left[name] for name in joint.groups)
+        joints.append(joint.without(row) if search.wrong(joint, row) else joint)
+    if tuple(joints) == said.joints:
+        raise InputError(f"the config of {kind} cannot say this plan: {reason}")
+    draft.sayable = replace(said, joints=tuple(joints))
+    return False
 
 
 def emit(

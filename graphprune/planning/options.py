@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
-import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -20,15 +18,12 @@ from graphprune.criteria import find, name_of
 from graphprune.errors import InputError
 from graphprune.planning.hints import HINTS
 from graphprune.planning.kinds import check_parts, parts_of
+from graphprune.planning.targets import Target, targets_of
 from graphprune.record.batches import check_loss
 
 COLUMNS = ("aligned", "free")
 SCOPES = ("local", "global", "isomorphic")
-QUANTITIES = ("macs", "params", "bytes", "memory", "latency")
-_UNITS = {"": 1.0, "%": 0.01, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
-          "b": 1.0, "kb": 1e3, "mb": 1e6, "gb": 1e9, "us": 1e-3, "ms": 1.0, "s": 1e3}  # fmt: skip
-_AMOUNT = r"((?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([a-z%]*)"
-_SECONDS = ("us", "ms", "s")
+EXPRESSIBLE = (None, "config")
 
 
 class Allocation(Protocol):
@@ -61,21 +56,10 @@ class Options(TypedDict, total=False):
     seed: int
     exact_only: bool
     columns: str
+    expressible: str | None
     parts: str | Iterable[str]
     threads: int | None
     progress: bool
-
-
-@dataclass(frozen=True)
-class Target:
-    """A limit: ``fraction`` of the original's, or an absolute ``amount``."""
-
-    amount: float
-    fraction: bool
-
-    def of(self, before: float) -> float:
-        """The limit as an amount."""
-        return self.amount * before if self.fraction else self.amount
 
 
 class Told(Enum):
@@ -240,6 +224,16 @@ class Request:
             told=Told.ALWAYS,
         ),
     )
+    expressible: str | None = field(
+        default=None,
+        metadata=option(
+            '``"config"``: only widths that the config of the model says, so that '
+            "``save_pretrained`` writes a folder that plain ``from_pretrained`` reads. Groups that "
+            "one field sizes keep equal shares, of sizes that the class accepts; what no field "
+            "says stays whole. The small model is compared with one built from its config.",
+            short="'config': only widths that the model's config can say.",
+        ),
+    )
     parts: tuple[str, ...] = field(
         default=("channels",),
         metadata=option(
@@ -290,7 +284,7 @@ class Request:
         elif "ratios" in given:
             given["ratios"] = _ratios(given["ratios"])
         if "target" in given:
-            given["target"] = _targets(given["target"])
+            given["target"] = targets_of(given["target"])
         request = cls(None if ratio is None else check_ratio(ratio), **given)
         request._check_values()
         request._check_amount()
@@ -320,6 +314,8 @@ class Request:
             raise InputError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
         if self.columns not in COLUMNS:
             raise InputError(f"columns must be one of {', '.join(COLUMNS)}, not {self.columns!r}")
+        if self.expressible not in EXPRESSIBLE:
+            raise InputError(f"expressible must be 'config' or None, not {self.expressible!r}")
         if not is_int(self.round_to, 1):
             raise InputError(f"round_to must be a positive int such as 8, not {self.round_to!r}")
         if not is_int(self.seed):
@@ -454,42 +450,6 @@ def _fractions(name: str, given: Any) -> dict[str, float]:
                 f"pattern of layers; got {value!r} for {pattern!r}"
             )
     return {pattern: float(value) for pattern, value in by_glob.items()}
-
-
-def _targets(given: object) -> dict[str, Target]:
-    if not isinstance(given, Mapping) or not given:
-        raise InputError(
-            'target must map quantities to limits, such as {"macs": 0.5}; '
-            f"quantities: {', '.join(QUANTITIES)}; got {given!r}"
-        )
-    for name in given:
-        if name not in QUANTITIES:
-            raise InputError(f"unknown target {name!r}; choose of {', '.join(QUANTITIES)}")
-    return {name: _target(name, value) for name, value in given.items()}
-
-
-def _target(name: str, value: Any) -> Target:
-    """A limit from a number or a text."""
-    problem = InputError(
-        f"target {name!r} must be a fraction in (0, 1], an amount above 1, or a text such as "
-        f'"50%" or "{"0.8 ms" if name == "latency" else "1.2G"}"; got {value!r}'
-    )
-    if isinstance(value, str):
-        found = re.fullmatch(_AMOUNT, value.lower().strip())
-        unit = found[2] if found else "?"
-        if found is None or unit not in _UNITS:
-            raise problem
-        if (unit in _SECONDS) != (name == "latency") and unit not in ("", "%"):
-            raise problem
-        if name == "latency" and unit in _SECONDS and float(found[1]) > 0:
-            return Target(float(found[1]) * _UNITS[unit], False)
-        amount = float(found[1]) * _UNITS[unit]
-        if unit == "%" and not 0 < amount <= 1:
-            raise problem
-        value = amount
-    if not is_number(value) or not 0 < value < math.inf:
-        raise problem
-    return Target(float(value), value <= 1)
 
 
 assert tuple(Options.__annotations__) == _NAMES

@@ -30,12 +30,18 @@ class Lane:
     """Groups that keep equally many channels, and how many these may be.
 
     ``groups`` are their numbers, ``counts`` the allowed kept counts, decreasing, and ``levels``
-    those of their channels in the order in which they leave.
+    those of their channels in the order in which they leave. Groups of other sizes keep the same
+    shares: ``table`` then holds the counts of all, and ``counts`` those of the first.
     """
 
     groups: tuple[int, ...]
     counts: tuple[int, ...]
     levels: np.ndarray  # [channels of a group]
+    table: tuple[tuple[int, ...], ...] = ()  # [allowed counts, groups]
+
+    def kept(self, step: int) -> tuple[int, ...]:
+        """How many channels each of its groups keeps after some steps."""
+        return self.table[step] if self.table else (self.counts[step],) * len(self.groups)
 
     def steps(self) -> np.ndarray:
         """The level at which each next allowed count becomes the nearest one."""
@@ -69,7 +75,7 @@ class Path:
         """The kept counts of all groups."""
         counts = self.full.copy()
         for lane, steps in zip(self.lanes, taken, strict=True):
-            counts[list(lane.groups)] = lane.counts[steps]
+            counts[list(lane.groups)] = lane.kept(steps)
         return counts
 
     def level(self, level: float) -> Counts:
@@ -119,9 +125,9 @@ class Path:
                 continue
             lane = self.lanes[number]
             groups = list(lane.groups)
-            counts[groups] = lane.counts[taken[number] - 1]
+            counts[groups] = lane.kept(taken[number] - 1)
             if tightness(counts) > 1:
-                counts[groups] = lane.counts[taken[number]]
+                counts[groups] = lane.kept(taken[number])
                 closed[number] = True
             else:
                 taken[number] -= 1
