@@ -1,9 +1,13 @@
-"""The demo: train a small ResNet on handwritten digits, halve it, verify, fine-tune."""
+"""The demo: a small ResNet learns digits, is halved, verified, calibrated, fine-tuned, shown."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 import time
-from collections.abc import Iterator
+import webbrowser
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from graphprune.api import rebuild
+from graphprune.calibration import calibrate
+from graphprune.deploy.exporting import export
 from graphprune.errors import InputError
 from graphprune.execute.checkpoint import save
 from graphprune.measurement import (
@@ -29,11 +35,13 @@ from graphprune.measurement import (
     latency_text,
     measure,
 )
+from graphprune.plan.plan import plan_of
 from graphprune.text import new_figure, share
+from graphprune.training.history import History
 from graphprune.verification.report import verify
 
 RATIO, BATCH, SEED = 0.5, 64, 0
-COLUMNS = ("original", "shrunk", "shrunk + fine-tuned")
+COLUMNS = ("original", "shrunk", "calibrated", "fine-tuned")
 
 
 class Block(nn.Module):
@@ -102,13 +110,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo found and wrote."""
+    """What the demo found and wrote; ``onnx`` is empty where nothing can write such a file."""
 
     stages: tuple[Stage, ...]
     difference: float
     seconds: float
     model: str
     picture: str
+    report: str
+    onnx: str
 
 
 def digits() -> Data:
@@ -136,8 +146,12 @@ def run(epochs: int, out: Path, console: Console) -> Demo:
 
     Args:
         epochs: epochs of training; fine-tuning takes half as many.
-        out: the folder for ``small.safetensors`` and ``widths.png``; made when missing.
+        out: the folder for ``small.safetensors``, ``widths.png``, ``report.html`` and, where ONNX
+            Runtime is installed, ``small.onnx``; made when missing.
         console: where progress and tables go.
+
+    Returns:
+        What was found, and the files.
 
     Raises:
         InputError: scikit-learn is not installed, or ``out`` cannot be made.
@@ -153,40 +167,121 @@ def run(epochs: int, out: Path, console: Console) -> Demo:
 
 def _run(data: Data, epochs: int, out: Path, console: Console) -> Demo:
     start = time.perf_counter()
-    model = DigitsResNet()
-    console.print(
-        f"{len(data.images)} images of digits to train on, {len(data.test_images)} to test on; "
-        f"a ResNet of {len(widths(model))} convolutions"
-    )
+    model, example = DigitsResNet(), data.images[:1]
+    _say(console, "Train", f"a ResNet of {len(widths(model))} convolutions on {len(data.images)} "
+         f"images of digits; {len(data.test_images)} more to test it on")  # fmt: skip
     train(model, data, epochs, 0.03, "training", console)
+    history = History(example)
+    history.record(model, 0, COLUMNS[0], accuracy=accuracy(model, data))
 
-    small = rebuild(model, RATIO, data.images[:1])
-    report = verify(model, small, data.images[:2])
-    console.print(
-        f"removed {RATIO:.0%} of the channels of every layer; [green]verified[/]: the small model "
-        f"equals the masked original, largest relative difference {report.difference:.1e}"
-    )
+    small = rebuild(model, RATIO, example)
+    plan = plan_of(small)
+    assert plan is not None  # rebuild leaves it there
+    _say(console, "Shrink", f"{RATIO:.0%} of the channels of every layer leave")
+    verified = verify(model, small, data.images[:2])
+    _say(console, "Verify", "the small model equals the masked original, largest relative "
+         f"difference {verified.difference:.1e}")  # fmt: skip
     stages = [_stage(COLUMNS[0], model, data, out), _stage(COLUMNS[1], small, data, out)]
-    train(small, data, max(1, epochs // 2), 0.03, "fine-tuning", console)
-    # Fine-tuning changes no shape, hence no cost.
+    history.record(small, 1, COLUMNS[1], accuracy=stages[1].accuracy)
+
+    calibrate(small, model, data.images.split(BATCH))
+    # From here on no shape changes, hence no cost.
     stages.append(replace(stages[1], name=COLUMNS[2], accuracy=accuracy(small, data)))
+    history.record(small, 2, COLUMNS[2], accuracy=stages[2].accuracy)
+    _say(console, "Calibrate", "least squares, layer by layer, on images without labels: "
+         f"accuracy {stages[1].accuracy:.1%} becomes {stages[2].accuracy:.1%}")  # fmt: skip
+
+    def note(epoch: int) -> None:
+        history.record(small, 3 + epoch, COLUMNS[3], accuracy=accuracy(small, data))
+
+    more = max(1, epochs // 2)
+    _say(console, "Fine-tune", f"{more} epochs of training, with labels")
+    train(small, data, more, 0.01, "fine-tuning", console, note)
+    stages.append(replace(stages[1], name=COLUMNS[3], accuracy=accuracy(small, data)))
 
     path = save(small, out / "small.safetensors")
+    onnx = _export(small, out / "small.onnx", data.images[:2], console)
     picture = draw_widths(model, small, out / "widths.png")
-    console.print(_table(stages))
-    console.print(
-        f"small model: [bold]{escape(str(path))}[/]\n"
-        f"picture of the layer widths: [bold]{escape(str(picture))}[/]"
+    page = plan.report(
+        out / "report.html",
+        model,
+        example,
+        small=small,
+        verification=verified,
+        measured=(stages[0].image, stages[1].image),
+        accuracy=(stages[0].accuracy, stages[3].accuracy),
+        history=history,
+        command=f"graphprune demo --epochs {epochs}",
+        title="A ResNet for digits, half of its channels",
     )
+    console.print(_table(stages))
+    for title, file in (
+        ("small model", path), ("ONNX", onnx), ("layer widths", picture), ("report", page),
+    ):  # fmt: skip
+        if file is not None:
+            console.print(f"{title + ':':<13} [bold]{escape(str(file))}[/]")
     seconds = time.perf_counter() - start
     console.print(f"[dim]{seconds:.0f} seconds in all[/]")
-    return Demo(tuple(stages), report.difference, seconds, str(path), str(picture))
+    return Demo(
+        tuple(stages),
+        verified.difference,
+        seconds,
+        str(path),
+        str(picture),
+        str(page),
+        str(onnx or ""),
+    )
+
+
+def _say(console: Console, step: str, text: str) -> None:
+    console.print(f"[bold]{step:<10}[/] {text}")
+
+
+def _export(small: nn.Module, path: Path, images: Tensor, console: Console) -> Path | None:
+    """Write the small model for an engine, where one is installed."""
+    if any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxruntime")):
+        _say(console, "Export", escape('skipped: pip install "graphprune[onnx]" for ONNX Runtime'))
+        return None
+    made = export(small, path, images, certificate=False)
+    assert made.agreement is not None  # it was asked for
+    _say(console, "Export", f"{made.format} of {bytes_text(made.bytes)}, the same in ONNX Runtime: "
+         f"largest relative difference {made.agreement.difference:.1e}")  # fmt: skip
+    return made.path
+
+
+def show(path: str, console: Console) -> bool:
+    """Open a page in the user's browser: from a terminal, and where windows can be."""
+    windows = sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+    if not (console.is_terminal and sys.stdin.isatty() and windows):
+        return False
+    try:
+        return webbrowser.open(Path(path).resolve().as_uri())
+    except webbrowser.Error:
+        return False
 
 
 def train(
-    model: nn.Module, data: Data, epochs: int, rate: float, title: str, console: Console
+    model: nn.Module,
+    data: Data,
+    epochs: int,
+    rate: float,
+    title: str,
+    console: Console,
+    after: Callable[[int], object] = lambda epoch: None,
 ) -> None:
-    """Train with stochastic gradient descent, a one-cycle learning rate and a fixed order."""
+    """Train with stochastic gradient descent, a one-cycle learning rate and a fixed order.
+
+    Args:
+        model: in place.
+        data: images and digits.
+        epochs: how often all images are gone through.
+        rate: the largest learning rate.
+        title: of the progress bar.
+        console: where that is shown.
+        after: is called with the number of every epoch when it is done.
+    """
     steps = -(-len(data.images) // BATCH)
     optimizer = torch.optim.SGD(
         model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True
@@ -204,6 +299,7 @@ def train(
                 optimizer.step()
                 schedule.step()
                 advance(f"epoch {epoch + 1}/{epochs}  loss {loss.item():.3f}")
+            after(epoch)
         advance(f"test accuracy {accuracy(model, data):.1%}", 0)
     model.eval()
 
@@ -313,27 +409,21 @@ def _table(stages: list[Stage]) -> Table:
     for stage in stages:
         table.add_column(stage.name, justify="right")
 
-    def part(text: str, number: float, whole: float, stage: Stage) -> str:
-        return text if stage is first else f"{text} ({share(number, whole)})"
+    small = stages[1]
+
+    def cost(text: Callable[[Stage], str], number: Callable[[Stage], float]) -> list[str]:
+        changed = f"{text(small)} ({share(number(small), number(first))})"
+        return [text(first), changed, *["same"] * (len(stages) - 2)]
 
     rows: dict[str, list[str]] = {
         "accuracy": [f"{s.accuracy:.1%}" for s in stages],
-        "parameters": [
-            part(count_text(s.image.parameters), s.image.parameters, first.image.parameters, s)
-            for s in stages
-        ],
-        "MACs per image": [
-            part(count_text(s.image.macs), s.image.macs, first.image.macs, s) for s in stages
-        ],
-        f"latency of {BATCH} images": [
-            part(latency_text(s.batch.latency or 0, None), s.batch.latency or 0,
-                 first.batch.latency or 0, s)
-            for s in stages
-        ],
-        "file size": [
-            part(bytes_text(s.file_bytes), s.file_bytes, first.file_bytes, s) for s in stages
-        ],
-    }  # fmt: skip
+        "parameters": cost(lambda s: count_text(s.image.parameters), lambda s: s.image.parameters),
+        "MACs per image": cost(lambda s: count_text(s.image.macs), lambda s: s.image.macs),
+        f"latency of {BATCH} images": cost(
+            lambda s: latency_text(s.batch.latency or 0, None), lambda s: s.batch.latency or 0
+        ),
+        "file size": cost(lambda s: bytes_text(s.file_bytes), lambda s: s.file_bytes),
+    }
     for title, cells in rows.items():
         table.add_row(title, *cells)
     return table

@@ -68,16 +68,23 @@ app.command()(bench)
 @app.command()
 def demo(
     epochs: Annotated[int, typer.Option(min=1, help="Epochs of training.")] = 15,
-    out: Annotated[Path, typer.Option(help="Folder for the small model and the picture.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the small model and the report.")] = Path(
         "graphprune-demo"
     ),
+    open_report: Annotated[
+        bool, typer.Option("--open/--no-open", help="Open the report, from a terminal.")
+    ] = True,
     as_json: Json = False,
 ) -> None:
-    """Train, shrink, verify and fine-tune a small ResNet on handwritten digits (half a minute)."""
+    """Train, shrink, verify, calibrate and fine-tune a small ResNet on digits (half a minute)."""
     from graphprune.cli.demo import run as demonstrate
+    from graphprune.cli.demo import show
 
     with session(as_json) as run:
-        run.finish(dataclasses.asdict(demonstrate(epochs, out, run.console)))
+        found = demonstrate(epochs, out, run.console)
+        if open_report and not as_json:
+            show(found.report, run.console)
+        run.finish(dataclasses.asdict(found))
 
 
 @app.command()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
+from graphprune.cli.demo import _export, show
 from graphprune.cli.main import app
 from graphprune.cli.session import MISTAKE, OK
 
@@ -27,15 +31,47 @@ def call(*arguments: str) -> Result:
 def test_demo(folder: Path) -> None:
     result = call("demo", "--epochs", "1", "--out", "here/demo")
     assert result.exit_code == OK, result.output
-    for text in ("original", "shrunk + fine-tuned", "accuracy", "MACs per image", "file size"):
+    for text in (
+        "Train", "Shrink", "Verify", "Calibrate", "Fine-tune", "Export",
+        "original", "calibrated", "fine-tuned", "accuracy", "MACs per image", "file size",
+    ):  # fmt: skip
         assert text in result.stdout
-    assert re.search(r"largest relative difference \d\.\de-1\d", result.stdout)
+    assert re.search(r"largest relative\s+difference \d\.\de-1\d", result.stdout)
     assert (folder / "here/demo/widths.png").stat().st_size > 10_000
+    page = (folder / "here/demo/report.html").read_text(encoding="utf-8")
+    for text in ("<b>Verified.</b>", "blocks.<wbr>5.<wbr>conv2", "graphprune demo --epochs 1", "calibrated"):
+        assert text in page
     from graphprune.cli.demo import DigitsResNet, widths
     from graphprune.execute.checkpoint import load
 
     small = load(folder / "here/demo/small.safetensors", DigitsResNet)
     assert list(widths(small).values())[-1] == 64
+
+
+def test_the_report_is_opened_from_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) or True)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    assert not show("report.html", Console(force_terminal=False))
+    assert opened == []
+    assert show("report.html", Console(force_terminal=True))
+    assert opened == [Path("report.html").resolve().as_uri()]
+    monkeypatch.delenv("DISPLAY")
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert not show("report.html", Console(force_terminal=True))
+
+
+def test_demo_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name)
+    )
+    console = Console(record=True, width=200)
+    assert _export(torch.nn.Linear(2, 2), Path("small.onnx"), torch.zeros(1, 2), console) is None
+    assert 'pip install "graphprune[onnx]"' in console.export_text()
+    assert not Path("small.onnx").exists()
 
 
 def test_demo_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
