@@ -39,7 +39,12 @@ def test_demo(folder: Path) -> None:
     assert re.search(r"largest relative\s+difference \d\.\de-1\d", result.stdout)
     assert (folder / "here/demo/widths.png").stat().st_size > 10_000
     page = (folder / "here/demo/report.html").read_text(encoding="utf-8")
-    for text in ("<b>Verified.</b>", "blocks.<wbr>5.<wbr>conv2", "graphprune demo --epochs 1", "calibrated"):
+    for text in (
+        "<b>Verified.</b>",
+        "blocks.<wbr>5.<wbr>conv2",
+        "graphprune demo --epochs 1",
+        "calibrated",
+    ):
         assert text in page
     from graphprune.cli.demo import DigitsResNet, widths
     from graphprune.execute.checkpoint import load
