@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from graphprune.errors import InputError
+from graphprune.folders.door import from_pretrained
+from graphprune.folders.plans import ENTRY
 from graphprune.text import shorten
 
 Factory = Callable[[], Any]
@@ -52,7 +54,7 @@ def timm(name: str) -> Factory:
 
 
 def hugging_face(folder: str) -> Factory:
-    """What loads a model from a folder that ``save_pretrained`` of transformers wrote."""
+    """What loads a model from a folder that ``save_pretrained`` wrote, also of a small model."""
     path = Path(folder)
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -70,6 +72,8 @@ def hugging_face(folder: str) -> Factory:
         raise InputError(
             f"hf:{folder} needs transformers ({error}): pip install transformers"
         ) from None
+    if ENTRY in config:
+        return lambda: from_pretrained(path, local_files_only=True)
     named = config.get("architectures") or ["AutoModel"]
     kind = getattr(transformers, str(named[0]), None)
     if kind is None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+import graphprune
 from graphprune.cli.loading import load_model
 from graphprune.cli.main import app
 from graphprune.cli.session import OK, of_the_user, session
@@ -143,3 +144,21 @@ def test_folders_of_transformers(folder: Path) -> None:
     path.write_text("[]")
     with pytest.raises(InputError, match=r"config\.json holds no object"):
         load_model("hf:bert")
+
+
+def test_folders_of_small_models(folder: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=4, intermediate_size=24,
+        vocab_size=50,
+    )  # fmt: skip
+    ids = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small = graphprune.rebuild(transformers.BertModel(config), 0.5, ids)
+        small.save_pretrained(folder / "small")
+    loaded = load_model("hf:small")
+    assert {n: t.shape for n, t in loaded.state_dict().items()} == {
+        n: t.shape for n, t in small.state_dict().items()
+    }
