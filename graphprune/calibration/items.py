@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +12,6 @@ from torch.utils import _pytree as pytree
 from graphprune.record.batches import Batch
 
 FOLDS = 4  # parts of the items; each is held out from a fit in turn
-_MASK = re.compile(r"(^|_)mask$")
 _FEWEST = 4  # items that a check needs
 _MOST = 128  # and more than it needs
 FEW = 16  # items from which some can be set apart for one
@@ -111,49 +107,3 @@ class Folds:
         if items is None or places % items:
             return self.parts[which][:1].expand(len(rows))
         return self.parts[which][rows * items // places]
-
-
-def counted(mask: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """Numbers of the rows of an output that count; ``None``: all of them.
-
-    Args:
-        mask: which positions of a batch are no padding.
-        shape: of the output, without its channels.
-    """
-    if mask is None or tuple(shape) != tuple(mask.shape):
-        return None
-    return mask.flatten().nonzero()[:, 0].cpu()
-
-
-def padding(batch: Batch) -> tuple[str, Tensor] | None:
-    """A mask of positions among keyword inputs: its name, and where it is not zero.
-
-    It holds zeroes and ones, has the shape of another input, [items, positions], and its two
-    sizes differ, so that nothing else can be taken for it.
-    """
-    inputs: Mapping[str, Any] = batch.kwargs
-    for name, value in inputs.items():
-        if not _MASK.search(name) or not isinstance(value, Tensor) or value.dim() != 2:
-            continue
-        if value.is_floating_point() or value.is_complex() or value.shape[0] == value.shape[1]:
-            continue
-        if bool(((value != 0) & (value != 1)).any()) or bool((value != 0).all()):
-            continue
-        alike = [t for key, t in inputs.items() if key != name and isinstance(t, Tensor)]
-        if any(t.shape[:2] == value.shape for t in alike):
-            return name, value != 0
-    return None
-
-
-def disturbed(batch: Batch, name: str, mask: Tensor) -> Batch:
-    """The batch with other values in padded positions: those of positions that count."""
-    first = mask.to(torch.int64).argmax(1)
-
-    def change(key: str, value: object) -> Any:
-        if key == name or not isinstance(value, Tensor) or value.shape[:2] != mask.shape:
-            return value
-        filling = value[torch.arange(len(value)), first][:, None]
-        shape = (*mask.shape, *[1] * (value.dim() - 2))
-        return torch.where(mask.reshape(shape), value, filling)
-
-    return replace(batch, kwargs={key: change(key, value) for key, value in batch.kwargs.items()})

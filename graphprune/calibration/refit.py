@@ -12,7 +12,7 @@ from torch import nn
 
 from graphprune.arguments import is_int, is_number
 from graphprune.calibration.items import count, doubt, set_apart
-from graphprune.calibration.outcome import distance, masks_of
+from graphprune.calibration.outcome import distance
 from graphprune.calibration.repair import Refit, Repair, Settings
 from graphprune.calibration.replay import Replay, check_batches
 from graphprune.calibration.statistics import reestimate
@@ -31,6 +31,7 @@ from graphprune.record.batches import (
     told_apart,
 )
 from graphprune.record.checks import check_model
+from graphprune.record.padding import masks_of
 from graphprune.record.tensors import named_tensors
 from graphprune.text import bar, render, tracked
 

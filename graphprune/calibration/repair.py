@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
-from graphprune.calibration.items import FOLDS, Folds, counted
+from graphprune.calibration.items import FOLDS, Folds
 from graphprune.calibration.joint import Joint
 from graphprune.calibration.layers import Layer, constants, find_layers, slope_of
 from graphprune.calibration.memory import rooms
@@ -28,6 +28,7 @@ from graphprune.calibration.sums import Errors, Sums, choose, held_out
 from graphprune.calibration.wide import Dual, changes, products
 from graphprune.ops.views import norm_of
 from graphprune.record.batches import Batch
+from graphprune.record.padding import counted
 
 WIDEST = 4096  # inputs up to which a layer is refitted by their second moments
 MOST = 5e11  # operations that the second moments of one layer may take

@@ -121,7 +121,9 @@ class Activations(Collector):
         parts = self.found.setdefault(key, {})
         if product.start not in parts:
             parts[product.start] = Inputs.of(product)
-        parts[product.start].add(channels_last(product.input, product.kind).flatten(0, 1))
+        rows = channels_last(product.input, product.kind).flatten(0, 1)
+        counted = None if product.input.is_complex() else self.counted(product)
+        parts[product.start].add(rows if counted is None else rows[counted.to(rows.device)])
 
     def finish(self, batches: int) -> dict[Key, dict[int, Inputs]]:
         """The inputs that each slot reads."""

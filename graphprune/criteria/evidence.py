@@ -22,6 +22,7 @@ from graphprune.channels.analysis import Group
 from graphprune.criteria.registry import Criterion, Entry, find
 from graphprune.errors import InputError
 from graphprune.record.batches import (
+    Batch,
     Loss,
     at_rest,
     batches,
@@ -34,6 +35,7 @@ from graphprune.record.batches import (
 )
 from graphprune.record.masked_names import mask_hooks
 from graphprune.record.observe import Product, observing
+from graphprune.record.padding import Masks, counted
 from graphprune.record.tensors import named_modules, named_tensors
 from graphprune.text import tracked
 
@@ -81,6 +83,14 @@ class Collector(ABC):
     def __init__(self, model: nn.Module, slots: Slots) -> None:
         self.model = model
         self.slots = slots  # of the groups that will be scored
+        self.mask: Tensor | None = None  # which positions of the batch are no padding
+
+    def counted(self, product: Product) -> Tensor | None:
+        """Numbers of the rows that count of what a product reads; ``None``: all of them."""
+        shape = product.input.shape
+        return counted(
+            self.mask, shape[:-1] if product.kind == "linear" else (shape[0], *shape[2:])
+        )
 
     def product(self, product: Product) -> None:
         """A product of an activation with a parameter has just run."""
@@ -238,7 +248,7 @@ class _Pass:
     def __init__(
         self, model: nn.Module, collectors: tuple[Collector, ...], loss: Loss | None
     ) -> None:
-        self.model = model
+        self.model, self.collectors = model, collectors
         own = [c.loss for c in collectors if c.backward]
         self.given = loss is not None
         self.loss = loss or (own[0] if own else None) or loss_of
@@ -262,8 +272,13 @@ class _Pass:
     ) -> None:
         found = batches(data)
         found = found if self.given else told_apart(self.model, found)
+        masks = Masks(self.model)
         for batch in tracked(found, "calibration batches", count_of(data), progress):
             check_finite(batch, self.batches)
+            told = self.listeners and not self.given
+            mask = masks.of(Batch.of(batch)) if told else None
+            for collector in self.collectors:
+                collector.mask = mask
             step(batch)
             self.batches += 1
 

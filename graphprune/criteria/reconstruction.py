@@ -25,6 +25,7 @@ from graphprune.criteria.held import Halves, held_out
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.record.batches import forward
 from graphprune.record.observe import Product
+from graphprune.record.padding import unpadded
 from graphprune.record.windows import Window
 
 WIDEST = 2560  # columns (channels x kernel) up to which all second moments are kept
@@ -63,8 +64,17 @@ class Reader:
     metric: Tensor | float = 0.0
     place: float = 0.0
 
-    def read(self, x: Tensor, places: int, generator: torch.Generator) -> None:
-        """Add the windows of one batch, those of every other item to the second half."""
+    def read(
+        self, x: Tensor, places: int, counted: Tensor | None, generator: torch.Generator
+    ) -> None:
+        """Add the windows of one batch, those of every other item to the second half.
+
+        Args:
+            x: what the weight reads.
+            places: how many windows there are.
+            counted: numbers of those that count; ``None``: all of them.
+            generator: of the choice, where there are very many.
+        """
         items = x.shape[0] if x.dim() > 1 else 1
         if self.index is not None:  # kernel places and positions of a channel are alike
             dim = -1 if self.window.kind == "linear" else 1
@@ -72,10 +82,12 @@ class Reader:
             x = x.movedim(dim, -1)[..., self.index.to(x.device)].movedim(-2, -1)
             rows = x.reshape(-1, 1, channels)
             places = len(rows)
-            pick = _some(places, ROWS * positions, generator)
+            if counted is not None:
+                counted = (counted[:, None] * positions + torch.arange(positions)).flatten()
+            pick = _some(places, ROWS * positions, counted, generator)
             rows = rows[pick.to(x.device)]
         else:
-            pick = _some(places, ROWS, generator)
+            pick = _some(places, ROWS, counted, generator)
             rows = self.window.rows(x, pick.to(x.device))
         halves = [real(rows[h.to(x.device)]).transpose(0, 1) for h in _halves(pick, places, items)]
         for name, sums in (
@@ -146,11 +158,12 @@ def _halves(pick: Tensor, places: int, items: int) -> tuple[Tensor, Tensor]:
     return (item % 2 == 0).nonzero()[:, 0], (item % 2 == 1).nonzero()[:, 0]
 
 
-def _some(count: int, most: int, generator: torch.Generator) -> Tensor:
-    """Numbers below ``count``: all of them, or as many as ``most`` drawn at random."""
-    if count <= most:
-        return torch.arange(count)
-    return torch.randint(count, (most,), generator=generator)
+def _some(count: int, most: int, counted: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Numbers below ``count`` that count: all, or as many as ``most`` drawn at random."""
+    count = count if counted is None else len(counted)
+    few = count <= most
+    pick = torch.arange(count) if few else torch.randint(count, (most,), generator=generator)
+    return pick if counted is None else counted[pick]
 
 
 @register_statistic("reconstruction")
@@ -170,14 +183,14 @@ class Reconstructions(Collector):
         self.generator = torch.Generator().manual_seed(0)
 
     def loss(self, model: nn.Module, batch: object) -> Tensor:
-        """A random sum of all outputs."""
+        """A random sum of all outputs but those of padding."""
         out = forward(model, batch)
         known = isinstance(out, Tensor | tuple | list | dict)
         total = None
         for leaf in pytree.tree_leaves(out if known else vars(out)):
             if isinstance(leaf, Tensor) and leaf.requires_grad and leaf.is_floating_point():
                 weights = torch.randn(leaf.shape, generator=self.generator).to(leaf)
-                part = (leaf * weights).sum()
+                part = unpadded(leaf * weights, self.mask).sum()
                 total = part if total is None else total + part
         return torch.zeros(()) if total is None else total
 
@@ -196,7 +209,10 @@ class Reconstructions(Collector):
                 return
             parts[product.start] = reader
         reader = parts[product.start]
-        reader.read(product.input.detach(), reader.window.places(product.output), self.generator)
+        places, counted = reader.window.places(product.output), self.counted(product)
+        if self.mask is not None and self.mask.numel() != places:
+            counted = None
+        reader.read(product.input.detach(), places, counted, self.generator)
         product.output.register_hook(reader.write)
 
     def finish(self, batches: int) -> dict[Key, dict[int, Reader]]:

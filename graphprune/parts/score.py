@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from graphprune.calibration.outcome import outputs
 from graphprune.criteria import name_of
 from graphprune.measurement import drawn
 from graphprune.ops.calls import Args, Function, Kwargs
@@ -18,6 +17,7 @@ from graphprune.parts.find import Part
 from graphprune.record.batches import Batch, at_rest, batches, device_of, loss_of, run
 from graphprune.record.inputs import Call
 from graphprune.record.joins import Place, Sums, at_zero
+from graphprune.record.padding import outputs
 
 _BATCHES = 8  # that parts are scored on
 _LEAST = 1e-12
