@@ -69,6 +69,20 @@ def test_words_of_other_libraries(word, told):
         graphprune.rebuild(small_net(), example_inputs=X, **{word: 0.5})
 
 
+PRUNERS = (  # what the constructors of Torch-Pruning 1.6 take besides a model
+    "example_inputs importance global_pruning pruning_ratio pruning_ratio_dict max_pruning_ratio "
+    "iterative_steps iterative_pruning_ratio_scheduler ignored_layers round_to isomorphic "
+    "in_channel_groups out_channel_groups num_heads prune_num_heads prune_head_dims "
+    "head_pruning_ratio head_pruning_ratio_dict customized_pruners unwrapped_parameters "
+    "root_module_types forward_fn output_transform channel_groups ch_sparsity ch_sparsity_dict"
+)
+
+
+@pytest.mark.parametrize("word", PRUNERS.split())
+def test_every_argument_of_a_pruner_is_taken_or_answered(word):
+    assert word in HINTS or word in OPTIONS or word == "example_inputs"
+
+
 def test_what_hints_name_is_there():
     import graphprune.training
 
