@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from graphprune.deploy.onnx_files import LARGE, check_opset, write
 from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
 from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
 from graphprune.measurement import bytes_text, drawn, shared_copy
+from graphprune.plan.plan import plan_of
 from graphprune.record.batches import at_rest, device_of
 from graphprune.record.checks import check_model
 from graphprune.record.inputs import Call, called, infer
@@ -37,6 +38,7 @@ from graphprune.record.recording import record
 from graphprune.record.tensors import named_tensors
 from graphprune.text import render
 
+_BLOCK = 8  # channels that ONNX Runtime keeps side by side; 16 with AVX-512
 Names = Sequence[str] | str | None
 ENGINES = {".onnx": "ONNX", ".pt2": "torch.export"}
 
@@ -304,7 +306,7 @@ class _Made:
         inputs, outputs = _ports(self.ready, self.axes, self.recorded)
         total = sum(part.stat().st_size for part in folder.iterdir())
         kind = ENGINES[self.path.suffix]
-        notes = tuple(self.notes)
+        notes = (*self.notes, *odd_widths(self.ready.model, kind))
         return Exported(self.path, kind, self.opset, inputs, outputs, total, agreement, notes)
 
     def certificate(
@@ -331,6 +333,18 @@ class _Made:
             engines=dict([] if agreement is None else [agreement.engine.rsplit(" ", 1)]),
             seed=seed,
             command=command,
+        )
+
+
+def odd_widths(model: nn.Module, kind: str) -> Iterator[str]:
+    """Widths left by a plan that ONNX Runtime does not block, as measured on docs/deploy.md."""
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    odd = [m for m in convolutions if m.out_channels % _BLOCK and m.out_channels > _BLOCK]
+    if kind == "ONNX" and odd and plan_of(model) is not None:
+        yield (
+            f"{len(odd)} of {len(convolutions)} convolutions have widths that are no multiple of "
+            f"{_BLOCK}: ONNX Runtime runs them without its blocked layout, often slower than the "
+            "original; plan with round_to=16 (--round-to 16)"
         )
 
 

@@ -20,8 +20,12 @@ from graphprune.measurement import bytes_text
 from graphprune.record.batches import batches, check_data
 
 STATIC, DYNAMIC = "static", "dynamic"
+_INTEGERS = (2, 3)  # of ONNX: unsigned and signed bytes
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
-_PRODUCTS = ("MatMul", "Gemm")  # what is quantized while it runs; convolutions get slower
+_PRODUCTS = ("MatMul", "Gemm")
+_DYNAMIC = (*_PRODUCTS, "Gather")  # products and tables; convolutions get slower
+# Where there is attention, masks (-3e38) and norms ruin the ranges of all else.
+_BESIDE_ATTENTION = ("Conv", "ConvTranspose", *_PRODUCTS)
 
 
 @dataclass(frozen=True)
@@ -88,8 +92,9 @@ def quantize(
         method: how a range follows from what was seen: ``"minmax"``, ``"entropy"`` or
             ``"percentile"``.
         per_channel: a scale for every output channel of a weight.
-        operators: types of ONNX operators to quantize; when absent all that ONNX Runtime can for
-            static, products of matrices for dynamic.
+        operators: types of ONNX operators to quantize. When absent, for dynamic products of
+            matrices and tables; for static all that ONNX Runtime can, but products and
+            convolutions alone in a file with a softmax or layer norms.
         keep: names of nodes that stay in float.
         beside: modules and files by name to measure with both files.
         threads: as for :func:`bench`.
@@ -123,7 +128,7 @@ def quantize(
     source = onnxruntime(path)
     with written_beside(out) as folder:
         file = folder / out.name
-        kinds = list(operators) if operators else list(_PRODUCTS) if mode == DYNAMIC else None
+        kinds = list(operators) if operators else _kinds(path, mode)
         options = {"per_channel": per_channel, "op_types_to_quantize": kinds,
                    "nodes_to_exclude": list(keep)}  # fmt: skip
         try:
@@ -170,6 +175,17 @@ def _check(path: Path, out: Path, mode: str, method: str, data: object) -> None:
         raise InputError("out must be another file than the float one, which it is compared with")
 
 
+def _kinds(path: Path, mode: str) -> list[str] | None:
+    """The types of operators to quantize; ``None`` for all."""
+    if mode == DYNAMIC:
+        return list(_DYNAMIC)
+    import onnx
+
+    kinds = {node.op_type for node in onnx.load(path, load_external_data=False).graph.node}
+    attention = kinds & {"Softmax", "LayerNormalization", "RMSNormalization", "Attention"}
+    return list(_BESIDE_ATTENTION) if attention else None
+
+
 def _write(
     path: Path,
     file: Path,
@@ -194,7 +210,7 @@ def _write(
         quantization.quantize_static(
             ready,
             file,
-            _Reader(source.inputs, batches(data)),
+            _Reader(source.inputs, batches(data), method),
             quant_format=quantization.QuantFormat.QDQ,
             activation_type=quantization.QuantType.QUInt8,
             weight_type=quantization.QuantType.QInt8,
@@ -209,8 +225,9 @@ def _write(
 class _Reader:
     """Gives batches to ONNX Runtime's calibration, one at a time."""
 
-    def __init__(self, names: Sequence[str], data: Iterator[object]) -> None:
-        self.names, self.data = names, data
+    def __init__(self, names: Sequence[str], data: Iterator[object], method: str) -> None:
+        self.names, self.data, self.method = names, data, method
+        self.shapes: list[tuple[int, ...]] = []
 
     def get_next(self) -> dict[str, Any] | None:
         """The next batch by the names of the inputs; ``None`` when there is no more."""
@@ -218,6 +235,13 @@ class _Reader:
         if batch is None:
             return None
         tensors = fed(batch, self.names)
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        self.shapes = self.shapes or shapes
+        if self.method != "minmax" and shapes != self.shapes:
+            raise InputError(
+                f"method={self.method!r} needs batches of one shape; found {self.shapes} and "
+                f"{shapes}: drop the last one, or take 'minmax'"
+            )
         return {name: t.detach().cpu().numpy() for name, t in zip(self.names, tensors)}
 
     def __iter__(self) -> _Reader:
@@ -236,12 +260,14 @@ def _in_8_bits(file: Path) -> dict[str, int]:
 
     graph = onnx.load(file, load_external_data=False).graph
     made = {name: node.op_type for node in graph.node for name in node.output}
+    bytes_of = {item.name for item in graph.initializer if item.data_type in _INTEGERS}
     counts: dict[str, int] = {}
     for node in graph.node:
-        name = node.op_type.removesuffix("Integer") if "Integer" in node.op_type else node.op_type
-        integer = name != node.op_type or node.op_type.startswith(("DynamicQuantize", "QLinear"))
-        integer = integer and node.op_type != "DynamicQuantizeLinear"
+        kind = node.op_type
         fed_by = [made.get(value) == "DequantizeLinear" for value in node.input[:2]]
-        if integer or (node.op_type in ("Conv", "ConvTranspose", *_PRODUCTS) and all(fed_by)):
+        table = kind == "Gather" and node.input[0] in bytes_of
+        integer = kind in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM")
+        if integer or table or (kind in _BESIDE_ATTENTION and all(fed_by)):
+            name = kind.removesuffix("Integer")
             counts[name] = counts.get(name, 0) + 1
     return counts

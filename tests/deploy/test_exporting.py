@@ -17,6 +17,7 @@ import graphprune
 from graphprune.deploy import engines, export, exporting
 from graphprune.deploy.agreeing import Comparison
 from graphprune.deploy.engines import Engine
+from graphprune.deploy.exporting import odd_widths
 from graphprune.deploy.flat import Flat
 from graphprune.errors import (
     ExportError,
@@ -323,6 +324,16 @@ def test_models_and_inputs_that_are_none_are_told(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         export(net(), path, torch.randn(1, 4))
+
+
+def test_widths_that_an_engine_runs_slowly_are_told() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 32, 3), nn.Conv2d(32, 64, 3)), torch.randn(1, 3, 8, 8)
+    (told,) = odd_widths(graphprune.rebuild(model, 0.4, x), "ONNX")
+    assert "1 of 2 convolutions have widths" in told
+    assert "round_to=16" in told
+    assert not [*odd_widths(graphprune.rebuild(model, 0.5, x), "ONNX")]
+    assert not [*odd_widths(graphprune.rebuild(model, 0.4, x), "torch.export")]
+    assert not [*odd_widths(nn.Conv2d(3, 19, 3), "ONNX")], "the user's own choice"
 
 
 def test_a_missing_library_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

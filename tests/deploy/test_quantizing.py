@@ -135,6 +135,41 @@ def test_agreement_accuracy_and_what_means_nothing() -> None:
     assert found.before is None
 
 
+class Attending(nn.Module):
+    """A table, attention under a mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, words: Tensor, mask: Tensor) -> Tensor:
+        x = self.words(words)
+        scores = self.mix(x) @ x.transpose(1, 2)
+        low = (1 - mask[:, None].to(x.dtype)) * torch.finfo(x.dtype).min
+        return self.head(((scores + low).softmax(-1) @ x).mean(1))
+
+
+def test_attention_stays_in_float_but_for_its_products(file: Path, tmp_path: Path) -> None:
+    """The range of a mask would leave nothing of the scores that it is added to."""
+    mask = torch.tensor([1, 1, 1, 1, 0, 0]).expand(8, 6)
+    given = [((torch.randint(0, 20, (8, 6)), mask),) for _ in range(3)]
+    sizes = {"batch": 0, "length": 1}
+    model = Attending()
+    nn.init.normal_(model.head.weight, std=2.0)
+    path = export(model, tmp_path / "words.onnx", given[0][0], dynamic=sizes).path
+    made = quantize(path, tmp_path / "static.onnx", given)
+    assert set(made.operators) <= {"MatMul", "Gemm"}
+    assert made.likeness is not None
+    assert made.likeness.error < 0.1
+    made = quantize(path, tmp_path / "dynamic.onnx", test=given)
+    assert made.operators["Gather"] == 1
+    assert made.likeness is not None
+    assert made.likeness.error < 0.1
+    other = [*given, ((given[0][0][0][:, :4], given[0][0][1][:, :4]),)]
+    with pytest.raises(InputError, match="'percentile' needs batches of one shape"):
+        quantize(path, tmp_path / "other.onnx", other, method="percentile")
+
+
 def test_one_class_warns(file: Path, tmp_path: Path) -> None:
     same = torch.randn(1, 3, 8, 8).expand(8, 3, 8, 8)
     with pytest.warns(PruningWarning, match="means nothing"):
