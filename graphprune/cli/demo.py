@@ -210,7 +210,7 @@ def _run(data: Data, epochs: int, out: Path, console: Console) -> Demo:
         example,
         small=small,
         verification=verified,
-        measured=(stages[0].image, stages[1].image),
+        measured=(stages[0].batch, stages[1].batch),
         accuracy=(stages[0].accuracy, stages[3].accuracy),
         history=history,
         command=f"graphprune demo --epochs {epochs}",

@@ -198,7 +198,8 @@ def _figures(plan: Plan, given: Given, small: nn.Module | None) -> list[Figure]:
 def _spread(first: Measurement, last: Measurement) -> str:
     spreads = (latency_text(m.spread, None) for m in (first, last) if m.spread is not None)
     text = " and ".join(spreads)
-    return "medians of one forward pass" + (f"; interquartile ranges {text}" if text else "")
+    told = f"medians of one forward pass on {last.inputs}"
+    return told + (f"; interquartile ranges {text}" if text else "")
 
 
 def _ratio(name: str, before: int, after: int, text: object) -> Figure:
