@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from graphprune.errors import InputError
 
 T = TypeVar("T")
+K = TypeVar("K")
+INK, PALE, GRID = "#20262e", "#7b838d", "#e6e8eb"  # colours of charts
+BLUE, RED = "#1f6f9f", "#b3403a"
 
 
 def render(title: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -53,6 +56,54 @@ def new_figure(width: float, height: float, **options: Any) -> Any:
             f'drawing needs matplotlib ({error}): pip install "graphprune[plots]"'
         ) from None
     return Figure(figsize=(width, height), **options)
+
+
+def new_chart(title: str, width: float, height: float) -> tuple[Any, Any]:
+    """A figure with a title and plain axes: no frame, pale lines behind.
+
+    Args:
+        title: above the picture, at the left.
+        width: in inches.
+        height: in inches.
+
+    Returns:
+        The figure and its axes.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    figure = new_figure(width, height, layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize=11, weight="bold", color=INK)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0, labelsize=8.5, labelcolor=PALE)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=9, color=INK)
+    for side in ("top", "right", "left", "bottom"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
+
+
+def apart(places: Mapping[K, float], gap: float) -> dict[K, float]:
+    """Places of labels, moved as little as it takes until none is nearer than ``gap`` to another.
+
+    Example:
+        >>> apart({"a": 1.0, "b": 2.0, "c": 9.0}, 2.0)
+        {'a': 0.5, 'b': 2.5, 'c': 9.0}
+    """
+    order = sorted(places, key=lambda name: places[name])
+    runs: list[list[float]] = []  # labels side by side, as distances from an even row of labels
+    for number, name in enumerate(order):
+        runs.append([places[name] - number * gap])
+        while len(runs) > 1 and _mean(runs[-2]) > _mean(runs[-1]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    moved = [_mean(run) for run in runs for _ in run]
+    return {name: moved[number] + number * gap for number, name in enumerate(order)}
+
+
+def _mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
 
 
 def save_figure(figure: Any, path: str | Path, **options: Any) -> Path:

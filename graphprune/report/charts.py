@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from graphprune.measurement import count_text
+from graphprune.text import apart
 from graphprune.training.history import Entry
 
 WIDTH, HEIGHT = 500, 230
@@ -80,7 +81,7 @@ def _chart(
         name: tuple((round(x_of(x), 1), round(y_of(y), 1)) for x, y in points)
         for name, points in lines.items()
     }
-    ends = _apart({name: points[-1][1] for name, points in placed.items()})
+    ends = apart({name: points[-1][1] for name, points in placed.items()}, _GAP)
     series = []
     for name, points in lines.items():
         last = points[-1][1]
@@ -98,15 +99,6 @@ def _chart(
 
 def _part(value: float, low: float, high: float) -> float:
     return (value - low) / (high - low) if high > low else 0.5
-
-
-def _apart(places: Mapping[str, float]) -> dict[str, float]:
-    """Labels that do not lie on each other."""
-    found: dict[str, float] = {}
-    last = -math.inf
-    for name in sorted(places, key=lambda n: places[n]):
-        last = found[name] = max(places[name], last + _GAP)
-    return found
 
 
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:

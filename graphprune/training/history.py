@@ -16,7 +16,8 @@ from torch.nn.modules.conv import _ConvTransposeNd
 from graphprune.errors import InputError
 from graphprune.measurement import count_text, measure
 from graphprune.record.tensors import named_modules
-from graphprune.text import new_figure, render, save_figure
+from graphprune.text import render
+from graphprune.training.plots import draw_value, draw_widths
 from graphprune.training.ranks import unwrapped_model
 
 FORMAT = "graphprune-history"
@@ -190,20 +191,12 @@ class History:
         for entry in self.entries:
             known = {"step": entry.step, "params": entry.params, "macs": entry.macs, **entry.values}
             if value in known and against in known:
-                points.append((known[against], known[value], known.get("kept", 1)))
+                kept = bool(known.get("kept", 1))
+                points.append((known[against], known[value], entry.step, kept))
         if not points:
             names = ", ".join(("step", "params", "macs", *self.names))
             raise InputError(f"no entry has both {value!r} and {against!r}; known are {names}")
-        figure = new_figure(6, 3.5, layout="constrained")
-        axes = figure.add_subplot()
-        good = [point[:2] for point in points if point[2]]
-        axes.plot(*zip(*good) if good else ((), ()), marker="o")
-        undone = [point[:2] for point in points if not point[2]]
-        if undone:
-            axes.plot(*zip(*undone), linestyle="", marker="x", label="undone")
-            axes.legend()
-        axes.set(xlabel=against, ylabel=value)
-        return save_figure(figure, path)
+        return draw_value(path, points, value, against)
 
     def plot_widths(self, path: str | Path) -> Path:
         """Draw the width of every layer over the steps, as a fraction of its first width.
@@ -217,20 +210,13 @@ class History:
         layers = self._layers()
         if not layers:
             raise InputError("no entry has widths of layers: record(model, step) first")
-        figure = new_figure(7, 4, layout="constrained")
-        axes = figure.add_subplot()
-        from matplotlib import colormaps
-
-        for number, name in enumerate(layers):
-            known = [(e.step, e.widths[name]) for e in self.entries if name in e.widths]
-            color = colormaps["viridis"](number / max(1, len(layers) - 1))
-            shares = [100 * width / known[0][1] for _, width in known]
-            steps = [step for step, _ in known]
-            axes.step(steps, shares, where="post", color=color, label=name)
-        axes.set(xlabel="step", ylabel="width in % of the first", ylim=(0, None))
-        if len(layers) <= 12:
-            axes.legend(fontsize=7)
-        return save_figure(figure, path)
+        return draw_widths(
+            path,
+            {
+                name: [(e.step, e.widths[name]) for e in self.entries if name in e.widths]
+                for name in layers
+            },
+        )
 
     def _layers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for entry in self.entries for name in entry.widths))

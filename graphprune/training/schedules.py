@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from graphprune.arguments import is_int, is_number
 from graphprune.errors import InputError
 from graphprune.record.batches import takes
-from graphprune.text import new_figure, save_figure
+from graphprune.text import BLUE, new_chart, save_figure
 
 SparsityOf = Callable[[int], float]
 
@@ -342,12 +342,15 @@ def plot(schedule: SparsityOf, path: str | Path, steps: int, title: str = "") ->
         steps: the last step.
         title: above the picture.
     """
-    figure = new_figure(6, 3.5, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_chart(title, 6, 3.6)
     values = [100 * sparsity_at(schedule, step) for step in range(steps + 1)]
-    axes.step(range(steps + 1), values, where="post")
+    axes.step(range(steps + 1), values, where="post", color=BLUE, linewidth=1.6)
+    axes.annotate(
+        f"{values[-1]:.3g} %", (steps, values[-1]), xytext=(6, 0), textcoords="offset points",
+        va="center", fontsize=8.5, color=BLUE, annotation_clip=False,
+    )  # fmt: skip
     axes.set(xlabel="step", ylabel="sparsity in %")
-    axes.set_title(title, fontsize=9)
+    axes.title.set_fontsize(9)
     return save_figure(figure, path)
 
 
