@@ -236,10 +236,9 @@ def _layers(plan: Plan, graph: ChannelGraph, small: nn.Module) -> list[Layer]:
 
 
 def _picture(plan: Plan, graph: ChannelGraph) -> Picture:
-    kept = {group.layers: len(group.kept) for group in plan.groups}
     parts = [part.modules for part in graph.finder.single_blocks]
     parts += [mixture.modules for mixture in graph.experts]
-    return picture_of(graph.analysis, kept, parts, [part.name for part in plan.parts])
+    return picture_of(graph.analysis, plan.groups, parts, [part.name for part in plan.parts])
 
 
 def _stays(group: Group) -> Stays:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.channels.drawing import Band, bands_of, block_of, layers_of, leaf_of, spans_of
+from graphprune.plan.plan import GroupPlan
 
 ROW, LANE, CHARACTER, TOP, BAR = 20, 34, 6.7, 10, 8  # pixels; of the monospaced font
 
@@ -63,7 +64,7 @@ class Picture:
 
 def picture_of(
     analysis: Analysis,
-    kept: Mapping[tuple[str, ...], int],
+    plans: Sequence[GroupPlan],
     parts: Iterable[Sequence[str]] = (),
     gone: Iterable[str] = (),
 ) -> Picture:
@@ -71,11 +72,12 @@ def picture_of(
 
     Args:
         analysis: the groups.
-        kept: how many channels stay, by the layers of a group.
+        plans: which channels stay.
         parts: modules of every part that can leave whole.
         gone: the names of modules that left.
     """
     groups = analysis.all_groups
+    kept = {group.name: _kept(group, plans) for group in groups}
     layers = layers_of(analysis, groups)
     bands = bands_of(groups, {name: number for number, name in enumerate(layers)})
     leaf = 20 + CHARACTER * (max((len(block_of(name)) for name in layers), default=0) + 2)
@@ -117,13 +119,20 @@ def _rows(layers: Sequence[str]) -> Iterable[Row]:
         before = block
 
 
-def _label(group: Group, kept: Mapping[tuple[str, ...], int]) -> str:
-    left = kept.get(group.layers, group.size)
+def _kept(group: Group, plans: Sequence[GroupPlan]) -> int:
+    """How many channels stay; several groups may tie the same layers."""
+    alike = [p for p in plans if p.layers == group.layers and p.size == group.size]
+    found = [plan for plan in alike if plan.name == group.name] or alike
+    return group.size if group.frozen or not found else len(found[0].kept)
+
+
+def _label(group: Group, kept: Mapping[str, int]) -> str:
+    left = kept[group.name]
     changed = f" \N{RIGHTWARDS ARROW} {left}" if left != group.size else ""
     return f"{group.name} \N{MIDDLE DOT} {group.size}{changed}"
 
 
-def _line(band: Band, x: float, kept: Mapping[tuple[str, ...], int]) -> Line:
+def _line(band: Band, x: float, kept: Mapping[str, int]) -> Line:
     group = band.group
     tip = f"{_label(group, kept)} channels, {group.kind}"
     return Line(

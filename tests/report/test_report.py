@@ -221,6 +221,32 @@ def test_layers_add_up_to_the_costs_of_the_plan(make, x, options) -> None:
         ]
 
 
+class Shared(nn.Module):
+    """Several groups tie the same layer: its inputs, outputs, and what lies between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(6, 4))
+        self.down = nn.Parameter(torch.randn(3, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ self.up.T) @ self.down.T
+
+
+def test_the_drawing_says_what_every_group_keeps() -> None:
+    for net, x in ((nn.Sequential(Shared()).eval(), torch.zeros(1, 4)), (Net().eval(), IMAGE)):
+        graph = graphprune.trace(net, x)
+        plan = graph.plan(0.5)
+        picture = content_of(plan, Given(graph)).picture
+        kept = {group.name: len(group.kept) for group in plan.groups}
+        said = {line.label.split()[0]: line.label for line in picture.lines}
+        assert said.keys() == {group.name for group in graph.analysis.all_groups}
+        for group in graph.analysis.all_groups:
+            left = kept.get(group.name, group.size)
+            change = f" \N{RIGHTWARDS ARROW} {left}" if left < group.size else ""
+            assert said[group.name] == f"{group.name} \N{MIDDLE DOT} {group.size}{change}"
+
+
 def test_a_plan_alone(tmp_path: Path) -> None:
     plan = graphprune.Plan.from_json(planned(Net().eval(), IMAGE, ratio=0.5).to_json())
     plan = replace(plan, inputs="float32[7, 3, 8, 8]")  # of a graph that nobody holds
