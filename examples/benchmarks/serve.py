@@ -36,6 +36,7 @@ from graphprune.deploy import bench, export, quantize
 from graphprune.deploy.engines import Engine, onnxruntime
 from graphprune.deploy.likeness import fed
 
+CLOCK = "processor"  # of one thread, whatever else the machine does
 TITLE = "Measured: prune, quantize, serve"
 
 
@@ -64,7 +65,6 @@ class Row:
     right: float | None
     like: str
     bytes: int
-    threads: int
     latency: float
     p95: float
     throughput: float
@@ -120,14 +120,14 @@ def networks(options: argparse.Namespace) -> Iterator[Network]:
         )  # fmt: skip
 
 
-def rows(network: Network, threads: list[int | None], seconds: float) -> Iterator[Row]:
+def rows(network: Network, seconds: float) -> Iterator[Row]:
     """Original, small and small with 8 bits."""
     start = time.process_time()
     asked: Any = {"criterion": network.criterion, "target": {"macs": network.target}}
     asked["round_to"] = 16  # ONNX Runtime runs convolutions of other widths slowly
-    if network.criterion == "auto":
+    if network.criterion != "l2":
         asked["data"] = network.data
-    else:
+    if network.criterion != "auto":
         asked["scope"] = "global"
     small = graphprune.rebuild(network.model, None, network.data[0], **asked)
     if network.right is not None:
@@ -150,7 +150,7 @@ def rows(network: Network, threads: list[int | None], seconds: float) -> Iterato
                 like[name] = f"{100 * found.likeness.error:.1f} %"
                 if found.likeness.agreement is not None and not found.likeness.told:
                     like[name] += f"; {100 * found.likeness.agreement:.1f} %"
-        timed = bench(files, network.timed, threads=threads, seconds=seconds)
+        timed = bench(files, network.timed, seconds=seconds, clock=CLOCK)
         print(timed, flush=True)
         right = {}
         if network.right is not None:
@@ -160,22 +160,21 @@ def rows(network: Network, threads: list[int | None], seconds: float) -> Iterato
         for row in timed.rows:
             yield Row(
                 network.name, row.name, right.get(row.name), like[row.name], row.bytes or 0,
-                row.threads, row.latency, row.p95, row.throughput, row.share,
+                row.latency, row.p95, row.throughput, row.share,
             )  # fmt: skip
 
 
 def table(found: list[Row]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| network | file | right | error; agreement | size | threads | p50 | p95 | items/s "
-        "| share |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| network | file | right | error; agreement | size | p50 | p95 | items/s | share |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in found:
         right = "-" if row.right is None else f"{row.right:.1f} %"
         lines.append(
             f"| {row.network} | {row.file} | {right} | {row.like or '-'} | "
-            f"{row.bytes / 1e6:.1f} MB | {row.threads} | {row.latency:.2f} ms | {row.p95:.2f} ms | "
+            f"{row.bytes / 1e6:.1f} MB | {row.latency:.2f} ms | {row.p95:.2f} ms | "
             f"{row.throughput:.0f} | {100 * row.share:.0f} % |"
         )
     return "\n".join(lines)
@@ -191,14 +190,12 @@ def main() -> int:
     parser.add_argument("--many", type=int, default=300, help="photographs to test on")
     parser.add_argument("--words", type=int, default=2000, help="words to look up")
     parser.add_argument("--wordnet", type=Path, default=Path("/usr/share/wordnet/data.noun"))
-    parser.add_argument("--threads", nargs="+", default=["1"], help="numbers, or all")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each file")
     parser.add_argument("--write", type=Path, help="the Markdown file whose section to replace")
     parser.add_argument("--json", type=Path, help="where all rows go")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    threads = [None if text == "all" else int(text) for text in options.threads]
-    found = [row for net in networks(options) for row in rows(net, threads, options.seconds)]
+    found = [row for net in networks(options) for row in rows(net, options.seconds)]
     where = f"{machine.describe()}, onnxruntime {version('onnxruntime')}"
     print(f"{table(found)}\n{where}")
     if options.json:
@@ -210,8 +207,8 @@ Shares of the MACs: ResNet-18 50 %, the others 70 %, chosen by `{options.criteri
 `round_to=16`, and repaired from {options.few} photographs or texts, without training. Right answers
 on {options.many} other photographs, and on {options.words} words whose definition is looked for
 among as many. Error and top-1 agreement are those of the int8 outputs beside the small float
-file's, on the items that it was quantized by. One item at a time, in turns, in ONNX Runtime
-({where};
+file's, on the items that it was quantized by. One item at a time, in turns, on one thread, by
+its processor's clock, in ONNX Runtime ({where};
 `examples/benchmarks/serve.py`).
 
 {table(found)}

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from torch import nn
 
-from graphprune.api import rebuild, trace
+from graphprune.api import trace
 from graphprune.cli.bench import bench
 from graphprune.cli.certified import certify, check_again, command_of
 from graphprune.cli.export import export
@@ -28,6 +28,7 @@ from graphprune.cli.printing import (
     groups_of_plan,
     report_data,
 )
+from graphprune.cli.runtime import smaller
 from graphprune.cli.session import (
     Session,
     check_folders,
@@ -110,6 +111,9 @@ def shrink(
     uniform: Annotated[bool, typer.Option(help=short("uniform"))] = False,
     parts: Annotated[str, typer.Option(help=short("parts"))] = "channels",
     threads: Annotated[int | None, typer.Option(help=short("threads"))] = None,
+    runtime: Annotated[
+        str, typer.Option(help="What a latency is met in: pytorch, or onnxruntime.")
+    ] = "pytorch",
     weights: Weights = None,
     out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
@@ -152,7 +156,7 @@ def shrink(
         random = run.say_random(model, weights)
         example = parse_inputs(inputs, original)
         with run.status("analysing"):
-            small = rebuild(original, ratio, example, attention=attention, **options)
+            small = smaller(runtime, original, ratio, example, attention, options)
         applied = plan_of(small)
         assert applied is not None  # rebuild leaves it there
         verified = None

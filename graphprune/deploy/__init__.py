@@ -8,6 +8,7 @@ are used: ``pip install "graphprune[onnx]"``. Nothing but the command line impor
 from graphprune.deploy.certificate import Certificate, Compared
 from graphprune.deploy.exporting import Exported, export
 from graphprune.deploy.likeness import Likeness
+from graphprune.deploy.meeting import Met, meet_latency
 from graphprune.deploy.quantizing import Quantized, quantize
 from graphprune.deploy.repeating import Repeated, repeat
 from graphprune.deploy.timing import Bench, Timing, bench
@@ -18,11 +19,13 @@ __all__ = [
     "Compared",
     "Exported",
     "Likeness",
+    "Met",
     "Quantized",
     "Repeated",
     "Timing",
     "bench",
     "export",
+    "meet_latency",
     "quantize",
     "repeat",
 ]

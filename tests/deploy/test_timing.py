@@ -76,7 +76,7 @@ def test_shares_are_of_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         timing,
         "in_turns",
-        lambda runs, seconds: [[[2 * factor] for factor in slow], [[factor] for factor in slow]],
+        lambda runs, *_: [[[2 * factor] for factor in slow], [[factor] for factor in slow]],
     )
     found = bench({"a": Two(), "b": Two()}, two())
     assert [row.share for row in found.rows] == [1.0, 0.5]
@@ -106,6 +106,12 @@ MISTAKES: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "suffix": (({"a": "a.txt"}, two()), {}, "'a.txt' is no file of an engine"),
     "threads": (({"a": Two()}, two()), {"threads": 0}, "threads must be positive ints"),
     "no threads": (({"a": Two()}, two()), {"threads": []}, "threads must be positive ints"),
+    "clock": (({"a": Two()}, two()), {"clock": "sun"}, "clock must be 'wall'"),
+    "threads' clock": (
+        ({"a": Two()}, two()),
+        {"clock": "processor", "threads": 2},
+        "with threads=1",
+    ),
     "seconds": (({"a": Two()}, two()), {"seconds": -1}, "seconds must be a number"),
 }
 

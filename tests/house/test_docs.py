@@ -30,6 +30,7 @@ NEEDS = {
     "trainer_prune": ["transformers", "accelerate"],
     "graphprune.vocabulary.tokenizer": ["tokenizers"],
     "graphprune.deploy.exporting": ["onnx", "onnxruntime", "onnxscript"],
+    "graphprune.deploy.meeting": ["onnx", "onnxruntime", "onnxscript"],
     "graphprune.deploy.quantizing": ["onnx", "onnxruntime", "onnxscript"],
 }
 MACHINE = re.compile(rf"(?<![\w./~-])/({'|'.join(('work', 'tmp', 'root', 'home', 'opt'))})/\w")
