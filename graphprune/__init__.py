@@ -3,7 +3,7 @@
 from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.calibration import calibrate
 from graphprune.execute.checkpoint import load, save
-from graphprune.folders.door import from_pretrained
+from graphprune.folders.door import from_pretrained, save_pretrained
 from graphprune.measurement import Measurement, measure
 from graphprune.moved import find_moved
 from graphprune.plan.plan import MAKERS, Plan
@@ -31,6 +31,7 @@ __all__ = [  # and __version__, which a star does not import
     "measure",
     "rebuild",
     "save",
+    "save_pretrained",
     "smallest",
     "trace",
     "trim_tokenizer",

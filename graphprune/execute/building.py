@@ -46,6 +46,8 @@ class Recipe:
     def of(cls, model: nn.Module) -> Recipe | None:
         """The recipe of a model, if it carries a config that it can be built from."""
         config = getattr(model, "config", None)
+        if config is None or _of_a_part(model, config):
+            return None
         if callable(getattr(config, "to_dict", None)):
             return cls(type(model), config)
         if isinstance(config, Mapping) and callable(getattr(type(model), "from_config", None)):
@@ -76,6 +78,14 @@ class Recipe:
             owner, _, leaf = name.rpartition(".")
             model.get_submodule(owner)._modules[leaf] = None
         return model
+
+
+def _of_a_part(model: nn.Module, config: object) -> bool:
+    """Whether a config is that of a part, which the model merely hands out."""
+    if any(value is config for value in vars(model).values()):
+        return False
+    held = (vars(module).values() for _, module in named_modules(model) if module is not model)
+    return any(value is config for values in held for value in values)
 
 
 def reread(config: Any) -> object:

@@ -9,6 +9,7 @@ a file that nobody can load refuses, and says why.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -132,7 +133,9 @@ def _unsaid(small: nn.Module, before: Before, call: Call | None) -> dict[str, st
         config = getattr(module, "config", None)
         reason = refused.get(id(config)) or _counted(small, before.part(name), name, seen, call)
         if reason:
-            refused[id(config)] = reasons[name] = reason
+            reasons[name] = reason
+            if Recipe.of(module) is not None:
+                refused[id(config)] = reason
     return reasons
 
 
@@ -179,7 +182,8 @@ def _refuse(small: nn.Module, name: str, before: Before, reason: str) -> None:
         )
         if saved(module) and (module is part or changed):
             refusal = Refusal.of(small, head, reason, origin_of(module))
-            vars(module)["save_pretrained"] = refusal
+            if refusal.needed:
+                vars(module)["save_pretrained"] = refusal
 
 
 def _same(small: nn.Module, name: str, seen: Seen, call: Call | None) -> bool:
@@ -277,18 +281,24 @@ def _follow(
     wrong = search.run()
     if wrong:
         return search.explain(wrong)
-    try:
-        built = short.build(reread(short.changed(search.best)), real=recipe.real)
-    except Exception as error:
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return f"it refuses these sizes ({type(error).__name__}: {' '.join(lines)})"[:400]
-    found = compare(small, built, before, numbering.renamed(plain_of(first)))
-    if found.problem:  # a file may forget what the config of the original says, too
-        forgetful = recipe.build(reread(recipe.config), real=recipe.real)
-        found = compare(small, built, before, numbering.renamed(plain_of(forgetful)))
-    changes = {**fewer, **search.best}
-    problem = found.problem or _differs(built, recipe, changes, found, name, seen, numbering)
-    if problem:
+    problem = ""
+    for best in itertools.chain([search.best], search.others()):
+        try:
+            built = short.build(reread(short.changed(best)), real=recipe.real)
+        except Exception as error:
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            told = f"it refuses these sizes ({type(error).__name__}: {' '.join(lines)})"
+            return problem or told[:400]
+        found = compare(small, built, before, numbering.renamed(plain_of(first)))
+        if found.problem:  # a file may forget what the config of the original says, too
+            forgetful = recipe.build(reread(recipe.config), real=recipe.real)
+            found = compare(small, built, before, numbering.renamed(plain_of(forgetful)))
+        changes = {**fewer, **best}
+        told = found.problem or _differs(built, recipe, changes, found, name, seen, numbering)
+        if not told:
+            break
+        problem = problem or told
+    else:
         return problem
     for (owner, key), value in found.follow.items():
         vars(small.get_submodule(owner))[key] = value

@@ -76,6 +76,9 @@ class Writer(Protocol):
     def fits(self, offer: Offer) -> bool:
         """Whether it knows how."""
 
+    def whole(self, offer: Offer) -> bool:
+        """Whether the model's own ``save_pretrained`` does, as its parts are saved by theirs."""
+
     def write(self, offer: Offer, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Write a folder; arguments are those of ``save_pretrained``."""
 
@@ -111,6 +114,12 @@ class Refusal:
         """What writes such a model all the same."""
         offer = getattr(self, "offer", None)
         return next((w for w in WRITERS if offer is not None and w.fits(offer)), None)
+
+    @property
+    def needed(self) -> bool:
+        """Whether what it stands in for would write something wrong."""
+        writer, offer = self.writer, getattr(self, "offer", None)
+        return writer is None or offer is None or not writer.whole(offer)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Write a folder that holds the plan, or say what to do instead."""

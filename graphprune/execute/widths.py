@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -67,21 +67,9 @@ class Widths:
         self, changes: dict[Field, float], fields: Mapping[Field, float], moving: set[object]
     ) -> set[object]:
         """Change one field after the other as long as less is wrong."""
-        wanted, base = self.wanted, self.base
-        ratios = {
-            Fraction(int(wanted[key]), int(base[key]))
-            for key in moving
-            if type(base.get(key)) is int and base[key]
-        }
         self.best, wrong = changes, self.wrong(changes)
         while any(wrong):
-            trials = (
-                {**self.best, path: int(fields[path] * ratio)}
-                for path in fields
-                if self.effects[path] & (wrong[0] or wrong[1]) and type(fields[path]) is int
-                for ratio in ratios
-            )
-            for trial in trials:
+            for trial in self._trials(fields, moving, wrong):
                 found = self.wrong(trial)
                 if [*map(len, found)] < [*map(len, wrong)]:
                     self.best, wrong = trial, found
@@ -89,6 +77,36 @@ class Widths:
             else:
                 break
         return wrong[0]
+
+    def _trials(
+        self,
+        fields: Mapping[Field, float],
+        moving: set[Any],
+        wrong: tuple[set[object], set[object]],
+    ) -> Iterator[dict[Field, float]]:
+        """The best numbers with one field changed, of those that size what is wrong."""
+        wanted, base = self.wanted, self.base
+        ratios = {
+            Fraction(int(wanted[key]), int(base[key]))
+            for key in moving
+            if type(base.get(key)) is int and base[key]
+        }
+        best = self.best
+        for path in fields:
+            if self.effects[path] & (wrong[0] or wrong[1]) and type(fields[path]) is int:
+                yield from ({**best, path: int(fields[path] * ratio)} for ratio in ratios)
+
+    def others(self) -> Iterator[dict[Field, float]]:
+        """Other numbers by which no more is wrong: of what no code reads, either may be right."""
+        wrong = self.wrong(self.best)
+        if not wrong[1] or wrong[0]:
+            return
+        moving = {key for key, size in self.wanted.items() if self.base.get(key) != size}
+        fields = {f: n for f, n in self.recipe.numbers.items() if f in self.effects}
+        for trial in self._trials(fields, moving, wrong):
+            found = self.wrong(trial)
+            if trial != self.best and not found[0] and len(found[1]) <= len(wrong[1]):
+                yield trial
 
     def explain(self, wrong: set[object]) -> str:
         """Why no numbers do."""

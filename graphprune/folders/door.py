@@ -1,4 +1,4 @@
-"""The door: a small model from a folder."""
+"""The doors: a small model to a folder of its library, and back."""
 
 from __future__ import annotations
 
@@ -7,27 +7,68 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.errors import CheckpointError, InputError
-from graphprune.folders import of_transformers
-from graphprune.folders.plans import told
+from graphprune.errors import InputError
+from graphprune.folders import of_diffusers, of_sentences, of_timm, of_transformers
+from graphprune.folders.files import read_json
 
 
-def from_pretrained(folder: str | Path, *, model_class: Any = None, **options: Any) -> nn.Module:
-    """Load a small model from a folder that its ``save_pretrained`` wrote.
+def save_pretrained(small: nn.Module, folder: str | Path, **options: Any) -> Path:
+    """Write a small model as a folder of its library.
+
+    Models of transformers, diffusers and sentence-transformers have a method of this name, which
+    is called; models of timm are written in the layout of its hub models.
+
+    Args:
+        small: what :func:`rebuild` returned, fine-tuned or not.
+        folder: where; it is made.
+        options: those of the library: ``max_shard_size``, ``model_args`` of timm, ...
+
+    Returns:
+        The folder.
+
+    Raises:
+        ModelError: config and plan do not make this model.
+        InputError: the model is of no library with folders: use :func:`save`.
+
+    Example:
+        >>> import torch, graphprune
+        >>> small = graphprune.rebuild(torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(),
+        ...     torch.nn.Linear(8, 2)), 0.5)
+        >>> graphprune.save_pretrained(small, "small")
+        Traceback (most recent call last):
+        graphprune.errors.InputError: Sequential is of no library that has folders of models: use \
+graphprune.save and graphprune.load
+    """
+    method = getattr(small, "save_pretrained", None)
+    if callable(method):
+        method(str(folder), **options)
+    elif of_timm.fits(small):
+        of_timm.save(small, Path(folder), options)
+    else:
+        raise InputError(
+            f"{type(small).__name__} is of no library that has folders of models: use "
+            "graphprune.save and graphprune.load"
+        )
+    return Path(folder)
+
+
+def from_pretrained(folder: str | Path, *, model_class: Any = None, **options: Any) -> Any:
+    """Load a small model from a folder of its library.
 
     No code in the folder runs: the class of the original is one of the library, named in the
     config, and the plan in the folder makes it small. Where the config says the sizes itself,
-    the library's own ``from_pretrained`` does everything.
+    the library's own loader does everything.
 
     Args:
-        folder: a folder, or the name of a model on the hub.
-        model_class: the class of the original, where it is none of the library's.
-        options: those of the library's ``from_pretrained``: ``dtype`` (``torch_dtype``),
-            ``device_map``, ``low_cpu_mem_usage``, ``attn_implementation``, ``revision``, ...
+        folder: a folder of transformers (or its name on the hub), timm, sentence-transformers, or
+            diffusers: a model or a pipeline.
+        model_class: the class of the original, where it is none of the library's (transformers).
+        options: those of the library's loader: ``dtype`` (``torch_dtype``), ``device_map``,
+            ``low_cpu_mem_usage``, ``attn_implementation``, ``revision``, ...
 
     Returns:
         The small model in eval mode, of the class of the original, with its ``graphprune_plan``
-        where the folder has one.
+        where the folder has one; or the pipeline.
 
     Raises:
         CheckpointError: the folder is damaged or not whole, or plan, config and weights do not fit.
@@ -41,21 +82,23 @@ def from_pretrained(folder: str | Path, *, model_class: Any = None, **options: A
         graphprune.errors.InputError: '.' has no config.json: pass the folder of a model
     """
     path = Path(folder)
-    if path.is_dir() and not (path / str(options.get("subfolder") or "") / "config.json").is_file():
-        raise InputError(f"{str(folder)!r} has no config.json: pass the folder of a model")
     try:
-        from transformers import AutoConfig
-    except ImportError as error:
+        if (path / "model_index.json").is_file():
+            return of_diffusers.load_pipeline(path, options)
+        if (path / "modules.json").is_file():
+            return of_sentences.load(path, options)
+        if path.is_dir():
+            inside = path / str(options.get("subfolder") or "") / "config.json"
+            if not inside.is_file():
+                raise InputError(f"{str(folder)!r} has no config.json: pass the folder of a model")
+            config = read_json(inside)
+            if "architecture" in config and "pretrained_cfg" in config:
+                return of_timm.load(path, config, options)
+            if of_diffusers.is_model(config):
+                return of_diffusers.load(path, config, options)
+        return of_transformers.from_folder(folder, model_class, options)
+    except ModuleNotFoundError as error:
         raise InputError(
-            f"{str(folder)!r} holds a model of transformers, which is not installed: "
-            "pip install transformers"
+            f"{str(folder)!r} holds a model of a library that is not installed ({error}): "
+            f"pip install {(error.name or '').replace('_', '-')}"
         ) from error
-    hub = {key: options[key] for key in of_transformers._HUB if key in options}
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"cannot read the config of {str(folder)!r}: {told(error)}"
-        ) from error
-    kind = of_transformers.class_named(config, model_class, str(folder))
-    return of_transformers.load(kind, folder, **options)

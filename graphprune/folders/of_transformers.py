@@ -64,6 +64,10 @@ class TransformersWriter:
         base = _base_class()
         return base is not None and isinstance(offer.module, base)
 
+    def whole(self, offer: Offer) -> bool:
+        """They are not made of others."""
+        return False
+
     def write(self, offer: Offer, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """Write a folder.
 
@@ -327,6 +331,25 @@ def _check_whole(info: Any, kind: Any, name: str) -> None:
     raise CheckpointError(
         f"{name!r} does not hold the small {kind.__name__} of its plan: {'; '.join(parts)}"
     )
+
+
+def from_folder(folder: Any, model_class: Any, options: dict[str, Any]) -> Any:
+    """A model of the class that a config names; see :func:`load`.
+
+    Raises:
+        CheckpointError: as there.
+        ModelError: the config names no class of the library.
+    """
+    from transformers import AutoConfig
+
+    hub = {key: options[key] for key in _HUB if key in options}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the config of {str(folder)!r}: {told(error)}") from (
+            error
+        )
+    return load(class_named(config, model_class, str(folder)), folder, **options)
 
 
 def class_named(config: Any, model_class: Any, folder: str) -> Any:

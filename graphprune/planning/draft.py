@@ -149,7 +149,10 @@ class Draft:
     def said(self) -> Sayable:
         """What the config of the model can say."""
         if self.sayable is None:
-            self.sayable = Search(self.model, self.call, self.settled).run()
+            known = self.settled.known
+            if "sayable" not in known:
+                known["sayable"] = Search(self.model, self.call, self.settled).run()
+            self.sayable = known["sayable"]
         return self.sayable
 
     def _joint_lanes(

@@ -28,6 +28,7 @@ from graphprune.execute.widths import Sizes, sizes_of
 from graphprune.plan.plan import Plan
 from graphprune.planning.settle import Settled, bare_plan
 from graphprune.record.inputs import Call
+from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
 
 FEW = 48  # sizes that are all tried; of more, a few, and the one that is chosen
@@ -84,7 +85,11 @@ class Search:
         kind = type(model).__name__
         recipe = Recipe.of(model)
         if recipe is None:
-            raise InputError(f"expressible='config': {kind} has no config that it is built from")
+            parts = [n for n, part in named_modules(model) if n and Recipe.of(part) is not None]
+            told = f"; pass the part that has one: {shorten(parts, 2)}" if parts else ""
+            raise InputError(
+                f"expressible='config': {kind} has no config that it is built from{told}"
+            )
         self.recipe = recipe
         try:
             first = recipe.build(recipe.config)

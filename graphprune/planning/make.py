@@ -21,7 +21,7 @@ from graphprune.planning.costs import cost
 from graphprune.planning.deadline import Deadline
 from graphprune.planning.draft import Draft, passed_by, unread, why
 from graphprune.planning.dry_run import Ran
-from graphprune.planning.expressible import Search, said_by_config
+from graphprune.planning.expressible import Joint, Search, said_by_config
 from graphprune.planning.freeing import freed
 from graphprune.planning.latency import Bench, Cache
 from graphprune.planning.options import Request
@@ -34,6 +34,8 @@ from graphprune.record.batches import check_data
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
 from graphprune.text import share, shorten
+
+COARSEST = 3  # sizes of a way to shrink from which none is left out
 
 
 class _Stuck(Exception):
@@ -89,16 +91,30 @@ def _is_said(draft: Draft, plan: Plan) -> bool:
     reason = said_by_config(draft.model, draft.call, plan)
     if not reason:
         return True
+    joints = _without(draft, plan)
+    if joints is None:
+        raise InputError(f"the config of {kind} cannot say this plan: {reason}")
+    draft.sayable = replace(said, joints=joints)
+    return False
+
+
+def _without(draft: Draft, plan: Plan) -> tuple[Joint, ...] | None:
+    """What a config says without the sizes of a plan that it does not say after all.
+
+    Where each of them is said alone, they do not go together (a layer stands between two widths
+    unless these are equal, say): then the finest of them changes.
+    """
     left = {group.name: len(group.kept) for group in plan.groups}
     search = Search(draft.model, draft.call, draft.settled)
-    joints = []
-    for joint in said.joints:
-        row = tuple(left[name] for name in joint.groups)
-        joints.append(joint.without(row) if search.wrong(joint, row) else joint)
-    if tuple(joints) == said.joints:
-        raise InputError(f"the config of {kind} cannot say this plan: {reason}")
-    draft.sayable = replace(said, joints=tuple(joints))
-    return False
+    rows = {joint: tuple(left[name] for name in joint.groups) for joint in draft.said().joints}
+    smaller = [joint for joint, row in rows.items() if row != joint.rows[0]]
+    wrong = {joint for joint in smaller if search.wrong(joint, rows[joint])}
+    if not wrong and smaller:
+        finest = max(smaller, key=lambda joint: len(joint.rows))
+        wrong = {finest} if len(finest.rows) > COARSEST else set()
+    if not wrong:
+        return None
+    return tuple(j.without(rows[j]) if j in wrong else j for j in rows)
 
 
 def emit(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class Settled:
     trusted: frozenset[Place] = frozenset()
     scaled: frozenset[Place] = frozenset()
     _solved: dict[bytes, adapt.Changes] = field(default_factory=dict, repr=False, compare=False)
+    known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # to planners
 
     def changes(self, alive: np.ndarray) -> adapt.Changes:
         """The sizes that change when these ids stay."""
@@ -110,11 +112,15 @@ def follow(
         place = _mismatch(model, call, settled, alive)
         if place is None:
             seen = {_place(analysis, problem.node) for problem in unclear}
-            return Finding(replace(settled, trusted=settled.trusted | seen, _solved={}), True)
+            return Finding(
+                replace(settled, trusted=settled.trusted | seen, _solved={}, known={}), True
+            )
         problems = _guilty(analysis, place, unclear)
         tried = {_place(analysis, problem.node) for problem in problems} - settled.scaled
         if tried and all(record.device == "meta" for record in analysis.records):
-            return Finding(replace(settled, scaled=settled.scaled | tried, _solved={}), False)
+            return Finding(
+                replace(settled, scaled=settled.scaled | tried, _solved={}, known={}), False
+            )
     if problems:
         return Finding(settled.without(obstacles(analysis, problems)), False)
     place = _mismatch(model, call, settled, alive) if solved.unsure else None

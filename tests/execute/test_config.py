@@ -274,6 +274,34 @@ def test_a_width_that_is_a_value_keeps_the_config(kind, tmp_path):
         small.save_pretrained(tmp_path)
 
 
+class ByWidth(Saved):
+    """Attention by the width of a head; the number of heads, which no code reads, is remembered."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.heads, self.size = config.heads, config.width // config.heads
+        self.words = nn.Embedding(11, config.width)
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, 3)
+
+    def forward(self, tokens):
+        b, n = tokens.shape
+        q, k, v = (
+            each.view(b, n, -1, self.size).transpose(1, 2)
+            for each in self.qkv(self.words(tokens)).chunk(3, -1)
+        )
+        weights = (q @ k.transpose(-1, -2) * self.size**-0.5).softmax(-1)
+        return self.out((weights @ v).transpose(1, 2).reshape(b, n, -1))
+
+
+def test_of_two_unread_numbers_the_outputs_say_which_is_right(tmp_path):
+    """Fewer heads, or narrower ones: both have the shapes of the small model."""
+    model = seeded(ByWidth)
+    small = graphprune.rebuild(model, 0.5, X)
+    assert (small.config.width, small.config.heads, small.size) == (8, 2, 4)
+    assert torch.equal(loaded(small, tmp_path)(X), small(X))
+
+
 def test_without_inputs_code_that_reads_the_config_keeps_it():
     model = seeded(ByConfig)
     plan = graphprune.trace(model, X).plan(0.5)

@@ -1,5 +1,6 @@
 """Folders of transformers that hold a plan: written, and loaded in fresh processes."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -165,6 +166,7 @@ def test_a_part_is_a_folder_of_its_own(saved, tmp_path):
     assert same(loaded, small.model)
 
 
+@pytest.mark.slow
 def test_rounds(saved, tmp_path):
     """Of a loaded model, and after a round that a config says."""
     loaded = graphprune.from_pretrained(saved[1])
@@ -277,6 +279,7 @@ def test_a_class_that_is_none_of_the_library_is_not_looked_for(saved, tmp_path):
 # --- trainers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_trainers_resume(tmp_path):
     """Checkpoints of a Trainer are such folders, and training goes on from one."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -306,7 +309,9 @@ def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "hugging-face.md"
     blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    assert blocks
+    assert len(blocks) == 3
+    if not importlib.util.find_spec("timm"):
+        blocks = [block for block in blocks if "import timm" not in block]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exec("\n".join(blocks), {})

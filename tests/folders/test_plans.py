@@ -83,6 +83,9 @@ class Writer:
     def fits(self, offer):
         return isinstance(offer.module, Saved)
 
+    def whole(self, offer):
+        return False
+
     def write(self, offer, args, options):
         config = offer.origin.of(offer.module.config)
         return fitting(offer, config), config

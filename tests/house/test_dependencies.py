@@ -12,7 +12,10 @@ from support.sources import nodes
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULES = {"scikit-learn": "sklearn"}  # by the name of the package
+MODULES = {
+    "scikit-learn": "sklearn",
+    "sentence-transformers": "sentence_transformers",
+}  # by the name of the package
 OWN = {*sys.stdlib_module_names, "graphprune"}
 
 

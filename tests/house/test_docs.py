@@ -27,7 +27,9 @@ MODULES = sorted(
 )
 NEEDS = {
     "lightning_prune": ["lightning"],
+    "lightning_resume": ["lightning"],
     "trainer_prune": ["transformers", "accelerate"],
+    "trainer_resume": ["transformers", "accelerate"],
     "graphprune.vocabulary.tokenizer": ["tokenizers"],
     "graphprune.deploy.exporting": ["onnx", "onnxruntime", "onnxscript"],
     "graphprune.deploy.meeting": ["onnx", "onnxruntime", "onnxscript"],

@@ -1,0 +1,112 @@
+"""Folders of diffusers: models, and pipelines that hold small ones."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from pathlib import Path
+from typing import Any
+
+from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
+from graphprune.execute.saving import WRITERS, Offer
+from graphprune.folders import of_transformers
+from graphprune.folders.files import check_builds, placed, read, read_json, write
+from graphprune.folders.plans import ENTRY, refused, told
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_OWN = f"_{ENTRY}"  # of a config: diffusers passes over names that begin so
+
+
+class DiffusersWriter:
+    """Writes the config of the original, and weights with the plan."""
+
+    def fits(self, offer: Offer) -> bool:
+        """Models of diffusers that were pruned by themselves."""
+        base = getattr(sys.modules.get("diffusers.models.modeling_utils"), "ModelMixin", None)
+        known = isinstance(base, type) and isinstance(offer.module, base)
+        return known and not offer.name and offer.origin is not None
+
+    def whole(self, offer: Offer) -> bool:
+        """They are not made of others."""
+        return False
+
+    def write(self, offer: Offer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        """Write a folder.
+
+        Raises:
+            ModelError: the config builds another model than was pruned.
+        """
+        module: Any = offer.module
+        folder = Path(args[0] if args else options.pop("save_directory"))
+        if options.get("safe_serialization", True) is False or options.get("variant"):
+            raise InputError("folders of small models hold one file of safetensors: no variants")
+        origin = offer.origin
+        assert origin is not None
+        config = origin.of(module.config)
+        try:
+            build = functools.partial(type(module).from_config, config)
+            check_builds(module, build, "was it changed by hand?")
+        except GraphPruneError as error:
+            raise refused(offer, error) from error
+        own = vars(module)["_internal_dict"]
+        try:
+            vars(module)["_internal_dict"] = config
+            module.save_config(folder)
+        finally:
+            vars(module)["_internal_dict"] = own
+        write(module, folder, WEIGHTS, _OWN)
+
+
+WRITERS.append(DiffusersWriter())
+
+
+def load(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> Any:
+    """A model from a folder; one without a plan by its class."""
+    kind = _class(str(config.get("_class_name")))
+    if _OWN not in config:
+        return kind.from_pretrained(folder, **options)
+    plain = {key: value for key, value in config.items() if key != _OWN}
+    return placed(read(folder, config[_OWN], functools.partial(kind.from_config, plain)), options)
+
+
+def load_pipeline(folder: Path, options: dict[str, Any]) -> Any:
+    """A pipeline from a folder: its small models are loaded by themselves."""
+    index = read_json(folder / "model_index.json")
+    found: dict[str, Any] = {}
+    for name, value in index.items():
+        path = folder / name / "config.json"
+        if name in options or not isinstance(value, list) or not path.is_file():
+            continue
+        config = read_json(path)
+        own = {k: options[k] for k in ("dtype", "torch_dtype") if options.get(k) is not None}
+        if _OWN in config:
+            found[name] = load(folder / name, config, own)
+        elif ENTRY in config:
+            found[name] = of_transformers.from_folder(folder / name, None, own)
+    kind = _class(str(index.get("_class_name")))
+    try:
+        return kind.from_pretrained(folder, **found, **options)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {told(error)}") from error
+
+
+def _class(name: str) -> Any:
+    """A class of diffusers.
+
+    Raises:
+        ModelError: there is none of this name.
+    """
+    import diffusers
+
+    found = None
+    with contextlib.suppress(AttributeError, RuntimeError):
+        found = getattr(diffusers, name)
+    if isinstance(found, type) and callable(getattr(found, "from_pretrained", None)):
+        return found
+    raise ModelError(f"{name} is no class of diffusers {diffusers.__version__}")
+
+
+def is_model(config: dict[str, Any]) -> bool:
+    """Whether a config is one of diffusers."""
+    return "_class_name" in config and "_diffusers_version" in config
