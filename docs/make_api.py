@@ -45,15 +45,22 @@ class _Source:
 
 def reference() -> str:
     """The whole page."""
+    tree = [thing for thing in vars(errors).values() if inspect.isclass(thing)]
+    parts = [INTRODUCTION]
+    for title, package, things in chapters():
+        parts += chapter(title, package, things)
+    return "\n".join([*parts, *errors_chapter(tree)]).rstrip() + "\n"
+
+
+def chapters() -> list[tuple[str, str, list[Any]]]:
+    """What is told of, apart from the errors: title, package that it is imported from, things."""
     public = [getattr(graphprune, name) for name in graphprune.__all__]
     functions = [thing for thing in public if inspect.isfunction(thing)]
     classes = [thing for thing in public if inspect.isclass(thing)]
-    tree = [thing for thing in vars(errors).values() if inspect.isclass(thing)]
-    parts = [
-        INTRODUCTION,
-        *chapter("Functions", "graphprune", functions),
-        *chapter("Classes", "graphprune", [*classes, Report, Comparison, Sensitivity]),
-        *chapter(
+    return [
+        ("Functions", "graphprune", functions),
+        ("Classes", "graphprune", [*classes, Report, Comparison, Sensitivity]),
+        (
             "Criteria",
             "graphprune.criteria",
             [
@@ -66,23 +73,17 @@ def reference() -> str:
                 *(analysis.Group, analysis.Member, analysis.Slot),
             ],
         ),
-        *chapter(
-            "Training", "graphprune.training", [getattr(training, n) for n in training.__all__]
-        ),
-        *chapter(
+        ("Training", "graphprune.training", [getattr(training, n) for n in training.__all__]),
+        (
             "Callbacks",
             "graphprune.training.callbacks",
             [getattr(callbacks, name) for name in callbacks.__all__],
         ),
-        *chapter("Deploy", "graphprune.deploy", [getattr(deploy, n) for n in deploy.__all__]),
-        *chapter(
-            "Testing", "graphprune.testing", [testing.check, testing.plans, testing.CheckReport]
-        ),
-        *chapter("Layers", "graphprune.record.attention", [MultiheadAttention]),
-        *chapter("Ops", "graphprune.ops", [declare, check, forget, Op, of]),
-        *errors_chapter(tree),
+        ("Deploy", "graphprune.deploy", [getattr(deploy, n) for n in deploy.__all__]),
+        ("Testing", "graphprune.testing", [testing.check, testing.plans, testing.CheckReport]),
+        ("Layers", "graphprune.record.attention", [MultiheadAttention]),
+        ("Ops", "graphprune.ops", [declare, check, forget, Op, of]),
     ]
-    return "\n".join(parts).rstrip() + "\n"
 
 
 def scorers() -> Iterator[Any]:
