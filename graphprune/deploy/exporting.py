@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from graphprune.deploy.files import written_beside
 from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, unique
 from graphprune.deploy.onnx_files import LARGE, check_opset, write
 from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
+from graphprune.deploy.traced_files import NOTE, is_recurrent, shapes_of, write_traced
 from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
 from graphprune.measurement import bytes_text, drawn, shared_copy
 from graphprune.plan.plan import plan_of
@@ -277,8 +279,12 @@ class _Made:
     """A file in the making."""
 
     def __init__(self, ready: Ready, path: Path, dynamic: Dynamic) -> None:
-        self.ready, self.path = ready, path
+        self.ready, self.path, self.dynamic = ready, path, dynamic
         self.opset: int | None = None
+        self.recorded: Program | None = None
+        if path.suffix == ".onnx" and is_recurrent(ready.twin):
+            self.axes, self.notes = find_axes(dynamic, ready.inputs, ready.tensors), [NOTE]
+            return
         whole = path.suffix == ".pt2" and ready.flat.chosen is None
         self.axes, self.recorded, self.notes = _recorded(ready, dynamic, whole)
 
@@ -287,11 +293,18 @@ class _Made:
         file, ready = folder / self.path.name, self.ready
         size = sum(t.numel() * t.element_size() for _, t in named_tensors(ready.twin))
         apart = size > LARGE if external_data is None else external_data
+        names = ready.inputs, ready.outputs
+        common: Any = {"opset": opset, "external_data": apart}
+        if self.recorded is None:
+            try:
+                given = ready.flat, ready.tensors
+                self.opset = write_traced(*given, file, names, self.axes, **common)
+                return
+            except ExportError:  # what a trace cannot tell, the other exporter may
+                found = _recorded(ready, self.dynamic, whole=False)
+                self.axes, self.recorded, self.notes = found
         if file.suffix == ".onnx":
-            names = ready.inputs, ready.outputs
-            self.opset = write(
-                self.recorded, file, names, self.axes, opset=opset, external_data=apart
-            )
+            self.opset = write(self.recorded, file, names, self.axes, **common)
         else:
             torch.export.save(self.recorded, file)
 
@@ -303,7 +316,11 @@ class _Made:
 
     def exported(self, folder: Path, agreement: Agreement | None) -> Exported:
         """What is told of the file."""
-        inputs, outputs = _ports(self.ready, self.axes, self.recorded)
+        if self.recorded is None:
+            shapes = shapes_of(folder / self.path.name, self.axes)
+        else:
+            shapes = open_shapes(self.recorded, self.axes)
+        inputs, outputs = _ports(self.ready, self.axes, shapes)
         total = sum(part.stat().st_size for part in folder.iterdir())
         kind = ENGINES[self.path.suffix]
         notes = (*self.notes, *odd_widths(self.ready.model, kind))
@@ -371,14 +388,14 @@ def _recorded(ready: Ready, dynamic: Dynamic, whole: bool) -> tuple[list[Axis], 
 
 
 def _ports(
-    ready: Ready, axes: Sequence[Axis], recorded: Program
+    ready: Ready, axes: Sequence[Axis], opened: Sequence[tuple[int | str, ...]]
 ) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     shapes: list[list[int | str]] = [[*tensor.shape] for tensor in ready.tensors]
     for axis in axes:
         for number, dim in axis.places:
             shapes[number][dim] = axis.name
     inputs = zip(ready.inputs, ready.tensors, shapes)
-    outputs = zip(ready.outputs, ready.kinds, open_shapes(recorded, axes))
+    outputs = zip(ready.outputs, ready.kinds, opened)
     return (
         tuple(Port(name, type_name(tensor.dtype), tuple(shape)) for name, tensor, shape in inputs),
         tuple(Port(name, type_name(kind), shape) for name, kind, shape in outputs),

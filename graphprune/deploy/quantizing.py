@@ -23,7 +23,7 @@ STATIC, DYNAMIC = "static", "dynamic"
 _INTEGERS = (2, 3)  # of ONNX: unsigned and signed bytes
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
 _PRODUCTS = ("MatMul", "Gemm")
-_DYNAMIC = (*_PRODUCTS, "Gather")  # products and tables; convolutions get slower
+_DYNAMIC = (*_PRODUCTS, "Gather", "LSTM")  # tables are gathered; convolutions get slower
 # Where there is attention, masks (-3e38) and norms ruin the ranges of all else.
 _BESIDE_ATTENTION = ("Conv", "ConvTranspose", *_PRODUCTS)
 
@@ -199,6 +199,7 @@ def _write(
 
     ready = file.with_name(f"{file.name}.ready")
     large = size_of(path) > LARGE
+    path = path if large else _whole(path, file.with_name(f"{ready.name}.whole"))
     common = {**options, "use_external_data_format": large}
     try:
         quant_pre_process(path, ready, skip_symbolic_shape=True, save_as_external_data=large)
@@ -220,6 +221,16 @@ def _write(
     finally:
         for part in file.parent.glob(f"{ready.name}*"):
             part.unlink()
+
+
+def _whole(path: Path, copy: Path) -> Path:
+    """A file that holds its weights itself, as the quantizer's preparation wants it."""
+    import onnx
+
+    if size_of(path) == path.stat().st_size:
+        return path
+    onnx.save_model(onnx.load(path), copy)
+    return copy
 
 
 class _Reader:
@@ -268,6 +279,6 @@ def _in_8_bits(file: Path) -> dict[str, int]:
         table = kind == "Gather" and node.input[0] in bytes_of
         integer = kind in ("MatMulInteger", "ConvInteger", "DynamicQuantizeLSTM")
         if integer or table or (kind in _BESIDE_ATTENTION and all(fed_by)):
-            name = kind.removesuffix("Integer")
+            name = kind.removesuffix("Integer").removeprefix("DynamicQuantize")
             counts[name] = counts.get(name, 0) + 1
     return counts

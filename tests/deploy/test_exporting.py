@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.deploy import engines, export, exporting
+from graphprune.deploy import engines, export, exporting, quantize
 from graphprune.deploy.agreeing import Comparison
 from graphprune.deploy.engines import Engine
 from graphprune.deploy.exporting import odd_widths
@@ -324,6 +324,41 @@ def test_models_and_inputs_that_are_none_are_told(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         export(net(), path, torch.randn(1, 4))
+
+
+class Tagger(nn.Module):
+    """Recurrent layers over embedded words; decides by a value where it is asked to."""
+
+    def __init__(self, decides: bool = False) -> None:
+        super().__init__()
+        self.words, self.decides = nn.Embedding(20, 6), decides
+        self.lstm = nn.LSTM(6, 8, batch_first=True, bidirectional=True)
+        self.gru, self.head = nn.GRU(16, 8, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, words: Tensor) -> tuple[Tensor, Tensor]:
+        y, state = self.gru(self.lstm(self.words(words))[0])
+        if self.decides and y.sum() > 0:
+            y = -y
+        return self.head(y), state
+
+
+def test_recurrent_layers_stay_one_operator_of_any_length(tmp_path: Path) -> None:
+    with_onnx()
+    import onnx
+
+    words, sizes = torch.randint(0, 20, (1, 5)), {"batch": 0, "length": 1}
+    small = graphprune.rebuild(Tagger(), 0.5, words)
+    made = export(small, tmp_path / "small.onnx", words, dynamic=sizes, external_data=True)
+    assert made.verdict == "equal"
+    assert made.outputs[0].shape == ("batch", "length", 3)
+    assert "one operator each" in made.notes[0]
+    kinds = [node.op_type for node in onnx.load(made.path).graph.node]
+    assert (kinds.count("LSTM"), kinds.count("GRU")) == (1, 1)
+    assert (tmp_path / "small.onnx.data").stat().st_size > 0
+    assert quantize(made.path, tmp_path / "int8.onnx").operators["LSTM"] == 1
+    with pytest.raises(ExportError, match="Tagger decides by values"):
+        export(Tagger(decides=True), tmp_path / "other.onnx", words)
+    assert not (tmp_path / "other.onnx").exists()
 
 
 def test_widths_that_an_engine_runs_slowly_are_told() -> None:
