@@ -95,7 +95,7 @@ def trace(
         >>> graph.group_of("0").size
         8
     """
-    check_model(model)
+    check_model(model, weightless=True)
     if attention not in ATTENTION:
         raise InputError(f"attention must be one of {', '.join(ATTENTION)}, not {attention!r}")
     counted = Outputs.of(outputs)

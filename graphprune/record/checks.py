@@ -16,12 +16,13 @@ _STATISTICS = ("running_mean", "running_var")  # other buffers may hold -inf, as
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_model(model: object, *, values: bool = True) -> None:
+def check_model(model: object, *, values: bool = True, weightless: bool = False) -> None:
     """Raise unless the model is an initialised, floating point, plain ``nn.Module``.
 
     Args:
         model: what the user passed.
         values: also look for NaN and infinite values.
+        weightless: all parameters may be on the meta device.
 
     Raises:
         ModelError: says what was found and what to pass instead.
@@ -39,16 +40,23 @@ def check_model(model: object, *, values: bool = True) -> None:
             raise ModelError(f"{where} is scripted or traced: pass the Python module instead")
         if type(module).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise ModelError(f"{where} is quantized: prune the float model first, then quantize")
+    weightless = weightless and is_weightless(model)
     for path, tensor in named_tensors(model):
-        _check_tensor(path, tensor)
+        _check_tensor(path, tensor, weightless)
         weights = isinstance(tensor, nn.Parameter) or path.endswith(_STATISTICS)
-        if values and weights and tensor.is_floating_point() and not _finite(tensor):
+        if values and weights and not tensor.is_meta and tensor.is_floating_point() and not _finite(tensor):
             raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{name} has no parameters: nothing can be pruned")
 
 
-def _check_tensor(path: str, tensor: torch.Tensor) -> None:
+def is_weightless(model: nn.Module) -> bool:
+    """Whether a model has parameters, all of them on the meta device."""
+    parameters = [parameter.is_meta for parameter in model.parameters()]
+    return bool(parameters) and all(parameters)
+
+
+def _check_tensor(path: str, tensor: torch.Tensor, weightless: bool) -> None:
     if is_lazy(tensor):
         raise ModelError(f"{path!r} is not initialised (lazy module): run the model once first")
     if type(tensor).__name__ == "DTensor":
@@ -58,7 +66,7 @@ def _check_tensor(path: str, tensor: torch.Tensor) -> None:
             f"{path!r} is a {type(tensor).__name__}, which holds its values in another form (as "
             "quantized weights do): prune the plain model first, then convert it"
         )
-    if tensor.is_meta:
+    if tensor.is_meta and not weightless:
         raise ModelError(f"{path!r} is on the meta device: load the weights first")
     if hasattr(tensor, "__tensor_flatten__"):
         raise ModelError(
