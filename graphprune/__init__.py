@@ -4,6 +4,7 @@ from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.calibration import calibrate
 from graphprune.execute.checkpoint import load, save
 from graphprune.folders.door import from_pretrained, save_pretrained
+from graphprune.folders.streaming import shrink_folder
 from graphprune.measurement import Measurement, measure
 from graphprune.moved import find_moved
 from graphprune.plan.plan import MAKERS, Plan
@@ -32,6 +33,7 @@ __all__ = [  # and __version__, which a star does not import
     "rebuild",
     "save",
     "save_pretrained",
+    "shrink_folder",
     "smallest",
     "trace",
     "trim_tokenizer",

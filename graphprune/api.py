@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 from weakref import WeakValueDictionary
 
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.channels import drawing
 from graphprune.channels.analysis import Analysis, Group
@@ -61,6 +61,7 @@ def trace(
     *,
     attention: str = "heads",
     outputs: object = None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> ChannelGraph:
     """Find out which channels of a model live and die together.
 
@@ -78,6 +79,8 @@ def trace(
             (``"logits"``, ``0``), several of them, tuples that lead into nested ones; or a function
             of the output, such as a loss: what its result is made of counts. Other outputs may
             lose channels, and ``verify`` does not compare them.
+        weights: of a model on the meta device its parameters by name, for criteria: a mapping that
+            may read each when it is asked for (:class:`graphprune.folders.Shards`).
 
     Returns:
         The channel graph; ``print`` it to see the groups.
@@ -103,17 +106,23 @@ def trace(
         call, first = inferred(model)
     else:
         call, first = called(example_inputs, lambda c: record(model, c, training=False))
-    return _traced(model, call, first, attention, counted)
+    return _traced(model, call, first, attention, counted, weights)
 
 
 def _traced(
-    model: nn.Module, call: Call, first: Record, attention: str, counted: Outputs | None
+    model: nn.Module,
+    call: Call,
+    first: Record,
+    attention: str,
+    counted: Outputs | None,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> ChannelGraph:
     """The graph of a model that was recorded once; once more where not all outputs count."""
     if counted is not None:
         call = replace(call, outputs=counted)
         first = record(model, call, training=False)
-    return ChannelGraph(model, call, analyse(model, call, first, attention), attention)
+    settled = replace(analyse(model, call, first, attention), weights=weights)
+    return ChannelGraph(model, call, settled, attention)
 
 
 @dataclass
@@ -447,7 +456,7 @@ def rebuild(
                 f"a plan was given, which is complete: leave out {', '.join(options)}, or pass "
                 "them to graph.plan"
             )
-        check_model(model, values=False)
+        check_model(model, values=False, weightless=True)
         call = None if example_inputs is None else Call.of(example_inputs)
         return _shrunk(model, ratio_or_plan, call, inplace)
     if isinstance(model, nn.Module):

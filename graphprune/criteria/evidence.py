@@ -33,6 +33,7 @@ from graphprune.record.batches import (
     loss_of,
     told_apart,
 )
+from graphprune.record.checks import is_weightless
 from graphprune.record.masked_names import mask_hooks
 from graphprune.record.observe import Product, observing
 from graphprune.record.padding import Masks, counted
@@ -152,6 +153,7 @@ def gather(
     data: object = None,
     loss: Loss | None = None,
     progress: bool | None = None,
+    tensors: Mapping[str, Tensor] | None = None,
 ) -> Evidence:
     """Collect what a criterion needs, in one pass over the data.
 
@@ -169,15 +171,24 @@ def gather(
         loss: a function (model, batch) -> scalar; when absent, the ``loss`` that the model
             returns, else cross entropy with the target.
         progress: show a progress bar, if the error stream is a terminal; off by default.
+        tensors: what stands for the parameters and buffers of the model, by name.
 
     Raises:
-        InputError: data is missing or malformed, or the loss is not a finite scalar that depends
+        InputError: the model has no weights and the criterion reads them, data is missing or
+            malformed, or the loss is not a finite scalar that depends
             on the parameters.
     """
-    tensors = _used(model)
     entry = find(criterion)
     check_needs(entry, data)
     needs = needed(entry)
+    if is_weightless(model) and (needs or (tensors is None and "weights" in entry.needs)):
+        what = "runs the model" if needs else "reads weights"
+        raise InputError(
+            f"criterion {entry.name!r} {what}, and the model is on the meta device: load it; for "
+            "criteria of weights alone trace(weights=...) takes a mapping of names to tensors, and "
+            "criterion='random' needs none"
+        )
+    tensors = _used(model) if tensors is None else tensors
     if not needs:
         return Evidence(tensors)
     slots: dict[Key, list[Tensor]] = {}

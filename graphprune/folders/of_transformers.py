@@ -370,3 +370,18 @@ def class_named(config: Any, model_class: Any, folder: str) -> Any:
         f"{folder!r} holds a {names[0]}, which is no class of transformers "
         f"{transformers.__version__}: pass model_class, the class of the original"
     )
+
+
+def spelled(model: Any) -> dict[str, str]:
+    """What the files of a folder call tensors of a model, where that is something else.
+
+    Tensors that are made of several in files have no name there.
+    """
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before version 5 files have the names of the model
+        return {}
+    state = model.state_dict()
+    names = {id(tensor): name for name, tensor in state.items()}
+    saved = revert_weight_conversion(model, dict(state))
+    return {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}

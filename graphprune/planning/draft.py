@@ -86,8 +86,9 @@ class Draft:
         groups = [g for g in self.analysis.groups if g.name not in self.spared]
         groups = [group for group in groups if self.may_leave(group)]
         if self.evidence is None:
+            asked = request.data, request.loss, request.progress
             self.evidence = gather(
-                self.model, request.criterion, groups, request.data, request.loss, request.progress
+                self.model, request.criterion, groups, *asked, self.settled.weights
             )
         apart = request.scope in (None, "local") or comparable(request.criterion)
         normalise = request.normalise or ("none" if apart else "mean")

@@ -38,11 +38,13 @@ class Settled:
 
     ``trusted`` are the (record, op) positions of plain ints that were seen to follow the shapes by
     themselves, ``scaled`` those of ints that were seen not to, and are multiplied in their place.
+    ``weights`` are read in place of the model's, by name, where that is on the meta device.
     """
 
     analysis: Analysis
     trusted: frozenset[Place] = frozenset()
     scaled: frozenset[Place] = frozenset()
+    weights: Mapping[str, Tensor] | None = field(default=None, repr=False, compare=False)
     _solved: dict[bytes, adapt.Changes] = field(default_factory=dict, repr=False, compare=False)
     known: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)  # to planners
 
@@ -57,7 +59,7 @@ class Settled:
     def without(self, obstacle: Obstacles) -> Settled:
         """The same where what stood in the way is tied or stays."""
         derived = self.analysis.derived(obstacle.ties, obstacle.frozen, obstacle.several)
-        return Settled(derived, self.trusted, self.scaled)
+        return Settled(derived, self.trusted, self.scaled, self.weights)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,13 @@ def check_model(model: object, *, values: bool = True, weightless: bool = False)
     for path, tensor in named_tensors(model):
         _check_tensor(path, tensor, weightless)
         weights = isinstance(tensor, nn.Parameter) or path.endswith(_STATISTICS)
-        if values and weights and not tensor.is_meta and tensor.is_floating_point() and not _finite(tensor):
+        if (
+            values
+            and weights
+            and not tensor.is_meta
+            and tensor.is_floating_point()
+            and not _finite(tensor)
+        ):
             raise ModelError(f"{path!r} holds NaN or infinite values: repair the weights first")
     if not any(True for _ in model.parameters()):
         raise ModelError(f"{name} has no parameters: nothing can be pruned")

@@ -20,6 +20,7 @@ from graphprune.errors import InputError, TraceError
 from graphprune.ops.views import run_on_meta
 from graphprune.record import outside, scope
 from graphprune.record.beside import Passed, passed_by, running
+from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call, infer
 from graphprune.record.outputs import Outputs, fields, named_leaves
 from graphprune.record.random_numbers import same_numbers
@@ -58,6 +59,11 @@ def record(
     """
     failure: TraceError | None = None
     for device in devices:
+        if device != "meta" and is_weightless(model):
+            raise TraceError(
+                "the model reads values as it runs, and its weights are on the meta device: load "
+                f"them{f' ({failure})' if failure else ''}"
+            ) from failure
         try:
             return _record(model, call, training, device, watch, alike)
         except TraceError as error:
