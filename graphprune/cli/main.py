@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
@@ -37,6 +37,7 @@ from graphprune.cli.session import (
     session,
     write_plan,
 )
+from graphprune.cli.to_folder import finish, goes_to_folder, shrink_to_folder
 from graphprune.criteria import criteria, find
 from graphprune.criteria.registry import WEIGHTS
 from graphprune.errors import (
@@ -115,7 +116,13 @@ def shrink(
         str, typer.Option(help="What a latency is met in: pytorch, or onnxruntime.")
     ] = "pytorch",
     weights: Weights = None,
-    out: Annotated[Path | None, typer.Option(help="Write the small model (safetensors).")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write the small model (safetensors); of hf:FOLDER, where it has no suffix, a "
+            "folder, without loading the model."
+        ),
+    ] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write what was done for people to read (HTML).")
@@ -132,7 +139,8 @@ def shrink(
 ) -> None:
     """Remove channels, branches, blocks or experts from a model and save what is left."""
     with session(as_json) as run:
-        check_folders(out, plan, report, certificate)
+        folder = goes_to_folder(model, out)
+        check_folders(None if folder else out, plan, report, certificate)
         _check_criterion(criterion)
         options: Options = {
             "criterion": criterion,
@@ -144,14 +152,20 @@ def shrink(
             "threads": threads,
             "ratios": {name: _number("ratios", text) for name, text in _pairs("ratios", ratios)},
         }
-        if scope is not None:
-            options["scope"] = scope
-        if target:
-            options["target"] = dict(_pairs("target", target))
-        if min_kept:
-            options["min_kept"] = min_kept
-        if max_kept < 1:
-            options["max_kept"] = max_kept
+        given = {
+            "scope": scope,
+            "target": dict(_pairs("target", target)) or None,
+            "min_kept": min_kept or None,
+            "max_kept": max_kept if max_kept < 1 else None,
+        }
+        options.update(cast(Options, {k: v for k, v in given.items() if v is not None}))
+        if folder is not None:
+            others = {"--report": report, "--certificate": certificate, "--weights": weights}
+            asked = model, folder, ratio, inputs, attention, options, plan, others
+            written = shrink_to_folder(run, *asked)
+            _say_plan(run, written)
+            finish(run, model, folder, written)
+            return
         original = _model(model, weights, seed)
         random = run.say_random(model, weights)
         example = parse_inputs(inputs, original)

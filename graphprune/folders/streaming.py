@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
@@ -198,7 +200,8 @@ class _Writing:
             write_text(self.target / INDEX, self.layout.index())
         self._copy_others()
         with tempfile.TemporaryDirectory(dir=self.target) as folder:  # it removes other weights
-            self.small.save_pretrained(folder, state_dict={})
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar of nothing
+                self.small.save_pretrained(folder, state_dict={})
             (Path(folder) / SINGLE).unlink(missing_ok=True)
             for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == "config.json"):
                 os.replace(path, self.target / path.name)
