@@ -38,6 +38,9 @@ def bench(
         str, typer.Option(help="CPU threads: numbers, and all for all cores; 1,all for both.")
     ] = "1",
     seconds: Annotated[float, typer.Option(help="For each model and number of threads.")] = 3.0,
+    engine: Annotated[
+        str, typer.Option(help="What runs .onnx: onnxruntime, or openvino.")
+    ] = "onnxruntime",
     inputs: Inputs = [],  # noqa: B006
     seed: Seed = 0,
     as_json: Json = False,
@@ -48,7 +51,9 @@ def bench(
         modules = [model for model in found.values() if isinstance(model, nn.Module)]
         example = parse_inputs(inputs, modules[0] if modules else nn.Module())
         with run.status("measuring"):
-            timed = measure(found, example, threads=_threads(threads), seconds=seconds)
+            timed = measure(
+                found, example, threads=_threads(threads), seconds=seconds, engine=engine
+            )
         run.print(timings(timed))
         run.finish(dataclasses.asdict(timed))
 

@@ -52,6 +52,9 @@ def export(
             help="Weights in a second file; by itself beyond 1.9 GB.",
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="What runs ONNX to compare: onnxruntime, or openvino.")
+    ] = "onnxruntime",
     int8: Annotated[
         str | None,
         typer.Option(help="Write FILE.int8.onnx as well: static (with --data), or dynamic."),
@@ -94,6 +97,7 @@ def export(
                 chosen,
                 out,
                 **options,
+                engine=engine,
                 original=None if small is None else original,
                 certificate=certificate,
                 command=placed(command_of(model, small, weights, inputs, seed), out),

@@ -113,6 +113,46 @@ def onnxruntime(path: Path, threads: int | None = None) -> Engine:
     return Engine(f"ONNX Runtime {runtime.__version__}", names, run, ready, ports)
 
 
+def openvino(path: Path, threads: int | None = None) -> Engine:
+    """An ONNX file in OpenVINO, on the CPU in float32 (it would take bfloat16 where it can).
+
+    Args:
+        path: the file.
+        threads: of the engine; all cores when absent.
+
+    Raises:
+        InputError: OpenVINO is not installed, or there is no such file.
+        ExportError: it does not load the file.
+    """
+    runtime: Any = needed("openvino", "OpenVINO")
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}")
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    if threads is not None:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    try:
+        with quiet():
+            compiled = runtime.Core().compile_model(str(path), "CPU", settings)
+        request = compiled.create_infer_request()
+    except Exception as error:  # of classes of its own
+        raise ExportError(f"OpenVINO cannot load {path.name!r}: {told(error)}") from error
+    names = tuple(item.get_any_name() for item in compiled.inputs)
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            found = request.infer([_array(tensor) for tensor in on_cpu(tensors)])
+        except Exception as error:
+            raise ExportError(told(error)) from error
+        return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
+
+    def ready(tensors: Sequence[Tensor]) -> Run:
+        given = [_array(tensor) for tensor in on_cpu(tensors)]
+        return lambda: request.infer(given, share_inputs=True, share_outputs=True)
+
+    version = runtime.__version__.split("-")[0]
+    return Engine(f"OpenVINO {version}", names, run, ready)
+
+
 def eager(model: nn.Module, call: Call, threads: int | None = None) -> Engine:
     """A model in PyTorch, as it is; in eval mode the caller puts it."""
     return _of_torch(f"PyTorch {torch.__version__}, eager", Flat(model, call), threads)
@@ -151,6 +191,20 @@ def _of_torch(name: str, flat: Flat, threads: int | None) -> Engine:
         return once
 
     return Engine(name, (), run, ready)
+
+
+ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino}
+
+
+def load_engine(file: Path, threads: int | None = None, engine: str = "onnxruntime") -> Engine:
+    """The engine that runs a file: for ONNX the one that is named.
+
+    Raises:
+        InputError: an unknown engine.
+    """
+    if engine not in ENGINES:
+        raise InputError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
+    return ENGINES[engine](file, threads) if file.suffix == ".onnx" else program(file, threads)
 
 
 def told(error: BaseException) -> str:

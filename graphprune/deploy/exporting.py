@@ -23,7 +23,7 @@ from graphprune.deploy.certificate import (
     with_masked,
 )
 from graphprune.deploy.certificate import certificate as new_certificate
-from graphprune.deploy.engines import Engine, needed, onnxruntime, program
+from graphprune.deploy.engines import ENGINES, load_engine, needed
 from graphprune.deploy.files import written_beside
 from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, unique
 from graphprune.deploy.onnx_files import LARGE, check_opset, write
@@ -42,7 +42,7 @@ from graphprune.text import render
 
 _BLOCK = 8  # channels that ONNX Runtime keeps side by side; 16 with AVX-512
 Names = Sequence[str] | str | None
-ENGINES = {".onnx": "ONNX", ".pt2": "torch.export"}
+FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,7 @@ def export(
     opset: int | None = None,
     external_data: bool | None = None,
     check: bool = True,
+    engine: str = "onnxruntime",
     tolerance: float | None = None,
     seed: int = 0,
     original: nn.Module | None = None,
@@ -155,6 +156,7 @@ def export(
         external_data: whether the weights go into ``path`` with ``.data`` behind it; when absent
             for models that one ONNX file cannot hold (2 GB).
         check: compare with the model in the engine.
+        engine: what runs an ONNX file for that, ``"onnxruntime"`` or ``"openvino"``.
         tolerance: largest relative difference allowed; 1e-5 in float32, 1e-2 in float16 when
             absent. Beyond it a difference counts as none while it is at most eight times what
             rounding does to the model itself, which the report says.
@@ -185,12 +187,14 @@ def export(
         equal input float32[batch, 4]
     """
     path = Path(path)
-    if path.suffix not in ENGINES:
-        raise InputError(f"path must end in {' or '.join(ENGINES)}; got {path.name!r}")
+    if path.suffix not in FORMATS:
+        raise InputError(f"path must end in {' or '.join(FORMATS)}; got {path.name!r}")
     check_model(model)
     check_opset(opset)
+    if engine not in ENGINES:
+        raise InputError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     if path.suffix == ".onnx":
-        for library in ("onnx", "onnxscript", *(["onnxruntime"] if check else [])):
+        for library in ("onnx", "onnxscript", *([engine] if check else [])):
             needed(library, "writing and checking ONNX")
     with at_rest(model):
         ready = Ready(model, example_inputs, Outputs.of(outputs))
@@ -198,7 +202,7 @@ def export(
         made = _Made(ready, path, dynamic)
         with written_beside(path) as folder:
             made.write(folder, opset, external_data)
-            agreement = made.check(folder, tolerance, seed) if check else None
+            agreement = made.check(folder, engine, tolerance, seed) if check else None
             found = made.exported(folder, agreement)
             if certificate:
                 masked = (
@@ -308,9 +312,9 @@ class _Made:
         else:
             torch.export.save(self.recorded, file)
 
-    def check(self, folder: Path, tolerance: float | None, seed: int) -> Agreement:
+    def check(self, folder: Path, name: str, tolerance: float | None, seed: int) -> Agreement:
         """Compare with the model in the engine."""
-        engine = load_engine(folder / self.path.name)
+        engine = load_engine(folder / self.path.name, engine=name)
         comparison = Comparison(self.ready.flat, self.ready.outputs, engine, tolerance, seed)
         return comparison.all(self.ready.tensors, self.axes)
 
@@ -322,7 +326,7 @@ class _Made:
             shapes = open_shapes(self.recorded, self.axes)
         inputs, outputs = _ports(self.ready, self.axes, shapes)
         total = sum(part.stat().st_size for part in folder.iterdir())
-        kind = ENGINES[self.path.suffix]
+        kind = FORMATS[self.path.suffix]
         notes = (*self.notes, *odd_widths(self.ready.model, kind))
         return Exported(self.path, kind, self.opset, inputs, outputs, total, agreement, notes)
 
@@ -363,11 +367,6 @@ def odd_widths(model: nn.Module, kind: str) -> Iterator[str]:
             f"{_BLOCK}: ONNX Runtime runs them without its blocked layout, often slower than the "
             "original; plan with round_to=16 (--round-to 16)"
         )
-
-
-def load_engine(file: Path, threads: int | None = None) -> Engine:
-    """The engine that runs a file."""
-    return onnxruntime(file, threads) if file.suffix == ".onnx" else program(file, threads)
 
 
 def _recorded(ready: Ready, dynamic: Dynamic, whole: bool) -> tuple[list[Axis], Program, list[str]]:

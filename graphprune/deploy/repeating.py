@@ -21,7 +21,8 @@ from graphprune.deploy.certificate import (
     versions,
     with_masked,
 )
-from graphprune.deploy.exporting import Ready, load_engine
+from graphprune.deploy.engines import load_engine
+from graphprune.deploy.exporting import Ready
 from graphprune.deploy.files import digest_of
 from graphprune.errors import GraphPruneError, InputError
 from graphprune.plan.plan import plan_of
@@ -144,7 +145,7 @@ def _compared(
                 yield with_masked(original, small, example_inputs, known.seed)
         elif (folder / then.what).is_file():
             try:
-                found = _in_engine(known, folder, small, example_inputs, then.tolerance)
+                found = _in_engine(known, folder, small, example_inputs, then)
                 yield of_agreement(then.what, found)
             except GraphPruneError as error:
                 yield Compared(then.what, then.engine, then.tolerance, DIFFERENT, None, str(error))
@@ -155,7 +156,7 @@ def _in_engine(
     folder: Path,
     small: nn.Module,
     example_inputs: object,
-    tolerance: float | None,
+    then: Compared,
 ) -> Agreement:
     ran = known.ran
     if ran is None:
@@ -165,6 +166,7 @@ def _in_engine(
         ready.inputs = list(ran.inputs)
         ready.flat.chosen = ran.chosen
         axes = find_axes(ran.sizes or None, ran.inputs, ready.tensors)
-        engine = load_engine(folder / ran.file)
-        comparison = Comparison(ready.flat, ran.outputs, engine, tolerance, known.seed)
+        name = "openvino" if then.engine.startswith("OpenVINO") else "onnxruntime"
+        engine = load_engine(folder / ran.file, engine=name)
+        comparison = Comparison(ready.flat, ran.outputs, engine, then.tolerance, known.seed)
         return comparison.all(ready.tensors, axes)

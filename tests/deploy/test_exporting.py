@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import graphprune
-from graphprune.deploy import engines, export, exporting, quantize
+from graphprune.deploy import bench, engines, export, exporting, quantize
 from graphprune.deploy.agreeing import Comparison
 from graphprune.deploy.engines import Engine
 from graphprune.deploy.exporting import odd_widths
@@ -170,7 +170,7 @@ def test_what_differs_is_told_and_not_written(
     path = tmp_path / "model.pt2"
     path.write_text("an older file")
     load = exporting.load_engine
-    monkeypatch.setattr(exporting, "load_engine", lambda file: wrong(load(file), change))
+    monkeypatch.setattr(exporting, "load_engine", lambda file, **_: wrong(load(file), change))
     with pytest.raises(VerificationError) as caught:
         export(net(), path, torch.randn(1, 4))
     assert told in str(caught.value)
@@ -188,7 +188,7 @@ def test_an_engine_that_fails_at_another_size_is_told(
         return out
 
     load = exporting.load_engine
-    monkeypatch.setattr(exporting, "load_engine", lambda file: wrong(load(file), fails))
+    monkeypatch.setattr(exporting, "load_engine", lambda file, **_: wrong(load(file), fails))
     with pytest.raises(VerificationError, match=r"fails on batch 2 .*one row only"):
         export(net(), tmp_path / "model.pt2", torch.randn(1, 4))
 
@@ -300,6 +300,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"dynamic": {"n": 0, "m": -2}}, "one dimension twice"),
     "names": ({"input_names": ["a", "b"]}, "input_names must be 1 different names, for input"),
     "output": ({"outputs": "logits"}, "it is a tensor"),
+    "engine": ({"engine": "tensorrt"}, "engine must be one of onnxruntime, openvino"),
     "opset": ({"opset": "20"}, "opset must be a version"),
 }
 
@@ -324,6 +325,22 @@ def test_models_and_inputs_that_are_none_are_told(tmp_path: Path) -> None:
     path.mkdir()
     with pytest.raises(ExportError, match="is a folder"):
         export(net(), path, torch.randn(1, 4))
+
+
+def test_the_same_file_in_openvino(tmp_path: Path) -> None:
+    with_onnx()
+    pytest.importorskip("openvino", reason="the openvino extra is not installed")
+    x = sentence()
+    made = export(
+        Pooled(), tmp_path / "model.onnx", x, dynamic={"batch": 0, "length": 1}, engine="openvino"
+    )
+    assert made.verdict == "equal"
+    assert made.agreement is not None
+    assert made.agreement.engine.startswith("OpenVINO")
+    timed = bench({"file": made.path}, x, seconds=0.0, engine="openvino")
+    assert timed.rows[0].engine == made.agreement.engine
+    with pytest.raises(InputError, match="clock must be"):
+        bench({"file": made.path}, x, engine="openvino", clock="processor")
 
 
 class Tagger(nn.Module):
