@@ -10,7 +10,6 @@ from typing import Annotated, Any, cast
 import torch
 import typer
 from rich.markup import escape
-from torch import nn
 
 from graphprune.api import trace
 from graphprune.cli.bench import bench
@@ -19,7 +18,16 @@ from graphprune.cli.export import export
 from graphprune.cli.ids import chosen_ids, load_tokenizer
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.measuring import measured
-from graphprune.cli.options import MODEL_HELP, Attention, Inputs, Json, Model, Seed, Weights
+from graphprune.cli.options import (
+    MODEL_HELP,
+    Attention,
+    Inputs,
+    Json,
+    Model,
+    ReportFile,
+    Seed,
+    Weights,
+)
 from graphprune.cli.printing import (
     checks,
     cost,
@@ -28,6 +36,7 @@ from graphprune.cli.printing import (
     groups_of_plan,
     report_data,
 )
+from graphprune.cli.reporting import write_report
 from graphprune.cli.runtime import smaller
 from graphprune.cli.session import (
     Session,
@@ -44,12 +53,10 @@ from graphprune.errors import (
     InputError,
 )
 from graphprune.execute.checkpoint import load, save
-from graphprune.measurement import Measurement, measure
+from graphprune.measurement import measure
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.planning.options import Options, short
-from graphprune.report.content import command_line
 from graphprune.testing import check as try_plans
-from graphprune.verification.report import Report
 from graphprune.verification.report import verify as compare
 from graphprune.version import __version__
 from graphprune.vocabulary.tokenizer import trim_tokenizer
@@ -124,9 +131,7 @@ def shrink(
         ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write what was done for people to read (HTML).")
-    ] = None,
+    report: ReportFile = None,
     certificate: Annotated[
         Path | None,
         typer.Option(help="Write what was verified, with digests (JSON); verify checks it again."),
@@ -185,7 +190,9 @@ def shrink(
             save(small, out)
         made = command_of(model, out, weights, inputs, seed)
         certify(certificate, original, small, verified, out, made)
-        _report(run, report, applied, original, example, small, verified, (before, after))
+        write_report(
+            run, report, applied, original, example, small, verified, random, (before, after)
+        )
         _say_plan(run, applied)
         run.print(costs(before, after))
         for note in applied.notes:
@@ -240,6 +247,7 @@ def trim(
     tokenizer_out: Annotated[
         Path | None, typer.Option(help="Write the trimmed tokenizer (tokenizer.json).")
     ] = None,
+    report: ReportFile = None,
     inputs: Inputs = [],
     seed: Seed = 0,
     as_json: Json = False,
@@ -247,7 +255,7 @@ def trim(
 ) -> None:
     """Keep some ids of a vocabulary: rows of tables and of output layers leave."""
     with session(as_json) as run:
-        check_folders(out, plan, tokenizer_out)
+        check_folders(out, plan, tokenizer_out, report)
         if tokenizer_out is not None and tokenizer is None:
             raise InputError("--tokenizer-out needs --tokenizer, which is trimmed")
         known = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -262,20 +270,21 @@ def trim(
         applied = plan_of(small)
         assert applied is not None  # it was made by one
         trimmed = None if tokenizer_out is None else trim_tokenizer(known, small)
-        report = None
+        verified = None
         if verify:
             with run.status("verifying"):
-                report = compare(original, small, example, seed=seed)
+                verified = compare(original, small, example, seed=seed)
         if plan is not None:
             write_plan(applied, plan)
         if out is not None:
             save(small, out)
         if trimmed is not None:
             trimmed.save(str(tokenizer_out))
+        write_report(run, report, applied, original, example, small, verified, random)
         run.print(escape(str(applied)))
-        say_verified(run, report)
+        say_verified(run, verified)
         for title, path in (
-            ("small model", out), ("plan", plan), ("tokenizer", tokenizer_out),
+            ("small model", out), ("plan", plan), ("tokenizer", tokenizer_out), ("report", report),
         ):  # fmt: skip
             if path is not None:
                 say_written(run, title, path)
@@ -288,8 +297,9 @@ def trim(
                 "ids": [vocabulary.kept for vocabulary in applied.vocabularies],
                 "before": dataclasses.asdict(applied.before),
                 "after": dataclasses.asdict(applied.after),
-                "verified": report_data(report),
+                "verified": report_data(verified),
                 "out": None if out is None else str(out),
+                "report": None if report is None else str(report),
                 "plan": json.loads(applied.to_json()),
             }
         )
@@ -461,31 +471,6 @@ def _number(option: str, text: str) -> float:
         return float(text)
     except ValueError:
         raise InputError(f"--{option} needs a number after the sign =, got {text!r}") from None
-
-
-def _report(
-    run: Session,
-    path: Path | None,
-    plan: Plan,
-    original: nn.Module,
-    example: object,
-    small: nn.Module,
-    verified: Report | None,
-    measured: tuple[Measurement, Measurement],
-) -> None:
-    """Write what was done for people, when it was asked for."""
-    if path is None:
-        return
-    with run.status("writing the report"):
-        plan.report(
-            path,
-            original,
-            example,
-            small=small,
-            verification=verified,
-            measured=measured,
-            command=command_line(),
-        )
 
 
 def _say_plan(run: Session, plan: Plan) -> None:

@@ -35,3 +35,6 @@ Attention = Annotated[
 ]
 Seed = Annotated[int, typer.Option("--seed", help=short("seed"))]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", help="Write what was done for people to read (HTML).")
+]

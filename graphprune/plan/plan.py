@@ -252,6 +252,7 @@ class Plan:
         history: object = None,
         command: str = "",
         title: str = "",
+        notes: tuple[str, ...] = (),
     ) -> Path:
         """Write a report: one HTML file, for people, that needs no network.
 
@@ -271,6 +272,7 @@ class Plan:
             history: a ``graphprune.training.History``.
             command: the command that did all this, to be shown.
             title: above it all; the class of the model by default.
+            notes: remarks to show beside those of the plan.
 
         Returns:
             The path.
@@ -303,6 +305,7 @@ class Plan:
             history=history,
             command=command,
             title=title,
+            notes=notes,
         )
         return written
 

@@ -91,6 +91,7 @@ class Given:
     history: History | None = None
     command: str = ""
     title: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def content_of(plan: Plan, given: Given) -> Content:
         plan.groups,
         None if graph is None else tuple(map(_stays, graph.frozen)),
         tuple(_leaves(plan)),
-        plan.notes,
+        (*given.notes, *plan.notes),
         () if given.history is None else tuple(charts_of(given.history.entries)),
         given.history if given.history is not None and given.history.entries else None,
         call_of(plan),

@@ -7,7 +7,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ def given(
     history: History | None = None,
     command: str = "",
     title: str = "",
+    notes: Sequence[str] = (),
 ) -> Given:
     """Check what is given beside a plan.
 
@@ -70,6 +71,7 @@ def given(
         history,
         command,
         title,
+        _notes(notes),
     )
 
 
@@ -99,6 +101,13 @@ def _accuracy(found: Any) -> dict[str, tuple[float, float]]:
                 f'({{"top-1": (0.76, 0.75)}}); got {pair!r}'
             )
     return {name: (float(pair[0]), float(pair[1])) for name, pair in by_name.items()}
+
+
+def _notes(found: Any) -> tuple[str, ...]:
+    several = isinstance(found, tuple | list) and all(isinstance(note, str) for note in found)
+    if not several:
+        raise InputError(f'notes must be texts, such as ("trained on ...",); got {found!r}')
+    return tuple(found)
 
 
 def _pair(found: object, kind: type) -> bool:

@@ -267,7 +267,7 @@ def test_a_scope_is_left_to_the_target_unless_named(monkeypatch: pytest.MonkeyPa
         scopes.append(options.get("scope"))
         raise LookupError
 
-    monkeypatch.setattr("graphprune.cli.main.rebuild", stopped)
+    monkeypatch.setattr("graphprune.cli.runtime.rebuild", stopped)
     for options in ((), ("--scope", "global")):
         assert isinstance(call("shrink", "zoo_for_tests:net", *options).exception, LookupError)
     assert scopes == [None, "global"]

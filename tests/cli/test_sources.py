@@ -55,8 +55,9 @@ def call(*arguments: str) -> Result:
 def test_random_weights_are_said() -> None:
     pytest.importorskip("torchvision")
     given = ("shrink", "torchvision:squeezenet1_1", "--input", "1,3,32,32", "--ratio", "0.5")
-    result = call(*given, "--no-verify")
+    result = call(*given, "--no-verify", "--report", "report.html")
     assert result.exit_code == OK, result.output
+    assert "the weights of the original are random" in Path("report.html").read_text("utf-8")
     assert "the weights are random: torchvision:squeezenet1_1 names" in " ".join(
         result.stdout.split()
     )

@@ -49,7 +49,8 @@ def test_ids_stay():
         wanted = model(torch.tensor([[7, 1]]))[..., [1, 2, 3, 7, 9]]
         assert torch.allclose(small(torch.tensor([[3, 0]])), wanted, atol=1e-6)
         assert graphprune.Plan.from_json("plan.json") == small.graphprune_plan
-    shown = ran("--ids", "1,2")
+    shown = ran("--ids", "1,2", "--report", "report.html")
+    assert "vocabulary 12 -&gt; 2 ids" in Path("report.html").read_text(encoding="utf-8")
     assert shown.exit_code == OK
     assert "vocabulary 12 -> 2 ids" in shown.stdout
     assert "verified" in shown.stdout

@@ -339,6 +339,7 @@ def test_data_are_named_where_the_criterion_needs_them() -> None:
         ({"measured": 3}, "measured must be two measurements"),
         ({"accuracy": 0.5}, r"accuracy must be two numbers, \(before, after\)"),
         ({"accuracy": {"top-1": (0.5, "high")}}, "accuracy must be two numbers"),
+        ({"notes": "trained"}, "notes must be texts"),
         ({"model": "resnet18"}, "model must be the original model, or its graph"),
     ],
 )
