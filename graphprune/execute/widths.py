@@ -92,8 +92,10 @@ class Widths:
             if type(base.get(key)) is int and base[key]
         }
         best = self.best
+        nothing = len(wrong[0]) == len(wanted)  # there is no such model: any field may be to blame
+        keys = wrong[0] | wrong[1] if nothing else wrong[0] or wrong[1]
         for path in fields:
-            if self.effects[path] & (wrong[0] or wrong[1]) and type(fields[path]) is int:
+            if self.effects[path] & keys and type(fields[path]) is int:
                 yield from ({**best, path: int(fields[path] * ratio)} for ratio in ratios)
 
     def others(self) -> Iterator[dict[Field, float]]:

@@ -44,6 +44,11 @@ class Joint:
     groups: tuple[str, ...]
     rows: tuple[tuple[int, ...], ...]  # decreasing; the first is the whole
 
+    @property
+    def fine(self) -> bool:
+        """Whether all numbers of channels do, but for what heads leave of them."""
+        return len(self.rows) >= self.rows[0][-1] - 1
+
     def without(self, row: tuple[int, ...]) -> Joint:
         """Where one of them was found not to do after all."""
         return replace(self, rows=tuple(each for each in self.rows if each != row))
@@ -173,26 +178,32 @@ class Search:
     # --- sets of fields ------------------------------------------------------------------------
 
     def _of_component(self, effects: Mapping[Field, set[object]]) -> list[Joint]:
-        """The smallest sets of fields that shrink groups, of fields that share some."""
-        joints: list[Joint] = []
-        taken: set[str] = set()
-        for fields in _sets(list(effects)):
-            if any(set(fields) >= set(joint.fields) for joint in joints):
-                continue
-            joint = self._joint(fields, taken)
-            if joint is not None:
-                joints.append(joint)
-                taken |= set(joint.groups)
-        return joints
+        """The sets of fields that shrink groups in the finest steps, of fields that share some.
 
-    def _joint(self, fields: tuple[Field, ...], taken: set[str]) -> Joint | None:
+        A width that heads must divide may do alone, by a half; with the number of heads it goes
+        down by that of one head.
+        """
+        found: list[Joint] = []
+        for fields in _sets(list(effects)):
+            if not any(joint.fine and set(fields) >= set(joint.fields) for joint in found):
+                joint = self._joint(fields)
+                found += [] if joint is None else [joint]
+        chosen: list[Joint] = []
+        taken: set[str] = set()
+        for joint in sorted(found, key=lambda joint: (-len(joint.rows), len(joint.fields))):
+            if taken.isdisjoint(joint.groups):
+                chosen.append(joint)
+                taken |= set(joint.groups)
+        return chosen
+
+    def _joint(self, fields: tuple[Field, ...]) -> Joint | None:
         """How groups shrink with a set of fields; ``None`` where it builds no small model."""
         numbers = [self.recipe.numbers[path] for path in fields]
         whole = [int(n) for n in numbers if type(n) is int]
         most = math.gcd(*whole) if whole else self._largest(fields)
         for left in _tries(most):
             counts = self._counts(fields, Fraction(left, most))
-            if counts is None or not counts or not taken.isdisjoint(counts):
+            if not counts:
                 continue
             reason = self._differs(counts)
             if not reason:
@@ -325,9 +336,12 @@ def _sets(fields: list[Field]) -> Iterator[tuple[Field, ...]]:
 def _components(
     effects: Mapping[Field, set[object]], keys: Mapping[str, set[object]]
 ) -> Iterator[list[Field]]:
-    """Fields that size groups, those that share some together."""
-    left = {f: {n for n, mine in keys.items() if mine & found} for f, found in effects.items()}
-    left = {path: names for path, names in left.items() if names}
+    """Fields that change some of the same, together, where they size a group.
+
+    The width of a head is an attribute that a width and the number of heads change.
+    """
+    sized = set[object]().union(*keys.values())
+    left = dict(effects)
     while left:
         first = next(iter(left))
         names, found = left.pop(first), [first]
@@ -335,7 +349,8 @@ def _components(
             for path in more:
                 names = names | left.pop(path)
                 found.append(path)
-        yield found
+        if names & sized:
+            yield found
 
 
 def levels_of(lists: Iterable[np.ndarray], size: int) -> np.ndarray:

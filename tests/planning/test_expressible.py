@@ -162,6 +162,38 @@ def test_budgets_are_met():
         assert torch.equal(built(small)(X), small(X))
 
 
+def test_widths_go_down_by_a_head():
+    """By the width alone the class accepts half of it; with the number of heads, every head."""
+    model = seeded(Model, Config(width=48, heads=12))
+    small = graphprune.rebuild(model, 0.4, X, expressible="config")
+    assert (small.config.width, small.config.heads) == (28, 7)
+    assert torch.equal(built(small)(X), small(X))
+    small = graphprune.rebuild(model, 0.25, X)  # by luck
+    assert (small.config.width, small.config.heads, small.config.hidden) == (36, 9, 18)
+
+
+class Joined(Model):
+    """A layer stands between two widths, unless they are equal."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(11, config.first)
+        if config.first != config.width:
+            self.join = nn.Linear(config.first, config.width)
+
+    def scaled(self, x):
+        return self.join(x) if hasattr(self, "join") else x
+
+
+def test_widths_that_do_not_go_together():
+    """The same ratio would make both widths eight."""
+    model = seeded(Joined, Config(first=15))
+    plan = graphprune.trace(model, X).plan(0.49, expressible="config")
+    small = graphprune.rebuild(model, plan, X)
+    assert small.config.first != small.config.width == 8
+    assert torch.equal(built(small)(X), small(X))
+
+
 def test_options_hold_together_with_it():
     model = seeded(Model)
     graph = graphprune.trace(model, X)
