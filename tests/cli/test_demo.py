@@ -24,11 +24,25 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def without_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+
+    def find(name: str, package: str | None = None) -> object:
+        return None if name == "onnx" else found(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+
+
 def call(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments))
 
 
-def test_demo(folder: Path) -> None:
+@pytest.mark.parametrize("onnx", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_demo(folder: Path, monkeypatch: pytest.MonkeyPatch, onnx: bool) -> None:
+    if onnx:
+        pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    else:
+        without_onnx(monkeypatch)
     result = call("demo", "--epochs", "1", "--out", "here/demo")
     assert result.exit_code == OK, result.output
     for text in (
@@ -51,6 +65,8 @@ def test_demo(folder: Path) -> None:
 
     small = load(folder / "here/demo/small.safetensors", DigitsResNet)
     assert list(widths(small).values())[-1] == 64
+    assert (folder / "here/demo/small.onnx").exists() == onnx
+    assert (folder / "here/demo/small.int8.onnx").exists() == onnx
 
 
 def test_the_report_is_opened_from_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,10 +85,7 @@ def test_the_report_is_opened_from_a_terminal_only(monkeypatch: pytest.MonkeyPat
 
 
 def test_demo_without_onnx_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "onnx" else found(name)
-    )
+    without_onnx(monkeypatch)
     console = Console(record=True, width=200)
     assert _export(torch.nn.Linear(2, 2), Path("small.onnx"), torch.zeros(1, 2), console) is None
     assert 'pip install "graphprune[onnx]"' in console.export_text()
