@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphprune.measurement import count_text
 from graphprune.text import apart
-from graphprune.training.history import Entry
+from graphprune.training.history import Entry, widths_over
+from graphprune.training.plots import shares_of
 
 WIDTH, HEIGHT = 500, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 150, 14, 34
+_NAMED, _LONGEST = 11, 15  # lines of widths that are named, characters of a name
 _GAP = 15  # between labels of lines that end close to each other
 
 
@@ -23,6 +26,7 @@ class Series:
     points: tuple[tuple[float, float], ...]
     label: str
     y: float
+    kind: str = ""  # of its colour
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,42 @@ def charts_of(entries: Sequence[Entry]) -> list[Chart]:
         points = [point for point in points if math.isfinite(point[1])]
         if len(points) > 1:
             charts.append(_chart(name, "", {"": points}))
-    return charts
+    widths = _widths(entries)
+    return charts if widths is None else [*charts, widths]
+
+
+def _widths(entries: Sequence[Entry]) -> Chart | None:
+    """Layers whose widths are alike are a line; the narrowest ones say their names."""
+    alike = shares_of(widths_over(entries))
+    lines: dict[str, list[tuple[float, float]]] = {}
+    first, last = entries[0].step, entries[-1].step
+    end = last + (last - first) / 12  # the last widths have a length as well
+    for line, names in sorted(alike.items(), key=lambda item: -item[0][-1][1]):
+        more = f" +{len(names) - 1}" if len(names) > 1 else ""
+        steps = [[(a, x), (b, x)] for (a, x), (b, _) in itertools.pairwise(line)]
+        lines[names[0] + more] = [*itertools.chain(*steps), line[-1], (end, line[-1][1])]
+    if len(alike) < 2 and all(share == 100 for line in alike for _, share in line):
+        return None
+    chart = _chart("Width of layers", "% of the first", lines, zero=True)
+    told = {series.name for series in chart.series[-_NAMED:]}
+    ends = apart({s.name: s.points[-1][1] for s in chart.series if s.name in told}, _GAP)
+    series = tuple(
+        replace(
+            line,
+            label=f"{lines[line.name][-1][1]:.0f} % {_short(line.name)}"
+            if line.name in told
+            else "",
+            y=ends.get(line.name, line.y),
+            kind="thin" if any(y != 100 for _, y in lines[line.name]) else "thin pale",
+        )
+        for line in chart.series
+    )
+    return replace(chart, series=series)
+
+
+def _short(name: str) -> str:
+    """The end of a name, which tells it from others."""
+    return name if len(name) <= _LONGEST else f"\N{HORIZONTAL ELLIPSIS}{name[-_LONGEST:]}"
 
 
 def _chart(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,16 +210,18 @@ class History:
         layers = self._layers()
         if not layers:
             raise InputError("no entry has widths of layers: record(model, step) first")
-        return draw_widths(
-            path,
-            {
-                name: [(e.step, e.widths[name]) for e in self.entries if name in e.widths]
-                for name in layers
-            },
-        )
+        return draw_widths(path, widths_over(self.entries))
 
     def _layers(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for entry in self.entries for name in entry.widths))
+
+
+def widths_over(entries: Sequence[Entry]) -> dict[str, list[tuple[int, int]]]:
+    """The steps and widths of every layer."""
+    layers = dict.fromkeys(name for entry in entries for name in entry.widths)
+    return {
+        name: [(e.step, e.widths[name]) for e in entries if name in e.widths] for name in layers
+    }
 
 
 def widths_of(model: nn.Module) -> dict[str, int]:

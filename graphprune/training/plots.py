@@ -45,10 +45,7 @@ def draw_widths(path: str | Path, widths: Mapping[str, Sequence[tuple[int, int]]
         path: where to write.
         widths: pairs of step and width, by layer.
     """
-    alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
-    for name, known in widths.items():
-        line = tuple((step, 100 * width / known[0][1]) for step, width in known)
-        alike.setdefault(line, []).append(name)
+    alike = shares_of(widths)
     figure, axes = new_chart("Width of layers", 7.5, 4)
     ends = [step for line in alike for step, _ in (line[0], line[-1])]
     end = max(ends) + max(1, (max(ends) - min(ends)) / 12)  # the last widths have a length as well
@@ -64,6 +61,22 @@ def draw_widths(path: str | Path, widths: Mapping[str, Sequence[tuple[int, int]]
     lowest = sorted(alike, key=lambda line: line[-1][1])[:_LABELS]
     _label(axes, {line: alike[line] for line in lowest}, end, high / 22)
     return save_figure(figure, path)
+
+
+def shares_of(
+    widths: Mapping[str, Sequence[tuple[int, int]]],
+) -> dict[tuple[tuple[int, float], ...], list[str]]:
+    """Layers by their widths over the steps, in percent of the first.
+
+    Example:
+        >>> shares_of({"a": [(0, 4), (1, 2)], "b": [(0, 8), (1, 4)], "c": [(0, 3), (1, 3)]})
+        {((0, 100.0), (1, 50.0)): ['a', 'b'], ((0, 100.0), (1, 100.0)): ['c']}
+    """
+    alike: dict[tuple[tuple[int, float], ...], list[str]] = {}
+    for name, known in widths.items():
+        line = tuple((step, 100 * width / known[0][1]) for step, width in known)
+        alike.setdefault(line, []).append(name)
+    return alike
 
 
 def _label(axes: Any, lines: Mapping[Any, Sequence[str]], end: float, gap: float) -> None:

@@ -407,12 +407,29 @@ def test_labels_of_lines_do_not_lie_on_each_other() -> None:
     history = History(IMAGE)
     for step in range(3):
         history.record(net, step, loss=float("nan") if step == 1 else step)
-    cost, loss = charts_of(history.entries)
+    cost, loss = charts_of(history.entries)  # and no widths, as none changed
     assert cost.title == "Parameters and MACs"
     first, second = sorted(line.y for line in cost.series)
     assert second - first >= 12
     assert len(loss.series[0].points) == 2
     assert charts_of(history.entries[:1]) == []
+
+
+def test_widths_are_lines_that_say_their_layers() -> None:
+    net = Net().eval()
+    history = History(IMAGE)
+    history.record(net, 0)
+    history.record(graphprune.rebuild(net, 0.5, IMAGE, keep=[net.blocks[0].conv1]), 4)
+    _, widths = charts_of(history.entries)
+    whole, half = widths.series
+    assert whole.label == "100 % \N{HORIZONTAL ELLIPSIS}ocks.0.conv1 +1"
+    assert half.label == "50 % stem +3"
+    assert (whole.kind, half.kind) == ("thin pale", "thin")
+    assert len({y for _, y in whole.points}) == 1
+    assert len({y for _, y in half.points}) == 2
+    assert half.points[-1][0] <= widths.right
+    left = Page(page(content_of(planned(net, IMAGE, ratio=0.5), Given(history=history))))
+    assert "50 % stem +3" in left.text
 
 
 def test_the_command_can_be_typed_again() -> None:
