@@ -99,12 +99,15 @@ def resized(tensors: Sequence[Tensor], axis: Axis, size: int) -> list[Tensor]:
 
 
 def redrawn(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Other values: floats as spread as those given, the rest in the other order."""
+    """Other values: floats as spread as those given, ids in the other order, masks as they are.
+
+    A mask that is turned round hides all from some places, of which nothing is defined.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(tensor: Tensor) -> Tensor:
         if not tensor.is_floating_point():
-            return tensor.flip(-1) if tensor.dim() else tensor
+            return tensor.flip(-1) if tensor.dim() and len(tensor.unique()) > 2 else tensor
         mean, spread = finite_range(tensor)
         values = mean + spread * torch.randn(tensor.shape, generator=generator)
         return values.to(tensor.device, tensor.dtype)

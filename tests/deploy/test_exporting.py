@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphprune
 from graphprune.deploy import bench, engines, export, exporting, quantize
 from graphprune.deploy.agreeing import Comparison
+from graphprune.deploy.axes import redrawn
 from graphprune.deploy.engines import Engine
 from graphprune.deploy.exporting import odd_widths
 from graphprune.deploy.flat import Flat
@@ -242,6 +243,14 @@ class Deaf(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(x)
+
+
+def test_other_values_leave_masks_as_they_are() -> None:
+    ids, mask, x = torch.arange(6).view(2, 3), torch.tensor([[1, 1, 0]] * 2), torch.zeros(2, 3)
+    other = redrawn([ids, mask, x], 0)
+    assert torch.equal(other[0], ids.flip(-1))
+    assert torch.equal(other[1], mask)
+    assert other[2].unique().numel() == 6
 
 
 @pytest.mark.parametrize(
