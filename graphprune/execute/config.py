@@ -240,8 +240,8 @@ def _identities(module: nn.Module, config: object) -> set[int]:
 
 
 def _watched(small: nn.Module, parts: list[str], call: Call | None) -> Seen | None:
-    """One run of the small model; ``None`` when there are no inputs, or it does not run on them."""
-    if call is None:
+    """One run of the small model; ``None`` without inputs or weights, or where it does not run."""
+    if call is None or any(tensor.is_meta for tensor in small.parameters()):
         return None
     try:
         return watch(small, parts, call)

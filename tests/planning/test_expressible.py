@@ -261,6 +261,17 @@ def test_where_no_field_is_a_size_nothing_is_planned():
         graphprune.rebuild(seeded(Fixed), 0.5, torch.randn(2, 5), expressible="config")
 
 
+def test_models_on_meta_are_planned_by_shapes_and_code():
+    with torch.device("meta"):
+        bare, reading = Model(Config()).eval(), Reading(Config()).eval()
+    options = {"expressible": "config", "criterion": "random"}
+    plan = graphprune.trace(bare, X).plan(0.4, **options)
+    small = graphprune.rebuild(seeded(Model), plan, X)
+    assert (small.config.width, small.config.hidden) == (8, 15)
+    plan = graphprune.trace(reading, X).plan(0.4, **options)
+    assert graphprune.rebuild(seeded(Reading), plan, X).config.width == 16
+
+
 def test_the_model_is_not_touched():
     model = seeded(Model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
