@@ -72,7 +72,7 @@ def test_turns_go_round() -> None:
 
 def test_shares_are_of_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the machine slows down for all, nothing is said of the models."""
-    slow = [1.0] * 6 + [100.0] * 5
+    slow = [1.0] * 5 + [100.0] * 6
     monkeypatch.setattr(
         timing,
         "in_turns",
@@ -80,7 +80,7 @@ def test_shares_are_of_the_turn_before(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     found = bench({"a": Two(), "b": Two()}, two())
     assert [row.share for row in found.rows] == [1.0, 0.5]
-    assert [row.latency for row in found.rows] == [2.0, 1.0]
+    assert [row.latency for row in found.rows] == [200.0, 100.0]
 
 
 def test_an_onnx_file_by_itself(tmp_path: Path) -> None:
