@@ -252,7 +252,7 @@ DAMAGE = {
     "no plan": (lambda f: (f / "graphprune_plan.json").unlink(), "has no file graphprune_plan"),
     "half a plan": (lambda f: cut(f / "graphprune_plan.json"), "cannot read the plan"),
     "another config": (lambda f: write_config(f, hidden_size=64), "does not fit what its config"),
-    "half a config": (lambda f: cut(f / "config.json"), "cannot read the config"),
+    "half a config": (lambda f: cut(f / "config.json"), r"cannot read .*config\.json"),
     "another version": (
         lambda f: write_config(f, graphprune={"format": 2, "digest": ""}),
         "this graphprune reads 1",
@@ -309,7 +309,7 @@ def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = Path(__file__).parents[2] / "docs" / "hugging-face.md"
     blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
-    assert len(blocks) == 3
+    assert len(blocks) >= 3
     if not importlib.util.find_spec("timm"):
         blocks = [block for block in blocks if "import timm" not in block]
     with warnings.catch_warnings():
