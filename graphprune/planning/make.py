@@ -12,7 +12,7 @@ from torch import nn
 
 from graphprune.channels.analysis import Analysis
 from graphprune.criteria import find
-from graphprune.errors import InputError
+from graphprune.errors import InputError, ModelError
 from graphprune.execute.shrink import shrink
 from graphprune.ops.vanishing import breaks
 from graphprune.plan.plan import GroupPlan, Plan
@@ -31,6 +31,7 @@ from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
 from graphprune.planning.trials import First, Trials
 from graphprune.planning.unread import with_unread
 from graphprune.record.batches import check_data
+from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
 from graphprune.text import share, shorten
@@ -159,6 +160,8 @@ def _counts(draft: Draft, told: dict[str, object]) -> np.ndarray:
 def _deadline(draft: Draft, budget: Budget) -> Deadline:
     """The search for a latency on the device of the model."""
     model, request = draft.model, draft.request
+    if is_weightless(model):
+        raise ModelError("a latency is measured, and the model is on the meta device: load it")
 
     def small(counts: np.ndarray) -> nn.Module:
         chosen = draft.kept(counts)
