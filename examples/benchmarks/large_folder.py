@@ -1,6 +1,6 @@
 """A folder larger than the memory shrinks: seconds beside a plain copy, and the most memory used.
 
-``python examples/benchmarks/large_folder.py [--billions 3] [--folder /tmp/large]`` writes a random
+``python examples/benchmarks/large_folder.py [--billions 3] [--folder NAME]`` writes a random
 Llama-shaped checkpoint in bfloat16, copies it, shrinks it to 70 % of its parameters in a process of
 its own, and removes everything again.
 """

@@ -181,7 +181,8 @@ def gather(
     entry = find(criterion)
     check_needs(entry, data)
     needs = needed(entry)
-    if is_weightless(model) and (needs or (tensors is None and "weights" in entry.needs)):
+    blind = getattr(entry.function, "blind", False)
+    if is_weightless(model) and (needs or (tensors is None and not blind)):
         what = "runs the model" if needs else "reads weights"
         raise InputError(
             f"criterion {entry.name!r} {what}, and the model is on the meta device: load it; for "

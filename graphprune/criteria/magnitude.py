@@ -213,7 +213,7 @@ lamp = register_criterion("lamp")(Lamp())
 class Random:
     """Uniform random scores: the control of every comparison, ``random``."""
 
-    needs: ClassVar[tuple[str, ...]] = ()
+    blind: ClassVar[bool] = True  # looks at no weight
     comparable: ClassVar[bool] = True
 
     def __call__(

@@ -110,10 +110,10 @@ def meet_latency(
     Example:
         >>> import torch
         >>> from graphprune.deploy import meet_latency
-        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 4096), torch.nn.Linear(4096, 64))
-        >>> met = meet_latency(net, 0.8, torch.randn(64, 64))
-        >>> met.measured <= met.limit
-        True
+        >>> net = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Linear(256, 64))
+        >>> meet_latency(net, 0.6, torch.randn(64, 64), threads=0)
+        Traceback (most recent call last):
+        graphprune.errors.InputError: threads must be a positive int, or None for all; got 0
     """
     (target,) = targets_of({"latency": latency}).values()
     threads = options.pop("threads", 1)

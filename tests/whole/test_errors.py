@@ -199,8 +199,10 @@ def test_quantized():
 
 
 def test_meta():
-    with pytest.raises(ModelError, match="on the meta device"):
+    with pytest.raises(InputError, match="the model is on the meta device"):
         graphprune.rebuild(Small().to("meta"), 0.5, X)
+    with pytest.raises(ModelError, match="on the meta device"):
+        graphprune.verify(Small().to("meta"), Small(), X)
 
 
 def test_lazy():

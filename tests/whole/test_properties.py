@@ -46,7 +46,7 @@ def equals_masked(spec, data):
 
 
 @given(specs(), st.data())
-@settings(max_examples=60)
+@settings(max_examples=50)
 def test_small_equals_masked(spec, data):
     """Outputs, gradients and statistics, in eval and in train mode."""
     equals_masked(spec, data)
@@ -60,7 +60,7 @@ def test_small_equals_masked_at_length(spec, data):
 
 
 @given(specs())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_requests_are_met_and_verified(spec):
     """What the selector plans runs, too."""
     model, inputs, graph = prepared(spec)
@@ -70,7 +70,7 @@ def test_requests_are_met_and_verified(spec):
 
 
 @given(specs())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_keeping_all_changes_nothing(spec):
     model, inputs, graph = prepared(spec)
     for plan in (graph.plan(0), graph.plan_of({})):
@@ -83,7 +83,7 @@ def test_keeping_all_changes_nothing(spec):
 
 
 @given(specs(), st.data())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_pruning_twice_is_pruning_once(spec, data):
     """The kept indices compose, and so do the plans where the first graph can say it."""
     model, inputs, graph = prepared(spec)
@@ -137,7 +137,7 @@ def expressed(graph, kept):
 
 
 @given(specs(), st.data())
-@settings(max_examples=20)
+@settings(max_examples=15)
 def test_plans_survive_json(spec, data):
     model, _, graph = prepared(spec)
     plan = graph.plan_of(drawn(data, graph), {"note": "drawn"})
@@ -167,7 +167,7 @@ def test_small_models_survive_files(spec, data):
 
 
 @given(specs())
-@settings(max_examples=15)
+@settings(max_examples=10)
 def test_more_ratio_never_means_more_parameters(spec):
     """Where a run decides what the code follows (``int(width * ratio)``), plans are tried alone."""
     assume(not any(name == "ByRatio" for name, _ in spec.steps))
@@ -182,7 +182,7 @@ def test_more_ratio_never_means_more_parameters(spec):
 
 
 @given(specs(), st.floats(0, 0.9999))
-@settings(max_examples=20)
+@settings(max_examples=14)
 def test_no_group_is_ever_emptied(spec, ratio):
     _, _, graph = prepared(spec)
     for scope in ("local", "global"):
@@ -192,7 +192,7 @@ def test_no_group_is_ever_emptied(spec, ratio):
 
 
 @given(specs(), st.data())
-@settings(max_examples=20)
+@settings(max_examples=14)
 def test_the_order_of_kept_channels_does_not_matter(spec, data):
     _, _, graph = prepared(spec)
     kept = drawn(data, graph)
@@ -204,7 +204,7 @@ def test_the_order_of_kept_channels_does_not_matter(spec, data):
 
 
 @given(specs(), st.data())
-@settings(max_examples=20)
+@settings(max_examples=14)
 def test_zeroed_parameters_agree_with_zeroed_values(spec, data):
     """The two ways to mask: zeroes in the parameters, and zeroes in the evaluated graph."""
     model, inputs, graph = prepared(spec)
@@ -217,7 +217,7 @@ def test_zeroed_parameters_agree_with_zeroed_values(spec, data):
 
 
 @given(specs())
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_analysis_is_deterministic(spec):
     """The same network gives the same groups and the same plan."""
     plans = []
