@@ -168,7 +168,14 @@ def test_examples_of_docstrings(name, own_words):
     assert runner.tries == len(re.findall("^ *>>> ", source, re.MULTILINE))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+LONG = {"trainer_prune", "trainer_resume", "ticket", "slimming"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.stem in LONG)) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 def test_an_example_runs(path, tmp_path, monkeypatch, capsys):
     for package in NEEDS.get(path.stem, ()):
         pytest.importorskip(package, reason=f"{package} is not installed")

@@ -300,7 +300,7 @@ PROJECTED = Spec(  # with one unit left, it would be as wide as its projection
 
 @example(PROJECTED, False, "exact")
 @given(specs(), st.booleans(), st.sampled_from(["exact", "exact", "none"]))
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_random_networks_equal_themselves_masked(spec, rows, fold):
     equals_masked(spec, rows, fold)
 

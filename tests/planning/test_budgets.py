@@ -88,7 +88,7 @@ def assert_foreseen(graph, kept, but=()):
 
 
 @given(specs(), st.data())
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_polynomials_are_exact_on_drawn_networks(spec, data):
     model, inputs = spec.build(), spec.inputs()
     graph = graphprune.trace(model, inputs)

@@ -215,6 +215,7 @@ def test_the_trainer_prunes_under_a_penalty(run):
     assert_same(trainer.model.net, plain(8, penalty=True)[0])
 
 
+@pytest.mark.slow
 def test_the_trainer_is_resumed(run, tmp_path):
     run(callbacks.TrainerPruning(SCHEDULE, EXAMPLE, finish=False), 4)
     assert (tmp_path / "checkpoint-4" / "graphprune.pt").is_file()

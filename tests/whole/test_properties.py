@@ -46,7 +46,7 @@ def equals_masked(spec, data):
 
 
 @given(specs(), st.data())
-@settings(max_examples=50)
+@settings(max_examples=40)
 def test_small_equals_masked(spec, data):
     """Outputs, gradients and statistics, in eval and in train mode."""
     equals_masked(spec, data)
@@ -182,7 +182,7 @@ def test_more_ratio_never_means_more_parameters(spec):
 
 
 @given(specs(), st.floats(0, 0.9999))
-@settings(max_examples=14)
+@settings(max_examples=12)
 def test_no_group_is_ever_emptied(spec, ratio):
     _, _, graph = prepared(spec)
     for scope in ("local", "global"):
@@ -204,7 +204,7 @@ def test_the_order_of_kept_channels_does_not_matter(spec, data):
 
 
 @given(specs(), st.data())
-@settings(max_examples=14)
+@settings(max_examples=10)
 def test_zeroed_parameters_agree_with_zeroed_values(spec, data):
     """The two ways to mask: zeroes in the parameters, and zeroes in the evaluated graph."""
     model, inputs, graph = prepared(spec)
