@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from numbers import Real
+from typing import TypeGuard
 
 
-def is_int(value: object, least: int | None = None) -> bool:
+def is_int(value: object, least: int | None = None) -> TypeGuard[int]:
     """Whether a value is an int, and not smaller than ``least``."""
     return (
         isinstance(value, int) and not isinstance(value, bool) and (least is None or value >= least)

@@ -41,7 +41,7 @@ def bench(
     engine: Annotated[
         str, typer.Option(help="What runs .onnx: onnxruntime, or openvino.")
     ] = "onnxruntime",
-    inputs: Inputs = [],  # noqa: B006
+    inputs: Inputs = [],
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

@@ -40,10 +40,10 @@ def export(
             help="A size left open: batch=0 (in every input), words=input_ids.1 (of one); none: "
             "all are fixed. Without it, the batch is open."
         ),
-    ] = [],  # noqa: B006
+    ] = [],
     outputs: Annotated[
         list[str], typer.Option("--output", help="An output that stays, by name; all of them.")
-    ] = [],  # noqa: B006
+    ] = [],
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators.")] = None,
     external_data: Annotated[
         bool | None,
@@ -70,7 +70,7 @@ def export(
         bool, typer.Option(help="Write FILE.certificate.json, which verify checks again.")
     ] = True,
     weights: Weights = None,
-    inputs: Inputs = [],  # noqa: B006
+    inputs: Inputs = [],
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:

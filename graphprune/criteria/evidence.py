@@ -181,8 +181,7 @@ def gather(
     entry = find(criterion)
     check_needs(entry, data)
     needs = needed(entry)
-    blind = getattr(entry.function, "blind", False)
-    if is_weightless(model) and (needs or (tensors is None and not blind)):
+    if is_weightless(model) and (needs or (tensors is None and not entry.blind)):
         what = "runs the model" if needs else "reads weights"
         raise InputError(
             f"criterion {entry.name!r} {what}, and the model is on the meta device: load it; for "

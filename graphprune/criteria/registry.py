@@ -41,6 +41,7 @@ class Entry:
             absent.
         variants: what else the scores may be, for plans to try: factors by group name.
         others: criteria of the same needs, for plans to try as well.
+        blind: whether it looks at no weight, either.
     """
 
     name: str
@@ -53,8 +54,10 @@ class Entry:
     without_data: str | None = None
     variants: Variants | None = None
     others: Sequence[Criterion] = ()
+    blind: bool = False
 
 
+_SAID = ("comparable", "scope", "normalise", "without_data", "variants", "others", "blind")
 _REGISTRY: dict[str, Entry] = {}
 
 
@@ -139,8 +142,5 @@ def _entry(name: str, criterion: Criterion, needs: Iterable[str] | str | None) -
         criterion,
         frozenset({found} if isinstance(found, str) else found),
         getattr(criterion, "aggregate", Entry.aggregate),
-        *(
-            getattr(criterion, name, getattr(Entry, name))
-            for name in ("comparable", "scope", "normalise", "without_data", "variants", "others")
-        ),
+        *(getattr(criterion, name, getattr(Entry, name)) for name in _SAID),
     )

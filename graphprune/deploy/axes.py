@@ -52,7 +52,7 @@ def _axis(name: object, where: object, names: Sequence[str], tensors: Sequence[T
     if isinstance(where, Mapping):
         places = [_place(name, text, dim, names, tensors) for text, dim in where.items()]
     elif is_int(where):
-        places = _everywhere(where, tensors)  # type: ignore[arg-type]
+        places = _everywhere(where, tensors)
     else:
         raise InputError(f"dynamic must be {_FORMS}; got {where!r} for {name!r}")
     if not places:

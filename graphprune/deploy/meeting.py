@@ -16,7 +16,7 @@ from graphprune.deploy.exporting import export
 from graphprune.deploy.timing import Timing, bench, cores
 from graphprune.errors import InputError
 from graphprune.measurement import latency_text
-from graphprune.plan.plan import Plan, plan_of
+from graphprune.plan.plan import Plan, carry, plan_of
 from graphprune.planning.deadline import Curve
 from graphprune.planning.latency import processor
 from graphprune.planning.options import Options
@@ -209,5 +209,5 @@ class _Search:
         met = Met(small, engine, self.before, limit, predicted, measured, tuple(self.tries))
         notes = (*plan.notes, met.line())
         plan = replace(plan, request=request, notes=notes)
-        small.graphprune_plan = plan  # type: ignore[assignment]
+        carry(small, plan)
         return met

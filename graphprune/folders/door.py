@@ -10,6 +10,7 @@ from torch import nn
 from graphprune.errors import InputError
 from graphprune.folders import of_diffusers, of_sentences, of_timm, of_transformers
 from graphprune.folders.files import read_json
+from graphprune.folders.plans import not_installed
 
 
 def save_pretrained(small: nn.Module, folder: str | Path, **options: Any) -> Path:
@@ -98,7 +99,4 @@ def from_pretrained(folder: str | Path, *, model_class: Any = None, **options: A
                 return of_diffusers.load(path, config, options)
         return of_transformers.from_folder(folder, model_class, options)
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"{str(folder)!r} holds a model of a library that is not installed ({error}): "
-            f"pip install {(error.name or '').replace('_', '-')}"
-        ) from error
+        raise not_installed(folder, error) from error

@@ -340,16 +340,26 @@ def from_folder(folder: Any, model_class: Any, options: dict[str, Any]) -> Any:
         CheckpointError: as there.
         ModelError: the config names no class of the library.
     """
+    hub = {key: options[key] for key in _HUB if key in options}
+    config = config_of(folder, **hub)
+    return load(class_named(config, model_class, str(folder)), folder, **options)
+
+
+def config_of(folder: Any, **hub: Any) -> Any:
+    """The config in a folder; no code of it is run.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        ModuleNotFoundError: the library is not installed.
+    """
     from transformers import AutoConfig
 
-    hub = {key: options[key] for key in _HUB if key in options}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read the config of {str(folder)!r}: {told(error)}") from (
             error
         )
-    return load(class_named(config, model_class, str(folder)), folder, **options)
 
 
 def class_named(config: Any, model_class: Any, folder: str) -> Any:

@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from graphprune.errors import CheckpointError, GraphPruneError, ModelError, PlanError, RewriteError
+from graphprune.errors import (
+    CheckpointError,
+    GraphPruneError,
+    InputError,
+    ModelError,
+    PlanError,
+    RewriteError,
+)
 from graphprune.execute.building import Recipe
 from graphprune.execute.likeness import loose, shapes_of
 from graphprune.execute.saving import Offer
@@ -300,4 +307,12 @@ def refused(offer: Offer, error: GraphPruneError) -> ModelError:
     return ModelError(
         f"the config of {type(offer.module).__name__} cannot express this model: {offer.reason}; "
         f"nor can a folder hold its plan: {error}; use graphprune.save and graphprune.load"
+    )
+
+
+def not_installed(folder: object, error: ModuleNotFoundError) -> InputError:
+    """What is said where the library of a folder is missing."""
+    return InputError(
+        f"{str(folder)!r} holds a model of a library that is not installed ({error}): "
+        f"pip install {(error.name or '').replace('_', '-')}"
     )

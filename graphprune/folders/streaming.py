@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import rebuild, trace
-from graphprune.errors import CheckpointError, InputError
+from graphprune.errors import InputError
 from graphprune.execute.shrink import cut, kept_indices, written
 from graphprune.folders import of_transformers
-from graphprune.folders.plans import ENTRY, told, write_text
+from graphprune.folders.plans import ENTRY, not_installed, write_text
 from graphprune.folders.shards import INDEX, SINGLE, Layout, Named, Shards, write_shard
 from graphprune.plan.leaving import names_before
 from graphprune.plan.plan import Plan
@@ -105,18 +105,9 @@ def _weightless(folder: Path) -> nn.Module:
     if not (folder / "config.json").is_file():
         raise InputError(f"{str(folder)!r} has no config.json: pass the folder of a model")
     try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise InputError(
-            f"{str(folder)!r} holds a model of transformers, which is not installed: "
-            "pip install transformers"
-        ) from error
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"cannot read the config of {str(folder)!r}: {told(error)}"
-        ) from error
+        config = of_transformers.config_of(folder)
+    except ModuleNotFoundError as error:
+        raise not_installed(folder, error) from error
     if hasattr(config, ENTRY):
         raise InputError(
             f"{str(folder)!r} holds a small model already: load it with from_pretrained, and prune "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import nn
 
@@ -43,7 +43,7 @@ def named(options: T, model: nn.Module) -> T:
                 for key, value in given.items()
                 for pattern in (_patterns(key, model, name) if _is_module(key) else [key])
             }
-    return found  # type: ignore[return-value]  # the same keys
+    return cast(T, found)
 
 
 def patterns_of(keep: Any, model: nn.Module, option: str) -> Any:
