@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,10 @@ def fastest(runs: list[Callable[[], object]], calls: int) -> list[float]:
 
 def in_onnx(model: nn.Module, x: Tensor) -> Callable[[], object] | None:
     """The model in ONNX Runtime on one thread, if that is installed."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError:
+    if not all(map(find_spec, ("onnxruntime", "onnxscript"))):
         return None
+    import onnxruntime
+
     program: Any = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from support.configured import Block
 from torch import nn
 
 import graphprune
@@ -24,24 +25,13 @@ class Config:
         return dict(vars(self))
 
 
-class Block(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.heads, self.size = config.heads, config.width // config.heads
-        if self.size * self.heads != config.width:
-            raise ValueError("the width must be a multiple of the number of heads")
-        self.norm = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.out = nn.Linear(config.width, config.width)
-        self.up = nn.Linear(config.width, config.hidden)
-        self.down = nn.Linear(config.hidden, config.width)
+class Whole(Block):
+    """It refuses heads that do not fill the width."""
 
-    def forward(self, x):
-        b, n, _ = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(b, n, 3, self.heads, self.size).permute(2, 0, 3, 1, 4)
-        weights = (q @ k.transpose(-1, -2) * self.size**-0.5).softmax(-1)
-        x = x + self.out((weights @ v).transpose(1, 2).reshape(b, n, -1))
-        return x + self.down(torch.relu(self.up(x)))
+    def __init__(self, config):
+        if config.width % config.heads:
+            raise ValueError("the width must be a multiple of the number of heads")
+        super().__init__(config)
 
 
 class Model(nn.Module):
@@ -51,7 +41,7 @@ class Model(nn.Module):
         super().__init__()
         self.config = config
         self.words = nn.Embedding(11, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Whole(config) for _ in range(config.layers))
         self.head = nn.Linear(config.width, 3)
 
     def scaled(self, x):
