@@ -37,7 +37,7 @@ from graphprune.planning.options import Options, Request
 from graphprune.planning.sensitivity import Sensitivity, of_parts, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.planning.unread import with_unread
-from graphprune.record.checks import check_model
+from graphprune.record.checks import check_model, check_weights
 from graphprune.record.collecting import uncollected
 from graphprune.record.cost import peak_activations
 from graphprune.record.inputs import Call, called
@@ -87,8 +87,8 @@ def trace(
 
     Raises:
         ModelError: the model is quantized, scripted, compiled, wrapped, lazy or not finite.
-        InputError: no example inputs could be inferred, ``attention`` is none of these, or
-            ``outputs`` names what the output lacks.
+        InputError: no example inputs could be inferred, ``attention`` is none of these,
+            ``outputs`` names what the output lacks, or ``weights`` lack parameters.
         TraceError: the model does not run on the example inputs.
 
     Example:
@@ -99,6 +99,7 @@ def trace(
         8
     """
     check_model(model, weightless=True)
+    check_weights(model, weights)
     if attention not in ATTENTION:
         raise InputError(f"attention must be one of {', '.join(ATTENTION)}, not {attention!r}")
     counted = Outputs.of(outputs)

@@ -53,6 +53,7 @@ class Evidence(Mapping[str, Tensor]):
     Attributes:
         statistics: results of the collectors, by the name of the statistic.
         batches: how many batches they come from.
+        shapes: what tensors from elsewhere must have, by name.
     """
 
     def __init__(
@@ -60,13 +61,22 @@ class Evidence(Mapping[str, Tensor]):
         tensors: Mapping[str, Tensor],
         statistics: Mapping[str, Any] | None = None,
         batches: int = 0,
+        shapes: Mapping[str, torch.Size] | None = None,
     ) -> None:
         self.tensors = tensors
         self.statistics = statistics or {}
         self.batches = batches
+        self.shapes = shapes or {}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.tensors[name]
+        found = self.tensors[name]
+        shape = self.shapes.get(name, found.shape)
+        if found.shape != shape:
+            raise InputError(
+                f"{name!r} is {list(found.shape)} in weights, and {list(shape)} in the model: pass "
+                "the weights of this model"
+            )
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -188,7 +198,10 @@ def gather(
             "criteria of weights alone trace(weights=...) takes a mapping of names to tensors, and "
             "criterion='random' needs none"
         )
-    tensors = _used(model) if tensors is None else tensors
+    if tensors is not None:
+        shapes = {name: tensor.shape for name, tensor in named_tensors(model)}
+        return Evidence(tensors, shapes=shapes)
+    tensors = _used(model)
     if not needs:
         return Evidence(tensors)
     slots: dict[Key, list[Tensor]] = {}

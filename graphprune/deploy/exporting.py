@@ -29,7 +29,7 @@ from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, u
 from graphprune.deploy.onnx_files import LARGE, check_opset, write
 from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
 from graphprune.deploy.traced_files import NOTE, is_recurrent, shapes_of, write_traced
-from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
+from graphprune.errors import ExportError, InputError, ModelError, TraceError, as_path, warn
 from graphprune.measurement import bytes_text, drawn, shared_copy
 from graphprune.plan.plan import plan_of
 from graphprune.record.batches import at_rest, device_of
@@ -186,7 +186,7 @@ def export(
         >>> print(made.verdict, made.inputs[0])
         equal input float32[batch, 4]
     """
-    path = Path(path)
+    path = as_path(path)
     if path.suffix not in FORMATS:
         raise InputError(f"path must end in {' or '.join(FORMATS)}; got {path.name!r}")
     check_model(model)

@@ -15,7 +15,7 @@ from graphprune.deploy.likeness import Likeness, compared, fed
 from graphprune.deploy.onnx_files import LARGE
 from graphprune.deploy.quiet import quiet
 from graphprune.deploy.timing import Bench, Threads, bench, size_of
-from graphprune.errors import ExportError, GraphPruneError, InputError, warn
+from graphprune.errors import ExportError, GraphPruneError, InputError, as_path, warn
 from graphprune.measurement import bytes_text
 from graphprune.record.batches import batches, check_data
 
@@ -118,7 +118,7 @@ def quantize(
         >>> print(small.mode, small.likeness.error < 0.05)
         static True
     """
-    path, out = Path(path), Path(out)
+    path, out = as_path(path), as_path(out, "out")
     mode = mode or (DYNAMIC if data is None else STATIC)
     _check(path, out, mode, method, data)
     for library in ("onnx", "onnxruntime"):

@@ -24,7 +24,7 @@ from graphprune.deploy.certificate import (
 from graphprune.deploy.engines import load_engine
 from graphprune.deploy.exporting import Ready
 from graphprune.deploy.files import digest_of
-from graphprune.errors import GraphPruneError, InputError
+from graphprune.errors import GraphPruneError, InputError, as_path
 from graphprune.plan.plan import plan_of
 from graphprune.record.batches import at_rest
 
@@ -82,7 +82,7 @@ def repeat(
         >>> print(before, after[0])
         () the weights of the small model are others
     """
-    path = Path(path)
+    path = as_path(path)
     known = Certificate.read(path)
     compared = [*_compared(known, path.parent, small, original, example_inputs)]
     differences = [*_identities(known, path.parent, small, original)]

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
+from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError, as_path
 from graphprune.execute.config import Before, refuse_loaded
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink
@@ -70,6 +70,7 @@ def save(small: nn.Module, path: str | Path) -> Path:
         >>> torch.equal(loaded[1].weight, small[1].weight)
         True
     """
+    path = as_path(path)
     plan = plan_of(small)
     if plan is None:
         raise InputError(
@@ -91,7 +92,7 @@ def save(small: nn.Module, path: str | Path) -> Path:
         **{key: json.dumps(extra[key], sort_keys=True) for key in _KEYS},
     }
     metadata["digest"] = _digest(stored, metadata)
-    return _write(stored, metadata, Path(path))
+    return _write(stored, metadata, path)
 
 
 def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]) -> nn.Module:
@@ -122,7 +123,7 @@ def load(path: str | Path, model_or_factory: nn.Module | Callable[[], nn.Module]
         >>> loaded.fc.in_features
         256
     """
-    content = _read(Path(path))
+    content = _read(as_path(path))
     original = weightless(model_or_factory)
     before = Before.of(original.model)
     _mask_as_planned(original.model, content)

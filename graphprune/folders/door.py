@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.errors import InputError
+from graphprune.errors import InputError, as_path
 from graphprune.folders import of_diffusers, of_sentences, of_timm, of_transformers
 from graphprune.folders.files import read_json
 from graphprune.folders.plans import not_installed
@@ -40,6 +40,7 @@ def save_pretrained(small: nn.Module, folder: str | Path, **options: Any) -> Pat
         graphprune.errors.InputError: Sequential is of no library that has folders of models: use \
 graphprune.save and graphprune.load
     """
+    as_path(folder, "folder")
     method = getattr(small, "save_pretrained", None)
     if callable(method):
         method(str(folder), **options)
@@ -82,7 +83,7 @@ def from_pretrained(folder: str | Path, *, model_class: Any = None, **options: A
         Traceback (most recent call last):
         graphprune.errors.InputError: '.' has no config.json: pass the folder of a model
     """
-    path = Path(folder)
+    path = as_path(folder, "folder")
     try:
         if (path / "model_index.json").is_file():
             return of_diffusers.load_pipeline(path, options)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphprune.errors import CheckpointError, InputError
+from graphprune.errors import CheckpointError, InputError, as_path
 from graphprune.record.tensors import aliases
 from graphprune.text import shorten
 
@@ -60,7 +60,7 @@ class Shards(Mapping[str, Tensor]):
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = as_path(folder, "folder")
         if not self.folder.is_dir():
             raise InputError(f"{str(folder)!r} is no folder: pass one that save_pretrained wrote")
         listed = self._listed()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import rebuild, trace
-from graphprune.errors import InputError
+from graphprune.errors import InputError, as_path
 from graphprune.execute.shrink import cut, kept_indices, written
 from graphprune.folders import of_transformers
 from graphprune.folders.plans import ENTRY, not_installed, write_text
@@ -76,7 +76,7 @@ def shrink_folder(
         Traceback (most recent call last):
         graphprune.errors.InputError: '.' has no config.json: pass the folder of a model
     """
-    source, target = Path(folder), Path(out)
+    source, target = as_path(folder, "folder"), as_path(out, "out")
     if options.get("data") is not None:
         raise InputError(
             "shrink_folder runs no model, and so takes no data: load the model and use rebuild, or "

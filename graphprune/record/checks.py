@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from graphprune.errors import ModelError
+from graphprune.errors import InputError, ModelError
 from graphprune.record.tensors import named_modules, named_tensors
+from graphprune.text import shorten
 
 _STATISTICS = ("running_mean", "running_var")  # other buffers may hold -inf, as masks do
 _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel")
@@ -60,6 +62,35 @@ def is_weightless(model: nn.Module) -> bool:
     """Whether a model has parameters, all of them on the meta device."""
     parameters = [parameter.is_meta for parameter in model.parameters()]
     return bool(parameters) and all(parameters)
+
+
+def check_weights(model: nn.Module, weights: object) -> None:
+    """Raise unless what stands for the parameters of a model names all of them.
+
+    Raises:
+        InputError: says what is missing, or that the model has weights of its own.
+    """
+    if weights is None:
+        return
+    if not is_weightless(model):
+        raise InputError(
+            "weights= stands for those of a model on the meta device, and this one has its own: "
+            "leave it out"
+        )
+    if not isinstance(weights, Mapping):
+        raise InputError(
+            f"weights must map names to tensors, such as a state_dict; got {type(weights).__name__}"
+        )
+    missing = [
+        name
+        for name, tensor in named_tensors(model)
+        if isinstance(tensor, nn.Parameter) and name not in weights
+    ]
+    if missing:
+        raise InputError(
+            f"weights have no {shorten(missing, 4)}: pass a tensor for every parameter, by its "
+            "name in the model"
+        )
 
 
 def _check_tensor(path: str, tensor: torch.Tensor, weightless: bool) -> None:

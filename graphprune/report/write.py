@@ -16,7 +16,7 @@ from torch import nn
 
 from graphprune.api import GRAPHS, ChannelGraph, trace
 from graphprune.arguments import is_number
-from graphprune.errors import InputError
+from graphprune.errors import InputError, as_path
 from graphprune.measurement import Measurement, count_text
 from graphprune.plan.plan import Plan
 from graphprune.report.charts import path_of
@@ -152,9 +152,7 @@ def _asset(environment: Environment, name: str) -> str:
 
 def _checked(path: str | Path) -> Path:
     """A wrong place is told before anything long is done."""
-    if not isinstance(path, str | Path):
-        raise InputError(f"path must name the file to write, got {type(path).__name__}")
-    where = Path(path)
+    where = as_path(path)
     if where.is_dir():
         raise InputError(f"{str(path)!r} is a folder: name a file in it, such as report.html")
     if not where.parent.is_dir():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import rebuild
-from graphprune.errors import CheckpointError, InputError, PlanError
+from graphprune.errors import CheckpointError, InputError, PlanError, as_path
 from graphprune.plan.plan import plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.copying import copy_module
@@ -142,7 +142,7 @@ class RewindPoint:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        path = Path(path)
+        path = as_path(path)
         content = {
             "format": FORMAT,
             "step": self.step,

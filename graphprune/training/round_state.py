@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.errors import CheckpointError, InputError
+from graphprune.errors import CheckpointError, InputError, as_path
 from graphprune.execute.checkpoint import load, save
 from graphprune.plan.plan import Plan, carry
 from graphprune.training.history import Entry
@@ -64,7 +64,7 @@ class Folder:
         self, path: str | Path | None, settings: Mapping[str, Any], writes: bool = True
     ) -> None:
         self.writes = writes
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else as_path(path)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
 
     def read(self) -> State | None:

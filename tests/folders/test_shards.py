@@ -72,6 +72,23 @@ def test_a_model_without_weights_says_what_needs_them():
         graphprune.verify(empty, graph.plan(0.5, criterion="random"), x)
 
 
+def test_wrong_weights_are_told():
+    with torch.device("meta"):
+        empty = net()
+    x, state = torch.randn(2, 4), net().state_dict()
+    for weights, text in (
+        (5, "weights must map names to tensors, such as a state_dict; got int"),
+        ({}, r"weights have no 0\.weight, 0\.bias"),
+    ):
+        with pytest.raises(InputError, match=text):
+            graphprune.trace(empty, x, weights=weights)
+    with pytest.raises(InputError, match="this one has its own: leave it out"):
+        graphprune.trace(net(), x, weights=state)
+    graph = graphprune.trace(empty, x, weights={**state, "0.weight": torch.zeros(9, 4)})
+    with pytest.raises(InputError, match=r"'0\.weight' is \[9, 4\] in weights, and \[8, 4\]"):
+        graph.plan(0.5)
+
+
 def test_a_model_that_reads_values_says_that_it_needs_weights():
     class Reads(nn.Module):
         def __init__(self):

@@ -365,7 +365,7 @@ def test_wrong_places(tmp_path: Path) -> None:
         plan.report(tmp_path)
     with pytest.raises(InputError, match=r"no folder .* to write 'report.html' into"):
         plan.report(tmp_path / "missing" / "report.html")
-    with pytest.raises(InputError, match="path must name the file"):
+    with pytest.raises(InputError, match="path must be a path, a text or a pathlib"):
         plan.report(None)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import graphprune
+from graphprune import deploy
 from graphprune.criteria import criteria
 from graphprune.errors import (
     GraphPruneError,
@@ -203,6 +204,26 @@ def test_meta():
         graphprune.rebuild(Small().to("meta"), 0.5, X)
     with pytest.raises(ModelError, match="on the meta device"):
         graphprune.verify(Small().to("meta"), Small(), X)
+
+
+@pytest.mark.parametrize("wrong", [5, None, ""], ids=repr)
+def test_paths_that_are_none(wrong):
+    model = Small()
+    small = graphprune.rebuild(model, 0.5, X)
+    for use in (
+        lambda: graphprune.save(small, wrong),
+        lambda: graphprune.load(wrong, model),
+        lambda: graphprune.from_pretrained(wrong),
+        lambda: graphprune.save_pretrained(small, wrong),
+        lambda: graphprune.shrink_folder(wrong, "out", 0.5),
+        lambda: graphprune.shrink_folder("folder", wrong, 0.5),
+        lambda: small.graphprune_plan.report(wrong, model),
+        lambda: deploy.export(small, wrong, X),
+        lambda: deploy.quantize(wrong, "out.onnx", [X]),
+        lambda: deploy.repeat(wrong, small),
+    ):
+        with pytest.raises(InputError, match=r"must be a path, a text or a pathlib\.Path; got"):
+            use()
 
 
 def test_lazy():
