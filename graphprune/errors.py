@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import pathlib
 import sys
 import warnings
 
@@ -73,18 +72,6 @@ class RoundError(GraphPruneError, RuntimeError):
     def __init__(self, text: str, outcome: object = None) -> None:
         super().__init__(text)
         self.outcome = outcome
-
-
-def as_path(given: object, name: str = "path") -> pathlib.Path:
-    """A path that a user passed.
-
-    Raises:
-        InputError: it is none.
-    """
-    if not isinstance(given, str | os.PathLike) or not str(given):
-        shown = repr(given) if given == "" else type(given).__name__
-        raise InputError(f"{name} must be a path, a text or a pathlib.Path; got {shown}")
-    return pathlib.Path(given)
 
 
 class PruningWarning(UserWarning):

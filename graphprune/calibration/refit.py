@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from graphprune.arguments import is_int, is_number
+from graphprune.arguments import check_seed, is_int, is_number
 from graphprune.calibration.items import count, doubt, set_apart
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.repair import Refit, Repair, Settings
@@ -274,8 +274,7 @@ def _check_numbers(method: str, ridge: Any, rows: Any, sweeps: Any, seed: Any) -
         raise InputError(
             f'sweeps={sweeps} goes with method="repair" alone; got method {method!r}: leave it out'
         )
-    if not is_int(seed):
-        raise InputError(f"seed must be an int, not {seed!r}")
+    check_seed(seed)
 
 
 def _check_bounds(held_out: Any, memory: Any, seconds: Any) -> None:

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from graphprune.arguments import check_seed
 from graphprune.cli.sources import RANDOM, SOURCES
 from graphprune.errors import CheckpointError, InputError
 from graphprune.record.tensors import aliases
@@ -54,6 +55,7 @@ def load_model(text: str, seed: int = 0) -> nn.Module:
         >>> load_model("torchvision:resnet18").fc.out_features
         1000
     """
+    check_seed(seed)
     library, _, inside = text.partition(":")
     source, _, name = text.rpartition(":")
     if not source or not name:

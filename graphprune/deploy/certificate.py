@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graphprune.arguments import as_path, is_int, is_number
 from graphprune.deploy.agreeing import Agreement
 from graphprune.deploy.axes import Axis
 from graphprune.deploy.files import digest_of
@@ -129,7 +130,7 @@ class Certificate:
         """
         name = repr(str(path))
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(as_path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise CheckpointError(f"cannot read {name}: {error.strerror or error}") from error
         except ValueError as error:
@@ -143,11 +144,45 @@ class Certificate:
             )
         try:
             ran = content.pop("ran")
-            compared = tuple(Compared(**one) for one in content.pop("compared"))
+            listed = content.pop("compared")
+            if not isinstance(listed, list):
+                raise TypeError(f"compared is {listed!r} where it should be a list")
+            compared = tuple(Compared(**one) for one in listed)
             found = cls(**content, compared=compared)
+            _check_types(found)
             return found if ran is None else replace(found, ran=_ran(ran))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{name} is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_types(found: Certificate) -> None:
+    """Raise a ``TypeError`` unless all fields are what they are declared to be."""
+    texts: dict[str, type] = dict.fromkeys(("class", "architecture", "weights"), str)
+    models = [found.small] if found.original is None else [found.small, found.original]
+    held: list[tuple[Any, dict[str, type]]] = [(model, texts) for model in models]
+    held += [(file, {"sha256": str, "bytes": int}) for file in _values(found.files)]
+    for one in found.compared:
+        declared: dict[str, type] = {"what": str, "engine": str, "verdict": str, "told": str}
+        held.append((vars(one), declared))
+        for name in ("tolerance", "difference"):
+            value = getattr(one, name)
+            if value is not None and not is_number(value):
+                raise TypeError(f"{name} of {one.what!r} is {value!r}")
+    for content, kinds in held:
+        for name, kind in kinds.items():
+            value = content.get(name) if isinstance(content, dict) else None
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} is {value!r} where it should be {kind.__name__}")
+    plan = found.plan is None or isinstance(found.plan, str)
+    said = all(isinstance(text, str) for text in (found.date, *_values(found.versions)))
+    if not plan or not said or not is_int(found.seed) or not isinstance(found.command, dict):
+        raise TypeError("plan, date, versions, seed or command is of another type")
+
+
+def _values(content: object) -> list[Any]:
+    if not isinstance(content, dict):
+        raise TypeError(f"{content!r} is no mapping")
+    return [*content.values()]
 
 
 def _ran(content: dict[str, Any]) -> Ran:

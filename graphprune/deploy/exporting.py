@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from graphprune.arguments import as_path, check_seed, check_tolerance
 from graphprune.deploy.agreeing import Agreement, Comparison
 from graphprune.deploy.axes import Axis, Dynamic, find_axes
 from graphprune.deploy.certificate import (
@@ -29,7 +30,7 @@ from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, u
 from graphprune.deploy.onnx_files import LARGE, check_opset, write
 from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
 from graphprune.deploy.traced_files import NOTE, is_recurrent, shapes_of, write_traced
-from graphprune.errors import ExportError, InputError, ModelError, TraceError, as_path, warn
+from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
 from graphprune.measurement import bytes_text, drawn, shared_copy
 from graphprune.plan.plan import plan_of
 from graphprune.record.batches import at_rest, device_of
@@ -191,6 +192,9 @@ def export(
         raise InputError(f"path must end in {' or '.join(FORMATS)}; got {path.name!r}")
     check_model(model)
     check_opset(opset)
+    check_seed(seed)
+    if tolerance is not None:
+        check_tolerance(tolerance)
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
     if path.suffix == ".onnx":

@@ -66,7 +66,13 @@ def write(
             f"torch's ONNX exporter fails: {type(cause).__name__}: {told(cause)}; another opset= "
             "may help, or format 'pt2', a package of torch.export"
         ) from error
-    return int(made.model.opset_imports[""])
+    written = int(made.model.opset_imports[""])
+    if opset not in (None, written):
+        raise ExportError(
+            f"torch's exporter writes opset {written} where {opset} was asked for: leave opset "
+            "out, or ask for another"
+        )
+    return written
 
 
 def name_sizes(model: Any, axes: Sequence[Axis]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,13 +10,14 @@ from typing import Any
 
 from torch import nn
 
+from graphprune.arguments import as_path
 from graphprune.deploy.engines import Engine, needed, onnxruntime, told
 from graphprune.deploy.files import written_beside
 from graphprune.deploy.likeness import Likeness, compared, fed
 from graphprune.deploy.onnx_files import LARGE
 from graphprune.deploy.quiet import quiet
-from graphprune.deploy.timing import Bench, Threads, bench, size_of
-from graphprune.errors import ExportError, GraphPruneError, InputError, as_path, warn
+from graphprune.deploy.timing import Bench, Threads, bench, check_bench, size_of
+from graphprune.errors import ExportError, GraphPruneError, InputError, warn
 from graphprune.measurement import bytes_text
 from graphprune.record.batches import batches, check_data
 
@@ -121,6 +123,9 @@ def quantize(
     path, out = as_path(path), as_path(out, "out")
     mode = mode or (DYNAMIC if data is None else STATIC)
     _check(path, out, mode, method, data)
+    _check_lists(path, operators, keep)
+    models = {**_named_models(beside), path.name: path, out.name: out}
+    check_bench(threads, seconds)
     for library in ("onnx", "onnxruntime"):
         needed(library, "quantizing")
     if data is not None:
@@ -154,7 +159,6 @@ def quantize(
         warn(f"agreement of {out.name} with the float file means nothing: {likeness.told}")
     timed = None
     if seconds:
-        models = {**(beside or {}), path.name: path, out.name: out}
         first = next(iter(tested), None) if tested is not None else None
         example = None if first is None else tuple(t[:1] for t in fed(first, source.inputs))
         timed = bench(models, example, threads=threads, seconds=seconds)
@@ -173,6 +177,44 @@ def _check(path: Path, out: Path, mode: str, method: str, data: object) -> None:
             raise InputError(f"{name} must end in .onnx; got {str(file)!r}")
     if path.resolve() == out.resolve():
         raise InputError("out must be another file than the float one, which it is compared with")
+
+
+def _check_lists(path: Path, operators: Any, keep: Any) -> None:
+    """Raise unless lists hold texts, nodes to keep are there, and the file is a float one."""
+    for name, given in (("operators", operators), ("keep", keep)):
+        listed = isinstance(given, Sequence) and not isinstance(given, str)
+        if given is not None and not (listed and all(isinstance(item, str) for item in given)):
+            raise InputError(f"{name} must be a list of texts; got {given!r}")
+    needed("onnx", "quantizing")
+    import onnx
+
+    if not path.is_file():
+        raise InputError(f"no file {str(path)!r}: pass an ONNX file, such as export wrote")
+    try:
+        nodes = onnx.load(path, load_external_data=False).graph.node
+    except Exception as error:  # of protocol buffers, and others
+        raise ExportError(f"{str(path)!r} is no ONNX file: {told(error)}") from error
+    if any(node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear") for node in nodes):
+        raise InputError(f"{path.name} is in 8 bits already: pass the float file")
+    names = [node.name for node in nodes]
+    unknown = [name for name in keep or () if name not in names]
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], names, 3, 0.3) or names[:3]
+        raise InputError(
+            f"keep names {unknown[0]!r}, which is no node of {path.name}; such as "
+            f"{', '.join(close)}"
+        )
+
+
+def _named_models(beside: Any) -> dict[str, Any]:
+    if beside is None:
+        return {}
+    fits = isinstance(beside, Mapping) and all(
+        isinstance(model, nn.Module | str | Path) for model in beside.values()
+    )
+    if not fits:
+        raise InputError(f"beside must be modules and files by name; got {beside!r}")
+    return dict(beside)
 
 
 def _kinds(path: Path, mode: str) -> list[str] | None:

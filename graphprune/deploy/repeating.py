@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import nn
 
-from graphprune.deploy.agreeing import Agreement, Comparison
+from graphprune.arguments import as_path
+from graphprune.deploy.agreeing import Agreement, Comparison, tolerance_for
 from graphprune.deploy.axes import find_axes
 from graphprune.deploy.certificate import (
     DIFFERENT,
@@ -24,9 +25,11 @@ from graphprune.deploy.certificate import (
 from graphprune.deploy.engines import load_engine
 from graphprune.deploy.exporting import Ready
 from graphprune.deploy.files import digest_of
-from graphprune.errors import GraphPruneError, InputError, as_path
+from graphprune.errors import GraphPruneError, InputError
 from graphprune.plan.plan import plan_of
 from graphprune.record.batches import at_rest
+
+_WIDE = 1000  # tolerances beyond so many times the usual one are no comparison
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def repeat(
     path = as_path(path)
     known = Certificate.read(path)
     compared = [*_compared(known, path.parent, small, original, example_inputs)]
-    differences = [*_identities(known, path.parent, small, original)]
+    differences = [*_identities(known, path.parent, small, original), *_unsaid(known, small)]
     before = {one.what: one for one in known.compared}
     for one in compared:
         if one.verdict != before[one.what].verdict:
@@ -105,6 +108,20 @@ def repeat(
     left = [what for what in before if what not in {one.what for one in compared}]
     notes += [f"{what}: not compared again, as it is not at hand" for what in left]
     return Repeated(tuple(compared), tuple(differences), tuple(notes))
+
+
+def _unsaid(known: Certificate, small: nn.Module) -> Iterator[str]:
+    """What a certificate must say to be worth anything: it may have been cut short."""
+    if not known.compared:
+        yield "the certificate holds no comparison"
+    usual = tolerance_for(small)
+    for one in known.compared:
+        if one.what == MASKED and known.original is None:
+            yield "the certificate does not say which original was compared"
+        if one.what != MASKED and one.what not in known.files:
+            yield f"the certificate has no digest of {one.what}"
+        if one.tolerance is not None and not 0 <= one.tolerance <= _WIDE * usual:
+            yield f"{one.what} was compared within {one.tolerance:.0e}, which proves nothing"
 
 
 def _identities(

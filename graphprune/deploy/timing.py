@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,9 +142,7 @@ def bench(
     """
     if not isinstance(models, Mapping) or not models:
         raise InputError(f"models must be modules and files by name; got {models!r}")
-    if not is_number(seconds, 0.0):
-        raise InputError(f"seconds must be a number of at least 0; got {seconds!r}")
-    numbers = _threads(threads)
+    numbers = check_bench(threads, seconds)
     alone = numbers == [1] and engine != "openvino"  # which computes in threads of its own
     if clock not in CLOCKS or (clock == "processor" and not alone):
         raise InputError(
@@ -159,6 +159,17 @@ def bench(
     return Bench(tuple(rows), str(given), f"{processor()} ({cores()} cores)", said)
 
 
+def check_bench(threads: Threads, seconds: object) -> list[int]:
+    """The numbers of threads to measure with.
+
+    Raises:
+        InputError: these are none, or no time to measure.
+    """
+    if not is_number(seconds, 0.0) or seconds == math.inf:
+        raise InputError(f"seconds must be a number of at least 0; got {seconds!r}")
+    return _threads(threads)
+
+
 def cores() -> int:
     """The number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -167,9 +178,8 @@ def cores() -> int:
 
 
 def _threads(threads: Threads) -> list[int]:
-    wanted: list[int | None] = (
-        [threads] if threads is None or isinstance(threads, int) else list(threads)
-    )
+    listed = isinstance(threads, Sequence) and not isinstance(threads, str)
+    wanted: list[Any] = list(threads) if listed else [threads]  # type: ignore[arg-type]
     if not wanted or not all(number is None or is_int(number, 1) for number in wanted):
         raise InputError(f"threads must be positive ints, or None for all cores; got {threads!r}")
     return list(dict.fromkeys(number or cores() for number in wanted))

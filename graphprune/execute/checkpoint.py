@@ -20,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError, as_path
+from graphprune.arguments import as_path
+from graphprune.errors import CheckpointError, InputError, PlanError, RewriteError
 from graphprune.execute.config import Before, refuse_loaded
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import shrink

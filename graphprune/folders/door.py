@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.errors import InputError, as_path
+from graphprune.arguments import as_path
+from graphprune.errors import InputError
 from graphprune.folders import of_diffusers, of_sentences, of_timm, of_transformers
 from graphprune.folders.files import read_json
 from graphprune.folders.plans import not_installed

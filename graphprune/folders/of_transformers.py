@@ -195,7 +195,8 @@ def load(kind: Any, folder: Any, *args: Any, **options: Any) -> Any:
     config, options = _config(kind, folder, options)
     value = getattr(config, ENTRY, None)
     if value is None:
-        return kind.from_pretrained(folder, *args, config=config, **options)
+        with _reported(name):
+            return kind.from_pretrained(folder, *args, config=config, **options)
     entry = Entry.read(value, name)
     config = _plain(config)
     plan = entry.plan(_file(folder, options), name)
@@ -236,9 +237,10 @@ def _config(kind: Any, folder: Any, options: dict[str, Any]) -> tuple[Any, dict[
             folder if config is None else config, return_unused_kwargs=True, **options
         )
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"cannot read the config of {str(folder)!r}: {told(error)}") from (
-            error
-        )
+        here = "" if Path(str(folder)).exists() else ", and there is no such folder"
+        raise CheckpointError(
+            f"cannot read the config of {str(folder)!r}{here}: {told(error)}"
+        ) from error
     hub = {key: options[key] for key in _HUB if key in options}
     return found, {**rest, **hub, **mine}
 
@@ -357,9 +359,10 @@ def config_of(folder: Any, **hub: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False, **hub)
     except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"cannot read the config of {str(folder)!r}: {told(error)}") from (
-            error
-        )
+        here = "" if Path(str(folder)).exists() else ", and there is no such folder"
+        raise CheckpointError(
+            f"cannot read the config of {str(folder)!r}{here}: {told(error)}"
+        ) from error
 
 
 def class_named(config: Any, model_class: Any, folder: str) -> Any:
@@ -371,7 +374,9 @@ def class_named(config: Any, model_class: Any, folder: str) -> Any:
     import transformers
 
     if model_class is not None:
-        return model_class
+        if isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel):
+            return model_class
+        raise InputError(f"model_class must be a class of transformers models; got {model_class!r}")
     names = getattr(config, "architectures", None) or [None]
     kind = getattr(transformers, str(names[0]), None)
     if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):

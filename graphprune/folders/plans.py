@@ -6,6 +6,7 @@ that does not fit what the config builds, is refused before any weight is read.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import uuid
@@ -126,7 +127,8 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 # --- what a config and a plan make ------------------------------------------------------------

@@ -6,6 +6,7 @@ tensor is read, and files outside of the folder are not opened.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
@@ -19,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from graphprune.errors import CheckpointError, InputError, as_path
+from graphprune.arguments import as_path
+from graphprune.errors import CheckpointError, InputError
 from graphprune.record.tensors import aliases
 from graphprune.text import shorten
 
@@ -265,4 +267,5 @@ def write_shard(path: Path, names: Sequence[str], read: Callable[[str], Tensor])
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write {str(path)!r}: {error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

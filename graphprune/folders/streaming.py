@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import rebuild, trace
-from graphprune.errors import InputError, as_path
+from graphprune.arguments import as_path, is_int
+from graphprune.errors import CheckpointError, InputError
 from graphprune.execute.shrink import cut, kept_indices, written
 from graphprune.folders import of_transformers
 from graphprune.folders.plans import ENTRY, not_installed, write_text
@@ -77,6 +78,8 @@ def shrink_folder(
         graphprune.errors.InputError: '.' has no config.json: pass the folder of a model
     """
     source, target = as_path(folder, "folder"), as_path(out, "out")
+    if not is_int(shard_bytes, 1):
+        raise InputError(f"shard_bytes must be a positive int; got {shard_bytes!r}")
     if options.get("data") is not None:
         raise InputError(
             "shrink_folder runs no model, and so takes no data: load the model and use rebuild, or "
@@ -131,6 +134,8 @@ def _inputs(model: Any) -> object:
 
 
 def _check_target(source: Path, target: Path) -> None:
+    if target.resolve().is_relative_to(source.resolve()) and target.resolve() != source.resolve():
+        raise InputError(f"{str(target)!r} lies in {str(source)!r}: name a folder elsewhere")
     if target.exists() and not target.is_dir():
         raise InputError(f"{str(target)!r} is a file: name a new folder")
     if not target.is_dir():
@@ -175,7 +180,10 @@ class _Writing:
 
     def run(self, progress: bool) -> None:
         """Write what is missing; the config comes last, so that half a folder is none."""
-        self.target.mkdir(parents=True, exist_ok=True)
+        try:
+            self.target.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot write {str(self.target)!r}: {error}") from error
         state = self.target / STATE
         if state.is_file() and state.read_text(encoding="utf-8") != self.key:
             raise InputError(

@@ -13,7 +13,7 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 from torch import nn
 
-from graphprune.arguments import is_int, is_number
+from graphprune.arguments import check_seed, is_int, is_number
 from graphprune.criteria import find, name_of
 from graphprune.errors import InputError
 from graphprune.planning.hints import HINTS
@@ -318,8 +318,7 @@ class Request:
             raise InputError(f"expressible must be 'config' or None, not {self.expressible!r}")
         if not is_int(self.round_to, 1):
             raise InputError(f"round_to must be a positive int such as 8, not {self.round_to!r}")
-        if not is_int(self.seed):
-            raise InputError(f"seed must be an int, not {self.seed!r}")
+        check_seed(self.seed)
         for name in ("uniform", "exact_only", "progress"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")

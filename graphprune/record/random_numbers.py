@@ -21,7 +21,7 @@ def same_numbers(seed: int = 0, device: torch.device | None = None) -> Iterator[
             torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for all devices
             if devices:
                 torch.cuda.manual_seed(seed)
-            np.random.seed(seed)
+            np.random.seed(seed % 2**32)
             random.seed(seed)
             yield
     finally:

@@ -15,8 +15,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import nn
 
 from graphprune.api import GRAPHS, ChannelGraph, trace
-from graphprune.arguments import is_number
-from graphprune.errors import InputError, as_path
+from graphprune.arguments import as_path, is_number
+from graphprune.errors import InputError
 from graphprune.measurement import Measurement, count_text
 from graphprune.plan.plan import Plan
 from graphprune.report.charts import path_of

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.api import rebuild
-from graphprune.errors import CheckpointError, InputError, PlanError, as_path
+from graphprune.arguments import as_path
+from graphprune.errors import CheckpointError, InputError, PlanError
 from graphprune.plan.plan import plan_of
 from graphprune.record.checks import check_model
 from graphprune.record.copying import copy_module

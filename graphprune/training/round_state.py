@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from graphprune.errors import CheckpointError, InputError, as_path
+from graphprune.arguments import as_path
+from graphprune.errors import CheckpointError, InputError
 from graphprune.execute.checkpoint import load, save
 from graphprune.plan.plan import Plan, carry
 from graphprune.training.history import Entry

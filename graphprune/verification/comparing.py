@@ -62,6 +62,8 @@ class Session(Models):
         """
         try:
             wanted = self.reference(trial)
+            if wanted.outputs and not finite(wanted.outputs):
+                raise Undecided("no output is finite on these inputs")
             found, error = self.shrunk(trial)
             pairs = self.equal(trial, wanted, found)
             if pairs is None and self.forget():

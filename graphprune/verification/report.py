@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from graphprune.arguments import check_seed, check_tolerance
 from graphprune.errors import InputError, ModelError, warn
 from graphprune.plan.plan import Plan, plan_of
 from graphprune.record.checks import check_model
@@ -135,8 +136,8 @@ def verify(
         names = ", ".join(map(str, TOLERANCES))
         raise InputError(f"dtype must be one of {names}; got {dtype!r}")
     tolerance = TOLERANCES[dtype] if tolerance is None else tolerance
-    if not isinstance(tolerance, int | float) or not tolerance >= 0:
-        raise InputError(f"tolerance must be a number of at least 0; got {tolerance!r}")
+    check_tolerance(tolerance)
+    check_seed(seed)
     call = _call(model, example_inputs)
     if plan.scales and not plan.exact:
         reason = "it follows a renormalising plan by an exact one: verify them one by one"

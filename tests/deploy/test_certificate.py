@@ -144,6 +144,39 @@ def test_damaged_certificates_are_told(tmp_path: Path, name: str) -> None:
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"compared": []}, "holds no comparison"),
+        ({"files": {}}, "has no digest of small.pt2"),
+        ({"original": None}, "does not say which original"),
+        ("tolerance", "which proves nothing"),
+    ],
+    ids=str,
+)
+def test_what_a_certificate_does_not_say_is_a_difference(
+    made: dict[str, Any], change: Any, told: str
+) -> None:
+    content = json.loads(made["path"].read_text())
+    if change == "tolerance":
+        content["compared"][-1]["tolerance"] = 1e9
+    else:
+        content.update(change)
+    made["path"].write_text(json.dumps(content))
+    assert told in "\n".join(repeat(**made).differences)
+
+
+@pytest.mark.parametrize("wrong", [3, [], {}, "text", None], ids=repr)
+@pytest.mark.parametrize("field", ["versions", "files", "small", "compared", "seed", "date"])
+def test_fields_of_another_type_are_told(made: dict[str, Any], field: str, wrong: Any) -> None:
+    content = json.loads(made["path"].read_text())
+    if isinstance(wrong, type(content[field])):
+        pytest.skip("it is of this type")
+    made["path"].write_text(json.dumps({**content, field: wrong}))
+    with pytest.raises(CheckpointError, match="is damaged"):
+        Certificate.read(made["path"])
+
+
 def test_digests_see_names_shapes_and_values() -> None:
     tensors = {"a": torch.arange(6.0), "b": torch.ones(2, dtype=torch.bfloat16)}
     digests = {

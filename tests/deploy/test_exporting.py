@@ -311,6 +311,11 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "output": ({"outputs": "logits"}, "it is a tensor"),
     "engine": ({"engine": "tensorrt"}, "engine must be one of onnxruntime, openvino"),
     "opset": ({"opset": "20"}, "opset must be a version"),
+    "no bound": ({"tolerance": float("nan")}, "tolerance must be a finite number"),
+    "any bound": ({"tolerance": float("inf")}, "tolerance must be a finite number"),
+    "a bound below": ({"tolerance": -1}, "tolerance must be a finite number"),
+    "a bound in words": ({"tolerance": "a"}, "tolerance must be a finite number"),
+    "seed": ({"seed": 2**70}, "seed must be an int of at most 64 bits"),
 }
 
 
@@ -321,6 +326,23 @@ def test_mistakes_are_told(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError) as caught:
         export(net(), path, torch.randn(2, 4), **options)
     assert told in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_opset_that_is_not_written_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(ExportError, match="where 999 was asked for"):
+        export(net(), tmp_path / "model.onnx", torch.randn(2, 4), opset=999)
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_show_nothing_decide_nothing(tmp_path: Path) -> None:
+    found = export(net(), tmp_path / "model.pt2", torch.full((2, 4), float("nan")))
+    assert found.agreement is not None
+    rows = {check.name: check.decided for check in found.agreement.checks}
+    assert rows["output, example inputs"] is False
+    assert rows["output, other values"] is True
 
 
 def test_models_and_inputs_that_are_none_are_told(tmp_path: Path) -> None:

@@ -121,6 +121,14 @@ def test_nothing_is_overwritten(llama):
     before = {path.name: path.read_bytes() for path in llama.iterdir()}
     with pytest.raises(InputError, match="is the folder itself"):
         graphprune.shrink_folder(llama, llama, 0.4)
+    with pytest.raises(InputError, match="lies in"):
+        graphprune.shrink_folder(llama, llama / "inside", 0.4)
+    for size in (0, -1, "2GB", float("nan")):
+        with pytest.raises(InputError, match="shard_bytes must be a positive int"):
+            graphprune.shrink_folder(llama, llama.parent / "out", 0.4, shard_bytes=size)
+    (llama.parent / "letter").write_text("dear")
+    with pytest.raises(CheckpointError, match="cannot write"):
+        graphprune.shrink_folder(llama, llama.parent / "letter" / "out", 0.4)
     other = llama.parent / "other"
     other.mkdir()
     (other / "letter.txt").write_text("dear")

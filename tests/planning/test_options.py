@@ -48,7 +48,7 @@ def graph():
         ({"ratio": 0.5, "threads": 0}, "threads must be a positive int, got 0"),
         ({"ratio": 0.5, "keep": 3}, "keep must be a glob pattern of layers such as .* got 3"),
         ({"ratio": 0.5, "keep": ["fc", 3]}, r"keep must be a glob .* got \['fc', 3\]"),
-        ({"ratio": 0.5, "seed": "a"}, "seed must be an int, not 'a'"),
+        ({"ratio": 0.5, "seed": "a"}, "seed must be an int of at most 64 bits.*'a'"),
         ({"ratio": 0.5, "loss": 3}, r"loss must be a function \(model, batch\) -> scalar.*; not 3"),
         ({"target": {"macs": "1.2.3M"}}, "target 'macs' must be a fraction .* got '1.2.3M'"),
         ({"target": {"params": "."}}, "target 'params' must be a fraction .* got '.'"),

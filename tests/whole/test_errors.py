@@ -206,7 +206,36 @@ def test_meta():
         graphprune.verify(Small().to("meta"), Small(), X)
 
 
-@pytest.mark.parametrize("wrong", [5, None, ""], ids=repr)
+@pytest.mark.parametrize("tolerance", [float("nan"), float("inf"), -1, "a"], ids=repr)
+def test_bounds_that_are_none(tolerance):
+    model = Small()
+    with pytest.raises(InputError, match="tolerance must be a finite number"):
+        graphprune.verify(model, graphprune.rebuild(model, 0.5, X), X, tolerance=tolerance)
+
+
+def test_seeds():
+    """Any int of 64 bits; numpy takes fewer."""
+    model = Small()
+    small = graphprune.rebuild(model, 0.5, X)
+    for seed in (-1, 2**40):
+        assert graphprune.verify(model, small, X, seed=seed)
+    for seed in (2**70, "a", 0.5):
+        with pytest.raises(InputError, match="seed must be an int of at most 64 bits"):
+            graphprune.verify(model, small, X, seed=seed)
+        with pytest.raises(InputError, match="seed must be an int of at most 64 bits"):
+            graphprune.rebuild(model, 0.5, X, seed=seed)
+
+
+def test_inputs_that_show_nothing_decide_nothing():
+    model = Small()
+    small = graphprune.rebuild(model, 0.5, X)
+    found = graphprune.verify(model, small, torch.full_like(X, float("nan")))
+    rows = {check.name: check.decided for check in found.checks}
+    assert rows["output, example inputs"] is False
+    assert any(rows.values())
+
+
+@pytest.mark.parametrize("wrong", [5, None, "", "a\0b"], ids=repr)
 def test_paths_that_are_none(wrong):
     model = Small()
     small = graphprune.rebuild(model, 0.5, X)
@@ -342,9 +371,9 @@ def test_what_is_no_plan(model):
     [
         ({"dtype": "float32"}, r"dtype must be one of torch.float64, .*; got 'float32'"),
         ({"dtype": torch.int8}, r"dtype must be one of .*; got torch.int8"),
-        ({"tolerance": "small"}, "tolerance must be a number of at least 0.* got 'small'"),
-        ({"tolerance": -1.0}, "tolerance must be a number of at least 0.* got -1.0"),
-        ({"tolerance": float("nan")}, "tolerance must be a number of at least 0.* got nan"),
+        ({"tolerance": "small"}, "tolerance must be a finite number of at least 0.* got 'small'"),
+        ({"tolerance": -1.0}, "tolerance must be a finite number of at least 0.* got -1.0"),
+        ({"tolerance": float("nan")}, "tolerance must be a finite number of at least 0.* got nan"),
     ],
 )
 def test_how_to_verify(model, options, message):
@@ -404,7 +433,7 @@ def test_calibration_on_values_that_are_not_finite(model):
     for method in ("repair", "bias", "batchnorm"):
         with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
             graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8), bad], method=method)
-    with pytest.raises(InputError, match="seed must be an int, not 'a'"):
+    with pytest.raises(InputError, match="seed must be an int of at most 64 bits.*'a'"):
         graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8)], seed="a")
     assert all(torch.equal(before[key], value) for key, value in small.state_dict().items())
 
