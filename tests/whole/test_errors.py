@@ -433,7 +433,7 @@ def test_calibration_on_values_that_are_not_finite(model):
     for method in ("repair", "bias", "batchnorm"):
         with pytest.raises(InputError, match="batch 1 of data holds NaN or infinite values"):
             graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8), bad], method=method)
-    with pytest.raises(InputError, match="seed must be an int of at most 64 bits.*'a'"):
+    with pytest.raises(InputError, match=r"seed must be an int of at most 64 bits.*'a'"):
         graphprune.calibrate(small, model, [torch.ones(2, 3, 8, 8)], seed="a")
     assert all(torch.equal(before[key], value) for key, value in small.state_dict().items())
 
