@@ -393,9 +393,11 @@ def _tables(graph: Analysis) -> Iterator[tuple[Tensor, Reason]]:
     made = np.zeros(len(graph.units.frozen), bool)
     made[graph.units.labels[makes]] = True
     for slot in slots:
+        if slot.parameter:
+            continue
         ids = torch.arange(slot.start, slot.start + slot.size)
         alone = ids[~made[graph.units.labels[ids.numpy()]]]
-        if not slot.parameter and len(alone):
+        if len(alone):
             yield alone, Reason("columns of a constant table", slot.module)
 
 

@@ -103,7 +103,7 @@ def _tensor(tree: object) -> Tensor:
 def empty(model: nn.Module, plan: Plan) -> None:
     """Put something small in the place of modules that leave, in place."""
     gone = stood_for(model, plan)
-    for _, module in named_modules(model):
+    for _, module in named_modules(model) if gone else ():
         for name, child in module._modules.items():
             if child is not None and id(child) in gone:
                 module._modules[name] = gone[id(child)]
@@ -122,8 +122,8 @@ def move_up(model: nn.Module, plan: Plan) -> None:
 
 def stood_for(model: nn.Module, plan: Plan) -> dict[int, nn.Module]:
     """What takes the place of modules that leave, by their ``id``: of experts for a moment."""
-    modules = dict(named_modules(model))
     found: dict[int, nn.Module] = {id(gone): nn.Identity() for gone in gone_modules(model, plan)}
+    modules = dict(named_modules(model)) if plan.stand_ins else {}
     for stand_in in plan.stand_ins:
         module = modules[stand_in.module]
         found[id(module)] = Emptied(module, stand_in)

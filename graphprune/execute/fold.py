@@ -21,7 +21,7 @@ def fold(model: nn.Module, plan: Plan, kept: Indices) -> None:
     Raises:
         PlanError: a layer that needs a new bias has one, or is of another class.
     """
-    tensors = dict(named_tensors(model))
+    tensors = dict(named_tensors(model)) if plan.zeroed or plan.biases else {}
     for slot in plan.zeroed:
         gone = torch.ones(slot.size, dtype=torch.bool)
         gone[list(slot.kept)] = False
@@ -41,7 +41,7 @@ def fold(model: nn.Module, plan: Plan, kept: Indices) -> None:
 
 def merged(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """Weights that take up others' slices before these are cut off, and their masks."""
-    tensors = {name: tensor.detach() for name, tensor in named_tensors(model)}
+    tensors = {name: t.detach() for name, t in named_tensors(model)} if plan.merges else {}
     found: dict[str, Tensor] = {}
     for change in plan.merges:
         weight = found.get(change.tensor, tensors[change.tensor]).clone()

@@ -98,7 +98,7 @@ def hollow(model: nn.Module, plan: Plan) -> nn.Module:
     for slot in plan.slots:
         left.setdefault(slot.tensor, {})[slot.dim] = slot.width
     shapes = {
-        name: tuple(left[name].get(dim, size) for dim, size in enumerate(tensor.shape))
+        id(tensor): tuple(left[name].get(dim, size) for dim, size in enumerate(tensor.shape))
         for name, tensor in held_tensors(model)
         if name in left
     }
@@ -111,13 +111,18 @@ def hollow(model: nn.Module, plan: Plan) -> nn.Module:
 
 def _follow(model: nn.Module, plan: Plan) -> None:
     """Bring sizes in attributes and in the code in line with the tensors that were cut."""
+    modules = dict(named_modules(model))
+
+    def at(name: str) -> nn.Module:
+        return modules[name] if name in modules else model.get_submodule(name)
+
     for owner in {slot.tensor.rpartition(".")[0] for slot in plan.slots}:
-        replace_attention(model.get_submodule(owner))
+        replace_attention(at(owner))
     for norm in plan.norms:
-        count_as_zero(model.get_submodule(norm.module), norm.of)
+        count_as_zero(at(norm.module), norm.of)
     for change in plan.sizes:
-        _resize(model.get_submodule(change.module), change)
-    for _, module in named_modules(model):
+        _resize(at(change.module), change)
+    for module in modules.values():
         refresh(module)
     follow_ids(model, plan)
     rewrite_forward(model, plan.literals)

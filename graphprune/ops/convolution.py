@@ -17,6 +17,7 @@ from graphprune.ops.fact import Fact, reached_nowhere
 from graphprune.ops.factors import Factors
 from graphprune.ops.given import Given, Pruned
 from graphprune.ops.ids import Alternatives, Layers, Way, along, spread, varying
+from graphprune.ops.made import made
 from graphprune.ops.registry import declare
 from graphprune.ops.samples import of
 from graphprune.ops.values import Natural, Value
@@ -52,10 +53,42 @@ def groups_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Gi
         yield Given([groups], [int(keep.any(1).sum())], "groups")
 
 
+def convolution_meta(
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    transposed: bool,
+    output_padding: list[int],
+    groups: int,
+) -> object:
+    """The plain form, contiguous; torch checks all others."""
+    places = x.shape[2:]
+    rank = len(places)
+    plain = not transposed and x.dim() == weight.dim() > 2 and x.is_contiguous()
+    if not plain or not len(stride) == len(padding) == len(dilation) == rank:
+        return NotImplemented
+    if x.dtype != weight.dtype or x.shape[1] != weight.shape[1] * groups:
+        return NotImplemented
+    out = weight.shape[0]
+    if out % groups or (bias is not None and tuple(bias.shape) != (out,)):
+        return NotImplemented
+    sides = tuple(
+        (side + 2 * pad - step * (kernel - 1) - 1) // by + 1
+        for side, kernel, by, pad, step in zip(places, weight.shape[2:], stride, padding, dilation)
+    )
+    if min(sides) < 1 or x.numel() == 0:
+        return NotImplemented
+    return made(x, (x.shape[0], out, *sides))
+
+
 @declare(
     aten.convolution,
     factors=of_convolution,
     fact=convolution_fact,
+    meta=convolution_meta,
     given=groups_given,
     layer=True,
     sample=of(*((2, 4, 5, 5), (6, 2, 3, 3), (6,)), *([2, 2], [1, 1], [1, 1], False, [0, 0], 2)),

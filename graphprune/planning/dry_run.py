@@ -6,7 +6,9 @@ Models that read values have been recorded on the CPU, and run there, with their
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from graphprune.plan.vocabulary import for_small
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import dry, run
-from graphprune.record.sizes import plain
+from graphprune.record.sizes import Attribute, plain
 from graphprune.record.skeleton import marked, skeleton, without_weights
 from graphprune.record.tensors import named_modules, shapes_in
 
@@ -224,18 +226,57 @@ class Ran(NamedTuple):
         outputs: the shapes of what it returned.
         ops: every op, and what it was given.
         passed: the shapes of what every module took and returned, when it ran on ``meta``.
+        unread: attributes that it ran without.
     """
 
     clone: nn.Module
     outputs: list[Shape]
     ops: list[str]
     passed: dict[str, list[Shape]]
+    unread: tuple[Attribute, ...] = ()
 
 
-def what_runs(model: nn.Module, call: Call, original: Record, plan: Plan) -> Ran | None:
-    """Run the small model of a plan as the original was run; ``None`` when it does not run."""
+class _Unreadable:
+    """Takes the place of a number that nobody seems to read: whatever is done with it fails."""
+
+    def _fail(self, *_: object) -> NoReturn:
+        raise TypeError("this attribute is read")
+
+    __bool__ = __index__ = __int__ = __float__ = __len__ = __iter__ = __getitem__ = _fail
+    __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _fail
+    __hash__ = __contains__ = __call__ = __str__ = __repr__ = __format__ = _fail
+
+
+@contextlib.contextmanager
+def _without(model: nn.Module, unread: Iterable[Attribute]) -> Iterator[None]:
+    """A model in which some attributes cannot be read."""
+    modules = dict(named_modules(model))
+    places = {(leaf.module, leaf.name) for leaf in unread if leaf.module in modules}
+    held = [(vars(modules[module]), name) for module, name in places]
+    values = [state[name] for state, name in held]
+    try:
+        for state, name in held:
+            state[name] = _Unreadable()
+        yield
+    finally:
+        for (state, name), value in zip(held, values):
+            state[name] = value
+
+
+def what_runs(
+    model: nn.Module,
+    call: Call,
+    original: Record,
+    plan: Plan,
+    unread: tuple[Attribute, ...] = (),
+) -> Ran | None:
+    """Run the small model of a plan as the original was run; ``None`` when it does not run.
+
+    ``unread`` are attributes that no forward reads, as far as is known: where it runs without
+    them, that is shown.
+    """
     batch, clone = _batch(original, call), hollow(model, plan)
-    ran = Ran(clone, [], [], {})
+    ran = Ran(clone, [], [], {}, unread)
     if original.device == "meta":
         for name, module in named_modules(clone):
             module.register_forward_hook(
@@ -245,9 +286,10 @@ def what_runs(model: nn.Module, call: Call, original: Record, plan: Plan) -> Ran
                 with_kwargs=True,
             )
         try:
-            out = dry(clone.train(original.training), batch, ran.ops, original.caches)
+            with _without(clone, unread):
+                out = dry(clone.train(original.training), batch, ran.ops, original.caches)
         except Exception:  # whatever the code of a model raises: it is run again, and told then
-            return None
+            return what_runs(model, call, original, plan) if unread else None
         ran.outputs.extend(shapes_in(out))
         return ran
     small, complete = _recorded(model, batch, original, plan)
@@ -265,6 +307,7 @@ def broken(
     alive: np.ndarray,
     plan: Plan,
     ran: list[Ran],
+    unread: tuple[Attribute, ...] = (),
 ) -> Place | None:
     """Where the small model of a plan fails: the check of every plan before it is handed out.
 
@@ -273,14 +316,17 @@ def broken(
     another batch size, if the original does. What fails is recorded, to see where.
 
     Models that read values run on the CPU with their weights, recorded at once: that takes no
-    longer than the record of the original did. ``ran`` gets what ran on ``meta``.
+    longer than the record of the original did. ``ran`` gets what ran on ``meta``, if it can
+    without the attributes ``unread``.
     """
     if any(original.device != "meta" for original in analysis.records):
         return first_mismatch(model, call, analysis, alive, plan)
     pruned = analysis.pruned(alive)
     for original in analysis.records:
         foreseen = [pruned.shape(node) for node in original.outputs]
-        found = what_runs(model, call, original, plan)
+        found = what_runs(model, call, original, plan, unread)
+        if found is not None and found.outputs != foreseen and unread:
+            found = what_runs(model, call, original, plan)
         if found is not None:
             ran.append(found)
         if found is None or found.outputs != foreseen:

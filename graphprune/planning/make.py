@@ -29,7 +29,7 @@ from graphprune.planning.rescaling import Rescaling
 from graphprune.planning.select import Kept
 from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
 from graphprune.planning.trials import First, Trials
-from graphprune.planning.unread import with_unread
+from graphprune.planning.unread import waiting, with_unread
 from graphprune.record.batches import check_data
 from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call
@@ -135,7 +135,8 @@ def emit(
     if finding.possible:
         plan = assemble(call, finding.settled, chosen, told, rescaling)
         alive = finding.settled.analysis.alive(chosen)
-        finding = rehearse(model, call, finding.settled, plan, alive)
+        unread = waiting(model, finding.settled.analysis, plan)
+        finding = rehearse(model, call, finding.settled, plan, alive, unread)
         if finding.possible:
             return plan, finding.ran
     raise _Stuck(finding.settled)
@@ -319,7 +320,8 @@ def followed(model: nn.Module, call: Call, settled: Settled, chosen: Kept, plan:
         InputError: the code does not follow.
     """
     alive = settled.analysis.alive(chosen)
-    finding = rehearse(model, call, settled, plan, alive)
+    unread = waiting(model, settled.analysis, plan)
+    finding = rehearse(model, call, settled, plan, alive, unread)
     ran = finding.ran
     if finding.possible and settled.changes(alive).unsure:
         finding = follow(model, call, settled, chosen)

@@ -130,12 +130,21 @@ def follow(
 
 
 def rehearse(
-    model: nn.Module, call: Call, settled: Settled, plan: Plan, alive: np.ndarray
+    model: nn.Module,
+    call: Call,
+    settled: Settled,
+    plan: Plan,
+    alive: np.ndarray,
+    unread: tuple[Attribute, ...] = (),
 ) -> Finding:
-    """Whether the small model of a plan runs; the last check before a plan is handed out."""
+    """Whether the small model of a plan runs; the last check before a plan is handed out.
+
+    ``unread`` are attributes that it may not need: see :func:`what_runs`.
+    """
     analysis = settled.analysis
     ran: list[Ran] = []
-    place = _carried_out(partial(broken, ran=ran), model, call, analysis, alive, plan)
+    run = partial(broken, ran=ran, unread=unread)
+    place = _carried_out(run, model, call, analysis, alive, plan)
     return replace(_finding(settled, alive, place), ran=tuple(ran))
 
 

@@ -49,10 +49,7 @@ def with_unread(
         plan: with all other changes.
         ran: what ran of its small model, when that is known.
     """
-    read = _read(analysis) | {change.key for change in plan.sizes}
-    leaves = [leaf for leaf in _remembered(model) if leaf not in read] if plan.slots else []
-    mentioned = _mentioned(model) if leaves else set()
-    leaves = [leaf for leaf in leaves if leaf.name not in mentioned]
+    leaves = waiting(model, analysis, plan)
     if not leaves:
         return plan
     owners = {leaf.module for leaf in leaves}
@@ -77,6 +74,16 @@ def with_unread(
     return replace(followed, notes=(*plan.notes, *_told(doubtful)))
 
 
+def waiting(model: nn.Module, analysis: Analysis, plan: Plan) -> tuple[Attribute, ...]:
+    """The attributes that no code was seen to read, nor mentions, and that may follow."""
+    if not plan.slots:
+        return ()
+    read = _read(analysis) | {change.key for change in plan.sizes}
+    leaves = [leaf for leaf in _remembered(model) if leaf not in read]
+    mentioned = _mentioned(model) if leaves else set()
+    return tuple(leaf for leaf in leaves if leaf.name not in mentioned)
+
+
 def _harmless(
     model: nn.Module,
     call: Call,
@@ -86,8 +93,10 @@ def _harmless(
     ran: Sequence[Ran | None],
 ) -> Plan:
     """The plan with those changes that leave all that runs as it is."""
-    if not changes:
-        return plan
+    keys = {change.key for change in changes}
+    shown = [one is not None and keys.issubset(one.unread) for one in ran]
+    if len(shown) == len(analysis.records) and all(shown):
+        return replace(plan, sizes=(*plan.sizes, *changes))  # it ran without them
     others = analysis.records[len(ran) :]
     before = [*ran, *(what_runs(model, call, record, plan) for record in others)]
 

@@ -13,10 +13,11 @@ from graphprune.ops.ids import Shape
 from graphprune.record.attention import replace_attention
 from graphprune.record.copying import copy_module
 from graphprune.record.sizes import CONTAINERS, Attribute, Size
-from graphprune.record.tensors import held_tensors, named_modules
+from graphprune.record.tensors import named_modules
 
 _BOOKKEEPING = frozenset(vars(nn.Module()))  # what every module holds
 _DEPTH = 3  # of containers inside containers
+_AS_THEY_ARE: Mapping[int, Shape] = {}
 
 
 def skeleton(model: nn.Module, device: str) -> nn.Module:
@@ -57,18 +58,16 @@ def _marked(value: Any, place: Attribute) -> object:
     return value
 
 
-def without_weights(model: nn.Module, shapes: Mapping[str, Shape] | None = None) -> nn.Module:
+def without_weights(model: nn.Module, shapes: Mapping[int, Shape] = _AS_THEY_ARE) -> nn.Module:
     """A copy on ``meta``.
 
     Args:
         model: what to copy.
-        shapes: of parameters and buffers that get another one, by name.
+        shapes: of tensors that get another one, by their ``id``.
     """
-    named = dict(held_tensors(model)) if shapes else {}
-    other = {id(named[name]): shape for name, shape in (shapes or {}).items()}
 
     def empty(tensor: Tensor) -> Tensor:
-        shape = other.get(id(tensor))
+        shape = shapes.get(id(tensor))
         if shape is None:
             return torch.empty_like(tensor.detach(), device="meta")
         return torch.empty(shape, dtype=tensor.dtype, device="meta")

@@ -166,3 +166,38 @@ def test_a_place_that_equals_a_width_is_no_width():
     assert small.place == 4
     assert small.layers[0].out_features == 3
     assert graphprune.verify(model, small, x).difference < 1e-10
+
+
+class Reader:
+    """No module: what it reads of a model is mentioned in no code of the model."""
+
+    def __init__(self, use):
+        self.use = use
+
+    def read(self, owner, x):
+        name = "".join(["wid", "th"])
+        if self.use == "value":
+            return x * list(range(100))[getattr(owner, name)]
+        if self.use == "default":
+            return x * (2.0 if getattr(owner, name, 8) == 8 else 3.0)
+        return x if hasattr(owner, name) else x + 1
+
+
+class Asking(nn.Module):
+    """Lets another object look at its width."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.width, self.reader = 8, Reader(use)
+        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.last(self.reader.read(self, self.first(x)))
+
+
+@pytest.mark.parametrize(("use", "width"), [("value", 8), ("default", 8), ("has", 4)])
+def test_a_number_that_is_read_by_way_of_another_object_stays(use, width):
+    model, x = Asking(use).double().eval(), torch.randn(3, 4, dtype=torch.float64)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert (small.first.out_features, small.width) == (4, width)
+    assert graphprune.verify(model, small, x).difference < 1e-10
