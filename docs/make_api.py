@@ -19,6 +19,7 @@ from graphprune.ops import Op, check, declare, forget
 from graphprune.ops.samples import of
 from graphprune.planning.sensitivity import Sensitivity
 from graphprune.record.attention import MultiheadAttention
+from graphprune.search.outcome import Smallest, Tried
 from graphprune.training import callbacks
 from graphprune.verification.report import Report
 
@@ -59,7 +60,7 @@ def chapters() -> list[tuple[str, str, list[Any]]]:
     classes = [thing for thing in public if inspect.isclass(thing)]
     return [
         ("Functions", "graphprune", functions),
-        ("Classes", "graphprune", [*classes, Report, Comparison, Sensitivity]),
+        ("Classes", "graphprune", [*classes, Report, Comparison, Sensitivity, Smallest, Tried]),
         (
             "Criteria",
             "graphprune.criteria",

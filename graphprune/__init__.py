@@ -10,7 +10,7 @@ from graphprune.moved import find_moved
 from graphprune.plan.plan import MAKERS, Plan
 from graphprune.planning.options import Options
 from graphprune.report import write_report
-from graphprune.search import smallest
+from graphprune.search.smallest import rebuilt, smallest
 from graphprune.verification.masked import mask
 from graphprune.verification.report import verify
 from graphprune.version import __version__ as __version__
@@ -43,7 +43,8 @@ __all__ = [  # and __version__, which a star does not import
 
 find_moved()
 MAKERS["report"] = write_report
-del find_moved, MAKERS, write_report
+MAKERS["smallest"] = rebuilt
+del find_moved, MAKERS, rebuilt, write_report
 
 
 def __dir__() -> list[str]:

@@ -389,13 +389,9 @@ class ChannelGraph:
     def told_parts(self) -> list[str]:
         """The parts that can leave whole, a line for each kind there is."""
         kinds = {"branches": self.branches, "blocks": self.blocks}
-        lines = [
-            f"{kind} that can leave: {shorten([part.name for part in parts], 12)}"
-            for kind, parts in kinds.items()
-            if parts
-        ]
-        lines += [self.mixtures.told] if self.mixtures.told else []
-        return lines
+        found = {kind: [part.name for part in parts] for kind, parts in kinds.items() if parts}
+        lines = [f"{kind} that can leave: {shorten(parts, 12)}" for kind, parts in found.items()]
+        return [*lines, self.mixtures.told] if self.mixtures.told else lines
 
 
 @uncollected
@@ -408,6 +404,8 @@ def rebuild(
     attention: str = "heads",
     outputs: object = None,
     ratio: float | None = None,
+    max_drop: float | None = None,
+    evaluate: Callable[[nn.Module], object] | None = None,
     **options: Unpack[Options],
 ) -> nn.Module:
     """Make a genuinely smaller model whose output equals the masked original.
@@ -419,10 +417,11 @@ def rebuild(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword
             arguments; inferred from the first layer when absent. Not needed with a plan.
         inplace: change ``model`` itself; its parameters stay the same objects.
-        attention: ``"heads"`` removes whole attention heads, ``"queries"`` some of those that share
-            a key, ``"head_dim"`` makes all narrower.
+        attention: whether heads leave or become narrower: as for :func:`trace`.
         outputs: which outputs count: see :func:`trace`; all by default.
         ratio: the fraction, by name.
+        max_drop: by how much ``evaluate`` may fall: the smallest such model, see :func:`smallest`.
+        evaluate: says how good a model is.
         options: criterion, scope, targets and constraints: see :class:`graphprune.Options`.
 
     Returns:
@@ -432,7 +431,7 @@ def rebuild(
 
     Raises:
         ModelError: the model is quantized, scripted, compiled, wrapped, lazy or not finite.
-        InputError: an argument is wrong, or no channel can be removed.
+        InputError: an argument is wrong, no channel can be removed, or ``max_drop`` is not met.
         TraceError: the model does not run on the example inputs.
         PlanError: the plan belongs to another architecture, or was applied already.
 
@@ -451,6 +450,11 @@ def rebuild(
             kind = "a plan" if isinstance(ratio_or_plan, Plan) else "a ratio by place"
             raise InputError(f"both {kind} and ratio={ratio!r} were given: leave one of them out")
         ratio_or_plan = ratio
+    if max_drop is not None or evaluate is not None:
+        traced = {"example_inputs": example_inputs, "attention": attention, "outputs": outputs}
+        given = ratio_or_plan, inplace, max_drop, evaluate, {**traced, **options}
+        small: nn.Module = MAKERS["smallest"](model, *given)
+        return small
     if isinstance(ratio_or_plan, Plan):
         if options:
             raise InputError(

@@ -65,8 +65,11 @@ HINTS = {  # what other libraries call it, and our command line
         ("max_pruning_ratio", "max_ch_sparsity"),
         "min_kept is the smallest fraction that every group keeps",
     ),
-    "max_drop": "graphprune.smallest(model, evaluate, data, max_drop) searches the budget",
-    "score_func": "graphprune.smallest(model, evaluate, data, max_drop) searches the budget",
+    **dict.fromkeys(
+        ("max_drop", "evaluate", "evaluations", "confidence", "sure", "calibration", "score_func"),
+        "graphprune.smallest(model, evaluate, data, max_drop) searches the budget, and so does "
+        "rebuild(model, max_drop=..., evaluate=...)",
+    ),
     "constraints": 'pass limits as target={"macs": 0.5, "params": 0.6}',
     "pruning_flops_target": 'pass target={"macs": 0.5}',
     "flops": 'pass target={"macs": 0.5}',

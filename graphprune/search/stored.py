@@ -1,0 +1,123 @@
+"""What a search has found out so far, in a file: no evaluation is made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphprune.arguments import as_path
+from graphprune.errors import CheckpointError, GraphPruneError, InputError
+from graphprune.plan.plan import Plan
+from graphprune.search.outcome import Tried
+
+FORMAT, VERSION = "graphprune-search", 1
+_CLOSE = 1e-4  # of marks of the same weights
+_SAMPLE = 1 << 16  # numbers of a tensor that a digest looks at
+
+
+class Stored:
+    """The scores of the original, and the budgets that were tried; with no path nowhere.
+
+    Args:
+        path: the file, made if it is not there.
+        settings: of the search; a file of others is refused.
+
+    Raises:
+        CheckpointError: the file is damaged.
+        InputError: it belongs to another search.
+    """
+
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+        self.path = None if path is None else as_path(path)
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
+        self.base: np.ndarray | None = None
+        self.tried: dict[float, Tried] = {}
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    def _read(self, path: Path) -> None:
+        try:
+            outer = json.loads(path.read_text(encoding="utf-8"))
+            if outer["format"] != FORMAT or outer["version"] != VERSION:
+                raise KeyError("format")
+            base = np.array(outer["base"], np.float64)
+            tried = [Tried(**{**t, "plan": Plan.from_text(t["plan"])}) for t in outer["tried"]]
+            settings = dict(outer["settings"])
+        except (OSError, ValueError, TypeError, KeyError, GraphPruneError) as error:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged or no state of a search ({type(error).__name__} "
+                f"{error}): pass another path"
+            ) from None
+        for name, mine in self.settings.items():
+            theirs = settings.get(name)
+            near = isinstance(mine, float) and isinstance(theirs, float)
+            if theirs != mine and not (near and abs(theirs - mine) < _CLOSE):
+                raise self._other(name, theirs, mine)
+        self.base, self.tried = base, {t.budget: t for t in tried}
+
+    def _other(self, name: str, theirs: object, mine: object) -> InputError:
+        what = (
+            f" {name}"
+            if name in ("architecture", "weights")
+            else f" {name}: {theirs!r}, now {mine!r}"
+        )
+        if name == "data":
+            what = " data; a DataLoader that shuffles yields others every time"
+        return InputError(
+            f"{str(self.path)!r} holds another search (other{what}): pass the same model, data and "
+            "options to go on with it, or another path"
+        )
+
+    def begin(self, base: np.ndarray) -> None:
+        """Keep the scores of the original."""
+        self.base = base
+        self._write()
+
+    def add(self, tried: Tried) -> None:
+        """Keep one more budget."""
+        self.tried[tried.budget] = tried
+        self._write()
+
+    def _write(self) -> None:
+        """Write all of it beside the file, and put it in its place."""
+        if self.path is None or self.base is None:
+            return
+        names = ("budget", "reached", "drop", "most")
+        tried = [
+            {**{name: getattr(t, name) for name in names}, "plan": t.plan.to_json()}
+            for t in self.tried.values()
+        ]
+        content = {"settings": self.settings, "base": self.base.tolist(), "tried": tried}
+        part = self.path.with_name(f".{self.path.name}.part")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "w", encoding="utf-8") as file:
+                json.dump({"format": FORMAT, "version": VERSION, **content}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, self.path)
+        except OSError as error:
+            raise CheckpointError(f"cannot write to {str(self.path)!r}: {error}") from error
+
+
+def digest(batches: Iterable[object]) -> str:
+    """What tells one list of batches from another: shapes, and numbers spread over every tensor."""
+    state = hashlib.sha256()
+    for leaf in pytree.tree_leaves(list(batches)):
+        if not isinstance(leaf, Tensor):
+            state.update(repr(leaf).encode() if isinstance(leaf, int | float | str) else b"?")
+            continue
+        state.update(f"{tuple(leaf.shape)} {leaf.dtype}".encode())
+        numbers = leaf.detach().reshape(-1)[:: leaf.numel() // _SAMPLE + 1].cpu()
+        kind = torch.complex128 if leaf.is_complex() else torch.float64
+        state.update(numbers.to(kind).numpy().tobytes())
+    return state.hexdigest()
