@@ -120,7 +120,7 @@ def shrink(
     parts: Annotated[str, typer.Option(help=short("parts"))] = "channels",
     threads: Annotated[int | None, typer.Option(help=short("threads"))] = None,
     runtime: Annotated[
-        str, typer.Option(help="What a latency is met in: pytorch, or onnxruntime.")
+        str, typer.Option(help="What a latency is met in: pytorch, onnxruntime, openvino.")
     ] = "pytorch",
     weights: Weights = None,
     out: Annotated[

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from torch import nn
 
 from graphprune.api import rebuild
+from graphprune.deploy.engines import ENGINES
 from graphprune.deploy.meeting import meet_latency
 from graphprune.errors import InputError
 from graphprune.planning.options import Options
 
-_RUNTIMES = ("pytorch", "onnxruntime")
+_RUNTIMES = ("pytorch", *ENGINES)
 
 
 def smaller(
@@ -41,4 +42,7 @@ def smaller(
         del options["round_to"]  # the engine's own width
     if options.get("threads") is None:
         options["threads"] = 1
-    return meet_latency(original, target["latency"], example, attention=attention, **options).small
+    latency = target["latency"]
+    return meet_latency(
+        original, latency, example, runtime=runtime, attention=attention, **options
+    ).small

@@ -194,6 +194,7 @@ def _of_torch(name: str, flat: Flat, threads: int | None) -> Engine:
 
 
 ENGINES = {"onnxruntime": onnxruntime, "openvino": openvino}
+ALONE = frozenset({"onnxruntime"})  # with one thread they compute in that of the caller
 
 
 def load_engine(file: Path, threads: int | None = None, engine: str = "onnxruntime") -> Engine:

@@ -11,7 +11,7 @@ from torch import nn
 
 from graphprune.api import rebuild, trace
 from graphprune.arguments import is_int
-from graphprune.deploy.engines import needed, onnxruntime
+from graphprune.deploy.engines import ALONE, ENGINES, needed
 from graphprune.deploy.exporting import export
 from graphprune.deploy.timing import Timing, bench, cores
 from graphprune.errors import InputError
@@ -84,10 +84,11 @@ def meet_latency(
     latency: float | str,
     example_inputs: object = None,
     *,
+    runtime: str = "onnxruntime",
     attention: str = "heads",
     **options: Unpack[Options],
 ) -> Met:
-    """Make a small model that takes at most so long in ONNX Runtime.
+    """Make a small model that takes at most so long in the engine that will serve it.
 
     Plans for several shares of the MACs are made; each small model is exported and measured in
     turns with the original, and the next share follows from what was measured.
@@ -96,9 +97,10 @@ def meet_latency(
         model: the trained model; not touched.
         latency: a fraction of the original's, or an amount of time such as ``"3 ms"``.
         example_inputs: as for :func:`graphprune.trace`; also what the latency is measured on.
+        runtime: what runs the exported files, ``"onnxruntime"`` or ``"openvino"``.
         attention: as for :func:`graphprune.trace`.
         options: criterion, scope and constraints as for ``graph.plan``; ``round_to`` is 16 unless
-            given, as ONNX Runtime runs convolutions of other widths slowly, and ``threads`` of
+            given, as these engines run convolutions of other widths slowly, and ``threads`` of
             the CPU 1; ``None`` for all cores.
 
     Returns:
@@ -121,12 +123,14 @@ def meet_latency(
         raise InputError(f"threads must be a positive int, or None for all; got {threads!r}")
     if options.get("target"):
         raise InputError("target= is what is searched for here: name the latency alone")
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        needed(library, "a latency in ONNX Runtime")
+    if runtime not in ENGINES:
+        raise InputError(f"runtime must be {' or '.join(map(repr, ENGINES))}; got {runtime!r}")
+    for library in ("onnx", "onnxscript", runtime):
+        needed(library, f"a latency in {runtime}")
     options.setdefault("round_to", _WIDTH)
     graph = trace(model, example_inputs, attention=attention)
     with tempfile.TemporaryDirectory() as place:
-        search = _Search(model, graph.call, Path(place), threads)
+        search = _Search(model, graph.call, Path(place), threads, runtime)
         while search.goes_on(target.of(search.before) / search.before):
             asked: Any = {**options, "target": {"macs": search.aim}}
             plan = graph.plan(**asked)
@@ -142,19 +146,23 @@ def macs_share(plan: Plan) -> float:
 class _Search:
     """What was measured, and which share of the MACs to try next."""
 
-    def __init__(self, model: nn.Module, call: object, place: Path, threads: int | None) -> None:
-        self.call, self.place, self.threads = call, place, threads
+    def __init__(
+        self, model: nn.Module, call: object, place: Path, threads: int | None, runtime: str
+    ) -> None:
+        self.call, self.place, self.threads, self.runtime = call, place, threads, runtime
         self.original = self.exported(model, "original")
         self.curve = Curve(1.0)
         self.tries: list[Try] = []
         self.models: list[nn.Module] = []
         # One thread alone is timed by its processor, whatever else the machine does.
-        self.clock = "processor" if (threads or cores()) == 1 else "wall"
+        alone = (threads or cores()) == 1 and runtime in ALONE
+        self.clock = "processor" if alone else "wall"
         self.before, self.aim = self.timed({"original": self.original})[0].latency, 1.0
 
     def timed(self, files: dict[str, Path]) -> tuple[Timing, ...]:
         """Files in turns."""
         options: dict[str, Any] = {"threads": self.threads, "clock": self.clock}
+        options["engine"] = self.runtime
         return bench(files, self.call, seconds=_SECONDS, **options).rows
 
     def exported(self, model: nn.Module, name: str) -> Path:
@@ -194,12 +202,12 @@ class _Search:
         if not fits:
             nearest = min(found.measured for found in self.tries) * self.before
             raise InputError(
-                f"a latency of at most {latency_text(limit, None)} in ONNX Runtime was not met: "
+                f"a latency of at most {latency_text(limit, None)} in {self.runtime} was not met: "
                 f"the nearest model took {latency_text(nearest, None)}"
             )
         best = max(fits, key=lambda n: self.tries[n].macs)
         found, small = self.tries[best], self.models[best]
-        name = f"{onnxruntime(self.original).name}, threads: {self.threads or cores()}"
+        name = f"{ENGINES[self.runtime](self.original).name}, threads: {self.threads or cores()}"
         engine = f"{name}, {processor()}"
         predicted, measured = (self.before * v for v in (found.predicted, found.measured))
         told = {"device": engine, "before": self.before, "predicted": predicted}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from graphprune.arguments import is_int, is_number
-from graphprune.deploy.engines import Engine, Run, eager, load_engine, onnxruntime, program
+from graphprune.deploy.engines import ALONE, Engine, Run, eager, load_engine, onnxruntime, program
 from graphprune.deploy.exporting import FORMATS, drawn_where_absent, example_call, on_the_cpu
 from graphprune.deploy.load import Load
 from graphprune.errors import ExportError, InputError
@@ -143,7 +143,7 @@ def bench(
     if not isinstance(models, Mapping) or not models:
         raise InputError(f"models must be modules and files by name; got {models!r}")
     numbers = check_bench(threads, seconds)
-    alone = numbers == [1] and engine != "openvino"  # which computes in threads of its own
+    alone = numbers == [1] and engine in ALONE
     if clock not in CLOCKS or (clock == "processor" and not alone):
         raise InputError(
             f"clock must be 'wall', or 'processor' with threads=1 of onnxruntime; got {clock!r}"

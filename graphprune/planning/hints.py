@@ -70,6 +70,10 @@ HINTS = {  # what other libraries call it, and our command line
         "graphprune.smallest(model, evaluate, data, max_drop) searches the budget, and so does "
         "rebuild(model, max_drop=..., evaluate=...)",
     ),
+    "runtime": (
+        "graphprune.deploy.meet_latency(model, 0.5, inputs, runtime=...) meets a latency in "
+        "ONNX Runtime or OpenVINO"
+    ),
     "constraints": 'pass limits as target={"macs": 0.5, "params": 0.6}',
     "pruning_flops_target": 'pass target={"macs": 0.5}',
     "flops": 'pass target={"macs": 0.5}',

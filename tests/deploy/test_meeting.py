@@ -12,7 +12,7 @@ from torch import nn
 
 import graphprune
 from graphprune.cli.runtime import smaller
-from graphprune.deploy import meet_latency, meeting
+from graphprune.deploy import engines, meet_latency, meeting
 from graphprune.errors import InputError
 
 
@@ -39,7 +39,9 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     monkeypatch.setattr(meeting, "export", export)
     monkeypatch.setattr(meeting, "bench", bench)
     monkeypatch.setattr(meeting, "needed", lambda *_: None)
-    monkeypatch.setattr(meeting, "onnxruntime", lambda _: SimpleNamespace(name="an engine"))
+    for runtime in engines.ENGINES:
+        named = SimpleNamespace(name=f"an engine, {runtime}")
+        monkeypatch.setitem(engines.ENGINES, runtime, lambda _, named=named: named)
     return seen
 
 
@@ -57,13 +59,19 @@ def test_the_largest_model_that_is_fast_enough(made_up: list[float], latency: An
     assert (told["before"], told["measured"]) == (met.before, met.measured)
     assert graphprune.Plan.from_json(met.small.graphprune_plan.to_json()).request["latency"] == told
     assert "asked for" in str(met)
-    assert met.small.graphprune_plan.notes[-1].startswith("latency on an engine, threads: 1")
+    assert met.small.graphprune_plan.notes[-1].startswith("latency on an engine, onnxruntime, ")
 
 
 def test_widths_are_those_that_the_engine_likes(made_up: list[float]) -> None:
     small = meet_latency(net(), 0.5, torch.randn(1, 8)).small
     assert small[0].out_features % 16 == 0
     assert small[2].out_features % 16 == 0
+
+
+def test_in_another_engine(made_up: list[float]) -> None:
+    met = meet_latency(net(), 0.5, torch.randn(1, 8), runtime="openvino")
+    assert met.engine.startswith("an engine, openvino, threads: 1")
+    assert met.measured <= 5
 
 
 def test_what_is_out_of_reach_is_told(made_up: list[float]) -> None:
@@ -78,6 +86,7 @@ def test_what_is_out_of_reach_is_told(made_up: list[float]) -> None:
         ("fast", {}, "target 'latency' must be"),
         (0.5, {"threads": 0}, "threads must be a positive int"),
         (0.5, {"target": {"macs": 0.5}}, "target= is what is searched for"),
+        (0.5, {"runtime": "tensorrt"}, "runtime must be 'onnxruntime' or 'openvino'; got 'tenso"),
     ],
 )
 def test_mistakes_are_told(latency: Any, options: Any, told: str) -> None:
