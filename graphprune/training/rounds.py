@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -79,6 +80,7 @@ def iterate(
     example_inputs: object = None,
     folder: str | Path | None = None,
     floor: float | None = None,
+    max_drop: float | None = None,
     retries: int = 2,
     attention: str = "heads",
     process_group: object = None,
@@ -109,6 +111,7 @@ def iterate(
         folder: where to keep the last good model and the state. A later call with the same model,
             settings and folder goes on after the last finished round.
         floor: the least evaluation allowed.
+        max_drop: the same by how much less than the original's it may be, in its unit.
         retries: how often the floor may be broken before it is the end.
         attention: as for ``graphprune.trace``.
         process_group: of ``torch.distributed``; ``train`` wraps the model for it. Scores and
@@ -148,7 +151,7 @@ def iterate(
         >>> [entry.widths["0"] for entry in outcome.history.entries]
         [16, 8, 4]
     """
-    schedule, sparsities = _check(rounds, train, evaluate, sparsity, floor, retries)
+    schedule, sparsities = _check(rounds, train, evaluate, sparsity, floor, max_drop, retries)
     progress = bool(options.pop("progress", False))
     seed = options.get("seed", 0)
     ranks = Ranks(process_group)
@@ -164,6 +167,7 @@ def iterate(
         "options": plans.told,
         "quantity": quantity,
         "floor": floor,
+        "max_drop": max_drop,
         "retries": retries,
         "attention": attention,
     }
@@ -171,6 +175,8 @@ def iterate(
     run = _Rounds(model, plans, schedule, train, evaluate, floor, seed, kept, ranks)
     with ranks.together():
         run.start(retries)
+    if max_drop is not None:
+        run.floor = run.state.entries[0].values["accuracy"] - max_drop
     with bar("rounds", rounds, progress and ranks.first) as show, _noted(folder):
         while not run.state.reason and run.state.done < rounds:
             show(run.state.done)
@@ -318,7 +324,13 @@ class _Rounds:
 
 
 def _check(
-    rounds: Any, train: Any, evaluate: Any, sparsity: Any, floor: Any, retries: Any
+    rounds: Any,
+    train: Any,
+    evaluate: Any,
+    sparsity: Any,
+    floor: Any,
+    max_drop: Any,
+    retries: Any,
 ) -> tuple[SparsityOf, list[float]]:
     """The schedule of the rounds, and what it says of each."""
     check_count("rounds", rounds, 1)
@@ -326,6 +338,13 @@ def _check(
     check_callables(train, evaluate)
     if floor is not None and not is_number(floor):
         raise InputError(f"floor must be a number that evaluate may return, not {floor!r}")
+    if max_drop is not None and not (is_number(max_drop, 0) and max_drop < math.inf):
+        raise InputError(f"max_drop must be a finite number of at least 0, not {max_drop!r}")
+    if max_drop is not None and floor is not None:
+        raise InputError(
+            f"both floor={floor!r} and max_drop={max_drop!r} were given: max_drop is a floor below "
+            "the evaluation of the original, leave one of them out"
+        )
     schedule = sparsity if callable(sparsity) else iterative(sparsity, rounds)
     found = [sparsity_at(schedule, number) for number in range(rounds)]
     if found != sorted(found) or not 0 < found[-1] < 1:

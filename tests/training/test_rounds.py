@@ -135,6 +135,30 @@ def test_a_broken_floor_is_undone_and_approached_in_half_steps():
     assert outcome.reason == "the floor was broken in round 4"
 
 
+def test_a_drop_is_a_floor_below_the_original(tmp_path):
+    """The share of the channels is what is evaluated, so that the end is known."""
+
+    def evaluate(model):
+        return 100 + 10 * model[0].out_features / 32
+
+    def run(**more):
+        return iterate(net(32), 4, train, evaluate, sparsity=lambda n: (n + 1) / 5,
+                       example_inputs=X, **more)  # fmt: skip
+
+    outcome = run(max_drop=4.1, retries=0, folder=tmp_path)
+    assert widths(outcome) == [32, 26, 20, 13]
+    assert [e.values["kept"] for e in outcome.history.entries] == [1, 1, 1, 0]
+    assert outcome.model[0].out_features == 20
+    again = run(max_drop=4.1, retries=0, folder=tmp_path)
+    assert same(outcome.model, again.model)
+    assert run(max_drop=0.0).model[0].out_features == 32
+    halves = run(max_drop=4.1)
+    assert 110 - evaluate(halves.model) <= 4.1
+    assert halves.model[0].out_features <= 20
+    with pytest.raises(InputError, match=r"other max_drop: 4.1, now 5.0"):
+        run(max_drop=5.0, retries=0, folder=tmp_path)
+
+
 def test_an_undone_round_leaves_the_last_good_model_on_disk(tmp_path):
     options = {"sparsity": lambda n: (n + 1) / 3, "example_inputs": X, "floor": 1.0}
     first = iterate(net(), 2, train, floored(9), folder=tmp_path, retries=0, **options)
@@ -370,6 +394,9 @@ def test_a_train_that_replaces_the_model_is_told(function, text):
         ({"train": "sgd"}, "train and evaluate must be functions"),
         ({"evaluate": None}, "train and evaluate must be functions"),
         ({"floor": "90 %"}, "floor must be a number"),
+        ({"max_drop": -1}, "max_drop must be a finite number"),
+        ({"max_drop": True}, "max_drop must be a finite number"),
+        ({"max_drop": 1, "floor": 0.5}, "leave one of them out"),
         ({"floor": float("nan")}, "floor must be a number that evaluate may return, not nan"),
         ({"floor": 1.0}, r"the original itself evaluates to -[\d.]+, below the floor 1"),
         ({"sparsity": 1.5}, "sparsity of iterative must be a fraction"),
