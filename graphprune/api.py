@@ -420,7 +420,8 @@ def rebuild(
         attention: whether heads leave or become narrower: as for :func:`trace`.
         outputs: which outputs count: see :func:`trace`; all by default.
         ratio: the fraction, by name.
-        max_drop: by how much ``evaluate`` may fall: the smallest such model, see :func:`smallest`.
+        max_drop: by how much ``evaluate`` may fall: the smallest such model, calibrated if there is
+            ``data``; see :func:`smallest`.
         evaluate: says how good a model is.
         options: criterion, scope, targets and constraints: see :class:`graphprune.Options`.
 

@@ -93,12 +93,13 @@ def section(found: dict[tuple[int, int], list[Row]], half: int) -> str:
     kept = [r.other[0] <= r.most for several in found.values() for r in several]
     return f"""## {TITLE}
 
-`graphprune.smallest` on ResNets trained on CIFAR-10, all defaults, in points of the share of right answers:
-{half:,} images that the networks were not trained on say which model is good enough, by the bound of its
-drop; {half:,} others, which nothing was chosen by, say what it then loses. Chosen and repaired with
-{CALIBRATION} training images without labels. Images are JPEG, on which these networks are right less often than
-on lossless ones. Each row goes on from the file of the row before (`path=`); seconds of processor
-time are those that it added (`examples/benchmarks/smallest.py`).
+`graphprune.smallest` on ResNets trained on CIFAR-10, all defaults, in points of the share of right
+answers: {half:,} images that the networks were not trained on say which model is good enough, by
+the bound of its drop; {half:,} others, which nothing was chosen by, say what it then loses. Chosen
+and repaired with {CALIBRATION} training images without labels. Images are JPEG, on which these
+networks are right less often than on lossless ones. Each row goes on from the file of the row
+before (`path=`); seconds of processor time are those that it added
+(`examples/benchmarks/smallest.py`).
 
 {table}
 

@@ -75,6 +75,20 @@ def load_model(text: str, seed: int = 0) -> nn.Module:
     return model
 
 
+def load_named(text: str, option: str) -> Any:
+    """What a text names in the user's code: ``path/to/file.py:name`` or ``package.module:name``.
+
+    Raises:
+        InputError: there is no such thing.
+    """
+    source, _, name = text.rpartition(":")
+    if not source or not name:
+        raise InputError(
+            f"{option} must be path/to/file.py:name or package.module:name; got {text!r}"
+        )
+    return _attribute(source, name)
+
+
 def has_random_weights(text: str, weights: Path | None) -> bool:
     """Whether a model that a text names has drawn weights, as far as the text says.
 

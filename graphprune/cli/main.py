@@ -21,10 +21,14 @@ from graphprune.cli.measuring import measured
 from graphprune.cli.options import (
     MODEL_HELP,
     Attention,
+    Data,
+    Evaluate,
     Inputs,
     Json,
+    MaxDrop,
     Model,
     ReportFile,
+    SearchFile,
     Seed,
     Weights,
 )
@@ -37,7 +41,7 @@ from graphprune.cli.printing import (
     report_data,
 )
 from graphprune.cli.reporting import write_report
-from graphprune.cli.runtime import smaller
+from graphprune.cli.searching import Asked
 from graphprune.cli.session import (
     Session,
     check_folders,
@@ -106,13 +110,17 @@ def shrink(
         list[str],
         typer.Option(help=short("target")),
     ] = [],
-    criterion: Annotated[str, typer.Option(help=short("criterion"))] = "l2",
+    criterion: Annotated[str | None, typer.Option(help=short("criterion"))] = None,
     scope: Annotated[
         str | None,
         typer.Option(help=short("scope")),
     ] = None,
     keep: Annotated[list[str], typer.Option(help=short("keep"))] = [],
     ratios: Annotated[list[str], typer.Option(help=short("ratios"))] = [],
+    max_drop: MaxDrop = None,
+    evaluate: Evaluate = None,
+    data: Data = None,
+    search: SearchFile = None,
     min_kept: Annotated[float, typer.Option(help=short("min_kept"))] = 0.0,
     max_kept: Annotated[float, typer.Option(help=short("max_kept"))] = 1.0,
     round_to: Annotated[int, typer.Option(help=short("round_to"))] = 1,
@@ -146,9 +154,10 @@ def shrink(
     with session(as_json) as run:
         folder = goes_to_folder(model, out)
         check_folders(None if folder else out, plan, report, certificate)
-        _check_criterion(criterion)
+        if data is None:
+            _check_criterion(criterion or "l2")
         options: Options = {
-            "criterion": criterion,
+            "criterion": criterion or "l2",
             "keep": keep,
             "seed": seed,
             "round_to": round_to,
@@ -164,6 +173,7 @@ def shrink(
             "max_kept": max_kept if max_kept < 1 else None,
         }
         options.update(cast(Options, {k: v for k, v in given.items() if v is not None}))
+        wanted = Asked(max_drop, evaluate, data, search, (ratio, runtime, certificate, folder))
         if folder is not None:
             others = {"--report": report, "--certificate": certificate, "--weights": weights}
             asked = model, folder, ratio, inputs, attention, options, plan, others
@@ -174,14 +184,15 @@ def shrink(
         original = _model(model, weights, seed)
         random = run.say_random(model, weights)
         example = parse_inputs(inputs, original)
-        with run.status("analysing"):
-            small = smaller(runtime, original, ratio, example, attention, options)
+        if criterion is None and wanted.given:
+            options["criterion"] = "auto"
+        small, searched = wanted.small(run, original, example, attention, options)
         applied = plan_of(small)
         assert applied is not None  # rebuild leaves it there
         verified = None
         if verify:
             with run.status("verifying"):
-                verified = compare(original, small, example, seed=seed)
+                verified = compare(original, wanted.to_verify(original, small), example, seed=seed)
         with run.status("measuring"):
             before, after = measured(original, small, example, threads)
         if plan is not None:
@@ -212,6 +223,7 @@ def shrink(
                 "before": dataclasses.asdict(before),
                 "after": dataclasses.asdict(after),
                 "verified": report_data(verified),
+                "search": searched,
                 "out": None if out is None else str(out),
                 "report": None if report is None else str(report),
                 "certificate": None if certificate is None else str(certificate),

@@ -38,3 +38,29 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 ReportFile = Annotated[
     Path | None, typer.Option("--report", help="Write what was done for people to read (HTML).")
 ]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max-drop",
+        help="Search the smallest model that loses at most this, in the unit of --evaluate.",
+    ),
+]
+Evaluate = Annotated[
+    str | None,
+    typer.Option(
+        "--evaluate",
+        help="file.py:function of a model, for --max-drop: a number, or one for every example.",
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        "--data",
+        help="For --max-drop: batches to choose and repair with, other examples than those of "
+        "--evaluate: .npz, .npy, .safetensors, or file.py:batches.",
+    ),
+]
+SearchFile = Annotated[
+    Path | None,
+    typer.Option("--search", help="For --max-drop: a file (JSON) by which a search goes on."),
+]
