@@ -16,11 +16,11 @@ from graphprune.arguments import is_number
 from graphprune.errors import InputError, RoundError
 from graphprune.plan.plan import Plan, carry, plan_of
 from graphprune.planning.options import Options, Request
-from graphprune.record.batches import at_rest
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import fingerprint, mark, named_modules
 from graphprune.text import bar, share, shorten
 from graphprune.training.history import Entry, History, widths_of
+from graphprune.training.judging import Judge
 from graphprune.training.ranks import Ranks
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.round_state import Folder, State
@@ -30,7 +30,6 @@ from graphprune.training.users import (
     NotFinite,
     check_callables,
     own_numbers,
-    run_evaluation,
     run_training,
 )
 
@@ -111,7 +110,9 @@ def iterate(
         folder: where to keep the last good model and the state. A later call with the same model,
             settings and folder goes on after the last finished round.
         floor: the least evaluation allowed.
-        max_drop: the same by how much less than the original's it may be, in its unit.
+        max_drop: how much less than the original's it may be, in its unit. ``evaluate`` may then
+            return a number for every example, as for :func:`graphprune.smallest`: the bound of the
+            drop counts, with 95 %, and is in the history as ``at most``.
         retries: how often the floor may be broken before it is the end.
         attention: as for ``graphprune.trace``.
         process_group: of ``torch.distributed``; ``train`` wraps the model for it. Scores and
@@ -172,11 +173,10 @@ def iterate(
         "attention": attention,
     }
     kept = Folder(folder, settings, ranks.first)
-    run = _Rounds(model, plans, schedule, train, evaluate, floor, seed, kept, ranks)
+    judge = Judge(evaluate, floor, max_drop, ranks)
+    run = _Rounds(model, plans, schedule, train, judge, seed, kept, ranks)
     with ranks.together():
         run.start(retries)
-    if max_drop is not None:
-        run.floor = run.state.entries[0].values["accuracy"] - max_drop
     with bar("rounds", rounds, progress and ranks.first) as show, _noted(folder):
         while not run.state.reason and run.state.done < rounds:
             show(run.state.done)
@@ -198,14 +198,13 @@ class _Rounds:
         plans: RoundPlans,
         schedule: SparsityOf,
         train: Train | None,
-        evaluate: Evaluate,
-        floor: float | None,
+        judge: Judge,
         seed: int,
         folder: Folder,
         ranks: Ranks,
     ) -> None:
         self.original, self.plans, self.schedule = original, plans, schedule
-        self.train, self.evaluate, self.floor = train, evaluate, floor
+        self.train, self.judge = train, judge
         self.seed, self.folder, self.ranks = seed, folder, ranks
         self.modes = {name: module.training for name, module in named_modules(original)}
         self.earlier = plan_of(original)
@@ -220,17 +219,10 @@ class _Rounds:
             self.state = found
             self.model, self.plan = self.folder.model(found, self.original)
         self.ranks.check("the rounds in the folder", self.state.attempts, _SHARED)
+        if found is None or self.judge.max_drop is not None:  # scores of examples are not kept
+            accuracy = self.judge.original(self.original)
         if found is not None:
             return
-        try:
-            with at_rest(self.original):
-                accuracy = run_evaluation(self.evaluate, self.original, self.ranks)
-        except NotFinite as error:
-            raise InputError(f"the original model: {error}") from None
-        if self.floor is not None and accuracy < self.floor:
-            raise InputError(
-                f"the original itself evaluates to {accuracy:.6g}, below the floor {self.floor:g}"
-            )
         cost = self.plans.cost
         values = {"sparsity": 0.0, "accuracy": accuracy, "kept": 1.0}
         first = Entry(0, cost.params, cost.macs, values, widths_of(self.original))
@@ -255,10 +247,14 @@ class _Rounds:
         first = self._evaluated(small, number)
         self._train(small, number)
         last = self._evaluated(small, number)
-        kept = self.floor is None or last >= self.floor
+        most = self.judge.most()
+        kept = self.judge.keeps(last, most)
         values = {"sparsity": sparsity, "before": first, "accuracy": last, "kept": float(kept)}
+        if most is not None:
+            values["at most"] = most
         cost = plan.after
-        note = "" if kept else "below the floor: undone"
+        note, why = self.judge.words
+        note = "" if kept else note
         entry = Entry(state.attempts + 1, cost.params, cost.macs, values, widths_of(small), note)
         state = replace(state, attempts=entry.step, entries=(*state.entries, entry))
         if kept:
@@ -266,7 +262,7 @@ class _Rounds:
             self.state = self.folder.write(done, small)
             self.model, self.plan = small, whole
             return
-        reason = "" if state.retries else f"the floor was broken in round {number}"
+        reason = "" if state.retries else f"{why} in round {number}"
         left = max(0, state.retries - 1)
         self.state = self.folder.write(
             replace(state, pace=state.pace / 2, retries=left, reason=reason)
@@ -310,7 +306,7 @@ class _Rounds:
 
     def _evaluated(self, small: nn.Module, number: int) -> float:
         try:
-            return run_evaluation(self.evaluate, small, self.ranks)
+            return self.judge.of(small)
         except NotFinite as error:
             raise self._error(f"round {number}: {error}") from None
 

@@ -149,6 +149,8 @@ def test_a_drop_is_a_floor_below_the_original(tmp_path):
     assert widths(outcome) == [32, 26, 20, 13]
     assert [e.values["kept"] for e in outcome.history.entries] == [1, 1, 1, 0]
     assert outcome.model[0].out_features == 20
+    assert outcome.reason == "more than max_drop was lost in round 3"
+    assert outcome.history.entries[-1].note == "lost more than max_drop: undone"
     again = run(max_drop=4.1, retries=0, folder=tmp_path)
     assert same(outcome.model, again.model)
     assert run(max_drop=0.0).model[0].out_features == 32
@@ -157,6 +159,39 @@ def test_a_drop_is_a_floor_below_the_original(tmp_path):
     assert halves.model[0].out_features <= 20
     with pytest.raises(InputError, match=r"other max_drop: 4.1, now 5.0"):
         run(max_drop=5.0, retries=0, folder=tmp_path)
+
+
+def right(model, of=32):
+    """Of 1,000 answers a wrong one for each channel that is gone."""
+    wrong = of - model[0].out_features
+    return torch.cat([torch.zeros(wrong), torch.ones(1000 - wrong)]) > 0
+
+
+def test_the_bound_of_a_drop_counts_where_every_example_has_a_number(tmp_path):
+    def run(evaluate=right, **more):
+        return iterate(net(32), 4, train, evaluate, sparsity=lambda n: (n + 1) / 5,
+                       example_inputs=X, max_drop=0.02, retries=0, **more)  # fmt: skip
+
+    outcome = run(folder=tmp_path)
+    first, *rounds = outcome.history.entries
+    assert "at most" not in first.values
+    assert [e.values["accuracy"] for e in rounds] == pytest.approx([0.994, 0.988, 0.981])
+    assert [e.values["at most"] for e in rounds] == pytest.approx(
+        [0.0116, 0.0191, 0.0275], abs=1e-3
+    )
+    assert [e.values["kept"] for e in rounds] == [1, 1, 0]
+    assert "at most" in str(outcome)
+    again = run(folder=tmp_path)
+    assert same(outcome.model, again.model)
+    assert again.history.entries == outcome.history.entries
+    with pytest.raises(InputError, match="it must always return the same"):
+        run(lambda model: right(model) if model[0].out_features == 32 else 0.9)
+    with pytest.raises(InputError, match="must be of the same examples"):
+        run(lambda model: right(model)[model[0].out_features :])
+    with pytest.raises(InputError, match="examples cannot show"):
+        run(lambda model: right(model)[:20])
+    with pytest.raises(InputError, match="evaluate must return a number, not Tensor"):
+        iterate(net(32), 1, train, right, example_inputs=X)
 
 
 def test_an_undone_round_leaves_the_last_good_model_on_disk(tmp_path):
