@@ -39,6 +39,8 @@ def placed(command: dict[str, Any], path: Path) -> dict[str, Any]:
     source, colon, name = command["model"].rpartition(":")
     if source.endswith(".py"):
         source = relative(Path(source), path.parent)
+    elif source == "onnx":
+        name = relative(Path(name), path.parent)
     found = {**command, "model": f"{source}{colon}{name}"}
     for key in ("small", "weights"):
         if command[key] is not None:
@@ -117,10 +119,12 @@ def said_of_masked(one: Compared) -> str:
 
 
 def _found(model: Any, folder: Path) -> str | None:
-    """The model of a certificate, whose file of code lies somewhere from its folder."""
+    """The model of a certificate, whose file lies somewhere from its folder."""
     if not isinstance(model, str):
         return None
     source, colon, name = model.rpartition(":")
+    if source == "onnx":
+        return f"onnx:{folder / name}"
     return f"{folder / source}{colon}{name}" if source.endswith(".py") else model
 
 

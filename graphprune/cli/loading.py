@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from graphprune.arguments import check_seed
 from graphprune.cli.sources import RANDOM, SOURCES
-from graphprune.errors import CheckpointError, InputError
+from graphprune.deploy.reading.source import source_of
+from graphprune.errors import CheckpointError, GraphPruneError, InputError
 from graphprune.record.tensors import aliases
 from graphprune.text import shorten
 
-_FORMS = "torchvision:NAME, timm:NAME, hf:FOLDER, package.module:factory or path/to/file.py:factory"
+_FORMS = (
+    "torchvision:NAME, timm:NAME, hf:FOLDER, onnx:FILE, package.module:factory or "
+    "path/to/file.py:factory"
+)
 _WRAPPED = ("state_dict", "model_state_dict", "model")
 _DTYPES = {
     "float": torch.float32,
@@ -43,13 +47,14 @@ def load_model(text: str, seed: int = 0) -> nn.Module:
 
     Args:
         text: ``torchvision:resnet50``, ``timm:resnet50``, ``hf:folder`` (that transformers wrote),
-            ``package.module:factory`` (the working directory is searched, too) or
-            ``path/to/file.py:factory``. The factory takes no arguments; a module instance is
-            taken as it is.
+            ``onnx:file.onnx``, ``package.module:factory`` (the working directory is searched,
+            too) or ``path/to/file.py:factory``. The factory takes no arguments; a module
+            instance is taken as it is.
         seed: for the random weights.
 
     Raises:
         InputError: no such model, or the factory fails or returns something else.
+        GraphPruneError: a file of ONNX cannot be read.
 
     Example:
         >>> load_model("torchvision:resnet18").fc.out_features
@@ -138,12 +143,15 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 def parse_inputs(shapes: list[str], model: nn.Module) -> tuple[Tensor, ...] | None:
     """Example inputs from texts such as ``1,3,224,224`` or ``1,16:int64``, one per argument.
 
-    Floats have the dtype of the model's parameters when none is given. Values are zero: the
-    analysis needs shapes only.
+    Without any, a model that was read from ONNX knows its inputs. Floats have the dtype of the
+    model's parameters when none is given. Values are zero: the analysis needs shapes only.
 
     Raises:
         InputError: not positive sizes, or an unknown dtype.
     """
+    source = source_of(model)
+    if not shapes and source is not None:
+        return source.example()
     default = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     inputs = []
     for text in shapes:
@@ -211,7 +219,7 @@ def _guarded(what: str, run: Callable[[], object]) -> Any:
     """Run the user's code; its failure is told in one message with the line it came from."""
     try:
         return run()
-    except InputError:
+    except GraphPruneError:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from graphprune.api import trace
 from graphprune.cli.bench import bench
 from graphprune.cli.certified import certify, check_again, command_of
-from graphprune.cli.export import export
+from graphprune.cli.export import export, exported_data
 from graphprune.cli.ids import chosen_ids, load_tokenizer
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.measuring import measured
@@ -51,6 +51,7 @@ from graphprune.cli.session import (
     write_plan,
 )
 from graphprune.cli.to_folder import finish, goes_to_folder, shrink_to_folder
+from graphprune.cli.to_onnx import goes_to_onnx, write_onnx
 from graphprune.criteria import criteria, find
 from graphprune.criteria.registry import WEIGHTS
 from graphprune.errors import (
@@ -134,8 +135,8 @@ def shrink(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Write the small model (safetensors); of hf:FOLDER, where it has no suffix, a "
-            "folder, without loading the model."
+            help="Write the small model: .safetensors, or .onnx, which is run in ONNX Runtime; of "
+            "hf:FOLDER, where it has no suffix, a folder, without loading the model."
         ),
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="Write the plan (JSON).")] = None,
@@ -153,6 +154,7 @@ def shrink(
     """Remove channels, branches, blocks or experts from a model and save what is left."""
     with session(as_json) as run:
         folder = goes_to_folder(model, out)
+        to_onnx = goes_to_onnx(out, {"--certificate": certificate})
         check_folders(None if folder else out, plan, report, certificate)
         if data is None:
             _check_criterion(criterion or "l2")
@@ -195,9 +197,10 @@ def shrink(
                 verified = compare(original, wanted.to_verify(original, small), example, seed=seed)
         with run.status("measuring"):
             before, after = measured(original, small, example, threads)
+        file = write_onnx(run, small, out, example, seed) if to_onnx and out is not None else None
         if plan is not None:
             write_plan(applied, plan)
-        if out is not None:
+        if out is not None and file is None:
             save(small, out)
         made = command_of(model, out, weights, inputs, seed)
         certify(certificate, original, small, verified, out, made)
@@ -209,6 +212,8 @@ def shrink(
         for note in applied.notes:
             run.print(escape(note))
         say_verified(run, verified)
+        if file is not None:
+            run.print(escape(str(file)))
         for title, path in (
             ("small model", out), ("plan", plan), ("report", report), ("certificate", certificate),
         ):  # fmt: skip
@@ -225,6 +230,7 @@ def shrink(
                 "verified": report_data(verified),
                 "search": searched,
                 "out": None if out is None else str(out),
+                "exported": None if file is None else exported_data(file),
                 "report": None if report is None else str(report),
                 "certificate": None if certificate is None else str(certificate),
                 "plan": json.loads(applied.to_json()),

@@ -9,7 +9,9 @@ import typer
 
 from graphprune.planning.options import short
 
-MODEL_HELP = "torchvision:NAME, timm:NAME, hf:FOLDER, path/to/file.py:factory, package:factory"
+MODEL_HELP = (
+    "torchvision:NAME, timm:NAME, hf:FOLDER, onnx:FILE, path/to/file.py:factory, package:factory"
+)
 Model = Annotated[
     str,
     typer.Argument(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphprune.deploy.reading.door import from_onnx
 from graphprune.errors import InputError
 from graphprune.folders.door import from_pretrained
 from graphprune.folders.plans import ENTRY
@@ -105,16 +106,8 @@ def hugging_face(folder: str) -> Factory:
 
 
 def onnx(file: str) -> Factory:
-    """Files of ONNX are written here, and cannot be read as models yet.
-
-    Raises:
-        InputError: always.
-    """
-    raise InputError(
-        f"onnx:{file}: models cannot be read from ONNX, whose files hold no modules to make "
-        "smaller: shrink the torch model it came from (path/to/file.py:factory) and write that "
-        "with graphprune export MODEL SMALL --out FILE.onnx"
-    )
+    """What reads a file of ONNX and compares the model with it in ONNX Runtime."""
+    return lambda: from_onnx(file)
 
 
 SOURCES: Mapping[str, Callable[[str], Factory]] = {

@@ -10,6 +10,7 @@ from graphprune.deploy.exporting import Exported, export
 from graphprune.deploy.likeness import Likeness
 from graphprune.deploy.meeting import Met, meet_latency
 from graphprune.deploy.quantizing import Quantized, quantize
+from graphprune.deploy.reading.door import from_onnx
 from graphprune.deploy.repeating import Repeated, repeat
 from graphprune.deploy.timing import Bench, Timing, bench
 
@@ -25,6 +26,7 @@ __all__ = [
     "Timing",
     "bench",
     "export",
+    "from_onnx",
     "meet_latency",
     "quantize",
     "repeat",

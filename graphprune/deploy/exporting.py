@@ -26,9 +26,10 @@ from graphprune.deploy.certificate import (
 from graphprune.deploy.certificate import certificate as new_certificate
 from graphprune.deploy.engines import ENGINES, load_engine, needed
 from graphprune.deploy.files import written_beside
-from graphprune.deploy.flat import Flat, chosen_names, input_names, type_name, unique
+from graphprune.deploy.flat import Flat, Port, chosen_names, input_names, type_name, unique
 from graphprune.deploy.onnx_files import LARGE, check_opset, write
 from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
+from graphprune.deploy.reading.source import source_of
 from graphprune.deploy.traced_files import NOTE, is_recurrent, shapes_of, write_traced
 from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
 from graphprune.measurement import bytes_text, drawn, shared_copy
@@ -44,19 +45,6 @@ from graphprune.text import render
 _BLOCK = 8  # channels that ONNX Runtime keeps side by side; 16 with AVX-512
 Names = Sequence[str] | str | None
 FORMATS = {".onnx": "ONNX", ".pt2": "torch.export"}
-
-
-@dataclass(frozen=True)
-class Port:
-    """An input or output of a file: its name, dtype, and sizes, open ones by name."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
-
-    def __str__(self) -> str:
-        """As ``input float32[batch, 3, 224, 224]``."""
-        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(frozen=True)
@@ -147,11 +135,14 @@ def export(
         path: the file, ``.onnx`` or ``.pt2``.
         example_inputs: as for :func:`graphprune.trace`; inferred when absent.
         dynamic: which sizes stay open. ``"batch"``: the first of every input, if the model's code
-            allows it (else a ``PruningWarning`` says that it is fixed). By name, with the
+            allows it (else a ``PruningWarning`` says that it is fixed); of a model that
+            :func:`from_onnx` read, the sizes that its file leaves open. By name, with the
             dimension of every input or of some: ``{"batch": 0, "sequence": 1}``,
             ``{"sequence": {"input_ids": 1}}``. ``None``: all sizes are those of the example.
-        input_names: names of the inputs, in order; those of the arguments when absent.
-        output_names: names of the outputs, in order; keys of the output when absent.
+        input_names: names of the inputs, in order; when absent those of the arguments, or of the
+            file that the model was read from.
+        output_names: names of the outputs, in order; when absent keys of the output, or those of
+            the file that the model was read from.
         outputs: which outputs the file returns, as for :func:`graphprune.trace`; all when absent.
         opset: version of ONNX's operators; the exporter's choice when absent.
         external_data: whether the weights go into ``path`` with ``.data`` behind it; when absent
@@ -202,6 +193,11 @@ def export(
             needed(library, "writing and checking ONNX")
     with at_rest(model):
         ready = Ready(model, example_inputs, Outputs.of(outputs))
+        source = source_of(model)
+        if source is not None:  # back to ONNX as it came
+            input_names = source.names if input_names is None else input_names
+            output_names = ready.kept(source.outputs) if output_names is None else output_names
+            dynamic = source.dynamic or None if dynamic == "batch" else dynamic
         ready.name(input_names, output_names)
         made = _Made(ready, path, dynamic)
         with written_beside(path) as folder:
@@ -240,6 +236,11 @@ class Ready:
         self.outputs = self.flat.choose(out, outputs)
         self.kinds = [tensor.dtype for tensor in self.flat.tensors_of(out)]
         self.inputs = input_names(model, self.call)
+
+    def kept(self, names: Sequence[str]) -> list[str]:
+        """Those of the names of all outputs that are of wanted ones."""
+        chosen = self.flat.chosen
+        return [*names] if chosen is None else [names[place] for place in chosen]
 
     def name(self, inputs: Names, outputs: Names) -> None:
         """Settle the names of inputs and outputs."""

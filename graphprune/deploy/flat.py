@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,19 @@ from torch.utils import _pytree as pytree
 from graphprune.errors import InputError
 from graphprune.record.inputs import Call, parameter_names
 from graphprune.record.outputs import Outputs, named_leaves
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of a file: its name, dtype, and sizes, open ones by name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    def __str__(self) -> str:
+        """As ``input float32[batch, 3, 224, 224]``."""
+        return f"{self.name} {self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 class Flat(nn.Module):

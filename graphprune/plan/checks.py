@@ -452,9 +452,9 @@ def _remembered(module: nn.Module, name: str) -> Any:
 
 def may_be_size(module: nn.Module, name: str) -> bool:
     """Whether a number of a module may be a width: of torch's own layers some are not."""
-    if name in SIZES:
-        return True
     kind = type(module)
+    if name in SIZES or name in vars(kind).get("SIZES", ()):  # a class that is there for them
+        return True
     if name in _BOOKKEEPING or kind.__module__.startswith(("torch.nn", "graphprune.")):
         return False
     bases = (base for base in kind.__mro__ if base.__module__.startswith("torch.nn"))
