@@ -25,18 +25,13 @@ from graphprune.parts.mixtures import Experts, Mixtures
 from graphprune.plan.plan import CELL, MAKERS, Cost, Plan
 from graphprune.plan.vocabulary import for_small
 from graphprune.planning.costs import cost
-from graphprune.planning.make import (
-    assemble,
-    check_kept,
-    counted_outputs,
-    followed,
-    make_plan,
-)
+from graphprune.planning.make import assemble, check_kept, counted_outputs, followed, make_plan
 from graphprune.planning.naming import named
-from graphprune.planning.options import Options, Request
+from graphprune.planning.options import Options, Request, ranks_of
 from graphprune.planning.sensitivity import Sensitivity, of_parts, sensitivity
 from graphprune.planning.settle import Settled, analyse
 from graphprune.planning.unread import with_unread
+from graphprune.record.agreement import agree
 from graphprune.record.checks import check_model, check_weights
 from graphprune.record.collecting import uncollected
 from graphprune.record.cost import peak_activations
@@ -279,12 +274,14 @@ class ChannelGraph:
             >>> graph.plan(target={"params": 0.7}).after.params
             37
         """
-        plan = self.widths(Request.of(ratio, named(options, self.model)))
+        with ranks_of(options).together():
+            plan = self.widths(Request.of(ratio, named(options, self.model)))
         GRAPHS[plan.architecture, plan.inputs] = self
         return plan
 
     def widths(self, request: Request) -> Plan:
         """The plan for a request that was checked."""
+        agree(request.ranks, request.told, model=self.model)
         if request.parts != ("channels",):
             return self._chooser(request).plan()
         return make_plan(self.model, self.call, self.settled, request)
@@ -334,8 +331,9 @@ class ChannelGraph:
 
         Args:
             model: the model, of the architecture that was traced.
-            evaluate: a number for a model, larger for better ones; it is called with the model
-                and with one smaller model for each group and fraction, in the mode of the model.
+            evaluate: a number for a model, larger for better ones, or a tensor of one for each
+                item: the mean counts, over all processes as well. It is called with the model and
+                with one smaller model for each group and fraction, in the mode of the model.
             fractions: how much to remove, each in (0, 1); branches and blocks leave whole.
             options: criterion, keep, exact_only and others; see :class:`graphprune.Options`.
 
@@ -364,8 +362,9 @@ class ChannelGraph:
         found = sensitivity(model, self.call, self.settled, evaluate, fractions, request)
         if request.parts == ("channels",):
             return found
-        parts = self._chooser(request).alone(fractions)
-        return replace(found, curves=(*found.curves, *of_parts(model, evaluate, found.base, parts)))
+        alone = self._chooser(request).alone(fractions)
+        parts = of_parts(model, evaluate, found.base, alone, request)
+        return replace(found, curves=(*found.curves, *parts))
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -379,12 +378,10 @@ class ChannelGraph:
             (group.name, group.size, group.kind, shorten(group.layers, width=CELL), group.note)
             for group in self.analysis.all_groups
         ]
-        title = (
-            f"{type(self.model).__name__} on {self.call}: {len(self)} groups of "
-            f"{sum(group.size for group in self)} removable channels"
-        )
-        table = render(title, ("group", "channels", "kind", "layers", "why"), rows)
-        return "\n".join((table, *self.told_parts()))
+        removable = f"{sum(group.size for group in self)} removable channels"
+        title = f"{type(self.model).__name__} on {self.call}: {len(self)} groups of {removable}"
+        heads = "group", "channels", "kind", "layers", "why"
+        return "\n".join((render(title, heads, rows), *self.told_parts()))
 
     def told_parts(self) -> list[str]:
         """The parts that can leave whole, a line for each kind there is."""
@@ -467,9 +464,11 @@ def rebuild(
         return _shrunk(model, ratio_or_plan, call, inplace)
     if isinstance(model, nn.Module):
         options = named(options, model)
-    Request.of(ratio_or_plan, options)  # a wrong option is told before anything long is done
-    graph = trace(model, example_inputs, attention=attention, outputs=outputs)
-    return _shrunk(model, graph.plan(ratio_or_plan, **options), graph.call, inplace)
+    with ranks_of(options).together():
+        Request.of(ratio_or_plan, options)  # a wrong option is told before anything long is done
+        graph = trace(model, example_inputs, attention=attention, outputs=outputs)
+        plan = graph.plan(ratio_or_plan, **options)
+    return _shrunk(model, plan, graph.call, inplace)
 
 
 def _shrunk(model: nn.Module, plan: Plan, call: Call | None, inplace: bool) -> nn.Module:

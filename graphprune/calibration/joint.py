@@ -9,7 +9,7 @@ Accelerating Very Deep Neural Networks", ICCV 2017).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, fx
 
 from graphprune.calibration.replay import Replay
 from graphprune.calibration.segments import Segment
-from graphprune.calibration.sums import Errors
+from graphprune.calibration.sums import Errors, reduced
+from graphprune.ranks import Ranks
 
 RATE = 1e-3  # of the first step
 _EIGHTH = 8
@@ -30,8 +31,9 @@ class Joint:
 
     Args:
         keep: the channels of the original that the small model has at the end.
-        active: numbers of the batches; with eight or more, every eighth, four at most, is held
-            out: they tell whether anything was gained.
+        turns: of the batches of this rank, by number; with eight or more of all ranks, every
+            eighth, four at most, is held out: they tell whether anything was gained.
+        ranks: which have other batches. They take the steps together: one after the other.
     """
 
     def __init__(
@@ -40,12 +42,17 @@ class Joint:
         small: Replay,
         segment: Segment,
         keep: Tensor,
-        active: Sequence[int],
+        turns: Mapping[int, int],
+        ranks: Ranks,
     ) -> None:
         self.original, self.small, self.segment, self.keep = original, small, segment, keep
-        self.active = active
-        self.judges = active[_EIGHTH - 1 :: _EIGHTH][:_JUDGES] or active
-        self.taught = [which for which in active if which not in self.judges] or active
+        self.active, self.ranks = [*turns], ranks
+        own = [(ranks.rank, which) for which in turns]
+        dealt, _ = ranks.in_turn(own, [*turns.values()])
+        judges = dealt[_EIGHTH - 1 :: _EIGHTH][:_JUDGES] or dealt
+        self.taught = [turn for turn in dealt if turn not in judges] or dealt
+        self.judged = len(judges)
+        self.judges = [which for rank, which in judges if rank == ranks.rank]
         self.start = {n: small.tensors[name].detach() for n, name in segment.moved.items()}
         self.zeroes = {n: t == 0 for n, t in self.start.items() if t.dim() > 1}
 
@@ -59,20 +66,11 @@ class Joint:
         """
         end = self.segment.layer.end
         held = {which: self.small.value(which, end) for which in self.active}
-        if any(
-            t.dtype not in (torch.float32, torch.float64)
-            for t in (*held.values(), *self.start.values())
-        ):
-            return None
-        first = self.active[0]
-        if not _equal(self._run(first, self.start), held[first]):  # the segment is not all there is
+        if not all(self.ranks.share(self._can(held))):
             return None
         before = self._error(held)
-        try:
-            moved = self._trained(sweeps, before / len(self.judges), generator)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # no derivative
+        moved = self._trained(sweeps, before / self.judged, generator)
+        if moved is None:
             return None
         outputs = {which: self._run(which, moved) for which in self.active}
         if not self._error(outputs) < before:
@@ -82,6 +80,13 @@ class Joint:
         for which, output in outputs.items():  # nothing else of the segment is read again
             self.small.runs[which].values[self.small.node(which, end)] = output
         return self._relative(outputs)
+
+    def _can(self, held: Mapping[int, Tensor]) -> bool:
+        """Whether dtypes allow it, and the segment is all there is."""
+        tensors = (*held.values(), *self.start.values())
+        if any(t.dtype not in (torch.float32, torch.float64) for t in tensors):
+            return False
+        return all(_equal(self._run(w, self.start), held[w]) for w in self.active[:1])
 
     def _run(self, which: int, moved: Mapping[int, Tensor]) -> Tensor:
         """The value at the end for one batch."""
@@ -107,7 +112,8 @@ class Joint:
 
     def _error(self, outputs: Mapping[int, Tensor]) -> float:
         """The sum of the mean squared errors of the batches that judge."""
-        return sum(float(self._gap(w, outputs[w]).square().mean()) for w in self.judges)
+        own = sum(float(self._gap(w, outputs[w]).square().mean()) for w in self.judges)
+        return sum(self.ranks.share(own))
 
     def _gap(self, which: int, output: Tensor) -> Tensor:
         return self._behind(which, output) - self._behind(which, self._goal(which))
@@ -121,10 +127,16 @@ class Joint:
                 for value in (self._goal(which), output)
             )
             errors.add(wanted - found, wanted)
-        return errors.relative
+        return reduced({"": errors}, self.ranks)[""].relative
 
-    def _trained(self, sweeps: int, scale: float, generator: torch.Generator) -> dict[int, Tensor]:
-        """Adam on one batch after another, in another order in every sweep, at a rate down to 0."""
+    def _trained(
+        self, sweeps: int, scale: float, generator: torch.Generator
+    ) -> dict[int, Tensor] | None:
+        """Adam on one batch after another, in another order in every sweep, at a rate down to 0.
+
+        Returns:
+            ``None`` where something has no derivative.
+        """
         moved = {n: t.clone().requires_grad_() for n, t in self.start.items()}
         batches = len(self.taught)
         optimiser = torch.optim.Adam(list(moved.values()), RATE)
@@ -132,16 +144,40 @@ class Joint:
         with torch.enable_grad():
             for _ in range(sweeps):
                 for place in torch.randperm(batches, generator=generator).tolist():
-                    which = self.taught[place]
-                    gap = self._behind(which, self._run(which, moved))
-                    gap = gap - self._behind(which, self._goal(which))
-                    loss = gap.square().mean() / max(scale, torch.finfo(gap.dtype).tiny)
                     optimiser.zero_grad()
-                    loss.backward()
+                    if not self._differentiated(self.taught[place], moved, scale):
+                        return None
                     self._hold_zeroes(moved)
                     optimiser.step()
                     falling.step()
         return {n: t.detach() for n, t in moved.items()}
+
+    def _differentiated(
+        self, turn: tuple[int, int], moved: Mapping[int, Tensor], scale: float
+    ) -> bool:
+        """Give all ranks the gradients of a batch of one of them, if there are any."""
+        rank, which = turn
+        known: tuple[int, ...] | None = ()
+        if rank == self.ranks.rank:
+            try:
+                gap = self._behind(which, self._run(which, moved))
+                gap = gap - self._behind(which, self._goal(which))
+                (gap.square().mean() / max(scale, torch.finfo(gap.dtype).tiny)).backward()
+                known = tuple(n for n, tensor in moved.items() if tensor.grad is not None)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                known = None
+        known = self.ranks.share(known)[rank]
+        if known is None:
+            return False
+        gradients = []
+        for number in known:
+            gradient = moved[number].grad
+            gradients.append(torch.zeros_like(moved[number]) if gradient is None else gradient)
+            moved[number].grad = gradients[-1]
+        self.ranks.copy_from(rank, gradients)
+        return True
 
     def _hold_zeroes(self, moved: Mapping[int, Tensor]) -> None:
         """Take their gradients: a sparse layer stays sparse."""

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graphprune.arguments import check_seed, is_int, is_number
-from graphprune.calibration.items import count, doubt, set_apart
+from graphprune.calibration.items import Folds, count, doubt, set_apart
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.repair import Refit, Repair, Settings
 from graphprune.calibration.replay import Replay, check_batches
@@ -20,6 +20,8 @@ from graphprune.errors import InputError
 from graphprune.execute.fold import recompute_masked
 from graphprune.execute.shrink import kept_indices
 from graphprune.plan.plan import Plan, plan_of
+from graphprune.ranks import Ranks
+from graphprune.record.agreement import agree
 from graphprune.record.batches import (
     Batch,
     at_rest,
@@ -96,6 +98,7 @@ def calibrate(
     seconds: float | None = None,
     seed: int = 0,
     progress: bool = False,
+    process_group: Any = None,
 ) -> Calibration:
     """Bring a small model closer to its original, on unlabelled data and without training.
 
@@ -114,6 +117,10 @@ def calibrate(
     that are held out from it, each in turn; and the last refits are undone until the outputs, on
     items that no layer was fitted to, are no worse than before. The report says so.
 
+    Under ``torch.distributed`` every process calls it with the same models and its own batches.
+    What they sum up is summed over all of them, and all end with the same small model: that of one
+    process on all batches, of which batch i of rank r of n is batch ``i * n + r``.
+
     Args:
         small: a model made by :func:`rebuild`; its parameters are changed in place.
         model: the original that ``small`` was made from; it is not touched.
@@ -129,11 +136,14 @@ def calibrate(
             all batches, behind every layer that lost inputs; 0 for least squares alone.
         held_out: for ``"repair"``: the share of the items, 128 at most, that no layer is fitted to,
             and that the outputs are compared on; at 0 they are compared on all items.
-        memory: for ``"repair"`` and ``"bias"``: bytes of activations that are held at once, for all
-            batches together. Early layers are fitted to fewer batches where all would hold more.
+        memory: for ``"repair"`` and ``"bias"``: bytes of activations that a process holds at once,
+            for all its batches together. Early layers are fitted to fewer batches where all would
+            hold more.
         seconds: stop refitting after this time; layers that were not reached stay as they are.
         seed: for the choice of these places, and the order of the batches in a sweep.
         progress: show a progress bar, if the error stream is a terminal.
+        process_group: of ``torch.distributed``, over which sums are taken; the default group when
+            it is initialised. ``False``: this process calibrates on its own.
 
     Returns:
         A report of the errors at every layer; ``print`` it.
@@ -143,6 +153,7 @@ def calibrate(
             no plan, or a model does not run.
         PlanError: ``model`` is not the original of ``small``.
         ModelError: a model is wrapped, compiled or not finite.
+        RankError: another process has failed, or has another model or other options.
 
     Example:
         >>> import torch, graphprune
@@ -152,36 +163,55 @@ def calibrate(
         >>> report.changed
         ('2',)
     """
-    plan = _check(small, model, method)
-    _check_numbers(method, ridge, rows, sweeps, seed)
-    _check_bounds(held_out, memory, seconds)
-    found = list(told_apart(model, batches(check_data(data))))
-    for number, batch in enumerate(found):
-        check_finite(batch, number)
-    taken = [Batch.of(batch) for batch in found]
-    if method == "batchnorm":
-        return _renormed(small, model, found, progress)
-    parts = [batch.to(device_of(small)) for batch in taken]
-    check_batches(parts)
-    settings = Settings(
-        weights=method == "repair",
-        ridge=ridge,
-        rows=rows,
-        sweeps=sweeps,
-        seed=seed,
-        memory=memory,
-        seconds=math.inf if seconds is None else seconds,
-    )
-    fit, check = set_apart(parts, held_out if method == "repair" else 0)
+    ranks = Ranks(process_group)
+    with ranks.together():
+        plan = _check(small, model, method)
+        _check_numbers(method, ridge, rows, sweeps, seed)
+        _check_bounds(held_out, memory, seconds)
+        asked = method, ridge, rows, sweeps, held_out, memory, seconds, seed
+        agree(ranks, (asked, plan.to_json()), original=model, small=small)
+        found = list(told_apart(model, batches(check_data(data), ranks)))
+        for number, batch in enumerate(found):
+            check_finite(batch, number)
+        if method == "batchnorm":
+            return _renormed(small, model, found, progress and ranks.first, ranks)
+        parts = [Batch.of(batch).to(device_of(small)) for batch in found]
+        check_batches(parts)
+        settings = Settings(
+            weights=method == "repair",
+            ridge=ridge,
+            rows=rows,
+            sweeps=sweeps,
+            seed=seed,
+            memory=memory,
+            seconds=math.inf if seconds is None else seconds,
+        )
+        apart = set_apart(parts, held_out if method == "repair" else 0, ranks)
+        return _repaired(small, model, kept_indices(plan), apart, settings, progress, ranks)
+
+
+def _repaired(
+    small: nn.Module,
+    model: nn.Module,
+    kept: Mapping[str, Mapping[int, Tensor]],
+    apart: tuple[Sequence[Batch], Sequence[Batch], Sequence[int]],
+    settings: Settings,
+    progress: bool,
+    ranks: Ranks,
+) -> Calibration:
+    fit, check, turns = apart
+    checked = any(ranks.share(bool(check)))
     with torch.inference_mode(False), torch.no_grad(), at_rest(model), evaluated(small):
-        judge = _Judge(small, model, check or fit)
-        judge.doubt = 0.0 if check else judge.doubt
-        smaller = Replay(small, fit)
-        original = Replay(model, fit, smaller.reference)
+        judge = _Judge(small, model, check if checked else fit, ranks)
+        judge.doubt = 0.0 if checked else judge.doubt
+        first = _first(fit, device_of(small), ranks)
+        smaller = Replay(small, fit, first=first)
+        original = Replay(model, fit, smaller.reference, first)
         masks = masks_of(model, fit)
-        repair = Repair(original, smaller, kept_indices(plan), fit, masks, settings)
+        folds = Folds(fit, turns, settings.seed, ranks)
+        repair = Repair(original, smaller, kept, folds, masks, settings, ranks)
         try:
-            with bar("calibration", len(repair.layers), progress) as tick:
+            with bar("calibration", len(repair.layers), progress and ranks.first) as tick:
                 refits = repair.run(tick)
             smaller.settle()
             after = judge.error()
@@ -190,6 +220,7 @@ def calibrate(
                     repair.undo()
                 smaller.settle()
                 after = judge.error()
+            ranks.copy_from(0, [tensor for _, tensor in named_tensors(small)])
         except BaseException:
             judge.restore()
             raise
@@ -197,27 +228,46 @@ def calibrate(
         judge.restore()
     for place in [n for n, refit in enumerate(refits) if not refit.note][len(repair.steps) :]:
         refits[place] = replace(refits[place], note=_UNDONE)
+    method = "repair" if settings.weights else "bias"
     return Calibration(method, tuple(refits), judge.before, after)
 
 
+def _first(fit: Sequence[Batch], device: torch.device, ranks: Ranks) -> Batch | None:
+    """The first batch of the first rank that has one, from which all ranks name layers."""
+    if ranks.size == 1:
+        return None
+    has = ranks.share(bool(fit)).index(True)
+    given = fit[0].to(torch.device("cpu")) if ranks.rank == has else None
+    found = ranks.share(given)[has]
+    assert found is not None
+    return found.to(device)
+
+
 def _renormed(
-    small: nn.Module, model: nn.Module, found: Sequence[object], progress: bool
+    small: nn.Module, model: nn.Module, found: Sequence[object], progress: bool, ranks: Ranks
 ) -> Calibration:
-    judge = _Judge(small, model, [Batch.of(batch) for batch in found])
-    names = reestimate(small, tracked(found, "calibration", len(found), progress))
-    after, note = judge.error(), ""
+    judge = _Judge(small, model, [Batch.of(batch) for batch in found], ranks)
+    try:
+        names = reestimate(small, tracked(found, "calibration", len(found), progress), ranks)
+        after, note = judge.error(), ""
+    except BaseException:
+        judge.restore()
+        raise
     if judge.worse(after):
         judge.restore()
         after, note = judge.before, _UNDONE
+    ranks.copy_from(0, [tensor for _, tensor in named_tensors(small)])
     return Calibration("batchnorm", tuple(Refit(n, note=note) for n in names), judge.before, after)
 
 
 class _Judge:
     """Tells whether the outputs of the small model became worse on some batches."""
 
-    def __init__(self, small: nn.Module, model: nn.Module, batches: Sequence[Batch]) -> None:
-        self.small, self.model, self.batches = small, model, batches
-        self.doubt = doubt(sum(count(batch) or 1 for batch in batches))
+    def __init__(
+        self, small: nn.Module, model: nn.Module, batches: Sequence[Batch], ranks: Ranks
+    ) -> None:
+        self.small, self.model, self.batches, self.ranks = small, model, batches, ranks
+        self.doubt = doubt(sum(ranks.share(sum(count(batch) or 1 for batch in batches))))
         self.masks = masks_of(model, batches)
         self.known = [(t, t.detach().clone()) for _, t in named_tensors(small)]
         self.before = self.error()
@@ -225,12 +275,12 @@ class _Judge:
 
     def error(self) -> float | None:
         """The distance between the outputs of the two models."""
-        return distance(self.small, self.model, self.batches, self.masks)
+        return distance(self.small, self.model, self.batches, self.masks, self.ranks)
 
     def worse(self, after: float | None) -> bool:
         """Whether this is more than it was."""
         most = None if self.before is None else self.before * (_WORSE + self.doubt)
-        found = most is not None and (after is None or after > most)
+        found = self.ranks.decided(most is not None and (after is None or after > most))
         self.failures = 2 * self.failures or 1 if found else 0
         return found
 

@@ -24,10 +24,10 @@ from graphprune.calibration.layers import Layer, constants, find_layers, slope_o
 from graphprune.calibration.memory import rooms
 from graphprune.calibration.replay import Replay
 from graphprune.calibration.segments import segments
-from graphprune.calibration.sums import Errors, Sums, choose, held_out
-from graphprune.calibration.wide import Dual, changes, products
+from graphprune.calibration.sums import Errors, Sums, choose, held_out, moments, real, reduced
+from graphprune.calibration.wide import Dual, Rows, changes, products
 from graphprune.ops.views import norm_of
-from graphprune.record.batches import Batch
+from graphprune.ranks import Ranks
 from graphprune.record.padding import counted
 
 WIDEST = 4096  # inputs up to which a layer is refitted by their second moments
@@ -76,6 +76,23 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class _Known:
+    """What a rank with batches tells the others of a layer.
+
+    Attributes:
+        keep: which outputs of the original's layer stay; ``None`` where that cannot be told.
+        slope: the factor between the output of the layer and where errors count.
+        written: whether its input is written to before it is complete.
+        batches: how many it was computed for.
+    """
+
+    keep: Tensor | None
+    slope: Tensor
+    written: bool
+    batches: int
+
+
+@dataclass(frozen=True)
 class _Seen:
     """Places of one batch at the end of a layer, sorted by the part of the items they belong to.
 
@@ -101,9 +118,10 @@ class Repair:
     Args:
         original, small: the two models on the batches.
         kept: which slices of the original's tensors the small model has.
-        batches: what both run on.
+        folds: the parts of the items of the batches that both run on.
         masks: of each batch, which positions are no padding.
         settings: how.
+        ranks: which have other batches.
     """
 
     def __init__(
@@ -111,22 +129,23 @@ class Repair:
         original: Replay,
         small: Replay,
         kept: Mapping[str, Mapping[int, Tensor]],
-        batches: Sequence[Batch],
+        folds: Folds,
         masks: Sequence[Tensor | None],
         settings: Settings,
+        ranks: Ranks,
     ) -> None:
+        self.ranks = ranks
         self.original, self.small, self.kept = original, small, kept
-        self.batches, self.masks, self.settings = batches, masks, settings
+        self.folds, self.masks, self.settings = folds, masks, settings
         self.weights = settings.weights
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.folds = Folds(batches, settings.seed)
+        self.generators = [torch.Generator().manual_seed(seed) for seed in self.folds.seeds]
         self.nodes = small.reference
         self.numbers = {node: number for number, node in enumerate(self.nodes)}
         self.constant = constants(self.nodes)
         self.layers, self.others = find_layers(self.nodes, small.tensors)
         self.orders = torch.Generator().manual_seed(settings.seed)
         alike = all(run.like(self.nodes) for run in (*original.runs, *small.runs))
-        joint = settings.sweeps > 0 and alike
+        joint = settings.sweeps > 0 and all(ranks.share(alike))
         self.segments = dict(segments(original, small, self.layers)) if joint else {}
         self.active: list[int] = []
         self.steps: list[list[tuple[Tensor, Tensor]]] = []  # what was changed, and its old values
@@ -153,7 +172,8 @@ class Repair:
 
     def _at(self, layer: Layer, count: int) -> Refit:
         """Run the first batches to the end of a layer, and refit it."""
-        if time.monotonic() > self.deadline:
+        late = time.monotonic() > self.deadline
+        if self.ranks.decided(late) if math.isfinite(self.deadline) else late:
             return Refit(layer.name, note="the time was spent")
         inside = (layer.node, *layer.chain)
         self.active = [
@@ -163,13 +183,25 @@ class Repair:
             and self.original.advance(which, layer.end, inside)
             and self._corresponds(which, layer)
         ]
-        if not self.active:
+        known = [each for each in self.ranks.share(self._known(layer)) if each is not None]
+        if not known:
             note = "in no batch do both models compute it for the same rows"
             return Refit(layer.name, note=note)
-        refit = self._fit(layer)
+        refit = self._fit(layer, known)
         if not refit.note:
             self.small.has_moved()
-        return self._together(layer, refit)
+        return self._together(layer, refit, known[0])
+
+    def _known(self, layer: Layer) -> _Known | None:
+        """What the batches of this rank tell of a layer; ``None`` without any."""
+        if not self.active:
+            return None
+        written = any(self._written(which, layer) for which in self.active)
+        keep = self._kept(layer)
+        slope = self._slope(layer)
+        if self.ranks.size > 1:
+            keep, slope = None if keep is None else keep.cpu(), slope.cpu()
+        return _Known(keep, slope, written, len(self.active))
 
     def _corresponds(self, which: int, layer: Layer) -> bool:
         """Whether row for row the two models compute the same thing in a batch."""
@@ -189,33 +221,37 @@ class Repair:
         differing = small.choices.differing(original.choices, pairs)
         return self.small.node(which, layer.end) not in differing
 
-    def _fit(self, layer: Layer) -> Refit:
-        keep = self._kept(layer)
+    def _fit(self, layer: Layer, known: Sequence[_Known]) -> Refit:
+        keep, slope = known[0].keep, known[0].slope.to(self.small.device)
         if keep is None:
             return Refit(layer.name, note="its outputs cannot be told from those of the original")
-        if any(self._written(which, layer) for which in self.active):
+        if any(each.written for each in known):
             note = "its input is written to before its output is complete"
             return Refit(layer.name, note=note)
         norm = self._norm(layer)
         centred = layer.bias is not None or norm is not None
         if not (centred or self.weights):
             return Refit(layer.name, note="no bias")
-        slope = self._slope(layer)
         wide = self.weights and layer.columns > WIDEST
         if wide and (layer.window.groups > 1 or self._free(layer) is not None):
             return Refit(
                 layer.name, note=f"{layer.columns} inputs in groups, or sparse: too much work"
             )
-        seen = list(self._seen(layer, keep, slope, wide))
+        batches = sum(each.batches for each in known)
+        quota = -(-self._places(layer, wide) // batches)
+        seen = list(self._seen(layer, keep.to(self.small.device), slope, quota))
         errors = Errors()
         for part in seen:
             errors.add(part.gap, part.goal)
+        errors = reduced({"": errors}, self.ranks)[""]
         if not math.isfinite(errors.error + errors.energy):
             return Refit(layer.name, note="NaN or infinite values behind it")
         if errors.error <= _EXACT * errors.energy:
             return Refit(layer.name, note="equal already")
         solve = self._from_rows if wide else self._from_moments
         ridge, gain, change, shift, reached = solve(layer, seen, slope, centred)
+        ridge, gain, reached = self.ranks.decided((ridge, gain, reached))
+        self.ranks.copy_from(0, [change, shift])
         before = errors.relative
         doubted = gain > -self.folds.doubt * errors.error and reached > 0  # all items decide
         if not (gain > 0 or doubted):
@@ -248,6 +284,7 @@ class Repair:
         """
         count = 2 if layer.columns > WIDEST // 2 else FOLDS
         folds = [Sums() for _ in range(count)]
+        device = self.small.device
         for part in seen:
             for number, fold in enumerate(folds):
                 where = part.parts % count == number
@@ -255,7 +292,8 @@ class Repair:
                     fold.count += int(where.sum())
                     rows = self._rows(layer, part, part.pick[where])
                     fold.read(rows, part.errors[where], self.weights)
-        folds = [fold for fold in folds if fold.count]
+        sums = reduced({n: fold for n, fold in enumerate(folds) if fold.count}, self.ranks, device)
+        folds = [sums[number] for number in sorted(sums)]
         free = self._free(layer)
 
         def refit(ridge: float, shifted: bool) -> Callable[[Sums], tuple[Tensor, Tensor]]:
@@ -263,8 +301,9 @@ class Repair:
 
         def gain(ridge: float, shifted: bool) -> float:
             if len(folds) < 2:  # nothing can be held out
-                return folds[0].gain(*refit(ridge, shifted)(folds[0]), slope)
-            return held_out(folds, slope, refit(ridge, shifted))
+                lower = folds[0].gain(*refit(ridge, shifted)(folds[0]), slope)
+                return self.ranks.decided(lower)
+            return held_out(folds, slope, refit(ridge, shifted), self.ranks)
 
         ridge, shifted, found = choose(gain, self.settings.ridge, centred, self.weights)
         total = Sums.of(folds)
@@ -277,34 +316,47 @@ class Repair:
         """The refit of a layer with very many inputs, from products of rows; as above."""
 
         def blocks() -> Iterator[Tensor]:
-            step = max(BLOCK // math.prod(layer.window.kernel), 1)
+            taps = math.prod(layer.window.kernel)
+            step = max(BLOCK // taps, 1)
+            for start in range(0, 0 if seen else layer.columns, step * taps):
+                yield nothing.new_zeros(0, min(step * taps, layer.columns - start))
             for channels in zip(*(p.input.split(step, layer.channel_dim) for p in seen)):
                 rows = [layer.window.rows(x, part.pick) for x, part in zip(channels, seen)]
-                yield _real(torch.cat(rows))[:, 0]
+                yield real(torch.cat(rows))[:, 0]
 
-        errors = torch.cat([part.errors for part in seen])[:, 0].double()
-        parts = torch.cat([part.parts for part in seen])
-        dual = Dual(products(blocks()), errors, parts.to(errors.device), layer.columns, slope)
-        ridge, shifted, gain = choose(dual.held_out, self.settings.ridge, centred, True)
+        nothing = real(self.small.tensors[layer.weight]).new_zeros(0, len(slope))
+        errors = torch.cat([nothing, *(part.errors[:, 0] for part in seen)]).double()
+        parts = torch.cat([torch.zeros(0).long(), *(part.parts.cpu() for part in seen)])
+        rows = Rows(len(errors), self.ranks)
+        errors, parts = rows.of_all(errors), rows.of_all(parts).long()
+        made = products(rows.of_all(block) for block in blocks())
+        dual = Dual(made, errors, parts.to(errors.device), layer.columns, slope)
+
+        def gain(ridge: float, shifted: bool) -> float:
+            return self.ranks.decided(dual.held_out(ridge, shifted))
+
+        ridge, shifted, found = choose(gain, self.settings.ridge, centred, True)
         factors, shift = dual.solve(ridge, shifted)
-        change = torch.cat(list(changes(blocks(), factors)), 1)[None]
-        return ridge, gain, change, shift[None], dual.gain(factors, shift)
+        own = torch.cat(list(changes(blocks(), factors[rows.own])), 1)[None]
+        change = self.ranks.sum(own)
+        return ridge, found, change, shift[None], dual.gain(factors, shift)
 
     def _rows(self, layer: Layer, part: _Seen, pick: Tensor) -> Tensor:
         """What a layer reads at some places, [places, groups, columns]."""
         if not self.weights:
             return part.input.new_zeros(len(pick), layer.window.groups, 1)
-        return _real(layer.window.rows(part.input, pick))
+        return real(layer.window.rows(part.input, pick))
 
-    def _together(self, layer: Layer, refit: Refit) -> Refit:
+    def _together(self, layer: Layer, refit: Refit, known: _Known) -> Refit:
         """Refit the layers before this one once more, together with it."""
         segment = self.segments.get(layer)
         if refit.note or segment is None:
             return refit
-        keep = self._kept(layer)
-        assert keep is not None  # it was refitted
+        assert known.keep is not None  # it was refitted
+        keep = known.keep.to(self.small.device)
         self._remember(segment.moved.values(), again=True)
-        joint = Joint(self.original, self.small, segment, keep, self.active)
+        turns = {which: self.folds.turns[which] for which in self.active}
+        joint = Joint(self.original, self.small, segment, keep, turns, self.ranks)
         after = joint.refit(self.settings.sweeps, self.orders)
         return refit if after is None else replace(refit, after=after)
 
@@ -345,18 +397,17 @@ class Repair:
             return None
         return keep.to(small.device)
 
-    def _seen(self, layer: Layer, keep: Tensor, slope: Tensor, wide: bool) -> Iterator[_Seen]:
+    def _seen(self, layer: Layer, keep: Tensor, slope: Tensor, quota: int) -> Iterator[_Seen]:
         """Sampled places of all batches."""
         scale = torch.where(slope.abs() > _FLAT * slope.abs().max(), 1 / slope, 0.0)
         window = layer.window
-        quota = -(-self._places(layer, wide) // len(self.active))
         for which in self.active:
             small = self.small.value(which, layer.end)
             original = self.original.value(which, layer.end)
             wanted = original.index_select(layer.channel_dim, keep)
             pick, parts = self._pick(which, layer, small, quota)
-            goal = _real(window.outputs(wanted, pick))
-            gap = goal - _real(window.outputs(small, pick))
+            goal = real(window.outputs(wanted, pick))
+            gap = goal - real(window.outputs(small, pick))
             errors = gap * scale.reshape(window.groups, -1).to(gap)
             x = self.small.value(which, layer.source)
             yield _Seen(x, pick, parts, goal, gap, errors)
@@ -379,7 +430,7 @@ class Repair:
         if count <= quota:
             pick = torch.arange(count)
         else:
-            pick = torch.randint(count, (quota,), generator=self.generator)
+            pick = torch.randint(count, (quota,), generator=self.generators[which])
         pick = pick if whole is None else whole[pick]
         parts = self.folds.of(which, pick, places)
         return pick.to(y.device), parts.to(y.device)
@@ -434,7 +485,7 @@ class Repair:
 
     def _renorm(self, layer: Layer, shift: Tensor, names: tuple[str, ...]) -> None:
         outputs = [self.small.value(which, layer.node) for which in self.active]
-        variance, mean = _moments(outputs)
+        variance, mean = moments(outputs, shift.device, self.ranks)
         weight, bias, old_mean, old_variance = (self.small.tensors[n].detach() for n in names)
         norm = norm_of(self.nodes[layer.chain[0]])
         assert norm is not None
@@ -443,19 +494,3 @@ class Repair:
         weight.copy_(slope * (variance + norm.eps).sqrt())
         old_mean.copy_(mean)
         old_variance.copy_(variance)
-
-
-def _moments(outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Variance and mean by channel over all batches, in float64."""
-    count = sum(y.numel() // y.shape[1] for y in outputs)
-    dims = [d for d in range(outputs[0].dim()) if d != 1]
-    mean = torch.stack([_real(y).sum(dims).double() for y in outputs]).sum(0) / count
-    shape = [-1 if d == 1 else 1 for d in range(outputs[0].dim())]
-    squares = [
-        (_real(y) - mean.to(_real(y)).reshape(shape)).square().sum(dims).double() for y in outputs
-    ]
-    return torch.stack(squares).sum(0) / max(count - 1, 1), mean
-
-
-def _real(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

@@ -64,6 +64,10 @@ class Run:
     leaving: dict[int, list[fx.Node]] = field(default_factory=dict)
     versions: dict[int, int] = field(default_factory=dict)
 
+    def node(self, number: int) -> fx.Node:
+        """The node that has this number in the reference."""
+        return self.nodes[self.place[number]]
+
     def like(self, reference: Sequence[fx.Node]) -> bool:
         """Whether it has the ops of the reference and no others."""
         return len(self.place) == len(self.nodes) == len(reference)
@@ -72,17 +76,23 @@ class Run:
 class Replay:
     """One model, and its runs over all batches.
 
-    Nodes are named by their number in the reference: the first record of the small model.
+    Nodes are named by their number in the reference: the first record of the small model, made from
+    the batch ``first`` where several processes have batches of their own.
 
     Attributes:
         model: whose code it is.
         reference: the nodes of the first record.
         runs: one for each batch.
+        pattern: one that all ranks have, from whose record the reference comes.
         tensors: parameters as they count, and buffers.
     """
 
     def __init__(
-        self, model: nn.Module, batches: Sequence[Batch], like: Sequence[fx.Node] | None = None
+        self,
+        model: nn.Module,
+        batches: Sequence[Batch],
+        like: Sequence[fx.Node] | None = None,
+        first: Batch | None = None,
     ) -> None:
         self.model = model
         self.device = device_of(model)
@@ -92,7 +102,8 @@ class Replay:
         self.held: Mapping[int, int] = {}
         known: dict[str, Record] = {}
         records = []
-        calls = [Call(batch.args, batch.kwargs) for batch in batches]
+        both = batches if first is None else (first, *batches)
+        calls = [Call(batch.args, batch.kwargs) for batch in both]
         for call in calls:
             key = repr(call.map(lambda tensor: tensor.to("meta")))  # shapes, and what is no tensor
             rec = known.get(key) or self._recorded(call)
@@ -103,7 +114,9 @@ class Replay:
             value = self.tensors[name].detach() * self.tensors[mask].to(self.tensors[name])
             self.tensors[name] = nn.Parameter(value, False)
         self.reference = list(like) if like is not None else list(records[0].graph.nodes)
-        self.runs = [self._run(rec, call) for rec, call in zip(records, calls)]
+        found = [self._run(rec, call) for rec, call in zip(records, calls)]
+        self.pattern = found[0]
+        self.runs = found if first is None else found[1:]
 
     def _recorded(self, call: Call) -> Record:
         rec = record_values(self.model, call)
@@ -210,8 +223,7 @@ class Replay:
 
     def node(self, which: int, number: int) -> fx.Node:
         """A node in the record of a batch."""
-        run = self.runs[which]
-        return run.nodes[run.place[number]]
+        return self.runs[which].node(number)
 
     def value(self, which: int, number: int) -> Any:
         """The value of a node for one batch."""

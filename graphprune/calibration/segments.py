@@ -45,7 +45,7 @@ def segments(
     constant = constants(nodes)
     own = {nodes[layer.node]: (layer.weight, layer.bias) for layer in layers}
     for layer in layers:
-        if original.node(0, layer.source).meta["shape"] == nodes[layer.source].meta["shape"]:
+        if original.pattern.node(layer.source).meta["shape"] == nodes[layer.source].meta["shape"]:
             continue
         inside = _inside(layer, nodes, constant)
         moved = {

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from graphprune.errors import InputError
+from graphprune.ranks import Ranks
 from graphprune.record.batches import device_of, evaluated, forward
+
+_MOMENTS = ("running_mean", "running_var")
 
 
 def has_statistics(module: nn.Module) -> bool:
@@ -17,7 +20,7 @@ def has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None
 
 
-def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
+def reestimate(model: nn.Module, data: Iterable[object], ranks: Ranks | None = None) -> list[str]:
     """Replace the running statistics of every BatchNorm by averages over batches.
 
     The model runs in eval mode but for its BatchNorms, so that dropout stays off.
@@ -25,6 +28,7 @@ def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
     Args:
         model: what is changed.
         data: batches.
+        ranks: which have other batches: the averages are those over all.
 
     Returns:
         The names of the BatchNorms.
@@ -56,6 +60,7 @@ def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
                 norm.training = True
             for batch in data:
                 forward(model, batch)
+            _average(norms, ranks or Ranks(False))
     except BaseException:
         with torch.no_grad():
             for buffer, value in known:
@@ -67,3 +72,20 @@ def reestimate(model: nn.Module, data: Iterable[object]) -> list[str]:
         for count, value in zip(counts, before):
             count.copy_(value)
     return list(norms)
+
+
+def _average(norms: Mapping[str, _BatchNorm], ranks: Ranks) -> None:
+    """Give all ranks the averages over the batches of all."""
+    if ranks.size == 1:
+        return
+    own: dict[tuple[str, str], Tensor] = {}
+    for name, norm in norms.items():
+        assert norm.num_batches_tracked is not None  # a cumulative average counts
+        own[name, "count"] = norm.num_batches_tracked.double()
+        for each in _MOMENTS:
+            own[name, each] = getattr(norm, each).double() * norm.num_batches_tracked
+    found = ranks.sums(own)
+    for name, norm in norms.items():
+        for each in _MOMENTS:
+            if found[name, "count"]:
+                getattr(norm, each).copy_(found[name, each] / found[name, "count"])

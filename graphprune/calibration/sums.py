@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from graphprune.ranks import Ranks
+
 _STEPS = 200  # of conjugate gradients
 _CLOSE = 1e-16  # of the squared residual: rounding
+K = TypeVar("K", bound=Hashable)
+E = TypeVar("E", bound="Errors")
 Refit = Callable[["Sums"], tuple[Tensor, Tensor]]
 RIDGES = tuple(10.0**power for power in range(-5, 4))  # that are tried, from a middle one on
 _FIRST = 2
@@ -63,7 +68,7 @@ class Sums(Errors):
         """The sums of several parts of the data."""
         total = cls()
         for part in parts:
-            for name in ("error", "goal", "squares", "count", "xx", "xe", "x", "e"):
+            for name in (each.name for each in fields(cls)):
                 setattr(total, name, getattr(total, name) + getattr(part, name))
         return total
 
@@ -127,20 +132,61 @@ class Sums(Errors):
         return change, shift if centred else torch.zeros_like(shift)
 
 
-def held_out(folds: Sequence[Sums], slope: Tensor, refit: Refit) -> float:
+def reduced(own: Mapping[K, E], ranks: Ranks, device: torch.device | str = "cpu") -> dict[K, E]:
+    """Sums over the data of all ranks, by name."""
+    if ranks.size == 1:
+        return dict(own)
+    kinds: dict[K, type[E]] = ranks.union({name: type(sums) for name, sums in own.items()})
+    parts = {
+        (name, each.name): torch.as_tensor(getattr(sums, each.name), dtype=torch.float64)
+        for name, sums in own.items()
+        for each in fields(sums)
+        if isinstance(getattr(sums, each.name), Tensor) or getattr(sums, each.name)
+    }
+    found = {name: kind() for name, kind in kinds.items()}
+    for (name, field), total in ranks.sums(parts, device).items():
+        kind = type(getattr(found[name], field))
+        setattr(found[name], field, total if total.dim() else kind(total))
+    return found
+
+
+def moments(outputs: list[Tensor], device: torch.device, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Variance and mean by channel over all batches, in float64."""
+    own = {"count": torch.tensor(float(sum(y.numel() // y.shape[1] for y in outputs)))}
+    dims = [[d for d in range(y.dim()) if d != 1] for y in outputs]
+    if outputs:
+        sums = [real(y).sum(d).double() for y, d in zip(outputs, dims)]
+        own["sum"] = torch.stack(sums).sum(0)
+    found = ranks.sums(own, device)
+    mean = found["sum"] / found["count"]
+    squares = {}
+    if outputs:
+        gaps = [real(y) - mean.to(real(y)).reshape(-1, *[1] * (y.dim() - 2)) for y in outputs]
+        parts = [gap.square().sum(d).double() for gap, d in zip(gaps, dims)]
+        squares[""] = torch.stack(parts).sum(0)
+    return ranks.sums(squares, device)[""] / (found["count"] - 1).clamp_min(1), mean
+
+
+def real(x: Tensor) -> Tensor:
+    """In single or double precision."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def held_out(folds: Sequence[Sums], slope: Tensor, refit: Refit, ranks: Ranks) -> float:
     """By how much a refit lowers the squared error of items that it has not seen.
 
     Args:
         folds: sums of parts of the items; each is held out in turn.
         slope: as for :meth:`Sums.gain`.
         refit: from the sums of the others to changes of weights and bias.
+        ranks: which take turns with the folds.
     """
     total = Sums.of(folds)
     found = 0.0
-    for fold in folds:
+    for fold in folds[ranks.rank :: ranks.size]:
         change, shift = refit(total.without(fold))
         found += fold.gain(change, shift, slope)
-    return found
+    return sum(ranks.share(found))
 
 
 def choose(

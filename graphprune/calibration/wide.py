@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from graphprune.ranks import Ranks
+
 
 @dataclass
 class Dual:
@@ -74,6 +76,29 @@ class Dual:
             left = self.errors[held] - self.products[held][:, rows] @ factors - shift
             gain += self._size(self.errors[held]) - self._size(left)
         return gain
+
+
+class Rows:
+    """The rows of all ranks, one rank after the other.
+
+    Args:
+        count: of the own rows.
+        ranks: which have the others.
+    """
+
+    def __init__(self, count: int, ranks: Ranks) -> None:
+        counts = ranks.share(count)
+        start = sum(counts[: ranks.rank])
+        self.ranks, self.total = ranks, sum(counts)
+        self.own = slice(start, start + count)
+
+    def of_all(self, own: Tensor) -> Tensor:
+        """The rows of all ranks, from the own ones, [rows, ...]."""
+        if self.ranks.size == 1:
+            return own
+        rows = own.new_zeros(self.total, *own.shape[1:])
+        rows[self.own] = own
+        return self.ranks.sum(rows)
 
 
 def products(blocks: Iterable[Tensor]) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,10 @@ from graphprune.channels.analysis import Group, Member
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined, register_statistic
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import by_channel, real
+from graphprune.ranks import Ranks
 from graphprune.record.observe import Product
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -125,6 +128,27 @@ class Activations(Collector):
         counted = None if product.input.is_complex() else self.counted(product)
         parts[product.start].add(rows if counted is None else rows[counted.to(rows.device)])
 
+    def reduce(self, ranks: Ranks) -> bool:
+        """The moments of the values of all ranks (Chan et al., 1979)."""
+        own = _flat(self.found)
+        blank = ranks.union({place: (i.groups, i.energy) for place, i in own.items()})
+        means = "mean", "absolute", "active"
+        sums = {(p, n): i.count * getattr(i, n) for p, i in own.items() for n in means}
+        counts = {(p, "count"): torch.tensor(float(i.count)) for p, i in own.items()}
+        found = ranks.sums({**sums, **counts})
+        mean = {place: found[place, "mean"] / found[place, "count"] for place in blank}
+        deviation = ranks.sums(
+            {p: i.deviation + i.count * (i.mean - mean[p]).square() for p, i in own.items()}
+        )
+        self.found = {}
+        for (key, start), (groups, energy) in blank.items():
+            place = key, start
+            count = found[place, "count"]
+            absolute, active = (found[place, name] / count for name in means[1:])
+            moments = mean[place], deviation[place], absolute, active
+            self.found.setdefault(key, {})[start] = Inputs(groups, energy, int(count), *moments)
+        return True
+
     def finish(self, batches: int) -> dict[Key, dict[int, Inputs]]:
         """The inputs that each slot reads."""
         return self.found
@@ -161,12 +185,24 @@ class ActivationGradients(Collector):
 
         product.input.register_hook(read)
 
+    def reduce(self, ranks: Ranks) -> bool:
+        """Sums over the ranks."""
+        found = ranks.sums(_flat(self.found))
+        self.found = {}
+        for (key, start), effect in found.items():
+            self.found.setdefault(key, {})[start] = effect
+        return True
+
     def finish(self, batches: int) -> dict[Key, dict[int, Tensor]]:
         """Means over the batches."""
         return {
             key: {start: effect / batches for start, effect in known.items()}
             for key, known in self.found.items()
         }
+
+
+def _flat(found: Mapping[Key, Mapping[int, T]]) -> dict[tuple[Key, int], T]:
+    return {(key, start): one for key, parts in found.items() for start, one in parts.items()}
 
 
 def _read(group: Group, tensors: Mapping[str, Tensor], statistic: str) -> list[tuple[Member, Any]]:

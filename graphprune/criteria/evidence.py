@@ -21,6 +21,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from graphprune.channels.analysis import Group
 from graphprune.criteria.registry import Criterion, Entry, find
 from graphprune.errors import InputError
+from graphprune.ranks import Ranks
 from graphprune.record.batches import (
     Batch,
     Loss,
@@ -54,6 +55,7 @@ class Evidence(Mapping[str, Tensor]):
         statistics: results of the collectors, by the name of the statistic.
         batches: how many batches they come from.
         shapes: what tensors from elsewhere must have, by name.
+        own: whether some statistics are those of this rank alone.
     """
 
     def __init__(
@@ -62,11 +64,13 @@ class Evidence(Mapping[str, Tensor]):
         statistics: Mapping[str, Any] | None = None,
         batches: int = 0,
         shapes: Mapping[str, torch.Size] | None = None,
+        own: bool = False,
     ) -> None:
         self.tensors = tensors
         self.statistics = statistics or {}
         self.batches = batches
         self.shapes = shapes or {}
+        self.own = own
 
     def __getitem__(self, name: str) -> Tensor:
         found = self.tensors[name]
@@ -95,6 +99,11 @@ class Collector(ABC):
         self.model = model
         self.slots = slots  # of the groups that will be scored
         self.mask: Tensor | None = None  # which positions of the batch are no padding
+        self.number = 0  # of the batch, among those of all ranks
+
+    def begin(self, number: int) -> None:
+        """A batch begins: random numbers drawn for it must depend on its number alone."""
+        self.number = number
 
     def counted(self, product: Product) -> Tensor | None:
         """Numbers of the rows that count of what a product reads; ``None``: all of them."""
@@ -108,6 +117,14 @@ class Collector(ABC):
 
     def gradient(self, name: str, parameter: Tensor) -> None:
         """``parameter.grad`` is complete; it is freed afterwards, so keep no reference to it."""
+
+    def reduce(self, ranks: Ranks) -> bool:
+        """Sum what was collected over the ranks, if that is possible.
+
+        Returns:
+            Whether it was done. Otherwise each rank goes on with its own, and scores are averaged.
+        """
+        return False
 
     @abstractmethod
     def finish(self, batches: int) -> Any:
@@ -164,6 +181,7 @@ def gather(
     loss: Loss | None = None,
     progress: bool | None = None,
     tensors: Mapping[str, Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> Evidence:
     """Collect what a criterion needs, in one pass over the data.
 
@@ -182,6 +200,8 @@ def gather(
             returns, else cross entropy with the target.
         progress: show a progress bar, if the error stream is a terminal; off by default.
         tensors: what stands for the parameters and buffers of the model, by name.
+        ranks: processes, each with batches of its own, whose sums are added; batch i of rank r of
+            n is batch ``i * n + r`` of all. This process alone when absent.
 
     Raises:
         InputError: the model has no weights and the criterion reads them, data is missing or
@@ -208,12 +228,17 @@ def gather(
     for member in (member for group in groups for member in group.members):
         index = torch.from_numpy(np.ascontiguousarray(member.index))
         slots.setdefault((member.slot.tensor, member.slot.dim), []).append(index)
+    ranks = ranks or Ranks(False)
     collectors = {need: _COLLECTORS[need](model, slots) for need in needs}
-    found = _Pass(model, tuple(collectors.values()), loss)
-    found.run(check_data(data), bool(progress))
-    return Evidence(
-        tensors, {need: c.finish(found.batches) for need, c in collectors.items()}, found.batches
-    )
+    found = _Pass(model, tuple(collectors.values()), loss, ranks)
+    found.run(check_data(data), bool(progress) and ranks.first)
+    total = sum(ranks.share(found.batches))
+    counts = {
+        need: total if ranks.size == 1 or collector.reduce(ranks) else found.batches
+        for need, collector in collectors.items()
+    }
+    reduced = {need: c.finish(counts[need]) for need, c in collectors.items()}
+    return Evidence(tensors, reduced, total, own=any(n != total for n in counts.values()))
 
 
 @torch.no_grad()
@@ -270,9 +295,13 @@ class _Pass:
     """One pass over the data with all collectors."""
 
     def __init__(
-        self, model: nn.Module, collectors: tuple[Collector, ...], loss: Loss | None
+        self,
+        model: nn.Module,
+        collectors: tuple[Collector, ...],
+        loss: Loss | None,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.collectors = model, collectors
+        self.model, self.collectors, self.ranks = model, collectors, ranks
         own = [c.loss for c in collectors if c.backward]
         self.given = loss is not None
         self.loss = loss or (own[0] if own else None) or loss_of
@@ -294,7 +323,7 @@ class _Pass:
     def _batches(
         self, data: Iterable[object], progress: bool, step: Callable[[object], object]
     ) -> None:
-        found = batches(data)
+        found = batches(data, self.ranks)
         found = found if self.given else told_apart(self.model, found)
         masks = Masks(self.model)
         for batch in tracked(found, "calibration batches", count_of(data), progress):
@@ -303,6 +332,7 @@ class _Pass:
             mask = masks.of(Batch.of(batch)) if told else None
             for collector in self.collectors:
                 collector.mask = mask
+                collector.begin(self.batches * self.ranks.size + self.ranks.rank)
             step(batch)
             self.batches += 1
 

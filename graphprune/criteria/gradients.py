@@ -14,6 +14,7 @@ from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, joined
 from graphprune.criteria.registry import Unseen, register_criterion
 from graphprune.criteria.slots import by_channel, check_side, members, real
 from graphprune.errors import InputError
+from graphprune.ranks import Ranks
 
 BLOCK = 1 << 18  # weights that are reduced at a time
 
@@ -92,6 +93,13 @@ class Gradients(Collector):
                 found = torch.stack(parts).to("cpu", torch.float64)
                 known[:, rows if dim == 0 else slice(None)] += found
         yield from sums.items()
+
+    def reduce(self, ranks: Ranks) -> bool:
+        """Sums over the ranks."""
+        names = [field.name for field in fields(GradientSums)]
+        found = ranks.sums({(k, n): getattr(s, n) for k, s in self.sums.items() for n in names})
+        self.sums = {k: GradientSums(*(found[k, n] for n in names)) for k, _ in found}
+        return True
 
     def finish(self, batches: int) -> dict[Key, GradientSums]:
         """Means over the batches."""

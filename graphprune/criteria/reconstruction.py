@@ -23,6 +23,7 @@ from graphprune.criteria.activations import reading_dim
 from graphprune.criteria.evidence import Collector, Evidence, Key, Slots, register_statistic
 from graphprune.criteria.held import Halves, held_out
 from graphprune.criteria.registry import Unseen, register_criterion
+from graphprune.ranks import Ranks
 from graphprune.record.batches import forward
 from graphprune.record.observe import Product
 from graphprune.record.padding import unpadded
@@ -34,6 +35,7 @@ STREAMS = 30.0  # how much more errors in streams may count: they reach all that
 LATER = -1.0  # what the power of e by which late errors count more may be less or more
 FEWEST = 8  # rows that a half tells anything from
 PLAIN = 1e-4  # the ridge where nothing can be held out
+_SUMS = ("moment", "total", "count", "metric")  # fields of a reader that add up
 STEPS = 256  # channels of large groups leave several at a time
 
 
@@ -97,6 +99,10 @@ class Reader:
         ):
             more = torch.stack([part.to("cpu", torch.float64) for part in sums])
             setattr(self, name, getattr(self, name) + more)
+
+    def blank(self) -> Reader:
+        """The same reader before it has read anything."""
+        return Reader(self.window, self.value.cpu(), self.index)
 
     def write(self, gradient: Tensor) -> None:
         """Add the gradients of one batch."""
@@ -181,6 +187,12 @@ class Reconstructions(Collector):
         super().__init__(model, slots)
         self.found: dict[Key, dict[int, Reader]] = {}
         self.generator = torch.Generator().manual_seed(0)
+        self.seen: dict[tuple[Key, int], int] = {}  # in which batch each first ran
+
+    def begin(self, number: int) -> None:
+        """Draw what is drawn for a batch from its number: it may be on any rank."""
+        super().begin(number)
+        self.generator.manual_seed(number)
 
     def loss(self, model: nn.Module, batch: object) -> Tensor:
         """A random sum of all outputs but those of padding."""
@@ -208,12 +220,30 @@ class Reconstructions(Collector):
             if reader is None:
                 return
             parts[product.start] = reader
+            self.seen[key, product.start] = self.number
         reader = parts[product.start]
         places, counted = reader.window.places(product.output), self.counted(product)
         if self.mask is not None and self.mask.numel() != places:
             counted = None
         reader.read(product.input.detach(), places, counted, self.generator)
         product.output.register_hook(reader.write)
+
+    def reduce(self, ranks: Ranks) -> bool:
+        """Sums over the ranks, in the order in which one process would first meet each."""
+        own = {(k, start): r for k, parts in self.found.items() for start, r in parts.items()}
+        readers = ranks.union({place: reader.blank() for place, reader in own.items()})
+        sums = {(p, n): getattr(r, n) for p, r in own.items() for n in _SUMS}
+        sums = {place: part for place, part in sums.items() if isinstance(part, Tensor)}
+        for (place, name), total in ranks.sums(sums).items():
+            setattr(readers[place], name, total)
+        first: dict[tuple[Key, int], tuple[int, int]] = {}
+        for met in ranks.share({p: (self.seen[p], n) for n, p in enumerate(own)}):
+            for place, turn in met.items():
+                first[place] = min(turn, first.get(place, turn))
+        self.found = {}
+        for key, start in sorted(readers, key=first.__getitem__):
+            self.found.setdefault(key, {})[start] = readers[key, start]
+        return True
 
     def finish(self, batches: int) -> dict[Key, dict[int, Reader]]:
         """Moments and metrics; the metric is a mean over the batches."""

@@ -114,7 +114,7 @@ class Chooser:
                 f"on the data, the outputs without these parts differ from the original's by "
                 f"{min(lost, 9.99):.0%} of their variance: let fewer leave, or train afterwards"
             )
-        return plan
+        return self.request.ranks.decided(plan)
 
     def _check_keep(self, pattern: str) -> None:
         modules = self.mixtures.finder.modules
@@ -136,7 +136,8 @@ class Chooser:
     @cached_property
     def evidence(self) -> Evidence:
         """The batches that parts are scored on."""
-        return Evidence.of(self.model, self.call, self.request.data, self.request.loss)
+        request = self.request
+        return Evidence.of(self.model, self.call, request.data, request.loss, request.ranks)
 
     @cached_property
     def ladder(self) -> Ladder:
@@ -229,7 +230,9 @@ class Chooser:
 
     def _timed(self, *models: nn.Module) -> list[list[float]]:
         bench = Bench(self.call, device_of(self.model), self.request.threads)
-        return bench.totals(models, bench.clock, seconds=_SECONDS)
+        ranks = self.request.ranks
+        own = bench.totals(models, bench.clock, seconds=_SECONDS) if ranks.first else []
+        return ranks.decided(own)
 
     def at(self, count: int) -> Plan:
         """The plan by which so much leaves, without the rest."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from graphprune.criteria import name_of
 from graphprune.measurement import drawn
 from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.parts.find import Part
+from graphprune.ranks import Ranks
 from graphprune.record.batches import Batch, at_rest, batches, device_of, loss_of, run
 from graphprune.record.inputs import Call
 from graphprune.record.joins import Place, Sums, at_zero
@@ -21,6 +23,7 @@ from graphprune.record.padding import outputs
 
 _BATCHES = 8  # that parts are scored on
 _LEAST = 1e-12
+_CPU = torch.device("cpu")
 Sides = Mapping[Place, int]
 
 
@@ -33,18 +36,17 @@ class Evidence:
     loss: Callable[..., Any] | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, call: Call, data: Any, loss: Any) -> Evidence:
-        """The first batches of data; the example inputs where there are none."""
+    def of(cls, model: nn.Module, call: Call, data: Any, loss: Any, ranks: Ranks) -> Evidence:
+        """The first batches of the data of all ranks; the example inputs where there are none."""
         device = device_of(model)
         if data is None:
             args, kwargs = drawn(call, device)
             return cls(model, (Batch(args, kwargs, ()),), loss)
-        found = []
-        for batch in batches(data):
-            found.append(Batch.of(batch).to(device))
-            if len(found) == _BATCHES:
-                break
-        return cls(model, tuple(found), loss)
+        own = [Batch.of(batch) for batch in itertools.islice(data, _BATCHES)]
+        _, places = ranks.in_turn(range(len(own)))
+        read = [batch.to(_CPU) for batch, place in zip(own, places) if place < _BATCHES]
+        found, _ = ranks.in_turn(read if ranks.size > 1 else own)
+        return cls(model, tuple(batch.to(device) for batch in batches(found)), loss)
 
 
 def ordered(

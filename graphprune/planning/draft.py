@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.channels.structure import least, multiple, signature
-from graphprune.criteria import comparable, gather, scores
+from graphprune.criteria import Evidence, comparable, gather, scores
+from graphprune.criteria.averaged import averaged
 from graphprune.errors import InputError, warn
 from graphprune.ops.values import Natural
 from graphprune.plan.plan import Plan
@@ -88,7 +89,7 @@ class Draft:
         if self.evidence is None:
             asked = request.data, request.loss, request.progress
             self.evidence = gather(
-                self.model, request.criterion, groups, *asked, self.settled.weights
+                self.model, request.criterion, groups, *asked, self.settled.weights, request.ranks
             )
         apart = request.scope in (None, "local") or comparable(request.criterion)
         normalise = request.normalise or ("none" if apart else "mean")
@@ -97,8 +98,9 @@ class Draft:
             costs = Costs(self.analysis, ("macs",))
             slopes = costs.gradient("macs", costs.full)
             saved = {group.name: float(s) for group, s in zip(self.analysis.groups, slopes)}
+        own = isinstance(self.evidence, Evidence) and self.evidence.own
         return scores(
-            request.criterion,
+            averaged(request.criterion, request.ranks) if own else request.criterion,
             groups,
             self.evidence,
             request.seed,

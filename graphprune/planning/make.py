@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +14,7 @@ from torch import nn
 
 from graphprune.channels.analysis import Analysis
 from graphprune.criteria import find
-from graphprune.errors import InputError, ModelError
+from graphprune.errors import InputError, ModelError, PruningWarning
 from graphprune.execute.shrink import shrink
 from graphprune.ops.vanishing import breaks
 from graphprune.plan.plan import GroupPlan, Plan
@@ -53,8 +55,25 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
         items = First(check_data(request.data))
         trials = Trials(model, items)
         draft = Draft(model, call, settled, replace(request, data=items))
-        return trials.best(draft, lambda draft: _planned(draft, settled))
-    return _planned(Draft(model, call, settled, request), settled)
+        return trials.best(draft, lambda draft: _decided(draft, settled))
+    return _decided(Draft(model, call, settled, request), settled)
+
+
+def _decided(draft: Draft, settled: Settled) -> Plan:
+    """The plan of the first rank, for all of them; it alone measures latencies."""
+    ranks = draft.request.ranks
+    if ranks.size == 1:
+        return _planned(draft, settled)
+    if draft.analysis.groups:
+        _ = draft.scores  # which are summed over all ranks, before the first may go on alone
+    waits = "latency" in draft.request.target and not ranks.first
+    with contextlib.nullcontext() if ranks.first else warnings.catch_warnings():
+        if not ranks.first:  # once is enough
+            warnings.simplefilter("ignore", PruningWarning)
+        own = None if waits else _planned(draft, settled)
+    found = ranks.decided(own)
+    assert found is not None  # that of the first
+    return found
 
 
 def _planned(draft: Draft, settled: Settled) -> Plan:
@@ -63,7 +82,7 @@ def _planned(draft: Draft, settled: Settled) -> Plan:
         if not draft.analysis.groups:
             reasons = why(draft.analysis) or "  its forward read no parameter of its own"
             raise InputError(f"no channel of this model can be removed:\n{reasons}")
-        told = {**request.said(), "criterion": request.named}
+        told = request.told
         try:
             chosen = draft.kept(_counts(draft, told))
             plan, ran = emit(model, call, draft.settled, chosen, told, draft.rescaling)

@@ -19,6 +19,7 @@ from graphprune.errors import InputError
 from graphprune.planning.hints import HINTS
 from graphprune.planning.kinds import check_parts, parts_of
 from graphprune.planning.targets import Target, targets_of
+from graphprune.ranks import Ranks
 from graphprune.record.batches import check_loss
 
 COLUMNS = ("aligned", "free")
@@ -60,6 +61,7 @@ class Options(TypedDict, total=False):
     parts: str | Iterable[str]
     threads: int | None
     progress: bool
+    process_group: Any
 
 
 class Told(Enum):
@@ -262,6 +264,15 @@ class Request:
             told=Told.NEVER,
         ),
     )
+    process_group: Any = field(
+        default=None,
+        metadata=option(
+            "of ``torch.distributed``: where ``data`` is given, every rank passes its own batches, "
+            "and all get the same plan; the default group when it is initialised. ``False``: this "
+            "process plans on its own.",
+            told=Told.NEVER,
+        ),
+    )
 
     @classmethod
     def of(cls, ratio: float | None, options: Mapping[str, Any]) -> Request:
@@ -309,6 +320,16 @@ class Request:
         """The criterion, for plans."""
         return self.standing_in or name_of(self.criterion)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """All that is said of it: what several processes must have alike."""
+        return {**self.said(), "criterion": self.named}
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that plan together."""
+        return ranks_of({"data": self.data, "process_group": self.process_group})
+
     def _check_values(self) -> None:
         if self.scope is not None and self.scope not in SCOPES:
             raise InputError(f"unknown scope {self.scope!r}; choose one of {', '.join(SCOPES)}")
@@ -323,6 +344,7 @@ class Request:
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be True or False, not {getattr(self, name)!r}")
         check_loss(self.loss)
+        Ranks(self.process_group)
         if self.threads is not None and not is_int(self.threads, 1):
             raise InputError(f"threads must be a positive int, got {self.threads!r}")
 
@@ -364,6 +386,11 @@ class Request:
 _DEFAULT = Request()
 OPTIONS = {item.name: item for item in fields(Request) if item.metadata}
 _NAMES = tuple(OPTIONS)
+
+
+def ranks_of(options: Mapping[str, Any]) -> Ranks:
+    """The processes that plan together: those that are given data, as weights are the same."""
+    return Ranks(False if options.get("data") is None else options.get("process_group"))
 
 
 def short(name: str) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from graphprune.arguments import is_number
 from graphprune.channels.analysis import Group
@@ -20,6 +21,8 @@ from graphprune.planning.draft import Draft
 from graphprune.planning.make import assemble
 from graphprune.planning.options import Request, check_ratio
 from graphprune.planning.settle import Settled, follow
+from graphprune.ranks import Ranks
+from graphprune.record.agreement import agree
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
 from graphprune.text import new_figure, render, save_figure, shorten, tracked
@@ -150,14 +153,18 @@ def sensitivity(
     request: Request,
 ) -> Sensitivity:
     """Measure every group by itself; see ``ChannelGraph.sensitivity``."""
-    asked = _asked(evaluate, fractions)
-    if fingerprint(model) != settled.analysis.architecture:
-        raise InputError("the model is not of the architecture that was traced: trace it first")
-    base = number_of(evaluate(model))
-    curves = [] if "channels" not in request.parts else _curves(
-        model, call, settled, evaluate, asked, request, base
-    )  # fmt: skip
-    return Sensitivity(base, tuple(curves))
+    ranks = Ranks(request.process_group)
+    with ranks.together():
+        asked = _asked(evaluate, fractions)
+        if fingerprint(model) != settled.analysis.architecture:
+            raise InputError("the model is not of the architecture that was traced: trace it first")
+        agree(ranks, (request.told, asked), model=model)
+        evaluate = _mean_over(ranks, evaluate)
+        base = number_of(evaluate(model))
+        curves: list[Curve] = []
+        if "channels" in request.parts:
+            curves = _curves(model, call, settled, evaluate, asked, request, base)
+        return Sensitivity(base, tuple(curves))
 
 
 def of_parts(
@@ -165,6 +172,7 @@ def of_parts(
     evaluate: Evaluate,
     base: float,
     parts: Iterable[tuple[str, str, tuple[str, ...], int, Mapping[float, Plan]]],
+    request: Request,
 ) -> tuple[Curve, ...]:
     """What evaluation loses without parts.
 
@@ -173,13 +181,17 @@ def of_parts(
         evaluate: the evaluation.
         base: that of the whole model.
         parts: kind, name, modules and size of every one, with plans by the fraction that leaves.
+        request: which processes evaluate together.
     """
+    ranks = Ranks(request.process_group)
+    evaluate = _mean_over(ranks, evaluate)
     curves = []
-    for kind, name, modules, size, plans in parts:
-        drops = {r: base - number_of(evaluate(shrink(model, plan))) for r, plan in plans.items()}
-        if drops:
-            found = tuple(drops), tuple(drops.values())
-            curves.append(Curve(name, modules, size, *found, kind=kind))
+    with ranks.together():
+        for kind, name, modules, size, plans in parts:
+            drops = {r: base - number_of(evaluate(shrink(model, p))) for r, p in plans.items()}
+            if drops:
+                found = tuple(drops), tuple(drops.values())
+                curves.append(Curve(name, modules, size, *found, kind=kind))
     return tuple(curves)
 
 
@@ -236,18 +248,42 @@ def _curves(
     return curves
 
 
+def _mean_over(ranks: Ranks, evaluate: Evaluate) -> Evaluate:
+    """The evaluation of all ranks: the mean of their numbers, or of those of all items."""
+    if ranks.size == 1:
+        return evaluate
+
+    def mean(model: nn.Module) -> float:
+        numbers = numbers_of(evaluate(model))
+        parts = ranks.share((float(numbers.sum()), len(numbers)))
+        return sum(part for part, _ in parts) / sum(count for _, count in parts)
+
+    return mean
+
+
 def number_of(value: Any) -> float:
-    """What an evaluation returned.
+    """What an evaluation returned; of numbers by item their mean.
 
     Raises:
         InputError: it is no finite number.
     """
+    return float(numbers_of(value).mean())
+
+
+def numbers_of(value: Any) -> Tensor:
+    """One number, or one for each item, in float64.
+
+    Raises:
+        InputError: they are none, or not finite.
+    """
     try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if math.isfinite(number):
-        return number
+        several = isinstance(value, Tensor) and value.numel() > 1
+        numbers = value.detach().flatten().tolist() if several else [float(value)]
+        found = torch.tensor(numbers, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.empty(0)
+    if len(found) and bool(found.isfinite().all()):
+        return found
     raise InputError(
         f"evaluate(model) must return a finite number, larger for better models; got {value!r}"
     )

@@ -7,6 +7,7 @@ outputs come nearest to the original's, on items that the repair has not seen, i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from graphprune.errors import GraphPruneError
 from graphprune.execute.shrink import shrink
 from graphprune.plan.plan import Plan
 from graphprune.planning.draft import Draft
+from graphprune.ranks import Ranks
 from graphprune.record.batches import Batch, count_of
 
 MOST = 96  # items that small models are repaired on
@@ -53,6 +55,14 @@ class First(Iterable[object]):
                 self.items += count(Batch.of(batch)) or 1
             yield batch
 
+    def in_common(self, ranks: Ranks) -> int:
+        """Keep of the first items of all ranks those that are this one's; how many all are."""
+        counts, places = ranks.in_turn([count(Batch.of(batch)) or 1 for batch in self.kept])
+        before = [0, *itertools.accumulate(counts)]
+        self.kept = [batch for batch, place in zip(self.kept, places) if before[place] < MOST]
+        self.items = next((total for total in before if total >= MOST), before[-1])
+        return self.items
+
 
 class Trials:
     """The best of several plans.
@@ -74,7 +84,8 @@ class Trials:
         """
         best = make(draft)
         variants = find(draft.request.criterion).variants
-        if self.items.items < FEW or draft.evidence is None or variants is None:
+        ranks = draft.request.ranks
+        if self.items.in_common(ranks) < FEW or draft.evidence is None or variants is None:
             return best
         seen = {_kept(best)}
         error: float | None = None
@@ -91,19 +102,22 @@ class Trials:
             if _kept(plan) in seen:
                 continue
             seen.add(_kept(plan))
-            error = self._error(best) if error is None else error
-            found = self._error(plan)
+            error = self._error(best, ranks) if error is None else error
+            found = self._error(plan, ranks)
             if error is None or found is None:
                 return best
             if found < BETTER * error:
                 best, error, draft = plan, found, other
         return best
 
-    def _error(self, plan: Plan) -> float | None:
+    def _error(self, plan: Plan, ranks: Ranks) -> float | None:
         """How far the outputs of the repaired small model are from the original's."""
         small = shrink(self.model, plan)
+        asked = False if ranks.size == 1 else ranks.asked
         try:
-            report = calibrate(small, self.model, self.items.kept, held_out=HELD_OUT)
+            report = calibrate(
+                small, self.model, self.items.kept, held_out=HELD_OUT, process_group=asked
+            )
         except GraphPruneError:
             return None
         return report.after

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError
+from graphprune.ranks import Ranks
 
 Loss = Callable[[nn.Module, Any], Tensor]
 _KINDS = "a tensor, a tuple (input, targets...) or a dict of keyword arguments"
@@ -279,8 +280,8 @@ def check_data(data: Any, *, passes: int = 1) -> Iterable[object]:
     return found
 
 
-def batches(data: Any) -> Iterator[Any]:
-    """The batches of data, of which there must be one at least.
+def batches(data: Any, ranks: Ranks | None = None) -> Iterator[Any]:
+    """The batches of data, of which there must be one at least, on one of several ranks.
 
     Raises:
         InputError: there is none.
@@ -289,7 +290,7 @@ def batches(data: Any) -> Iterator[Any]:
     for batch in data:
         found = True
         yield batch
-    if not found:
+    if not (found if ranks is None else any(ranks.share(found))):
         text = " (a generator yields its batches only once)" if isinstance(data, Iterator) else ""
         raise InputError(f"data holds no batches{text}")
 

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.channels.analysis import Group
 from graphprune.criteria import check_needs, find
+from graphprune.criteria.averaged import averaged
 from graphprune.errors import InputError, PruningWarning, warn
 from graphprune.plan.plan import Plan
 from graphprune.planning.kinds import check_channels_alone
 from graphprune.planning.naming import named
 from graphprune.planning.options import Request
+from graphprune.ranks import Ranks
 from graphprune.record.batches import check_data
 from graphprune.record.checks import check_model
 from graphprune.text import share
 from graphprune.training.copies import copies_of
 from graphprune.training.optimizers import check_optimizer, sliced_state
-from graphprune.training.ranks import Ranks, retire, unwrapped_model
+from graphprune.training.ranks import retire, unwrapped_model
 from graphprune.training.schedules import (
     OneShot,
     Schedule,
@@ -253,12 +255,13 @@ class Pruner:
         options: Mapping[str, Any] | None = None,
     ) -> Plan:
         if options is None:
-            criterion = self.ranks.criterion(self.options.get("criterion", "l2"))
+            criterion = averaged(self.options.get("criterion", "l2"), self.ranks)
             options = {**self.options, **self._limits(sparsity), "criterion": criterion}
         keep = options.get("keep", ())
         keep = [keep] if isinstance(keep, str) else list(keep)
         asked: Any = {
             **options,
+            "process_group": self.ranks.asked,
             "keep": [*keep, *(_pattern(group, graph.groups) for group in spared)],
         }
         with warnings.catch_warnings():

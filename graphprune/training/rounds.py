@@ -13,15 +13,16 @@ from torch import nn
 
 from graphprune.api import rebuild
 from graphprune.arguments import is_number
+from graphprune.criteria.averaged import averaged
 from graphprune.errors import InputError, RoundError
 from graphprune.plan.plan import Plan, carry, plan_of
 from graphprune.planning.options import Options, Request
+from graphprune.ranks import Ranks
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import fingerprint, mark, named_modules
 from graphprune.text import bar, share, shorten
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.judging import Judge
-from graphprune.training.ranks import Ranks
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.round_state import Folder, State
 from graphprune.training.schedules import SparsityOf, check_count, iterative, sparsity_at
@@ -82,7 +83,6 @@ def iterate(
     max_drop: float | None = None,
     retries: int = 2,
     attention: str = "heads",
-    process_group: object = None,
     **options: Unpack[Options],
 ) -> Outcome:
     """Remove some channels, train, evaluate, and go on from there.
@@ -115,11 +115,11 @@ def iterate(
             drop counts, with 95 %, and is in the history as ``at most``.
         retries: how often the floor may be broken before it is the end.
         attention: as for ``graphprune.trace``.
-        process_group: of ``torch.distributed``; ``train`` wraps the model for it. Scores and
-            evaluations are averaged over its ranks, which must choose the same channels and end
-            with the same weights; the first of them writes the folder.
         options: as for ``graph.plan``, without ``ratio``, ``ratios`` and ``target``. ``min_kept``
-            and ``max_kept`` are fractions of the original's channels.
+            and ``max_kept`` are fractions of the original's channels. On the ranks of a
+            ``process_group``, for which ``train`` wraps the model, scores and evaluations are
+            averaged; they must choose the same channels and end with the same weights, and the
+            first of them writes the folder.
 
     Returns:
         The smallest model above the floor, and the history of all rounds.
@@ -155,10 +155,10 @@ def iterate(
     schedule, sparsities = _check(rounds, train, evaluate, sparsity, floor, max_drop, retries)
     progress = bool(options.pop("progress", False))
     seed = options.get("seed", 0)
-    ranks = Ranks(process_group)
+    ranks = Ranks(options.get("process_group"))
     with ranks.together():
         check_model(model)
-        options["criterion"] = ranks.criterion(options.get("criterion", Request.criterion))
+        options["criterion"] = averaged(options.get("criterion", Request.criterion), ranks)
         plans = RoundPlans(model, example_inputs, quantity, attention, options, rounds)
     settings = {
         "architecture": fingerprint(model),

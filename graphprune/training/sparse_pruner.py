@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from graphprune.errors import InputError
+from graphprune.ranks import Ranks
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import mark, named_modules
-from graphprune.training.ranks import Ranks, unwrapped_model
+from graphprune.training.ranks import unwrapped_model
 from graphprune.training.schedules import Schedule, SparsityOf, as_schedule, sparsity_at
 from graphprune.training.sparse import (
     SCOPES,

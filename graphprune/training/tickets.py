@@ -11,15 +11,16 @@ from torch import nn
 from torch.nn.utils import prune
 
 from graphprune.api import rebuild, trace
+from graphprune.criteria.averaged import averaged
 from graphprune.errors import InputError
 from graphprune.plan.plan import plan_of
 from graphprune.planning.options import Request, check_ratio
+from graphprune.ranks import Ranks
 from graphprune.record.batches import takes
 from graphprune.record.checks import check_model
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import fingerprint, mark, named_modules
 from graphprune.training.history import History
-from graphprune.training.ranks import Ranks
 from graphprune.training.rewind import RewindPoint
 from graphprune.training.round_plans import RoundPlans
 from graphprune.training.schedules import iterative
@@ -210,8 +211,8 @@ class _Filters:
     ) -> None:
         self.point = point
         self.graph = trace(point.model, example_inputs)
-        criterion = ranks.criterion(options.get("criterion", Request.criterion))
-        options = {"seed": seed, **options, "criterion": criterion}
+        criterion = averaged(options.get("criterion", Request.criterion), ranks)
+        options = {"seed": seed, **options, "criterion": criterion, "process_group": ranks.asked}
         self.plans = RoundPlans(point.model, self.graph.call, "channels", "heads", options, rounds)
 
     def prune(self, model: nn.Module, sparsity: float) -> nn.Module:

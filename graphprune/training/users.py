@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError, ModelError
+from graphprune.ranks import Ranks
 from graphprune.record.batches import device_of
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import fingerprint, mark, named_tensors
-from graphprune.training.ranks import Ranks
 
 Evaluate = Callable[[nn.Module], Any]
 _WRAP = "wrap the model in DistributedDataParallel inside train, so that all ranks train the same"

@@ -12,6 +12,7 @@ from graphprune.calibration import calibrate, refit
 from graphprune.calibration.items import Folds, set_apart
 from graphprune.calibration.memory import rooms
 from graphprune.calibration.replay import Replay
+from graphprune.ranks import Ranks
 from graphprune.record.batches import Batch
 
 
@@ -113,20 +114,23 @@ def test_the_time_is_bounded():
     assert {refit.note for refit in report.refits} == {"the time was spent"}
 
 
+ALONE = Ranks(False)
+
+
 def batches_of(*sizes):
     return [Batch((torch.randn(size, 3),), {}, ()) for size in sizes]
 
 
 def test_items_set_apart():
-    fit, check = set_apart(batches_of(*[4] * 16), 0.125)
+    fit, check, _ = set_apart(batches_of(*[4] * 16), 0.125, ALONE)
     assert (len(fit), len(check)) == (14, 2)
-    fit, check = set_apart(batches_of(32), 0.125)
+    fit, check, _ = set_apart(batches_of(32), 0.125, ALONE)
     assert [part.args[0].shape[0] for part in (*fit, *check)] == [28, 4]
-    assert set_apart(batches_of(8), 0.125)[1] == set_apart(batches_of(32), 0)[1] == []
+    assert set_apart(batches_of(8), 0.125, ALONE)[1] == set_apart(batches_of(32), 0, ALONE)[1] == []
 
 
 def test_rows_of_an_item_are_in_one_part():
-    folds = Folds(batches_of(6, 3), 0)
+    folds = Folds(batches_of(6, 3), [0, 1], 0, ALONE)
     for which, items in enumerate((6, 3)):
         parts = folds.of(which, torch.arange(items * 5), items * 5).reshape(items, 5)
         assert bool((parts == parts[:, :1]).all())

@@ -28,7 +28,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # above it. Files of one package share a room, in which they may see each other.
 FLOORS = (
     {"errors", "moved", "version"},
-    {"arguments"},
+    {"arguments", "ranks"},
     {"ops", "text"},
     {"record"},
     {"plan", "measurement"},

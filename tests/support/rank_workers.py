@@ -85,7 +85,7 @@ def own_data(rank, folder):
         ("own", scaled_by_data, {}),
     ):
         pruner = Pruner(model, X[:2], schedule=0.5, criterion=criterion, **options)
-        alone = pruner.graph.plan(0.5, criterion=criterion, **options)
+        alone = pruner.graph.plan(0.5, criterion=criterion, process_group=False, **options)
         pruner.step()
         found[name] = (
             [group.kept for group in pruner.soft.plan.groups],
