@@ -1,6 +1,7 @@
 """What each of several processes does for ``test_several_processes.py``, in one start of them."""
 
 import copy
+import functools
 import warnings
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ from torch import nn
 
 import graphprune
 from graphprune.calibration import repair
+from graphprune.calibration.statistics import reestimate
 from graphprune.criteria import gather, scores
 from graphprune.ranks import Ranks
 from support.calibration import residual
@@ -17,16 +19,14 @@ from support.mixtures import Listed
 from support.rank_workers import failure
 
 D = torch.float64
-CRITERIA = (
-    *("taylor", "fisher", "wanda", "apoz", "mean_activation", "taylor_activation"),
-    "reconstruction",
-)
+CRITERIA = ("taylor", "wanda", "taylor_activation", "reconstruction")  # one of every statistic
 CALIBRATIONS = {
     "repair": {"rows": 700},
     "joint": {"sweeps": 1},
     "few": {"held_out": 0.0},
     "bias": {"method": "bias"},
     "batchnorm": {"method": "batchnorm"},
+    "wide": {},
 }
 
 
@@ -42,46 +42,56 @@ def kept(plan):
     return [group.kept for group in plan.groups], plan.to_json()
 
 
-def scored(data, ranks):
-    """The scores of all criteria that look at data."""
+def scored(data, ranks, criteria=CRITERIA):
+    """The scores by every statistic of data."""
     model = residual()
     graph = graphprune.trace(model, batches()[0][0])
     found = {}
-    for name in CRITERIA:
+    for name in criteria:
         evidence = gather(model, name, graph.groups, data, ranks=ranks)
         found[name] = scores(name, graph.groups, evidence, 0)
     return found
 
 
-def planned(data):
-    """Plans that look at data, with variants and without; and the model of one."""
-    model = residual()
-    x = batches()[0][0]
-    graph = graphprune.trace(model, x)
+def planned(data, *criteria):
+    """Plans that look at data once."""
+    graph = graphprune.trace(residual(), batches()[0][0])
+    target = {"macs": 0.6}
     return {
-        "auto": kept(graph.plan(target={"macs": 0.6}, criterion="auto", data=data)),
-        "taylor": kept(graph.plan(0.4, criterion="taylor", data=iter(data))),
-        "model": graphprune.rebuild(model, 0.4, x, criterion="wanda", data=data).state_dict(),
+        name: kept(graph.plan(target=target, criterion=name, data=iter(data))) for name in criteria
     }
 
 
-def calibrated(data, dtype=D, **options):
+def rebuilt(data):
+    """A model made in one call."""
+    x = batches()[0][0]
+    return graphprune.rebuild(residual(), 0.4, x, criterion="wanda", data=data).state_dict()
+
+
+@functools.cache
+def smaller(ratio):
+    """A network whose norms know the data, and a plan for it."""
+    model = residual()
+    reestimate(model, batches())
+    graph = graphprune.trace(model, batches()[0][0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some groups are too small to lose a channel
+        return model, graph.plan(ratio)
+
+
+def calibrated(data, dtype=D, name="", **options):
     """The numbers of a small model after a calibration, and the report."""
-    model = residual().to(dtype)
-    small = graphprune.rebuild(model, 0.4, batches(dtype=dtype)[0][0])
-    report = graphprune.calibrate(small, model, [x.to(dtype) for x, _ in data], **options)
-    return small.state_dict(), report
-
-
-def all_calibrated(data):
-    """By every method."""
-    found = {name: calibrated(data, **options) for name, options in CALIBRATIONS.items()}
-    known, repair.WIDEST = repair.WIDEST, 50
+    model, plan = smaller(0.15 if name == "batchnorm" else 0.4)
+    model = copy.deepcopy(model).to(dtype)
+    small = graphprune.rebuild(model, plan)
+    known = repair.WIDEST
     try:
-        found["wide"] = calibrated(data)
+        repair.WIDEST = 50 if name == "wide" else known
+        options = {**CALIBRATIONS.get(name, {}), **options}
+        report = graphprune.calibrate(small, model, [x.to(dtype) for x, _ in data], **options)
     finally:
         repair.WIDEST = known
-    return found
+    return small.state_dict(), report
 
 
 class Chosen(nn.Module):
@@ -151,9 +161,11 @@ def two(rank, folder):
     data, uneven = batches()[rank::2], batches(8)[rank * 8 :]  # the second has none
     found = {
         "scores": scored(data, Ranks()),
-        "plans": planned(data),
-        "calibrated": all_calibrated(data),
-        "uneven": (planned(uneven), calibrated(uneven), calibrated(uneven, method="batchnorm")),
+        "plans": planned(data, "auto", "taylor"),
+        "model": rebuilt(data),
+        "calibrated": {name: calibrated(data, name=name) for name in CALIBRATIONS},
+        "uneven": [calibrated(uneven, name=name)[0] for name in ("repair", "batchnorm")],
+        "few": planned(uneven, "taylor"),
         "mixed": mixed(tokens()[rank::2]),
         "drops": drops(data),
         "single": calibrated(data, torch.float32)[0],
@@ -169,7 +181,7 @@ def three(rank, folder):
     started(rank, 3, folder)
     data = batches(7)[rank::3]
     pair = dist.new_group([0, 2])
-    found = {"scores": scored(data, Ranks()), "calibrated": calibrated(data)}
+    found = {"scores": scored(data, Ranks(), ["wanda"])["wanda"], "calibrated": calibrated(data)}
     alone = calibrated(batches(7), process_group=False)
     if rank == 1:
         found["pair"], found["wrong"] = alone, failure(lambda: calibrated(data, process_group=pair))
