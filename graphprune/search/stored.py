@@ -112,7 +112,7 @@ class Stored:
 def digest(batches: Iterable[object]) -> str:
     """What tells one list of batches from another: shapes, and numbers spread over every tensor."""
     state = hashlib.sha256()
-    for leaf in pytree.tree_leaves(list(batches)):
+    for leaf in pytree.tree_leaves([_plain(batch) for batch in batches]):
         if not isinstance(leaf, Tensor):
             state.update(repr(leaf).encode() if isinstance(leaf, int | float | str) else b"?")
             continue
@@ -121,3 +121,8 @@ def digest(batches: Iterable[object]) -> str:
         kind = torch.complex128 if leaf.is_complex() else torch.float64
         state.update(numbers.to(kind).numpy().tobytes())
     return state.hexdigest()
+
+
+def _plain(batch: object) -> object:
+    """A batch whose mappings are dicts, whatever a tokenizer made."""
+    return dict(batch) if isinstance(batch, Mapping) else batch

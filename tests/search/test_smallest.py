@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.comparing import assert_same_state, untouched
 from torch import nn
 
@@ -61,6 +63,35 @@ def test_no_model_whose_bound_is_above_is_ever_taken(max_drop, scale):
     worse = [t for t in found.curve if t.reached < found.chosen.reached]
     assert all(t.most > max_drop * scale for t in worse)
     assert found.examples == 1000
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    drops=st.lists(st.integers(0, 200), min_size=40, max_size=40),
+    max_drop=st.sampled_from([0.0, 0.02, 0.1]),
+    evaluations=st.integers(1, 6),
+    sure=st.booleans(),
+)
+def test_whatever_the_evaluation_says(drops, max_drop, evaluations, sure):
+    """It may be as little monotone as it likes."""
+
+    def scores(model):
+        width = model[0].out_features
+        wrong = 0 if width == 40 else drops[width]
+        return torch.cat([torch.zeros(wrong), torch.full((1000 - wrong,), 0.9)]).double()
+
+    if sure and max_drop == 0:
+        max_drop = 0.005
+    found = search(max_drop, scores, evaluations=evaluations, sure=sure)
+    assert len(found.curve) <= evaluations
+    good = [t for t in found.curve if t.loss(sure) <= max_drop]
+    if found.chosen is None:
+        assert not good
+    else:
+        assert found.chosen.loss(sure) <= max_drop
+        assert found.chosen.reached == min(t.reached for t in good)
+        lost = scores(net()).mean() - scores(found.model).mean()
+        assert found.chosen.drop == pytest.approx(float(lost), abs=1e-12)
 
 
 def test_the_text_can_be_read():
@@ -149,6 +180,11 @@ def test_rebuild_returns_the_model():
 def test_rebuild_is_asked_for_one_thing(options, text):
     with pytest.raises(InputError, match=text):
         graphprune.rebuild(net(), **options)
+
+
+def test_a_plan_says_where_the_search_is():
+    with pytest.raises(InputError, match="searches the budget, and so does rebuild"):
+        graphprune.trace(net()).plan(0.5, max_drop=1.0)
 
 
 def test_nothing_of_the_user_is_touched():
@@ -270,7 +306,7 @@ def test_a_damaged_file_is_told(tmp_path, text):
         ({"confidence": 1}, "confidence"),
         ({"calibration": "repair"}, "calibration must be"),
         ({"evaluate": 5}, "must be a function of a model"),
-        ({"ratio": 0.5}, "leave it out"),
+        ({"ratio": 0.5}, "the search finds the ratio: leave it out"),
         ({"criterium": "l2"}, "did you mean"),
     ],
 )

@@ -124,6 +124,10 @@ def test_rounds_on_several_ranks(ranks):
         assert "wrap the model in DistributedDataParallel inside train" in found["alone"]
         assert found["loss"].startswith("RoundError: round 1: the loss is nan (number 1) on rank 1")
         assert "the evaluation is nan on rank 1" in found["evaluation"]
+        assert found["bounds"] == first["bounds"]
+        assert found["bounds"][0] is None
+        assert len(found["bounds"]) == 3
+        assert "must always return the same" in found["mixed"]
         assert "the ranks disagree on the rounds in the folder: rank 0 has 0" in found["folders"]
     assert first["broken"] == "ZeroDivisionError: a bug"
     assert second["broken"] == "RankError: rank 0 has failed: ZeroDivisionError: a bug"
