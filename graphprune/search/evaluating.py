@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,9 @@ Evaluate = Callable[[nn.Module], object]
 _WANTED = "evaluate must return a number, larger for better models, or a number for every example"
 
 
-def evaluated(evaluate: Evaluate, model: nn.Module, what: str, seed: int) -> np.ndarray:
+def evaluated(
+    evaluate: Evaluate, model: nn.Module, what: str, seed: int, empty: bool = False
+) -> np.ndarray:
     """The scores of a model in eval mode, [examples] or [1], in float64.
 
     Args:
@@ -26,6 +28,7 @@ def evaluated(evaluate: Evaluate, model: nn.Module, what: str, seed: int) -> np.
         model: is left as it was.
         what: the model in words, for errors.
         seed: of these random numbers.
+        empty: whether it may have no examples.
 
     Raises:
         InputError: it returned no finite number, or several that are not in a row.
@@ -36,10 +39,10 @@ def evaluated(evaluate: Evaluate, model: nn.Module, what: str, seed: int) -> np.
         except Exception as error:
             error.add_note(f"raised by evaluate, on {what}")
             raise
-    return checked(returned, what)
+    return checked(returned, what, empty)
 
 
-def checked(returned: Any, what: str) -> np.ndarray:
+def checked(returned: Any, what: str, empty: bool = False) -> np.ndarray:
     """Scores as an array, [examples] or [1].
 
     Raises:
@@ -52,7 +55,7 @@ def checked(returned: Any, what: str) -> np.ndarray:
         value = torch.as_tensor(returned).detach().cpu()
     except (TypeError, ValueError, RuntimeError):
         raise InputError(f"{_WANTED}; got {kind} for {what}") from None
-    if value.dim() > 1 or not value.numel() or value.is_complex():
+    if value.dim() > 1 or value.is_complex() or not (value.numel() or empty):
         found = f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
         raise InputError(f"{_WANTED}; got {kind} {found} for {what}")
     scores = value.reshape(-1).to(torch.float64).numpy()
@@ -61,6 +64,23 @@ def checked(returned: Any, what: str) -> np.ndarray:
         where = "" if len(scores) == 1 else f" for {int(bad.sum())} of {len(scores)} examples,"
         raise InputError(f"evaluate must return finite numbers; got {scores[bad][0]}{where} {what}")
     return scores
+
+
+def together(found: Sequence[np.ndarray], what: str) -> np.ndarray:
+    """The scores of several processes as one row, or the mean of their numbers.
+
+    Raises:
+        InputError: some have a number for every example, and others a single one.
+    """
+    single = [len(scores) == 1 for scores in found]
+    if all(single):
+        return np.array([np.mean(found)])
+    if any(single):
+        raise InputError(
+            f"evaluate returned one number for {what} on some ranks, and a number for every "
+            "example on others: all must return the same"
+        )
+    return np.concatenate(found)
 
 
 def check_alike(scores: np.ndarray, base: np.ndarray, what: str) -> None:

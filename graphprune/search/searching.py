@@ -14,11 +14,12 @@ from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.calibration import calibrate
 from graphprune.errors import InputError
 from graphprune.plan.plan import Plan
+from graphprune.ranks import Ranks
 from graphprune.record.batches import device_of
 from graphprune.record.random_numbers import same_numbers
 from graphprune.search.bounds import upper_bound
 from graphprune.search.budgets import next_budget
-from graphprune.search.evaluating import check_alike, evaluated, span_of
+from graphprune.search.evaluating import check_alike, evaluated, span_of, together
 from graphprune.search.outcome import Tried
 from graphprune.search.stored import Stored
 
@@ -37,12 +38,13 @@ class Search:
         asked: Mapping[str, Any],
         further: Mapping[str, Any] | None,
         stored: Stored,
-        seed: int,
+        ranks: Ranks,
         confidence: float,
     ) -> None:
         self.model, self.graph, self.evaluate = model, graph, evaluate
         self.quantity, self.asked, self.further = quantity, asked, further
-        self.stored, self.seed, self.confidence = stored, seed, confidence
+        self.stored, self.ranks, self.confidence = stored, ranks, confidence
+        self.seed = asked.get("seed", 0)
         self.base = np.zeros(0)
         self.curve: list[Tried] = []
         self.losses: dict[float, float] = {}
@@ -52,7 +54,7 @@ class Search:
         """The scores of the original, [examples] or [1]."""
         known = self.stored.base
         if known is None:
-            known = evaluated(self.evaluate, self.model, "the original", self.seed)
+            known = self._scores(self.model, "the original")
             self.stored.begin(known)
         self.base = known
         return known
@@ -109,19 +111,28 @@ class Search:
         with self._numbers():
             small = rebuild(self.model, plan)
             if self.further is not None:
-                calibrate(small, self.model, self.asked["data"], **self.further)
+                group = self.asked.get("process_group")
+                further = {"process_group": group, **self.further}
+                calibrate(small, self.model, self.asked["data"], **further)
         return small
 
     def _try(self, budget: float, plan: Plan) -> tuple[Tried, nn.Module]:
         small = self._made(plan)
         what = f"the model of {100 * budget:.4g} % of the {self.quantity}"
-        scores = evaluated(self.evaluate, small, what, self.seed)
+        scores = self._scores(small, what)
         check_alike(scores, self.base, what)
         lost, most = self.base - scores, None
         if len(lost) > 1:
             most = upper_bound(lost, span_of(self.base, scores), self.confidence)
         reached = self._reached(budget, plan, small)
-        return Tried(budget, reached, float(lost.mean()), most, plan), small
+        told = self.ranks.decided((reached, float(lost.mean()), most))
+        return Tried(budget, *told, plan), small
+
+    def _scores(self, model: nn.Module, what: str) -> np.ndarray:
+        """The scores of the examples of all ranks, or the mean of their numbers."""
+        alone = self.ranks.size == 1
+        own = evaluated(self.evaluate, model, what, self.seed, empty=not alone)
+        return own if alone else together(self.ranks.share(own), what)
 
     def _reached(self, budget: float, plan: Plan, small: nn.Module) -> float:
         """What a plan came to, as a fraction of the original's."""

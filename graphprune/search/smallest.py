@@ -13,6 +13,8 @@ from graphprune.api import trace
 from graphprune.errors import InputError
 from graphprune.planning.naming import named
 from graphprune.planning.options import Request
+from graphprune.ranks import Ranks
+from graphprune.record.agreement import agree
 from graphprune.record.batches import check_data
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import fingerprint, mark
@@ -84,7 +86,8 @@ def smallest(
         path: a file that keeps what was found out. A later call with the same model, data and
             options goes on from there, for another ``max_drop`` or more ``evaluations`` as well.
         progress: show a progress bar, if the error stream is a terminal.
-        options: as for ``graph.plan``, but for its ratio.
+        options: as for ``graph.plan``, but for its ratio. Of several processes (``process_group``)
+            each passes its own batches and evaluates its own examples, and all get the same model.
 
     Returns:
         The model, and the curve.
@@ -93,6 +96,7 @@ def smallest(
         InputError: an argument is wrong; an evaluation is not finite or of other examples; so few
             examples cannot show so small a drop; or no budget can be met.
         CheckpointError: the file is damaged or cannot be written.
+        RankError: a rank has failed, or does not do as the others.
 
     Warns:
         PruningWarning: the evaluation of the original itself is not above ``max_drop``.
@@ -107,39 +111,42 @@ def smallest(
         >>> found.chosen is None or found.chosen.most <= 0.05
         True
     """
-    check_model(model)
-    check_arguments(evaluate, max_drop, evaluations, sure, confidence, options)
-    batches = None if data is None else list(check_data(data))
-    asked: dict[str, Any] = {"criterion": "auto", **named(options, model), "data": batches}
-    quantity = quantity_of(target)
-    request = Request.of(None, {**asked, "target": {quantity: 0.5}})
-    further = further_of(calibration, batches)
-    graph = trace(model, example_inputs, attention=attention, outputs=outputs)
-    least = least_of(target, graph)
-    settings = {
-        "architecture": fingerprint(model),
-        "weights": mark(model),
-        "data": digest(batches or []),
-        "target": quantity,
-        "confidence": confidence,
-        "calibration": further,
-        "attention": attention,
-        "criterion": request.named,
-        "options": {name: v for name, v in request.said().items() if name != "target"},
-    }
-    stored = Stored(path, settings)
-    asked_of = quantity, asked, further, stored, request.seed, confidence
-    run = Search(model, graph, evaluate, *asked_of)
-    base = run.start()
-    check_unit(base, max_drop)
-    if sure:
-        check_examples(base, max_drop, confidence)
-    with bar("budgets", evaluations, progress) as tick, _noted(path):
-        run.run(max_drop, least, evaluations, sure, tick)
-    curve = tuple(sorted(run.curve, key=lambda tried: -tried.budget))
-    good = [tried for tried in curve if tried.loss(sure) <= max_drop]
-    chosen = min(good, key=lambda tried: (tried.reached, tried.budget), default=None)
-    small = model if chosen is None else run.model_of(chosen)
+    ranks = Ranks(options.get("process_group"))
+    with ranks.together():
+        check_model(model)
+        check_arguments(evaluate, max_drop, evaluations, sure, confidence, options)
+        batches = None if data is None else list(check_data(data))
+        asked: dict[str, Any] = {"criterion": "auto", **named(options, model), "data": batches}
+        quantity = quantity_of(target)
+        request = Request.of(None, {**asked, "target": {quantity: 0.5}})
+        further = further_of(calibration, batches)
+        graph = trace(model, example_inputs, attention=attention, outputs=outputs)
+        least = least_of(target, graph)
+        settings = {
+            "architecture": fingerprint(model),
+            "weights": mark(model),
+            "data": digest(ranks.share(digest(batches or []))),
+            "target": quantity,
+            "confidence": confidence,
+            "calibration": further,
+            "attention": attention,
+            "criterion": request.named,
+            "options": {name: v for name, v in request.said().items() if name != "target"},
+        }
+        limits = max_drop, least, evaluations, sure
+        agree(ranks, (settings["options"], quantity, confidence, further, limits), model=model)
+        stored = Stored(path, settings, ranks)
+        run = Search(model, graph, evaluate, quantity, asked, further, stored, ranks, confidence)
+        base = run.start()
+        check_unit(base, max_drop)
+        if sure:
+            check_examples(base, max_drop, confidence)
+        with bar("budgets", evaluations, progress and ranks.first) as tick, _noted(path):
+            run.run(*limits, tick)
+        curve = tuple(sorted(run.curve, key=lambda tried: -tried.budget))
+        good = [tried for tried in curve if tried.loss(sure) <= max_drop]
+        chosen = min(good, key=lambda tried: (tried.reached, tried.budget), default=None)
+        small = model if chosen is None else run.model_of(chosen)
     examples = len(base) if len(base) > 1 else None
     shares = right_or_wrong(base) and span_of(base) == 1
     told = float(base.mean()), chosen, curve, examples, confidence, shares

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from graphprune.arguments import as_path
 from graphprune.errors import CheckpointError, GraphPruneError, InputError
 from graphprune.plan.plan import Plan
+from graphprune.ranks import Ranks
 from graphprune.search.outcome import Tried
 
 FORMAT, VERSION = "graphprune-search", 1
@@ -30,19 +31,25 @@ class Stored:
     Args:
         path: the file, made if it is not there.
         settings: of the search; a file of others is refused.
+        ranks: the first of them writes the file, which all of them see.
 
     Raises:
         CheckpointError: the file is damaged.
+        RankError: the ranks see different files.
         InputError: it belongs to another search.
     """
 
-    def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: str | Path | None, settings: Mapping[str, Any], ranks: Ranks) -> None:
+        self.ranks = ranks
         self.path = None if path is None else as_path(path)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, default=repr))
         self.base: np.ndarray | None = None
         self.tried: dict[float, Tried] = {}
         if self.path is not None and self.path.exists():
             self._read(self.path)
+        ranks.check(
+            "the search in the file", sorted(self.tried), "pass a file that all of them see"
+        )
 
     def _read(self, path: Path) -> None:
         try:
@@ -89,7 +96,7 @@ class Stored:
 
     def _write(self) -> None:
         """Write all of it beside the file, and put it in its place."""
-        if self.path is None or self.base is None:
+        if self.path is None or self.base is None or not self.ranks.first:
             return
         names = ("budget", "reached", "drop", "most")
         tried = [

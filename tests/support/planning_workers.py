@@ -142,6 +142,22 @@ def drops(data):
     return graph.sensitivity(model, right, (0.25, 0.5))
 
 
+def searched(data, path=None, **options):
+    """A search by an evaluation of single items, that goes on from a file."""
+    model = residual()
+
+    def scores(model):
+        rows = [-nn.functional.cross_entropy(model(x), y, reduction="none") for x, y in data]
+        return torch.cat(rows) if rows else torch.zeros(0)
+
+    options = {"criterion": "wanda", "example_inputs": batches()[0][0], "path": path, **options}
+    inputs = [x for x, _ in data]
+    search = functools.partial(graphprune.smallest, model, scores, inputs, 0.6, **options)
+    first = search(evaluations=2)
+    found = search(evaluations=3)
+    return [first.to_dict(), found.to_dict()], found.model.state_dict()
+
+
 def started(rank, size, folder):
     """Join the group."""
     warnings.simplefilter("ignore")
@@ -168,6 +184,7 @@ def two(rank, folder):
         "few": planned(uneven, "taylor"),
         "mixed": mixed(tokens()[rank::2]),
         "drops": drops(data),
+        "searched": searched(data, f"{folder}/search.json"),
         "single": calibrated(data, torch.float32)[0],
         "half": calibrated(data, torch.bfloat16)[0],
         "failing": failing(rank, data),

@@ -12,6 +12,7 @@ from support.planning_workers import (
     planned,
     rebuilt,
     scored,
+    searched,
     three,
     tokens,
     two,
@@ -103,6 +104,18 @@ def test_a_sensitivity_of_all_items(pair):
     for found, curve in zip(pair[0]["drops"].curves, wanted.curves, strict=True):
         assert found.key == curve.key
         assert found.drops == pytest.approx(curve.drops, abs=1e-12)
+
+
+def test_a_search_of_all_items(pair, tmp_path):
+    wanted, model = searched(batches(), tmp_path / "search.json")
+    (first, small), (second, other) = (found["searched"] for found in pair)
+    assert first == second
+    same(small, other)
+    near(small, model)
+    for found, one in zip(first, wanted, strict=True):
+        assert found["examples"] == one["examples"] == 36
+        for tried, alone in zip(found["curve"], one["curve"], strict=True):
+            assert tried == pytest.approx(alone, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["single", "half"])
