@@ -103,10 +103,10 @@ before (`path=`); seconds of processor time are those that it added
 
 {table}
 
-On the other images {sum(kept)} of {len(kept)} models lose at most what the bound says (rows share images). A
-drop measured there has chance of its own beside that of the bound, and a search takes the smallest
-model that passes: figures to be relied on are those of the other images. Measured on
-{machine.describe()}.
+On the other images {sum(kept)} of {len(kept)} models lose at most what the bound says
+(rows share images). A drop measured there has chance of its own beside that of the bound, and a
+search takes the smallest model that passes: figures to be relied on are those of the other images.
+Measured on {machine.describe()}.
 """
 
 
