@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.exported import EXPORTERS, Residual, write
+from support.onnx_samples import SAMPLES, Sample
 from torch import nn
 
 import graphprune
 from graphprune.deploy import export, from_onnx
+from graphprune.deploy.reading.door import TABLE
 from graphprune.deploy.reading.source import source_of
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -60,3 +62,19 @@ def test_a_residual_network_from_file_to_file(tmp_path: Path, exporter: str) -> 
     again = from_onnx(tmp_path / "small.onnx")
     torch.testing.assert_close(again(x), small(x), rtol=1e-4, atol=1e-4)
     assert source_of(small) == source_of(model)
+
+
+@pytest.mark.parametrize("sample", SAMPLES, ids=str)
+def test_every_operator_computes_what_the_engine_does(tmp_path: Path, sample: Sample) -> None:
+    path = sample.write(tmp_path / "sample.onnx")
+    within = tuple(  # of the domain of logarithms, roots and arcs
+        (x.abs() % 0.8 + 0.1 if x.is_floating_point() else x)
+        for x in source_of(from_onnx(path, check=False)).example()
+    )
+    agreement = source_of(from_onnx(path, within)).agreement
+    assert agreement is not None
+    assert agreement.verdict == "equal"
+
+
+def test_every_operator_has_a_sample() -> None:
+    assert set(TABLE) - {sample.op for sample in SAMPLES} == {"ConstantOfShape", "Range"}

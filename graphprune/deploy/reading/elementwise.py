@@ -146,15 +146,15 @@ def where(b: Builder, node: Node) -> fx.Node:
     return b.call(torch.where, b.tensor(condition, node), yes, no)
 
 
-def extreme(function: Callable[..., Any], bound: Callable[..., Any]) -> Converter:
-    """The largest or smallest of several."""
+def extreme(function: Callable[..., Any], bound: str, among: Callable[..., Any]) -> Converter:
+    """The largest or smallest of several; numbers among them are a bound of the others."""
 
     def convert(b: Builder, node: Node) -> fx.Node:
         values = [b.operand(name, node) for name in node.inputs]
         plain = [value for value in values if not isinstance(value, fx.Node)]
         tensors = [value for value in values if isinstance(value, fx.Node)]
         found = reduce(lambda x, y: b.call(function, x, y), tensors)
-        return b.call(torch.clamp, found, **{bound.__name__: bound(plain)}) if plain else found
+        return b.call(torch.clamp, found, **{bound: among(plain)}) if plain else found
 
     return convert
 
@@ -189,7 +189,7 @@ TABLE: dict[str, Converter] = {
     **{op: with_settings(op) for op in WITH_SETTINGS},
     **{op: reduced(function) for op, function in REDUCTIONS.items()},
     "Cast": cast, "Clip": clip, "Dropout": same, "Gelu": gelu, "HardSigmoid": hard_sigmoid,
-    "Identity": same, "LogSoftmax": softmax, "Max": extreme(torch.maximum, max),
-    "Min": extreme(torch.minimum, min), "PRelu": prelu, "Range": as_counted, "Softmax": softmax,
+    "Identity": same, "LogSoftmax": softmax, "Max": extreme(torch.maximum, "min", max),
+    "Min": extreme(torch.minimum, "max", min), "PRelu": prelu, "Range": as_counted, "Softmax": softmax,
     "Sum": added, "Where": where,
 }  # fmt: skip

@@ -89,8 +89,8 @@ def global_max(x: Tensor) -> Tensor:
 
 def flatten(x: Tensor, axis: int) -> Tensor:
     """A matrix: dimensions before an axis, and the others."""
-    if axis == 0:
-        return x.reshape(1, -1)
+    if axis in (0, x.dim()):
+        return x.reshape((1, -1) if axis == 0 else (-1, 1))
     return x.flatten(axis) if axis == 1 else x.flatten(axis).flatten(0, axis - 1)
 
 
