@@ -68,9 +68,11 @@ class Sample:
 IMAGE, WORDS, MATRIX = (2, 4, 6, 6), (2, 3, 8), (3, 5)
 _POOL = {"kernel_shape": [2, 2], "strides": [2, 2]}
 _ELEMENTS = (
-    "Abs", "Acos", "Asin", "Atan", "Ceil", "Celu", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid",
-    "HardSwish", "Identity", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg", "Reciprocal",
-    "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Tan", "Tanh",
+    "Abs", "Acos", "Asin", "Atan", "Ceil", "Celu", "Cos", "Elu", "Erf", "Exp", "Floor", "Gelu",
+    "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Log", "LogSoftmax", "Mish", "Neg",
+    "Reciprocal",
+    "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softmax", "Softplus", "Softsign", "Sqrt", "Tan",
+    "Tanh",
     "ThresholdedRelu", "GlobalAveragePool", "GlobalMaxPool", "ReduceL1", "ReduceL2",
     "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "ReduceSumSquare",
 )  # fmt: skip
@@ -93,7 +95,8 @@ SAMPLES = [
     Sample("IsInf"), Sample("IsNaN"),
     Sample("Pow", (MATRIX,), (np.float32(2),)),
     Sample("PRelu", (IMAGE,), (floats(4, 1, 1),)),
-    Sample("Cast", (MATRIX,), attributes={"to": 7}), Sample("Cast", (MATRIX,), attributes={"to": 9}),
+    Sample("Cast", (MATRIX,), attributes={"to": 7}),
+    Sample("Cast", (MATRIX,), attributes={"to": 9}),
     Sample("Clip", constants=(np.float32(0), np.float32(6))),
     Sample("Clip", constants=(None, np.float32(0.3))),
     Sample("Clip", attributes={"min": -0.5, "max": 0.5}, opset=10),
@@ -143,12 +146,15 @@ SAMPLES = [
     Sample("Gather", (WORDS,), (ints(2, 0, -1),), {"axis": 2}),
     Sample("GatherElements", (MATRIX,), (np.array([[0, 2], [1, 0], [3, 3]]),), {"axis": 1}),
     Sample("GatherND", (WORDS,), (np.array([[0, 1], [1, 2]]),)),
+    Sample("ScatterND", (WORDS,), (np.array([[0, 1], [1, 2]]), floats(2, 8))),
     # shapes
     Sample("Shape", (IMAGE,)), Sample("Shape", (IMAGE,), attributes={"start": 1, "end": -1}),
     Sample("Reshape", (IMAGE,), (ints(0, -1, 3),)),
     Sample("Reshape", (IMAGE,), (ints(2, 2, -1),), {"allowzero": 1}),
     Sample("Flatten"), Sample("Flatten", attributes={"axis": 0}),
-    Sample("Flatten", (MATRIX,), attributes={"axis": 2}), Sample("Flatten", attributes={"axis": 2}), Sample("Flatten", attributes={"axis": -1}),
+    Sample("Flatten", (MATRIX,), attributes={"axis": 2}),
+    Sample("Flatten", attributes={"axis": 2}),
+    Sample("Flatten", attributes={"axis": -1}),
     Sample("Squeeze", ((2, 1, 3, 1),)), Sample("Squeeze", ((2, 1, 3, 1),), (ints(-1),)),
     Sample("Squeeze", ((2, 1, 3, 1),), attributes={"axes": [1]}, opset=11),
     Sample("Unsqueeze", (MATRIX,), (ints(0, -1),)),

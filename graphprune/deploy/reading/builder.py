@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphprune.deploy.reading import numbers
-from graphprune.deploy.reading.document import Document, Node
+from graphprune.deploy.reading.document import Document, Node, told_ops
 from graphprune.deploy.reading.naming import Names, last_word, word
 from graphprune.errors import ModelError
 
@@ -24,14 +27,16 @@ class Value:
     Attributes:
         node: what computes it in the graph; ``None`` for constants.
         constant: its value, for constants.
-        numbers: whether it is a Python number, or a list of some, instead of a tensor.
+        numbers: sizes that are known only while the model runs, with others beside them.
+        floating: whether these are no whole numbers.
         source: the initializer that a constant is, for weights that several layers share.
         turned: whether it is that initializer transposed.
     """
 
     node: fx.Node | None = None
     constant: Tensor | None = None
-    numbers: bool = False
+    numbers: Any = None
+    floating: bool = False
     source: str = ""
     turned: bool = False
 
@@ -51,6 +56,7 @@ class Builder:
         self.parameters: dict[tuple[str, bool], nn.Parameter] = {}
         self.layers: dict[Any, str] = {}
         self.first: fx.Node | None = None
+        self.sizes_of: dict[tuple[str, int], fx.Node] = {}
 
     # --- what converters ask for --------------------------------------------------------------
 
@@ -92,16 +98,19 @@ class Builder:
         value = self.values[name]
         if value.constant is not None:
             return self.stored(name, value, node)
+        if value.numbers is not None:
+            kind = torch.float32 if value.floating else torch.int64
+            return self.call(numbers.as_tensor, self.sizes(name, node, "numbers"), kind)
         assert value.node is not None
-        return self.call(numbers.as_tensor, value.node) if value.numbers else value.node
+        return value.node
 
     def operand(self, name: str, node: Node) -> Any:
         """A value beside tensors: constants of one element are numbers."""
         value = self.values[name]
         if value.constant is not None and value.constant.numel() == 1:
             return value.constant.reshape(()).item()
-        if value.numbers:
-            return self.call(numbers.operand, value.node)
+        if value.numbers is not None and value.numbers.size == 1:
+            return value.numbers.item()
         return self.tensor(name, node)
 
     def sizes(self, name: str, node: Node, what: str) -> fx.Node:
@@ -113,18 +122,32 @@ class Builder:
         value = self.values[name]
         if value.constant is not None:
             return self.kept_sizes(node, value.constant.tolist(), what)
-        if not value.numbers:
+        if value.numbers is None:
             raise self.refused(
                 node, f"its {what} {name!r} is computed from values, not from sizes, of the inputs"
             )
-        assert value.node is not None
-        return value.node
+        if value.numbers.ndim == 0:
+            single: fx.Node = value.numbers.item()
+            return single
+        return self.kept_sizes(node, value.numbers.ravel().tolist(), what)
 
     def kept_sizes(self, node: Node, values: Any, what: str = "sizes") -> fx.Node:
-        """Constant numbers, in a module whose attribute changes when widths do."""
+        """Numbers, in a module whose attribute changes when widths do; open ones are given."""
         path = self.names.beside(node, f"{last_word(node.outputs[0])}_{what}")
-        self.add(path, numbers.Sizes(values))
-        return self.graph.call_module(path)
+        listed = values if isinstance(values, list) else []
+        opened = tuple(value for value in listed if isinstance(value, fx.Node))
+        closed = [None if isinstance(value, fx.Node) else value for value in listed]
+        self.add(path, numbers.Sizes(closed if isinstance(values, list) else values))
+        return self.graph.call_module(path, opened)
+
+    def size(self, name: str, dim: int, node: Node) -> int | fx.Node:
+        """The size of a dimension of a tensor: a number where the file fixes it."""
+        known = self.document.shapes[name][dim]
+        if known is not None:
+            return known
+        if (name, dim) not in self.sizes_of:
+            self.sizes_of[name, dim] = self.call(torch.Tensor.size, self.tensor(name, node), dim)
+        return self.sizes_of[name, dim]
 
     def parameter(self, name: str, turn: bool = False) -> nn.Parameter:
         """A constant as a weight, transposed if asked: the same one where layers share it."""
@@ -170,7 +193,8 @@ class Builder:
         key = (node.op, value.source or weight, rest, str(dict(node.attributes)))
         shared = value.constant is not None and value.constant.dim() > 1
         if not shared or key not in self.layers:
-            path = self.names.layer(node, value.source)
+            alone = self.uses[value.source] == 1 or shared or not node.scopes
+            path = self.names.layer(node, value.source if alone else "")
             self.add(path, make())
             self.layers[key] = path
         return self.graph.call_module(self.layers[key], (x,))
@@ -249,18 +273,11 @@ class Builder:
         given = [self.values[name] for name in node.inputs if name]
         if all(value.constant is not None for value in given) and self.folded(node, given):
             return
-        length = self.document.shapes.get(node.input(0), ())
-        if node.op == "Shape" and given[0].numbers and length and length[0] is not None:
-            self.values[node.outputs[0]] = Value(constant=torch.tensor(length))
+        found = as_numbers(self, node)
+        if found is not None:
+            self.values[node.outputs[0]] = found
             return
-        if is_of_numbers(node, given):
-            found = as_numbers(self, node)
-            if found is not None:
-                self.values[node.outputs[0]] = Value(node=found, numbers=True)
-                return
         if node.op not in table:
-            from graphprune.deploy.reading.document import told_ops
-
             raise self.refused(node, f"{node.op} is none of {told_ops(table)}")
         found = table[node.op](self, node)
         if isinstance(found, Value):
@@ -316,46 +333,107 @@ def computed(node: Node, given: Sequence[Tensor | None], opset: int) -> list[Ten
         return []
 
 
-# --- sizes ------------------------------------------------------------------------------------
-
-
-def is_of_numbers(node: Node, given: Sequence[Value]) -> bool:
-    """Whether a node computes numbers: from numbers, with constants beside them."""
-    if node.op not in numbers.POINTWISE and node.op != "Concat" and not given[0].numbers:
-        return False
-    beside = [value.constant for value in given if not value.numbers]
-    few = all(constant is not None and constant.dim() < 2 for constant in beside)
-    return few and len(beside) < len(given)
-
-
-def as_numbers(b: Builder, node: Node) -> fx.Node | None:
-    """A node on Python numbers; ``None`` for what makes a tensor of them."""
-
-    def given(place: int) -> Any:
-        name = node.input(place)
-        return b.sizes(name, node, f"operand{place}") if name else None
-
-    op, every = node.op, range(len(node.inputs))
+def as_numbers(b: Builder, node: Node) -> Value | None:
+    """What a node computes from sizes; ``None`` where it computes a tensor."""
+    op = node.op
+    if op == "Shape":
+        return _shape(b, node)
+    values = [b.values[name] for name in node.inputs if name]
+    of_arrays = op in numbers.POINTWISE or op == "Concat"
+    if not values or (values[0].numbers is None and not of_arrays):
+        return None
+    arrays = [_array(value) for value in values]
+    if all(value.numbers is None for value in values) or any(x is None for x in arrays):
+        return None
+    floating = any(
+        value.floating or (value.constant is not None and value.constant.is_floating_point())
+        for value in values
+    )
     if op in numbers.POINTWISE:
-        return b.call(numbers.POINTWISE[op], *(given(place) for place in every))
+        return _made(_pointwise(b, node, arrays, floating), floating or op == "Sqrt")
+    if op == "Concat":
+        return _made(np.concatenate(arrays, int(node.attributes["axis"])), floating)
+    if op == "Gather":
+        return _made(np.take(arrays[0], arrays[1].astype(int), node.attributes.get("axis", 0)),
+                     floating)  # fmt: skip
+    if op == "Transpose":
+        return _made(arrays[0].transpose(node.attributes.get("perm")), floating)
     if op == "Cast":
-        kind = node.attributes["to"]
-        return b.call(numbers.cast, given(0), kind not in (1, 10, 11, 16))
-    if op == "Slice":
-        return b.call(numbers.part, given(0), given(1), given(2), given(4))
-    if op == "Reshape":
-        target = b.constant(node.input(1))
-        if target is None or target.numel() > 1:
-            return None
-        return b.call(numbers.listed if target.numel() else numbers.single, given(0))
-    if op in _OF_LISTS:
-        places = every if op in ("Concat", "Gather") else range(1)
-        return b.call(_OF_LISTS[op], *(given(place) for place in places))
+        wanted = node.attributes["to"] in (1, 10, 11, 16)
+        return _made(_each(lambda x: _cast(b, x, floating, wanted), arrays[0]), wanted)
+    if op in ("ReduceProd", "ReduceSum"):
+        way = numbers.POINTWISE["Mul" if op == "ReduceProd" else "Add"]
+        found = reduce(lambda x, y: _scalar(b, node, way, x, y), arrays[0].ravel())
+        keep = node.attributes.get("keepdims", 1)
+        return _made(numbers.array([found] if keep else found), floating)
+    if op in numbers.MOVES:
+        function, names = numbers.MOVES[op]
+        given = [b.known(node, name, place) for place, name in enumerate(names, 1)]
+        return _made(function(arrays[0], *given), floating)
     return None
 
 
-_OF_LISTS: dict[str, Callable[..., Any]] = {
-    "Concat": numbers.concat, "Gather": numbers.gather, "Shape": numbers.shape,
-    "Unsqueeze": numbers.listed, "Squeeze": numbers.single, "Identity": numbers.same,
-    "ReduceProd": numbers.product, "ReduceSum": numbers.total,
-}  # fmt: skip
+def _shape(b: Builder, node: Node) -> Value:
+    name = node.inputs[0]
+    value = b.values[name]
+    if value.numbers is not None:
+        return Value(constant=torch.tensor(value.numbers.shape, dtype=torch.int64))
+    dims = range(b.rank(node, name))[node.attributes.get("start", 0) : node.attributes.get("end")]
+    return _made(numbers.array([b.size(name, dim, node) for dim in dims]), False)
+
+
+def _array(value: Value) -> Any:
+    """Numbers as an array; ``None`` for tensors, and for more numbers than sizes are."""
+    if value.numbers is not None:
+        return value.numbers
+    if value.constant is None or value.constant.numel() > 64:
+        return None
+    return numbers.array(value.constant.numpy().astype(object))
+
+
+def _made(found: Any, floating: bool) -> Value:
+    """A value of numbers: a constant where all are known."""
+    found = numbers.array(found)
+    if numbers.is_open(found):
+        return Value(numbers=found, floating=floating)
+    items = found.tolist()
+    kind = torch.float32 if floating else None
+    return Value(constant=torch.tensor(items, dtype=kind if found.size else torch.int64))
+
+
+def _each(function: Callable[..., Any], *arrays: Any) -> Any:
+    """A function of numbers on arrays, item by item."""
+    arrays = np.broadcast_arrays(*arrays)
+    found = np.empty(arrays[0].shape, dtype=object)
+    for place in np.ndindex(found.shape):
+        found[place] = function(*(x[place] for x in arrays))
+    return found
+
+
+def _pointwise(b: Builder, node: Node, arrays: Sequence[Any], floating: bool) -> Any:
+    function = numbers.POINTWISE[node.op]
+    if node.op == "Div":
+        function = operator.truediv if floating else operator.floordiv
+    return _each(lambda *items: _scalar(b, node, function, *items), *arrays)
+
+
+def _scalar(b: Builder, node: Node, function: Callable[..., Any], *items: Any) -> Any:
+    """A number from numbers: now, or in the graph, where those of the file may follow widths."""
+    if not any(isinstance(item, fx.Node) for item in items):
+        return function(*items)
+    if function is numbers.chosen and not isinstance(items[0], fx.Node):
+        return items[1] if items[0] else items[2]
+    if function is operator.eq and -1 in items:  # sizes are none of what stands for "as it is"
+        return False
+    given = (item if isinstance(item, fx.Node | bool) else b.kept_sizes(node, item, "number")
+             for item in items)  # fmt: skip
+    return b.call(function, *given)
+
+
+def _cast(b: Builder, item: Any, before: bool, floating: bool) -> Any:
+    """Floats from ints, or ints from floats, without losing where a size came from."""
+    if before == floating:
+        return item
+    if not isinstance(item, fx.Node):
+        return float(item) if floating else int(item)
+    return b.call(operator.mul, item, 1.0) if floating else b.call(math.trunc, item)

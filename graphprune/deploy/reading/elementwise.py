@@ -11,7 +11,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from graphprune.deploy.reading import functions, numbers
+from graphprune.deploy.reading import functions
 from graphprune.deploy.reading.builder import Builder, Value
 from graphprune.deploy.reading.document import DTYPES, Node
 
@@ -176,11 +176,10 @@ def prelu(b: Builder, node: Node) -> fx.Node:
     return b.call(functions.prelu, x, slope)
 
 
-def as_counted(b: Builder, node: Node) -> fx.Node:
+def counted(b: Builder, node: Node) -> fx.Node:
     """Numbers in a row."""
-    given = (b.sizes(name, node, what) for name, what in
-             zip(node.inputs, ("start", "limit", "step")))  # fmt: skip
-    return b.call(functions.count, *(b.call(numbers.single, x) for x in given), b.first)
+    given = [b.operand(name, node) for name in node.inputs]
+    return b.call(functions.count, *given, b.first)
 
 
 TABLE: dict[str, Converter] = {
@@ -190,6 +189,6 @@ TABLE: dict[str, Converter] = {
     **{op: reduced(function) for op, function in REDUCTIONS.items()},
     "Cast": cast, "Clip": clip, "Dropout": same, "Gelu": gelu, "HardSigmoid": hard_sigmoid,
     "Identity": same, "LogSoftmax": softmax, "Max": extreme(torch.maximum, "min", max),
-    "Min": extreme(torch.minimum, "max", min), "PRelu": prelu, "Range": as_counted, "Softmax": softmax,
-    "Sum": added, "Where": where,
+    "Min": extreme(torch.minimum, "max", min), "PRelu": prelu, "Range": counted,
+    "Softmax": softmax, "Sum": added, "Where": where,
 }  # fmt: skip

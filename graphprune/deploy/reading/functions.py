@@ -77,6 +77,11 @@ def gather_nd(x: Tensor, index: Tensor) -> Tensor:
     return x[tuple(index.unbind(-1))]
 
 
+def scatter_nd(x: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """A copy with other elements or slices at tuples of indices."""
+    return x.index_put(tuple(index.unbind(-1)), values)
+
+
 def global_mean(x: Tensor) -> Tensor:
     """The mean over all but batch and channels."""
     return x.mean(list(range(2, x.dim())), keepdim=True)
@@ -173,10 +178,3 @@ def sum_of_squares(x: Tensor, axes: list[int], keepdim: bool) -> Tensor:
 def scaled(x: Tensor, factor: float) -> Tensor:
     """Times a number."""
     return x if factor == 1.0 else x * factor
-
-
-def gather_number(x: Tensor, index: Any, axis: int) -> Tensor:
-    """Slices along an axis at one place or at several, as numbers."""
-    if isinstance(index, list):
-        return x.index_select(axis, torch.tensor(index, device=x.device))
-    return x.select(axis, index)

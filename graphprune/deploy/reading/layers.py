@@ -310,8 +310,8 @@ def gather(b: Builder, node: Node) -> fx.Node:
     x = b.tensor(table, node)
     if places is not None and places.dim() == 0:
         return b.call(torch.select, x, axis, int(places))
-    if b.values[index].numbers:
-        return b.call(functions.gather_number, x, b.values[index].node, axis)
+    if b.values[index].numbers is not None and b.values[index].numbers.ndim == 0:
+        return b.call(torch.select, x, axis, b.operand(index, node))
     return b.call(functions.gather, x, b.tensor(index, node), axis % b.rank(node, table))
 
 

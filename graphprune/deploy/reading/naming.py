@@ -17,7 +17,10 @@ class Names:
         self.folders: set[str] = set()
 
     def layer(self, node: Node, weight: str) -> str:
-        """Where a layer goes: where its weight was, or else where the node comes from."""
+        """Where a layer goes: where its weight was, or else where the node comes from.
+
+        Exporters store equal weights once: then ``weight`` is empty.
+        """
         own = _path(weight).rpartition(".")[0] if weight else ""
         return self.take(own or ".".join(node.scopes) or node.op.lower())
 

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from graphprune.deploy.reading import functions, numbers
-from graphprune.deploy.reading.builder import Builder, Value
+from graphprune.deploy.reading import functions
+from graphprune.deploy.reading.builder import Builder
 from graphprune.deploy.reading.document import Node
 from graphprune.deploy.reading.elementwise import Converter
 
@@ -24,13 +24,6 @@ _MODES = {
 def axis_of(b: Builder, node: Node, default: int = 0) -> int:
     """The axis of a node."""
     return int(node.attributes.get("axis", default))
-
-
-def shape(b: Builder, node: Node) -> Value:
-    """The sizes of a tensor."""
-    x = b.tensor(node.inputs[0], node)
-    start, end = node.attributes.get("start", 0), node.attributes.get("end")
-    return Value(node=b.call(numbers.shape, x, start, end), numbers=True)
 
 
 def reshape(b: Builder, node: Node) -> fx.Node:
@@ -147,16 +140,17 @@ def filled(b: Builder, node: Node) -> fx.Node:
 
 def pad(b: Builder, node: Node) -> fx.Node:
     """Padding; until opset 10 pads are an attribute."""
-    pads = b.known(node, "pads", 1)
+    opened = "pads" not in node.attributes and b.constant(node.inputs[1]) is None
+    pads: Any = b.sizes(node.inputs[1], node, "pads") if opened else b.known(node, "pads", 1)
     value = b.known(node, "value", 2) or 0.0
-    axes = b.known(node, "axes", 3) or list(range(len(pads) // 2))
+    axes = b.known(node, "axes", 3) or list(range(b.rank(node, node.inputs[0])))
     value = value[0] if isinstance(value, list) else value
     modes = {"constant": "constant", "reflect": "reflect", "edge": "replicate", "wrap": "circular"}
     mode = node.attributes.get("mode", b"constant").decode()
     if mode not in modes:
         raise b.refused(node, f"mode {mode!r}")
     x = b.tensor(node.inputs[0], node)
-    return b.call(functions.pad, x, list(pads), modes[mode], float(value), list(axes))
+    return b.call(functions.pad, x, pads, modes[mode], float(value), list(axes))
 
 
 def resize(b: Builder, node: Node) -> fx.Node:
@@ -181,7 +175,7 @@ def resize(b: Builder, node: Node) -> fx.Node:
     if not node.input(3):
         raise b.refused(node, "it has neither constant scales nor sizes")
     sizes = b.sizes(node.inputs[3], node, "sizes")
-    sizes = b.call(numbers.part, sizes, [2], [None])
+    sizes = b.call(operator.getitem, sizes, slice(2, None))
     return b.call(F.interpolate, x, sizes, **options)
 
 
@@ -205,6 +199,13 @@ def gather_nd(b: Builder, node: Node) -> fx.Node:
     return b.call(functions.gather_nd, *(b.tensor(name, node) for name in node.inputs))
 
 
+def scatter_nd(b: Builder, node: Node) -> fx.Node:
+    """Other elements or slices at tuples of indices."""
+    if node.attributes.get("reduction", b"none") != b"none":
+        raise b.refused(node, "its reduction")
+    return b.call(functions.scatter_nd, *(b.tensor(name, node) for name in node.inputs))
+
+
 def gather_elements(b: Builder, node: Node) -> fx.Node:
     """Elements by an index along an axis."""
     x, index = (b.tensor(name, node) for name in node.inputs)
@@ -222,7 +223,7 @@ TABLE: dict[str, Converter] = {
     "GatherElements": gather_elements, "GatherND": gather_nd,
     "GlobalAveragePool": simple(functions.global_mean),
     "GlobalMaxPool": simple(functions.global_max), "Pad": pad, "Reshape": reshape,
-    "Resize": resize, "Shape": shape, "Slice": part,
+    "Resize": resize, "ScatterND": scatter_nd, "Slice": part,
     "SpaceToDepth": lambda b, node: b.call(
         functions.space_to_blocks, b.tensor(node.inputs[0], node),
         int(node.attributes["blocksize"])),
