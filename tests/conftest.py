@@ -15,6 +15,9 @@ settings.register_profile(
 )
 settings.load_profile("deterministic")
 
+with torch.device("meta"):  # torch lists its constructors at the first such call, for good:
+    torch.empty(0)  # not while a library has replaced some
+
 
 @pytest.fixture(autouse=True)
 def _seed():

@@ -222,6 +222,8 @@ def load(kind: Any, folder: Any, *args: Any, **options: Any) -> Any:
 def _from_pretrained(
     kind: Any, folder: Any, args: tuple[Any, ...], config: Any, options: dict[str, Any]
 ) -> Any:
+    with torch.device("meta"):  # torch lists its constructors at the first such call, for good
+        torch.empty(0)  # transformers replaces some of them while it loads
     return kind.from_pretrained(folder, *args, config=config, output_loading_info=True, **options)
 
 

@@ -8,12 +8,13 @@ input has kept that value. Where that is not certain, the plan says so.
 
 from __future__ import annotations
 
+import dis
 import inspect
-import itertools
 import types
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -80,8 +81,10 @@ def waiting(model: nn.Module, analysis: Analysis, plan: Plan) -> tuple[Attribute
         return ()
     read = _read(analysis) | {change.key for change in plan.sizes}
     leaves = [leaf for leaf in _remembered(model) if leaf not in read]
-    mentioned = _mentioned(model) if leaves else set()
-    return tuple(leaf for leaf in leaves if leaf.name not in mentioned)
+    if not leaves:
+        return ()
+    mentions, kinds = _Mentions(model), {n: type(m) for n, m in named_modules(model)}
+    return tuple(leaf for leaf in leaves if leaf.name not in mentions.of(kinds[leaf.module]))
 
 
 def _harmless(
@@ -135,43 +138,65 @@ def _remembered(model: nn.Module) -> Iterator[Attribute]:
                     yield Attribute(name, key, (place,) if listed else (), item)
 
 
-def _mentioned(model: nn.Module) -> set[str]:
+class _Mentions:
     """The names in all code that a forward can reach.
 
-    An attribute of such a name may be read where no one sees it: as an index into a list, say.
+    An attribute of such a name may be read where no one sees it: as an index into a list, say. What
+    a method reads of ``self`` concerns modules of its own class alone.
     """
-    found: set[str] = set()
-    seen: set[types.CodeType] = set()
-    waiting: list[tuple[object, type]] = []
-    for _, module in named_modules(model):
-        if not type(module).__module__.startswith("torch.nn."):
-            own = vars(module).get("forward")
-            waiting += [(type(module).forward, type(module)), (own, type(module))]
-            waiting.append((getattr(own, "function", None), type(module)))
-    while waiting:
-        thing, kind = waiting.pop()
-        thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
-        if not isinstance(thing, types.FunctionType) or thing.__code__ in seen:
-            continue
-        seen.add(thing.__code__)
-        names = _names(thing.__code__)
-        found |= names
-        held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
-        waiting += [(inspect.getattr_static(kind, name, None), kind) for name in names]
-        others = [*(thing.__globals__.get(name) for name in names), *held]
-        waiting += [
-            (other, kind)
-            for other in others
-            if isinstance(other, types.FunctionType) and not other.__module__.startswith("torch.")
-        ]
-    return found
+
+    def __init__(self, model: nn.Module) -> None:
+        self.anywhere: set[str] = set()
+        self.of_self: defaultdict[type, set[str]] = defaultdict(set)
+        seen: set[tuple[types.CodeType, type]] = set()
+        waiting: list[tuple[object, type]] = []
+        for _, module in named_modules(model):
+            if not type(module).__module__.startswith("torch.nn."):
+                own = vars(module).get("forward")
+                waiting += [(type(module).forward, type(module)), (own, type(module))]
+                waiting.append((getattr(own, "function", None), type(module)))
+        while waiting:
+            thing, kind = waiting.pop()
+            thing = getattr(thing, "fget", None) or getattr(thing, "__func__", thing)
+            if not isinstance(thing, types.FunctionType) or (thing.__code__, kind) in seen:
+                continue
+            seen.add((thing.__code__, kind))
+            of_self, others = _names(thing.__code__)
+            self.of_self[kind] |= of_self
+            self.anywhere |= others
+            names = of_self | others
+            held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+            waiting += [(inspect.getattr_static(kind, name, None), kind) for name in names]
+            elsewhere = [*(thing.__globals__.get(name) for name in names), *held]
+            waiting += [
+                (other, kind)
+                for other in elsewhere
+                if isinstance(other, types.FunctionType)
+                and not other.__module__.startswith("torch.")
+            ]
+
+    def of(self, kind: type) -> set[str]:
+        """Those that may be read of a module of a class."""
+        return self.anywhere | self.of_self[kind]
 
 
-def _names(code: types.CodeType) -> set[str]:
-    """Names and texts of a function and of those inside it."""
-    found = {*code.co_names, *(text for text in code.co_consts if isinstance(text, str))}
-    inner = (const for const in code.co_consts if isinstance(const, types.CodeType))
-    return found.union(*map(_names, inner))
+@lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """What a function, with those inside it, reads of its first argument; its other names."""
+    of_self, others = set[str](), {text for text in code.co_consts if isinstance(text, str)}
+    first = code.co_varnames[0] if code.co_argcount else None
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and before == first is not None:
+            of_self.add(step.argval)
+        elif step.argval in code.co_names:
+            others.add(step.argval)
+        local = step.argval if step.opname.startswith("LOAD_FAST") else None
+        before = local[-1] if isinstance(local, tuple) else local  # two at once, since 3.13
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            others.update(*_names(const))
+    return frozenset(of_self), frozenset(others)
 
 
 def _filled(cell: Any) -> bool:
@@ -218,11 +243,15 @@ def _inside(
 
 
 def _passing(record: Record, after: dict[str, list[Shape]]) -> defaultdict[str, Became]:
-    """For every module what the sizes became that go into it and its parts, and come out."""
+    """For every module what the sizes became that go into it and its parts, and come out.
+
+    Parts in a list of modules, which nobody calls, are those of the module around it.
+    """
     found = _sides()
     for name in record.passed.keys() & after.keys():
+        around = next((holder for holder in _around(name) if holder in record.passed), name)
         for old, new in zip(record.passed[name], after[name]):
-            for holder in (name, *itertools.islice(_around(name), 1)):
+            for holder in dict.fromkeys((name, around)):
                 for was, now in zip(old[1:], new[1:]):
                     if was != now or holder == name:
                         found[holder][was].add(now)

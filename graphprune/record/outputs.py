@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.arguments import is_int
@@ -82,6 +83,22 @@ def fields(out: object) -> Any:
     if isinstance(out, Tensor | tuple | list | dict):
         return out
     return vars(out) if hasattr(out, "__dict__") else out
+
+
+def taken_back(model: nn.Module, out: object) -> list[object]:
+    """Objects that a forward returns by the name of one of its arguments: caches for the next call.
+
+    Tensors, and those in tuples, lists and dictionaries, are outputs all the same.
+    """
+    named = fields(out)
+    try:
+        arguments = inspect.signature(type(model).forward).parameters
+    except (TypeError, ValueError):  # of a callable without one
+        return []
+    if not isinstance(named, dict):
+        return []
+    found = [value for name, value in named.items() if name in arguments]
+    return [value for value in found if not isinstance(value, Tensor | tuple | list | dict)]
 
 
 def named_leaves(out: object) -> list[tuple[str, Tensor]]:

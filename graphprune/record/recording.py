@@ -22,7 +22,7 @@ from graphprune.record import outside, scope
 from graphprune.record.beside import Passed, passed_by, running
 from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call, infer
-from graphprune.record.outputs import Outputs, fields, named_leaves
+from graphprune.record.outputs import Outputs, fields, named_leaves, taken_back
 from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
@@ -205,11 +205,14 @@ def run(
         if result.counted is not None:
             counted = [result.outputs[place] for place in sorted(result.counted)]
     result.state = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
-    inside = result.state if result.counted is None else ()  # of these, too, all count
+    back = {id(value) for value in taken_back(clone, out)}
+    others = (leaf for leaf in leaves if id(leaf) not in back)
+    read = [recorder.node_of(t) for leaf in others for t in _tensors_in(leaf, set())]
+    inside = read if result.counted is None else ()  # of these, too, all count
     if device == "cpu" and call.outputs is None:  # read, perhaps, when values take another way
         inside = [*inside, *(n for _, n in result.calls if not n.meta.get("beside"))]
-    # what the model itself reads again, such as a cache of keys and values, is state: the small
-    # model makes its own
+    # what the model itself reads again, or takes back, such as a cache of keys and values, is
+    # state: the small model makes its own
     unread = dict.fromkeys(node for node in inside if not node.users and node not in counted)
     result.graph.output((*counted, *unread))
     result.graph.lint()

@@ -30,6 +30,7 @@ NEEDS = {
     "lightning_resume": ["lightning"],
     "trainer_prune": ["transformers", "accelerate"],
     "trainer_resume": ["transformers", "accelerate"],
+    "yolo": ["ultralytics"],
     "graphprune.vocabulary.tokenizer": ["tokenizers"],
     "graphprune.deploy.exporting": ["onnx", "onnxruntime", "onnxscript"],
     "graphprune.deploy.meeting": ["onnx", "onnxruntime", "onnxscript"],
@@ -168,7 +169,7 @@ def test_examples_of_docstrings(name, own_words):
     assert runner.tries == len(re.findall("^ *>>> ", source, re.MULTILINE))
 
 
-LONG = {"trainer_prune", "trainer_resume", "ticket", "slimming"}
+LONG = {"trainer_prune", "trainer_resume", "ticket", "slimming", "yolo"}
 
 
 @pytest.mark.parametrize(

@@ -201,3 +201,40 @@ def test_a_number_that_is_read_by_way_of_another_object_stays(use, width):
     small = graphprune.rebuild(model, 0.5, x)
     assert (small.first.out_features, small.width) == (4, width)
     assert graphprune.verify(model, small, x).difference < 1e-10
+
+
+class Halves(nn.Module):
+    """Takes halves in its forward, and parts of ``width`` in another one that exporters prefer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.into, self.out = nn.Conv2d(3, 2 * width, 1), nn.Conv2d(3 * width, 3, 1)
+        self.steps = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1)])
+
+    def forward(self, x):
+        parts = list(self.into(x).chunk(2, 1))
+        parts.extend(parts[-1] + step(parts[-1]) for step in self.steps)
+        return self.out(torch.cat(parts, 1))
+
+    def forward_split(self, x):
+        parts = list(self.into(x).split((self.width, self.width), 1))
+        parts.extend(parts[-1] + step(parts[-1]) for step in self.steps)
+        return self.out(torch.cat(parts, 1))
+
+
+class Reading(Halves):
+    """Reads the attribute of that name of its own."""
+
+    def forward(self, x):
+        return self.forward_split(x)
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0.25])
+def test_the_width_of_a_part_in_a_list_follows_for_another_forward(ratio):
+    model = nn.Sequential(Halves(8), Reading(16)).double().eval()
+    x = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    small = graphprune.rebuild(model, ratio, x)
+    assert [part.width for part in small] == [8 * (1 - ratio), 16 * (1 - ratio)]
+    assert small[0].steps[0].out_channels == small[0].width
+    assert torch.allclose(small[0].forward_split(x), small[0](x))

@@ -64,6 +64,39 @@ def test_what_only_the_caller_reads_is_an_output(cached):
     assert kept == (set() if cached else {"aside.weight", "aside.bias"})
 
 
+class Window(Cache):
+    """Hands all keys and values out, and holds those of the last position for the next call."""
+
+    def update(self, keys, values):
+        self.keys, self.values = keys[:, :, -1:], values[:, :, -1:]
+        return keys, values
+
+
+class Stepping(Decoder):
+    """Returns its cache by a name, which its forward takes it back by, or does not."""
+
+    def forward(self, x, state=None):
+        state = Window() if state is None else state
+        q, k, v = (
+            layer(x).unflatten(-1, (4, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        k, v = state.update(k, v)
+        y = self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return {"y": y, ("state" if self.cached else "seen"): state}
+
+
+@pytest.mark.parametrize("back", [True, False])
+def test_what_a_forward_takes_back_is_no_output(back):
+    model, x = Stepping(True).double(), torch.randn(2, 3, 6, dtype=torch.float64)
+    model.cached = back
+    graph = graphprune.trace(model, x)
+    assert [group.size for group in graph.groups] == ([4] if back else [])
+    if back:
+        small = graphprune.rebuild(model, graph.plan(0.5))
+        assert graphprune.verify(model, small, x).difference <= 1e-10
+        assert small(x, state=small(x)["state"])["y"].shape == (2, 3, 6)
+
+
 class Sample(dict):
     """A class that pytree is told of, but not what its parts are called."""
 
