@@ -84,7 +84,8 @@ def smallest(
         confidence: of the bound.
         calibration: further arguments of :func:`calibrate`; ``False`` leaves it out.
         path: a file that keeps what was found out. A later call with the same model, data and
-            options goes on from there, for another ``max_drop`` or more ``evaluations`` as well.
+            options goes on from there, for another ``max_drop`` or more ``evaluations`` as well. It
+            holds plans and scores: the model is rebuilt and calibrated again, not evaluated.
         progress: show a progress bar, if the error stream is a terminal.
         options: as for ``graph.plan``, but for its ratio. Of several processes (``process_group``)
             each passes its own batches and evaluates its own examples, and all get the same model.
