@@ -190,7 +190,7 @@ def test_inputs_of_other_types() -> None:
 MISTAKES = {
     "no colon": (
         ("shrink", "resnet18"),
-        "MODEL must be torchvision:NAME, timm:NAME, hf:FOLDER, package.module:factory",
+        "MODEL must be torchvision:NAME, timm:NAME, hf:FOLDER, onnx:FILE, package.module:factory",
     ),
     "unknown torchvision": (("shrink", "torchvision:resnet19"), "did you mean resnet1"),
     "no module": (("shrink", "no_such_module:net"), "no module 'no_such_module' can be imported"),
