@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.exported import write
 from typer.testing import CliRunner, Result
 
 import graphprune
 from graphprune.cli.loading import load_model
 from graphprune.cli.main import app
-from graphprune.cli.session import OK, of_the_user, session
+from graphprune.cli.session import MISTAKE, OK, of_the_user, session
 from graphprune.errors import InputError
 
 SOURCE = """
@@ -162,3 +163,44 @@ def test_folders_of_small_models(folder: Path) -> None:
     assert {n: t.shape for n, t in loaded.state_dict().items()} == {
         n: t.shape for n, t in small.state_dict().items()
     }
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's exporters
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_file_of_onnx_becomes_a_smaller_one(folder: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    write(net, (torch.randn(2, 4),), folder / "net.onnx", "script", names=("given",))
+    result = call("shrink", "onnx:net.onnx", "--ratio", "0.5", "--out", "small.onnx", "--json")
+    assert result.exit_code == OK, result.output
+    told = json.loads(result.stdout)
+    assert told["exported"]["verdict"] == "equal"
+    assert told["verified"]["difference"] < 1e-10
+    assert told["random_weights"] is False
+    small = onnx.load("small.onnx").graph
+    assert [value.name for value in (*small.input, *small.output)] == ["given", "y"]
+    assert sorted(tuple(w.dims) for w in small.initializer) == [(2,), (2, 4), (4,), (4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("onnx:absent.onnx",), "no file 'absent.onnx'"),
+        (("onnx:text.onnx",), "'text.onnx' cannot be read as ONNX"),
+        (
+            ("onnx:text.onnx", "--out", "a.onnx", "--certificate", "a.json"),
+            "--certificate needs the small model itself",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_file_of_onnx_is_told(
+    folder: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    pytest.importorskip("onnx", reason="onnx is not installed")
+    (folder / "text.onnx").write_text("no model", encoding="utf-8")
+    result = call("shrink", *arguments, "--ratio", "0.5")
+    assert result.exit_code == MISTAKE
+    assert told in result.stderr
+    assert not (folder / "a.onnx").exists()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from support.exported import EXPORTERS, Residual, write
+from support.exported import EXPORTERS, Attention, Residual, Shuffled, write
 from support.onnx_samples import SAMPLES, Sample
 from torch import nn
 
@@ -14,6 +17,7 @@ import graphprune
 from graphprune.deploy import export, from_onnx
 from graphprune.deploy.reading.door import TABLE
 from graphprune.deploy.reading.source import source_of
+from graphprune.errors import InputError, ModelError, VerificationError
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
@@ -78,3 +82,144 @@ def test_every_operator_computes_what_the_engine_does(tmp_path: Path, sample: Sa
 
 def test_every_operator_has_a_sample() -> None:
     assert set(TABLE) - {sample.op for sample in SAMPLES} == {"ConstantOfShape", "Range"}
+
+
+def words(length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.ones(2, length, dtype=torch.int64)
+    mask[1, length - 2 :] = 0
+    return torch.randint(0, 20, (2, length)), mask
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_sizes_from_shapes_follow_and_open_ones_stay_open(tmp_path: Path, exporter: str) -> None:
+    net, given = randomized(Attention()), words(6)
+    opened = {name: {0: "batch", 1: "length"} for name in ("words", "mask")}
+    path = file_of(net, given, tmp_path, exporter, names=("words", "mask"), opened=opened)
+    model = from_onnx(path, given)
+    assert isinstance(model.words, nn.Embedding)
+    small = graphprune.rebuild(model, 0.5, given)
+    assert graphprune.verify(model, small, given).verdict == "equal"
+    of_torch = graphprune.rebuild(net, 0.5, given)
+    for name in ("qkv", "out", "wide", "narrow", "head"):
+        assert small.get_submodule(name).weight.shape == of_torch.get_submodule(name).weight.shape
+    assert graphprune.verify(model, small, words(9)).verdict == "equal"
+    if exporter == "dynamo":
+        return
+    made = export(small, tmp_path / "small.onnx", given)
+    assert [port.name for port in made.inputs] == ["words", "mask"]
+    assert all(isinstance(size, str) for port in made.inputs for size in port.shape)
+
+
+@pytest.mark.parametrize("exporter", ["script", pytest.param("dynamo", marks=pytest.mark.slow)])
+def test_channels_that_are_shuffled_split_and_joined(tmp_path: Path, exporter: str) -> None:
+    net, x = randomized(Shuffled()), torch.randn(2, 3, 6, 6)
+    model = from_onnx(file_of(net, (x,), tmp_path, exporter), x)
+    torch.testing.assert_close(model(x), net(x), rtol=1e-4, atol=1e-4)
+    small, of_torch = (graphprune.rebuild(m, 0.5, x) for m in (model, net))
+    assert graphprune.verify(model, small, x).verdict == "equal"
+    assert [p.shape for p in small.parameters()] == [p.shape for p in of_torch.parameters()]
+
+
+def saved(folder: Path, nodes: list[object], *, opset: int = 20, **more: object) -> Path:
+    """A file by hand, from x to y, both of three floats."""
+    helper = onnx.helper
+    kind = more.pop("kind", onnx.TensorProto.FLOAT)
+    shape = more.pop("shape", (2, 3))
+    graph = helper.make_graph(
+        nodes,
+        "by hand",
+        [helper.make_tensor_value_info("x", kind, shape)],
+        [helper.make_empty_tensor_value_info("y")],
+        **more,
+    )
+    domains = {node.domain for node in nodes} - {""}
+    imports = [helper.make_opsetid("", opset), *(helper.make_opsetid(d, 1) for d in domains)]
+    model = helper.make_model(graph, opset_imports=imports)
+    model.ir_version = 8
+    onnx.save(model, folder / "by_hand.onnx")
+    return folder / "by_hand.onnx"
+
+
+def node(op: str, inputs: tuple[str, ...] = ("x",), **attributes: object) -> object:
+    return onnx.helper.make_node(op, inputs, ["y"], name="the_node", **attributes)
+
+
+def branch(folder: Path) -> Path:
+    inside = onnx.helper.make_graph(
+        [node("Relu")], "inside", [], [onnx.helper.make_empty_tensor_value_info("y")]
+    )
+    flag = onnx.numpy_helper.from_array(np.array(True), "flag")
+    made = node("If", ("flag",), then_branch=inside, else_branch=inside)
+    return saved(folder, [made], initializer=[flag])
+
+
+def without_data(folder: Path) -> Path:
+    weight = onnx.numpy_helper.from_array(np.ones((3, 400), np.float32), "w")
+    path = saved(folder, [node("MatMul", ("x", "w"))], initializer=[weight])
+    onnx.save_model(
+        onnx.load(path), path, save_as_external_data=True, location="w.data", size_threshold=0
+    )
+    (folder / "w.data").unlink()
+    return path
+
+
+def damaged(folder: Path) -> Path:
+    path = saved(folder, [node("Relu")])
+    path.write_bytes(b"\xff" + path.read_bytes()[1:])
+    return path
+
+
+def from_values(folder: Path) -> Path:
+    return saved(folder, [node("Reshape", ("x", "x"))], kind=onnx.TensorProto.INT64, shape=(2,))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda folder: folder / "absent.onnx", "no file"),
+        (damaged, "cannot be read as ONNX"),
+        (without_data, "w.data"),
+        (branch, "If 'the_node'.*control flow"),
+        (lambda f: saved(f, [node("NonZero")]), "NonZero 'the_node'.*none of Abs, "),
+        (lambda f: saved(f, [node("FusedConv", domain="com.microsoft")]),
+         "com.microsoft::FusedConv 'the_node'.*another domain"),
+        (lambda f: saved(f, [node("DynamicQuantizeLinear")]), "is quantized"),
+        (lambda f: saved(f, [node("Relu")], opset=6), "opset 6; opsets 9 to"),
+        (lambda f: saved(f, [node("Relu")], shape=None), "how many dimensions"),
+        (from_values, "Reshape 'the_node'.*computed from values"),
+        (lambda f: saved(f, [node("MaxPool", kernel_shape=[1] * 4)], shape=(1,) * 6),
+         "MaxPool 'the_node'.*4 dimensions"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_told(tmp_path: Path, make: Any, told: str) -> None:
+    with pytest.raises(ModelError, match=f"(?s){told}"):
+        from_onnx(make(tmp_path))
+
+
+def test_a_wrong_reading_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, [node("Relu")])
+    monkeypatch.setitem(TABLE, "Relu", TABLE["Tanh"])
+    with pytest.raises(VerificationError, match="computes something else"):
+        from_onnx(path)
+
+
+def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = saved(tmp_path, [node("Relu")])
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(InputError, match=r'pip install "graphprune\[onnx\]"'):
+        from_onnx(path)
+
+
+def test_weights_that_layers_share_stay_shared(tmp_path: Path) -> None:
+    helper, weight = onnx.helper, np.random.default_rng(0).standard_normal((7, 3))
+    table = onnx.numpy_helper.from_array(weight.astype(np.float32), "table.weight")
+    nodes = [
+        helper.make_node("Gather", ["table.weight", "x"], ["rows"]),
+        helper.make_node("Transpose", ["table.weight"], ["turned"], perm=[1, 0]),
+        helper.make_node("MatMul", ["rows", "turned"], ["y"]),
+    ]
+    path = saved(tmp_path, nodes, initializer=[table], kind=onnx.TensorProto.INT64)
+    model = from_onnx(path)
+    assert [tuple(p.shape) for p in model.parameters()] == [(7, 3)]
+    product = next(layer for layer in model.modules() if isinstance(layer, nn.Linear))
+    assert product.weight is model.table.weight

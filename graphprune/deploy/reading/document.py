@@ -20,7 +20,7 @@ from graphprune.text import shorten
 OLDEST = 9  # the first opset that today's exporters wrote
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _OWN = ("", "ai.onnx")
-_QUANTIZED = ("Quantize", "Dequantize", "QLinear", "MatMulInteger", "ConvInteger")
+_QUANTIZED = ("Quantize", "Dequantize", "QLinear", "MatMulInteger", "ConvInteger", "DynamicQuant")
 _CONTROL = ("If", "Loop", "Scan", "SequenceMap")
 DTYPES = {
     1: torch.float32, 2: torch.uint8, 3: torch.int8, 5: torch.int16, 6: torch.int32,
