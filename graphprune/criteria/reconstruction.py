@@ -290,6 +290,7 @@ class Reconstruction:
     late: float = 1.0
     needs: ClassVar[frozenset[str]] = frozenset({"weights", "reconstruction"})
     comparable: ClassVar[bool] = True
+    apart: ClassVar[bool] = True
 
     def __call__(
         self, group: Group, tensors: Mapping[str, Tensor], generator: torch.Generator

@@ -42,6 +42,7 @@ class Entry:
         variants: what else the scores may be, for plans to try: factors by group name.
         others: criteria of the same needs, for plans to try as well.
         blind: whether it looks at no weight, either.
+        apart: whether it scores a group without the generator, so that processes can share them.
     """
 
     name: str
@@ -55,9 +56,10 @@ class Entry:
     variants: Variants | None = None
     others: Sequence[Criterion] = ()
     blind: bool = False
+    apart: bool = False
 
 
-_SAID = ("comparable", "scope", "normalise", "without_data", "variants", "others", "blind")
+_SAID = ("comparable", "scope", "normalise", "without_data", "variants", "others", "blind", "apart")
 _REGISTRY: dict[str, Entry] = {}
 
 

@@ -11,6 +11,7 @@ from graphprune.channels.analysis import Group
 from graphprune.criteria.evidence import Evidence, needed
 from graphprune.criteria.registry import Criterion, Entry, Unseen, find
 from graphprune.errors import InputError, warn
+from graphprune.ranks import Ranks
 
 AGGREGATES: dict[str, Callable[[Tensor], Tensor]] = {  # [slots, channels] -> [channels]
     "sum": lambda slots: slots.sum(0),
@@ -42,6 +43,7 @@ def scores(
     aggregate: str | None = None,
     normalise: str = "none",
     costs: Mapping[str, float] | None = None,
+    ranks: Ranks | None = None,
 ) -> dict[str, Tensor]:
     """The score of every channel, by group name, in float64 on the CPU.
 
@@ -58,6 +60,7 @@ def scores(
             values, made ``"standard"`` scores (mean 0, deviation 1), divided by the MACs that a
             channel costs (``"macs"``), or left as they are (``"none"``).
         costs: MACs saved per channel by group name, for ``normalise="macs"``.
+        ranks: which share the groups among them, where a criterion says that it can (``apart``).
 
     Returns:
         Scores of shape [channels] by group name. A group that the criterion cannot see is not
@@ -73,12 +76,20 @@ def scores(
     entry = find(criterion)
     _check(entry, evidence, aggregate, normalise, costs)
     generator = torch.Generator().manual_seed(seed)
+    known: dict[str, Tensor | str] = {}  # or why it cannot be seen
+    turns = ranks if ranks is not None and entry.apart else Ranks(False)
+    for group in groups[turns.rank :: turns.size]:
+        try:
+            known[group.name] = _score(entry, group, evidence, generator, aggregate)
+        except Unseen as reason:
+            known[group.name] = str(reason)
+    for others in turns.share(known):
+        known |= others
     found, unseen = {}, []
     for group in groups:
-        try:
-            score = _score(entry, group, evidence, generator, aggregate)
-        except Unseen as reason:
-            unseen.append((group, str(reason)))
+        score = known[group.name]
+        if isinstance(score, str):
+            unseen.append((group, score))
             continue
         cost = float(costs[group.name]) if normalise == "macs" and costs else 1.0
         found[group.name] = NORMALISATIONS[normalise](score, max(cost, 1.0))

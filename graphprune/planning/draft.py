@@ -43,6 +43,7 @@ class Draft:
     factors: Mapping[str, float] = field(default_factory=dict)  # of the scores, by group name
     base: dict[str, Tensor] | None = None  # scores without these factors
     sayable: Sayable | None = None  # what a config can say, once that was asked for
+    alone: bool = False  # whether other ranks may have gone another way
 
     @property
     def analysis(self) -> Analysis:
@@ -107,6 +108,7 @@ class Draft:
             request.aggregate,
             normalise,
             saved,
+            None if self.alone else request.ranks,
         )
 
     def alive(self, counts: np.ndarray) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,7 +12,7 @@ from torch import nn
 
 from graphprune.channels.analysis import Analysis
 from graphprune.criteria import find
-from graphprune.errors import InputError, ModelError, PruningWarning
+from graphprune.errors import InputError, ModelError
 from graphprune.execute.shrink import shrink
 from graphprune.ops.vanishing import breaks
 from graphprune.plan.plan import GroupPlan, Plan
@@ -60,19 +58,21 @@ def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) 
 
 
 def _decided(draft: Draft, settled: Settled) -> Plan:
-    """The plan of the first rank, for all of them; it alone measures latencies."""
+    """The plan of the first rank, for all of them: a latency that it measures is its own."""
     ranks = draft.request.ranks
     if ranks.size == 1:
         return _planned(draft, settled)
     if draft.analysis.groups:
         _ = draft.scores  # which are summed over all ranks, before the first may go on alone
-    waits = "latency" in draft.request.target and not ranks.first
-    with contextlib.nullcontext() if ranks.first else warnings.catch_warnings():
-        if not ranks.first:  # once is enough
-            warnings.simplefilter("ignore", PruningWarning)
-        own = None if waits else _planned(draft, settled)
+    own: Plan | str | None = None
+    if ranks.first:
+        try:
+            own = _planned(draft, settled)
+        except InputError as error:  # a target that cannot be met: on all ranks
+            own = str(error)
     found = ranks.decided(own)
-    assert found is not None  # that of the first
+    if not isinstance(found, Plan):
+        raise InputError(found)
     return found
 
 
@@ -89,7 +89,8 @@ def _planned(draft: Draft, settled: Settled) -> Plan:
             if request.expressible and not _is_said(draft, plan):
                 continue
         except _Stuck as stuck:
-            draft = Draft(model, call, stuck.settled, request, draft.evidence, draft.factors)
+            known = draft.evidence, draft.factors
+            draft = Draft(model, call, stuck.settled, request, *known, alone=True)
             continue
         draft.warn(plan)
         if draft.sayable is not None:
