@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,10 @@ def test_a_residual_network_from_file_to_file(tmp_path: Path, exporter: str) -> 
     again = from_onnx(tmp_path / "small.onnx")
     torch.testing.assert_close(again(x), small(x), rtol=1e-4, atol=1e-4)
     assert source_of(small) == source_of(model)
+    for one, other in ((small, copy.deepcopy(small)), (model, pickle.loads(pickle.dumps(model)))):
+        assert torch.equal(other(x), one(x))
+        assert source_of(other) == source_of(model)
+    assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)

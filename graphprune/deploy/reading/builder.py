@@ -146,7 +146,7 @@ class Builder:
         if known is not None:
             return known
         if (name, dim) not in self.sizes_of:
-            self.sizes_of[name, dim] = self.call(torch.Tensor.size, self.tensor(name, node), dim)
+            self.sizes_of[name, dim] = self.method("size", self.tensor(name, node), dim)
         return self.sizes_of[name, dim]
 
     def parameter(self, name: str, turn: bool = False) -> nn.Parameter:
@@ -183,7 +183,14 @@ class Builder:
 
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """A call of a function."""
-        return self.graph.call_function(function, args, kwargs)
+        found = self.graph.call_function(function, args, kwargs)
+        # A pickled graph is traced when it is loaded: what is no function of torch stays whole.
+        found.meta["is_wrapped"] = function.__module__.startswith(("graphprune.", "math"))
+        return found
+
+    def method(self, name: str, *args: Any) -> fx.Node:
+        """A call of a method of a tensor."""
+        return self.graph.call_method(name, args)
 
     def layer(
         self, node: Node, make: Callable[[], nn.Module], x: fx.Node, weight: str, rest: Any

@@ -169,11 +169,10 @@ def _scopes(noted: str, name: str) -> tuple[str, ...]:
     parts = name.split("/")[1:-1] if name.startswith("/") else []
     whole = ""  # /layer1/layer1.0/conv1/Conv: a name that repeats the one before stands for it
     for part in parts:
-        parent, _, own = whole.rpartition(".")
         head = part.rpartition(".")[0]
-        if whole and head and (whole == head or own == head or own.startswith(f"{head}.")):
-            whole = f"{parent}.{part}" if parent else part
-        elif whole and head and whole.endswith(f".{head}"):
+        if head and whole == head:
+            whole = part
+        elif head and whole.endswith(f".{head}"):
             whole = f"{whole[: -len(head)]}{part}"
         else:
             whole = f"{whole}.{part}" if whole else part

@@ -101,7 +101,7 @@ def looked_up(model: fx.GraphModule, document: Document) -> list[tuple[str, int]
     placeholders = [node for node in model.graph.nodes if node.op == "placeholder"]
     for port, placeholder in zip(document.inputs, placeholders):
         readers = list(placeholder.users)
-        casts = [node for node in readers if node.target is torch.Tensor.to]
+        casts = [node for node in readers if node.op == "call_method" and node.target == "to"]
         readers += [user for cast in casts for user in cast.users]
         tables = [model.get_submodule(str(n.target)) for n in readers if n.op == "call_module"]
         rows = [table.num_embeddings for table in tables if isinstance(table, nn.Embedding)]

@@ -134,7 +134,7 @@ def cast(b: Builder, node: Node) -> fx.Node:
     kind = node.attributes["to"]
     if kind not in DTYPES:
         raise b.refused(node, f"torch has no type for number {kind} of ONNX's")
-    return b.call(torch.Tensor.to, b.tensor(node.inputs[0], node), DTYPES[kind])
+    return b.method("to", b.tensor(node.inputs[0], node), DTYPES[kind])
 
 
 def where(b: Builder, node: Node) -> fx.Node:

@@ -119,9 +119,8 @@ def expand(b: Builder, node: Node) -> fx.Node:
 
 def tile(b: Builder, node: Node) -> fx.Node:
     """Repeated along every dimension."""
-    return b.call(
-        torch.Tensor.repeat, b.tensor(node.inputs[0], node), b.sizes(node.inputs[1], node, "times")
-    )
+    sizes = b.sizes(node.inputs[1], node, "times")
+    return b.method("repeat", b.tensor(node.inputs[0], node), sizes)
 
 
 def filled(b: Builder, node: Node) -> fx.Node:

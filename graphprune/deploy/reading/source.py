@@ -12,7 +12,7 @@ from graphprune.deploy.agreeing import Agreement
 from graphprune.deploy.flat import Port
 from graphprune.deploy.reading.naming import word
 
-_KEY = "onnx"
+_ATTRIBUTE = "onnx_source"
 _BATCH, _PLACES, _PIXELS = 2, 16, 64  # sizes that stand for open ones
 
 
@@ -80,11 +80,14 @@ class Source:
 
 def source_of(model: nn.Module) -> Source | None:
     """What a model that was read from ONNX, or a smaller one made of it, knows of its file."""
-    found: Any = getattr(model, "meta", None)
-    found = found.get(_KEY) if isinstance(found, dict) else None
+    meta = getattr(model, "meta", None)
+    found: Any = getattr(model, _ATTRIBUTE, None)
+    if found is None and isinstance(meta, dict):
+        found = meta.get(_ATTRIBUTE)
     return found if isinstance(found, Source) else None
 
 
 def remember(model: fx.GraphModule, source: Source) -> None:
-    """Let a model know its file."""
-    model.meta[_KEY] = source
+    """Let a model know its file: copies of graphs keep ``meta``, pickles keep attributes."""
+    model.meta[_ATTRIBUTE] = source
+    setattr(model, _ATTRIBUTE, source)
