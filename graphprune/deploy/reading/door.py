@@ -14,6 +14,7 @@ from graphprune.deploy.axes import find_axes
 from graphprune.deploy.engines import load_engine, needed
 from graphprune.deploy.flat import Flat
 from graphprune.deploy.reading import elementwise, layers, shaping
+from graphprune.deploy.reading.arithmetic import as_numbers
 from graphprune.deploy.reading.builder import Builder
 from graphprune.deploy.reading.document import Document, read
 from graphprune.deploy.reading.source import Source, remember
@@ -78,7 +79,7 @@ def from_onnx(
         needed("onnxruntime", "comparing with the file")
     document = read(path)
     builder = Builder(document)
-    builder.read(TABLE)
+    builder.read(TABLE, as_numbers)
     model = fx.GraphModule(builder.root, builder.graph, "OnnxModel").eval()
     source = Source(
         file=path.name,
