@@ -3,14 +3,12 @@
 Ultralytics is under AGPL-3.0; install it apart. Your own model: yolo.py best.pt data.yaml
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 
@@ -37,28 +35,20 @@ def predictions(out):
 
 
 def drawn(place: Path) -> str:
-    """Images of one square or disc on noise, with their boxes, as Ultralytics reads them."""
+    """Images of one orange or blue square on noise, with its box, as Ultralytics reads them."""
     random = np.random.default_rng(0)
     for number in range(144):
-        split, kind = ("train", "train", "val")[number % 3], number % 2
-        side = random.integers(24, 56)
+        kind, side = number % 2, random.integers(24, 56)
         x, y = random.integers(0, SIDE - side, 2)
-        image = Image.fromarray(random.integers(0, 90, (SIDE, SIDE, 3), dtype=np.uint8))
-        pen = ImageDraw.Draw(image)
-        (pen.rectangle, pen.ellipse)[kind]((x, y, x + side, y + side), ("orange", "cyan")[kind])
-        for folder in ("images", "labels"):
-            (place / split / folder).mkdir(parents=True, exist_ok=True)
-        image.save(place / split / "images" / f"{number}.png")
+        pixels = random.integers(0, 90, (SIDE, SIDE, 3), dtype=np.uint8)
+        pixels[y : y + side, x : x + side] = ((255, 150, 0), (0, 150, 255))[kind]
+        folder = place / ("train", "train", "val")[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
         box = " ".join(str(v / SIDE) for v in (x + side / 2, y + side / 2, side, side))
-        (place / split / "labels" / f"{number}.txt").write_text(f"{kind} {box}")
-    head = f"path: {place}\ntrain: train/images\nval: val/images\n"
-    (place / "data.yaml").write_text(f"{head}names: [square, disc]\n")
+        (folder / f"{number}.txt").write_text(f"{kind} {box}")
+    (place / "data.yaml").write_text(f"path: {place}\ntrain: train\nval: val\nnames: [a, b]\n")
     return str(place / "data.yaml")
-
-
-def interrupt(trainer):
-    if trainer.epoch == EPOCHS // 2:
-        raise KeyboardInterrupt
 
 
 TRAIN["data"] = data = DATA or drawn(HOME / "data")
@@ -69,17 +59,16 @@ model, image = original.model.float(), torch.rand(1, 3, 320, 320)
 graph = graphprune.trace(model, image, outputs=predictions)
 small = graphprune.rebuild(model, graph.plan(target={"latency": 0.7}, round_to=8))
 print(*small.graphprune_plan.notes, graphprune.verify(model, small, image), sep="\n")
-for part in small.modules():  # the exporter runs another forward, which reads one more width
-    if hasattr(part, "forward_split"):
-        part.c = part.cv1.conv.out_channels // 2
+for part in (part for part in small.modules() if hasattr(part, "forward_split")):
+    part.c = part.cv1.conv.out_channels // 2  # read by that forward, which the exporter runs
 (HOME / "plan.json").write_text(small.graphprune_plan.to_json())
 del small.graphprune_plan  # then files load where graphprune is not installed
 torch.save({"model": small, "train_args": {"task": "detect"}}, HOME / "small.pt")
 tuned = YOLO(HOME / "small.pt")
-tuned.add_callback("on_fit_epoch_end", interrupt)
+tuned.add_callback("on_fit_epoch_end", lambda run: run.epoch == EPOCHS // 2 and sys.exit())
 try:
     tuned.train(trainer=SameModel, name="small", epochs=EPOCHS, **SETTINGS, **TRAIN)
-except KeyboardInterrupt:
+except SystemExit:  # as if the power had failed
     tuned = YOLO(HOME / "small" / "weights" / "last.pt")
     tuned.train(trainer=SameModel, resume=True)
 best = YOLO(tuned.trainer.best)  # a checkpoint holds the model itself, not its yaml
