@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.exported import EXPORTERS, Attention, Residual, Shuffled, write
+from support.exported import Attention, Residual, Shuffled, write
 from support.onnx_samples import SAMPLES, Sample
 from torch import nn
 
@@ -47,7 +47,7 @@ def randomized(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", [pytest.param("script", marks=pytest.mark.slow), "dynamo"])
 def test_a_residual_network_from_file_to_file(tmp_path: Path, exporter: str) -> None:
     net, x = randomized(Residual()), torch.randn(2, 3, 8, 8)
     path = file_of(net, (x,), tmp_path, exporter)
@@ -96,7 +96,7 @@ def words(length: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randint(0, 20, (2, length)), mask
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("exporter", ["script", pytest.param("dynamo", marks=pytest.mark.slow)])
 def test_sizes_from_shapes_follow_and_open_ones_stay_open(tmp_path: Path, exporter: str) -> None:
     net, given = randomized(Attention()), words(6)
     opened = {name: {0: "batch", 1: "length"} for name in ("words", "mask")}

@@ -47,13 +47,13 @@ LATENT = {
 }  # fmt: skip
 KINDS = {
     "LlamaForCausalLM": ("LlamaConfig", DECODER),
+    "ViTForImageClassification": ("ViTConfig", IMAGES),
+}
+MORE = {
     "Qwen2ForCausalLM": (
         "Qwen2Config",
         {**DECODER, "use_sliding_window": True, "max_window_layers": 2},
     ),
-    "ViTForImageClassification": ("ViTConfig", IMAGES),
-}
-MORE = {
     "GPT2LMHeadModel": ("GPT2Config", {**OLD, **GPT}),
     "Qwen3ForCausalLM": ("Qwen3Config", {**DECODER, "head_dim": 8}),
     "MistralForCausalLM": ("MistralConfig", {**DECODER, "sliding_window": 4}),

@@ -169,7 +169,7 @@ def test_examples_of_docstrings(name, own_words):
     assert runner.tries == len(re.findall("^ *>>> ", source, re.MULTILINE))
 
 
-LONG = {"trainer_prune", "trainer_resume", "ticket", "slimming", "yolo"}
+LONG = {"trainer_prune", "trainer_resume", "ticket", "slimming", "repair", "yolo"}
 
 
 @pytest.mark.parametrize(

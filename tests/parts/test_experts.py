@@ -17,6 +17,7 @@ from graphprune.errors import InputError, PlanError
 from graphprune.parts.score import Evidence
 from graphprune.parts.usage import scores
 from graphprune.planning.options import Request
+from graphprune.ranks import Ranks
 from graphprune.record.inputs import Call
 from graphprune.verification import scores as held
 
@@ -187,7 +188,7 @@ def test_scores_by_hand():
     """The norm of what an expert adds, weighted by its router, over the tokens that choose it."""
     model, inputs = useless()
     graph = graphprune.trace(model, inputs)
-    evidence = Evidence.of(model, Call.of(inputs), [inputs], None)
+    evidence = Evidence.of(model, Call.of(inputs), [inputs], None, Ranks(False))
     found = scores(model, graph.experts, evidence, Request.of(0.2, {"parts": "experts"}))
     layer = model.layers[0]
     with torch.no_grad():

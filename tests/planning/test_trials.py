@@ -36,7 +36,7 @@ def planned(monkeypatch, errors, others=()):
     """A plan by ``auto`` whose trials have these errors; and the plans that were tried."""
     tried = []
 
-    def error(self, plan):
+    def error(self, plan, ranks):
         tried.append([len(group.kept) for group in plan.groups])
         return errors[len(tried) - 1]
 
