@@ -217,7 +217,7 @@ def _taken(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 def _take(tensor: Tensor, dim: int, index: Tensor, into: Tensor) -> None:
     """What ``index_select`` does; NumPy is several times as fast along inner dimensions."""
     bits = _BITS.get(tensor.element_size())
-    plain = all(type(t) is Tensor and t.is_contiguous() for t in (tensor, into))
+    plain = all(type(t) is Tensor and t.is_contiguous() and not t.is_neg() for t in (tensor, into))
     if dim == 0 or bits is None or tensor.is_complex() or tensor.device.type != "cpu" or not plain:
         into.copy_(tensor.index_select(dim, index))
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +62,24 @@ class Outputs:
         found = {place for place, leaf in enumerate(leaves) if id(leaf) in ids}
         if self.reads is not None:
             found |= _read(self.reads, out, leaves)
-        if not found:
+        if not found and not self.inside(out, leaves):
             raise InputError("outputs names nothing of the output that is a tensor")
         return frozenset(found)
+
+    def inside(self, out: object, leaves: list[Tensor], state: Container[int] = ()) -> list[Tensor]:
+        """What counts besides, in objects that pytree does not know.
+
+        That is what names lead to; of what a function reads all but ``state``, objects by ``id``.
+        """
+        parts = [out] if self.reads is not None else [self._named(out, name) for name in self.names]
+        known = {id(leaf) for leaf in leaves}
+        found: list[Tensor] = []
+        for leaf in pytree.tree_leaves([fields(part) for part in parts]):
+            if isinstance(leaf, Tensor):
+                found += [leaf] if id(leaf) not in known else []
+            elif self.reads is None or id(leaf) not in state:
+                found += tensors_inside(leaf)
+        return found
 
     def _named(self, out: Any, name: Name) -> Any:
         for key in name if isinstance(name, tuple) else (name,):
@@ -85,10 +100,36 @@ def fields(out: object) -> Any:
     return vars(out) if hasattr(out, "__dict__") else out
 
 
-def taken_back(model: nn.Module, out: object) -> list[object]:
-    """Objects that a forward returns by the name of one of its arguments: caches for the next call.
+def tensors_inside(leaf: object) -> list[Tensor]:
+    """The tensors in an output that is no tensor: in objects that pytree does not know."""
+    return [*_tensors_in(leaf, set())]
 
-    Tensors, and those in tuples, lists and dictionaries, are outputs all the same.
+
+def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor) or id(value) in seen or isinstance(value, nn.Module):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        items: Any = value.values()
+    elif isinstance(value, list | tuple | set | frozenset):
+        items = value
+    else:
+        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
+        items = (
+            *getattr(value, "__dict__", {}).values(),
+            *(getattr(value, n, None) for n in slots),
+        )
+    for item in items:
+        if isinstance(item, Tensor):
+            yield item
+        yield from _tensors_in(item, seen)
+
+
+def taken_back(model: nn.Module, out: object, handed: Mapping[int, object]) -> list[object]:
+    """State: objects that go to the modules inside, and are returned by the name of an argument.
+
+    Caches of keys and values for the next call are. Tensors, and those in tuples, lists and
+    dictionaries, are outputs all the same, and so is what was made only to be returned.
     """
     named = fields(out)
     try:
@@ -97,7 +138,7 @@ def taken_back(model: nn.Module, out: object) -> list[object]:
         return []
     if not isinstance(named, dict):
         return []
-    found = [value for name, value in named.items() if name in arguments]
+    found = [value for name, value in named.items() if name in arguments and id(value) in handed]
     return [value for value in found if not isinstance(value, Tensor | tuple | list | dict)]
 
 

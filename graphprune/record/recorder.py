@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -99,6 +99,18 @@ class Record:
         ]
 
 
+def _opaque(given: object) -> Iterator[object]:
+    """What is no tensor, number or text among arguments: caches of keys and values, say."""
+    if type(given) in (tuple, list):
+        for part in cast(list[object], given):
+            yield from _opaque(part)
+    elif type(given) is dict:
+        for part in cast(dict[str, object], given).values():
+            yield from _opaque(part)
+    elif given is not None and not isinstance(given, Tensor | int | float | str):
+        yield given
+
+
 class Recorder:
     """Records what runs inside ``with recorder:`` into ``recorder.record``."""
 
@@ -121,6 +133,7 @@ class Recorder:
         self.sizes: dict[str, Any] = {}  # given to a function that stands for torch's, by name
         self.opaque = False
         self.beside = False  # whether what runs is passed by otherwise
+        self.handed: dict[int, object] = {}  # objects that modules gave to those inside them
         self.recording = True
         own = {name for name, _ in named_tensors(model)}
         for name, tensor in held_tensors(model):
@@ -375,6 +388,8 @@ class Recorder:
     def leave(self, *passed: object) -> None:
         """After the forward of every module: what went in, and last what came out."""
         out, name, module = passed[-1], self.stack.pop(), self.running.pop()
+        if self.stack:
+            self.handed.update((id(part), part) for part in _opaque(passed[:-1]))
         if id(module) in self.names:
             self.record.passed.setdefault(name, []).extend(shapes_in(passed))
         if out is None and self.innermost is None:

@@ -8,7 +8,7 @@ non-maximum suppression) is run on the CPU with its real weights instead.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from graphprune.record import outside, scope
 from graphprune.record.beside import Passed, passed_by, running
 from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call, infer
-from graphprune.record.outputs import Outputs, fields, named_leaves, taken_back
+from graphprune.record.outputs import Outputs, fields, named_leaves, taken_back, tensors_inside
 from graphprune.record.random_numbers import same_numbers
 from graphprune.record.recorder import Record, Recorder
 from graphprune.record.skeleton import skeleton
@@ -199,16 +199,20 @@ def run(
         if isinstance(leaf, Tensor):
             result.outputs.append(recorder.node_of(leaf))
     counted = result.outputs
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if call.outputs is not None:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         result.counted = _counted(call.outputs, out, tensors, clone.training)
         if result.counted is not None:
             counted = [result.outputs[place] for place in sorted(result.counted)]
-    result.state = [recorder.node_of(t) for leaf in leaves for t in _tensors_in(leaf, set())]
-    back = {id(value) for value in taken_back(clone, out)}
-    others = (leaf for leaf in leaves if id(leaf) not in back)
-    read = [recorder.node_of(t) for leaf in others for t in _tensors_in(leaf, set())]
-    inside = read if result.counted is None else ()  # of these, too, all count
+    result.state = [recorder.node_of(t) for leaf in leaves for t in tensors_inside(leaf)]
+    back = {id(value) for value in taken_back(clone, out, recorder.handed)}
+    if result.counted is None or call.outputs is None:
+        held = [t for leaf in leaves if id(leaf) not in back for t in tensors_inside(leaf)]
+    else:
+        held = call.outputs.inside(out, tensors, back)
+    inside = [recorder.node_of(tensor) for tensor in held]
+    if call.outputs is not None and call.outputs.names:
+        counted = [*counted, *inside]
     if device == "cpu" and call.outputs is None:  # read, perhaps, when values take another way
         inside = [*inside, *(n for _, n in result.calls if not n.meta.get("beside"))]
     # what the model itself reads again, or takes back, such as a cache of keys and values, is
@@ -271,24 +275,3 @@ def dry(
     kept = outside.unchanged(clone) if caches else contextlib.nullcontext()
     with kept, same_numbers(), torch.no_grad(), scope.recording(None), _Shapes(ran):
         return pytree.tree_leaves(fields(clone(*args, **kwargs)))
-
-
-def _tensors_in(value: object, seen: set[int]) -> Iterator[Tensor]:
-    """The tensors in an output that is no tensor: in objects that pytree does not know."""
-    if isinstance(value, Tensor) or id(value) in seen or isinstance(value, nn.Module):
-        return
-    seen.add(id(value))
-    if isinstance(value, Mapping):
-        items: Any = value.values()
-    elif isinstance(value, list | tuple | set | frozenset):
-        items = value
-    else:
-        slots = (name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ()))
-        items = (
-            *getattr(value, "__dict__", {}).values(),
-            *(getattr(value, n, None) for n in slots),
-        )
-    for item in items:
-        if isinstance(item, Tensor):
-            yield item
-        yield from _tensors_in(item, seen)

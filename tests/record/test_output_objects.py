@@ -72,17 +72,61 @@ class Window(Cache):
         return keys, values
 
 
-class Stepping(Decoder):
-    """Returns its cache by a name, which its forward takes it back by, or does not."""
-
-    def forward(self, x, state=None):
-        state = Window() if state is None else state
+class Layer(Decoder):
+    def forward(self, x, state):
         q, k, v = (
             layer(x).unflatten(-1, (4, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
         k, v = state.update(k, v)
-        y = self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+
+class Stepping(nn.Module):
+    """Returns its cache by a name, which its forward takes it back by, or does not."""
+
+    def __init__(self, cached):
+        super().__init__()
+        self.cached, self.layer = cached, Layer(True)
+
+    def forward(self, x, state=None):
+        state = Window() if state is None else state
+        y = self.layer(x, state)
         return {"y": y, ("state" if self.cached else "seen"): state}
+
+
+class Boxes:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+class Detector(nn.Module):
+    """Takes true boxes by the name that it returns its own by."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.scores, self.boxes = nn.Linear(6, 32), nn.Linear(32, 5), nn.Linear(32, 4)
+
+    def forward(self, x, boxes=None):
+        y = self.body(x).relu()
+        return {"scores": self.scores(y), "boxes": Boxes(self.boxes(y))}
+
+
+@pytest.mark.parametrize(
+    ("outputs", "kept"),
+    [
+        (None, 4),
+        ("scores", 2),
+        (["scores", "boxes"], 4),
+        ([("boxes", "tensor"), "scores"], 4),
+        ("boxes", 4),
+        (lambda out: (out["scores"], out["boxes"].tensor), 4),
+    ],
+)
+def test_what_is_made_to_be_returned_is_an_output(outputs, kept):
+    model, x = Detector().eval(), torch.randn(2, 6)
+    graph = graphprune.trace(model, x, outputs=outputs)
+    small = graphprune.rebuild(model, graph.plan(0.5))
+    assert (small.body.out_features, small.boxes.out_features) == (16, kept)
 
 
 @pytest.mark.parametrize("back", [True, False])
