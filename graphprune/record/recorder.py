@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -39,7 +39,13 @@ from graphprune.record.sizes import (
     plain,
     sizes_in,
 )
-from graphprune.record.tensors import held_tensors, named_modules, named_tensors, shapes_in
+from graphprune.record.tensors import (
+    held_tensors,
+    named_modules,
+    named_tensors,
+    objects_in,
+    shapes_in,
+)
 
 _RUNS = str(Path(__file__).with_name("recording.py"))
 _EMPTY = {
@@ -97,18 +103,6 @@ class Record:
             for node in self.graph.nodes
             if node.op == "call_function" and node.target is not operator.getitem
         ]
-
-
-def _opaque(given: object) -> Iterator[object]:
-    """What is no tensor, number or text among arguments: caches of keys and values, say."""
-    if type(given) in (tuple, list):
-        for part in cast(list[object], given):
-            yield from _opaque(part)
-    elif type(given) is dict:
-        for part in cast(dict[str, object], given).values():
-            yield from _opaque(part)
-    elif given is not None and not isinstance(given, Tensor | int | float | str):
-        yield given
 
 
 class Recorder:
@@ -389,7 +383,7 @@ class Recorder:
         """After the forward of every module: what went in, and last what came out."""
         out, name, module = passed[-1], self.stack.pop(), self.running.pop()
         if self.stack:
-            self.handed.update((id(part), part) for part in _opaque(passed[:-1]))
+            self.handed.update((id(part), part) for part in objects_in(passed[:-1]))
         if id(module) in self.names:
             self.record.passed.setdefault(name, []).extend(shapes_in(passed))
         if out is None and self.innermost is None:

@@ -83,6 +83,18 @@ def _tensors_in(values: object) -> Iterator[Tensor]:
         yield from (leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor))
 
 
+def objects_in(given: object) -> Iterator[object]:
+    """What is no tensor, number or text among arguments: caches of keys and values, say."""
+    if type(given) in (tuple, list):
+        for part in cast(list[object], given):
+            yield from objects_in(part)
+    elif type(given) is dict:
+        for part in cast(dict[str, object], given).values():
+            yield from objects_in(part)
+    elif given is not None and not isinstance(given, Tensor | int | float | str):
+        yield given
+
+
 def _is_made(module: nn.Module, name: str) -> bool:
     """Whether a tensor was put there once: hooks compute others anew from parameters."""
     tensor = vars(module)[name]
