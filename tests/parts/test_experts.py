@@ -202,7 +202,9 @@ def test_scores_by_hand():
 
 
 @pytest.mark.parametrize("criterion", ["random", "taylor", "reconstruction", "l2"])
-@pytest.mark.parametrize("name", ["a list", "stacked weights"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("a list", marks=pytest.mark.slow), "stacked weights"]
+)
 def test_criteria(criterion, name):
     model, inputs = built(name)
     data = [(inputs, torch.randn(3, 12, 3).double())]

@@ -45,7 +45,7 @@ class Special(Listed):
 
 @pytest.mark.parametrize("how", ["always", "nothing"])
 @pytest.mark.parametrize("place", [0, -1])
-@pytest.mark.parametrize("experts", [3, 4, 7])
+@pytest.mark.parametrize("experts", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 7))])
 def test_mixtures_with_a_special_expert_are_left_alone(experts, place, how):
     """Which one it is nobody can tell: every expert leaves in some trial."""
     torch.manual_seed(0)
@@ -184,7 +184,9 @@ class Reversed(Listed):
         return out.reshape(x.shape)
 
 
-@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (6, 2), (8, 4)])
+@pytest.mark.parametrize(
+    ("experts", "chosen"), [(4, 2), pytest.param(6, 2, marks=pytest.mark.slow), (8, 4)]
+)
 def test_symmetric_choices_prove_nothing(experts, chosen):
     """Those that leave in trials must not happen to lie like their mirror images."""
     torch.manual_seed(0)

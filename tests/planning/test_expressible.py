@@ -123,7 +123,10 @@ def _quiet():
         yield
 
 
-@pytest.mark.parametrize("ratio", [n / 10 for n in range(1, 9)])
+@pytest.mark.parametrize(
+    "ratio",
+    [pytest.param(n / 10, marks=[pytest.mark.slow] * (n not in (1, 4, 5, 8))) for n in range(1, 9)],
+)
 def test_every_ratio_is_said(ratio):
     model = seeded(Model)
     plan = graphprune.trace(model, X).plan(ratio, expressible="config", scope="global")

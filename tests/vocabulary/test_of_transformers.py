@@ -151,7 +151,13 @@ def test_pads_count_places():
         graphprune.trim_vocabulary(model, [5, 8, 13], inputs)
 
 
-@pytest.mark.parametrize("name", ["T5ForConditionalGeneration", "BartForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "T5ForConditionalGeneration",
+        pytest.param("BartForConditionalGeneration", marks=pytest.mark.slow),
+    ],
+)
 def test_inputs_need_not_be_given(name):
     model, _ = model_of(name)
     small = graphprune.trim_vocabulary(model, [5, 8, 13])
