@@ -77,7 +77,7 @@ def timings(timed: Bench) -> Table:
 
 
 def _model(text: str, seed: int) -> nn.Module | Path:
-    if text.endswith(_FILES):
+    if text.lower().endswith(_FILES) and not text.startswith("onnx:"):
         return Path(text)
     name, equals, small = text.partition("=")
     model = load_model(name, seed)

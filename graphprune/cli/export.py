@@ -14,6 +14,7 @@ from graphprune.cli.certified import command_of, placed, said_of_masked
 from graphprune.cli.int8 import add_int8, check_int8, int8_data
 from graphprune.cli.loading import load_model, load_weights, parse_inputs
 from graphprune.cli.options import Inputs, Json, Model, Seed, Weights
+from graphprune.cli.places import check_apart
 from graphprune.cli.session import Session, check_folders, session
 from graphprune.deploy.certificate import MASKED, Certificate
 from graphprune.deploy.exporting import Exported
@@ -77,6 +78,7 @@ def export(
     """Write a model as ONNX or torch.export, compared in the engine before it gets its name."""
     with session(as_json) as run:
         check_folders(out)
+        check_apart({"--out": out}, model, weights, small, data)
         check_int8(int8, out, data)
         original = load_model(model, seed)
         if weights is not None:

@@ -40,7 +40,7 @@ def check_int8(mode: str | None, out: Path, data: Path | None) -> None:
         return
     if mode not in ("static", "dynamic"):
         raise InputError(f"--int8 is static or dynamic; got {mode!r}")
-    if out.suffix != ".onnx":
+    if out.suffix.lower() != ".onnx":
         raise InputError("--int8 is for ONNX: --out must end in .onnx")
     if mode == "static" and data is None:
         raise InputError(
@@ -106,7 +106,7 @@ def arrays_of(path: Path) -> dict[str, Tensor]:
         InputError: it is no such file.
     """
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         with path.open("rb") as file:
             loaded = np.load(file, allow_pickle=False)

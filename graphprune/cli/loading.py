@@ -232,7 +232,7 @@ def _guarded(what: str, run: Callable[[], object]) -> Any:
 
 def _read(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -32,6 +32,7 @@ from graphprune.cli.options import (
     Seed,
     Weights,
 )
+from graphprune.cli.places import check_places
 from graphprune.cli.printing import (
     checks,
     cost,
@@ -44,7 +45,6 @@ from graphprune.cli.reporting import write_report
 from graphprune.cli.searching import Asked
 from graphprune.cli.session import (
     Session,
-    check_folders,
     say_verified,
     say_written,
     session,
@@ -54,9 +54,7 @@ from graphprune.cli.to_folder import finish, goes_to_folder, shrink_to_folder
 from graphprune.cli.to_onnx import goes_to_onnx, write_onnx
 from graphprune.criteria import criteria, find
 from graphprune.criteria.registry import WEIGHTS
-from graphprune.errors import (
-    InputError,
-)
+from graphprune.errors import InputError
 from graphprune.execute.checkpoint import load, save
 from graphprune.measurement import measure
 from graphprune.plan.plan import Plan, plan_of
@@ -155,7 +153,8 @@ def shrink(
     with session(as_json) as run:
         folder = goes_to_folder(model, out)
         to_onnx = goes_to_onnx(out, {"--certificate": certificate})
-        check_folders(None if folder else out, plan, report, certificate)
+        outs = {"plan": plan, "report": report, "certificate": certificate}
+        check_places(model, weights, data, out=out, **outs)
         if data is None:
             _check_criterion(criterion or "l2")
         options: Options = {
@@ -273,7 +272,8 @@ def trim(
 ) -> None:
     """Keep some ids of a vocabulary: rows of tables and of output layers leave."""
     with session(as_json) as run:
-        check_folders(out, plan, tokenizer_out, report)
+        outs = {"plan": plan, "tokenizer_out": tokenizer_out, "report": report}
+        check_places(model, weights, tokenizer, *text, out=out, **outs)
         if tokenizer_out is not None and tokenizer is None:
             raise InputError("--tokenizer-out needs --tokenizer, which is trimmed")
         known = None if tokenizer is None else load_tokenizer(tokenizer)
@@ -333,7 +333,7 @@ def inspect(
 ) -> None:
     """Show which channels live and die together, and which parts can leave."""
     with session(as_json) as run:
-        check_folders(draw)
+        check_places(model, draw=draw)
         original = _model(model, None, 0)
         example = parse_inputs(inputs, original)
         with run.status("analysing"):

@@ -106,7 +106,7 @@ def batches_of(text: str) -> list[Any]:
     Raises:
         InputError: there are none.
     """
-    if Path(text).suffix not in _FILES:
+    if Path(text).suffix.lower() not in _FILES:
         named = load_named(text, "--data")
         return list(named() if callable(named) else named)
     if not Path(text).is_file():

@@ -19,7 +19,7 @@ def goes_to_onnx(out: Path | None, others: Mapping[str, object]) -> bool:
     Raises:
         InputError: ``others``, options that need the small model as tensors, were given with it.
     """
-    if out is None or out.suffix != ".onnx":
+    if out is None or out.suffix.lower() != ".onnx":
         return False
     given = [name for name, value in others.items() if value is not None]
     if given:

@@ -205,7 +205,9 @@ def load_engine(file: Path, threads: int | None = None, engine: str = "onnxrunti
     """
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-    return ENGINES[engine](file, threads) if file.suffix == ".onnx" else program(file, threads)
+    return (
+        ENGINES[engine](file, threads) if file.suffix.lower() == ".onnx" else program(file, threads)
+    )
 
 
 def told(error: BaseException) -> str:

@@ -179,7 +179,7 @@ def export(
         equal input float32[batch, 4]
     """
     path = as_path(path)
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise InputError(f"path must end in {' or '.join(FORMATS)}; got {path.name!r}")
     check_model(model)
     check_opset(opset)
@@ -188,7 +188,7 @@ def export(
         check_tolerance(tolerance)
     if engine not in ENGINES:
         raise InputError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}")
-    if path.suffix == ".onnx":
+    if path.suffix.lower() == ".onnx":
         for library in ("onnx", "onnxscript", *([engine] if check else [])):
             needed(library, "writing and checking ONNX")
     with at_rest(model):
@@ -291,10 +291,10 @@ class _Made:
         self.ready, self.path, self.dynamic = ready, path, dynamic
         self.opset: int | None = None
         self.recorded: Program | None = None
-        if path.suffix == ".onnx" and is_recurrent(ready.twin):
+        if path.suffix.lower() == ".onnx" and is_recurrent(ready.twin):
             self.axes, self.notes = find_axes(dynamic, ready.inputs, ready.tensors), [NOTE]
             return
-        whole = path.suffix == ".pt2" and ready.flat.chosen is None
+        whole = path.suffix.lower() == ".pt2" and ready.flat.chosen is None
         self.axes, self.recorded, self.notes = _recorded(ready, dynamic, whole)
 
     def write(self, folder: Path, opset: int | None, external_data: bool | None) -> None:
@@ -312,7 +312,7 @@ class _Made:
             except ExportError:  # what a trace cannot tell, the other exporter may
                 found = _recorded(ready, self.dynamic, whole=False)
                 self.axes, self.recorded, self.notes = found
-        if file.suffix == ".onnx":
+        if file.suffix.lower() == ".onnx":
             self.opset = write(self.recorded, file, names, self.axes, **common)
         else:
             torch.export.save(self.recorded, file)
@@ -331,7 +331,7 @@ class _Made:
             shapes = open_shapes(self.recorded, self.axes)
         inputs, outputs = _ports(self.ready, self.axes, shapes)
         total = sum(part.stat().st_size for part in folder.iterdir())
-        kind = FORMATS[self.path.suffix]
+        kind = FORMATS[self.path.suffix.lower()]
         notes = (*self.notes, *odd_widths(self.ready.model, kind))
         return Exported(self.path, kind, self.opset, inputs, outputs, total, agreement, notes)
 

@@ -173,7 +173,7 @@ def _check(path: Path, out: Path, mode: str, method: str, data: object) -> None:
     if mode == STATIC and data is None:
         raise InputError("static quantization needs data, batches that show the ranges of values")
     for name, file in (("path", path), ("out", out)):
-        if file.suffix != ".onnx":
+        if file.suffix.lower() != ".onnx":
             raise InputError(f"{name} must end in .onnx; got {str(file)!r}")
     if path.resolve() == out.resolve():
         raise InputError("out must be another file than the float one, which it is compared with")

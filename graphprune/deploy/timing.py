@@ -202,7 +202,7 @@ def inputs_of(path: Path) -> Call:
     Raises:
         InputError: other sizes are open as well.
     """
-    if path.suffix == ".pt2":
+    if path.suffix.lower() == ".pt2":
         example = program(path).example
         assert example is not None  # of every package
         return example
@@ -229,7 +229,7 @@ def load_model(
     if isinstance(model, nn.Module):
         return eager(on_the_cpu(model), call, threads)
     path = Path(model)
-    if path.suffix not in FORMATS:
+    if path.suffix.lower() not in FORMATS:
         raise InputError(f"{str(path)!r} is no file of an engine: expected .onnx or .pt2")
     loaded = load_engine(path, threads, engine)
     count = len(call.tensors())

@@ -211,6 +211,13 @@ MISTAKES = {
     "shape": (("shrink", "zoo_for_tests:net", "--input", "1,7"), "does not run on the example"),
     "folder": (("shrink", "zoo_for_tests:net", "--out", "no/a"), "no folder 'no' to write 'a'"),
     "is folder": (("shrink", "zoo_for_tests:net", "--out", "."), "is a folder: name a file"),
+    "its file": (("shrink", "zoo_for_tests.py:net", "--out", "zoo_for_tests.py"), "command reads"),
+    "its weights": (
+        ("shrink", "zoo_for_tests:net", "--weights", "w", "--plan", "./w"),
+        "--plan w is the file",
+    ),
+    "another format": (("shrink", "zoo_for_tests:net", "--out", "a.PT2"), "export writes .pt2"),
+    "of torch": (("shrink", "zoo_for_tests:net", "--out", "a.pth"), "--out writes .safetensors or"),
     "weights": (("shrink", "zoo_for_tests:net", "--weights", "no.pt"), "cannot read 'no.pt'"),
     "picture": (("inspect", "zoo_for_tests:net", "--draw", "a.xyz"), "cannot draw to 'a.xyz'"),
     "small": (("verify", "zoo_for_tests:net", "zoo_for_tests.py"), "no safetensors file"),

@@ -182,6 +182,18 @@ def test_a_file_of_onnx_becomes_a_smaller_one(folder: Path) -> None:
     small = onnx.load("small.onnx").graph
     assert [value.name for value in (*small.input, *small.output)] == ["given", "y"]
     assert sorted(tuple(w.dims) for w in small.initializer) == [(2,), (2, 4), (4,), (4, 4)]
+    before = (folder / "net.onnx").read_bytes()
+    Path("link.onnx").symlink_to("net.onnx")
+    for out in ("net.onnx", str(folder / "net.onnx"), "link.onnx"):
+        for command in (("shrink", "onnx:net.onnx", "--ratio", "0.5"), ("export", "onnx:net.onnx")):
+            result = call(*command, "--out", out)
+            assert result.exit_code == MISTAKE
+            assert "is the file that the command reads" in result.stderr
+    assert (folder / "net.onnx").read_bytes() == before
+    assert call("shrink", "onnx:net.onnx", "--ratio", "0.5", "--out", "B.ONNX").exit_code == OK
+    assert len(onnx.load("B.ONNX", "protobuf").graph.node) == 3
+    result = call("bench", "onnx:net.onnx", "net.onnx", "--seconds", "0", "--json")
+    assert result.exit_code == OK, result.output
 
 
 @pytest.mark.parametrize(
