@@ -179,6 +179,40 @@ def from_values(folder: Path) -> Path:
     return saved(folder, [node("Reshape", ("x", "x"))], kind=onnx.TensorProto.INT64, shape=(2,))
 
 
+def resized(folder: Path, by: int = 2, mode: str = "nearest", **attributes: object) -> Path:
+    scales = onnx.numpy_helper.from_array(np.array([1, 1, by, by], np.float32), "s")
+    places = "asymmetric" if mode == "nearest" else "half_pixel"
+    made = node("Resize", ("x", "", "s"), mode=mode, coordinate_transformation_mode=places,
+                **attributes)  # fmt: skip
+    return saved(folder, [made], initializer=[scales], shape=(1, 2, 4, 4))
+
+
+def test_halves_of_a_doubled_image_go_down(tmp_path: Path) -> None:
+    x = torch.arange(32.0).reshape(1, 2, 4, 4)
+    expected = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.equal(from_onnx(resized(tmp_path))(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step"),
+    [(-1, -99, -1), (99, -99, -2), (-99, -100, -1), (-2, 0, -1), (3, 2**40, -1), (2, -4, -1),
+     (2**40, -(2**40), -1), (1, -(2**40), -1), (99, 100, 1), (2**40, 2**41, 1), (-99, 3, 2),
+     (0, -(2**40), 1)],
+)  # fmt: skip
+def test_slices_outside_are_brought_to_the_edge(
+    tmp_path: Path, start: int, end: int, step: int
+) -> None:
+    names = {"starts": start, "ends": end, "axes": 1, "steps": step}
+    given = [onnx.numpy_helper.from_array(np.array([n]), name) for name, n in names.items()]
+    path = saved(tmp_path, [node("Slice", ("x", *names))], initializer=given, shape=(2, 5))
+    x = torch.arange(10.0).reshape(2, 5)
+    runtime = pytest.importorskip("onnxruntime")
+    session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"x": x.numpy()})
+    found = from_onnx(path, check=False)(x)
+    assert torch.equal(found, torch.from_numpy(expected))
+
+
 @pytest.mark.parametrize(
     ("make", "told"),
     [
@@ -195,6 +229,20 @@ def from_values(folder: Path) -> Path:
         (from_values, "Reshape 'the_node'.*computed from values"),
         (lambda f: saved(f, [node("MaxPool", kernel_shape=[1] * 4)], shape=(1,) * 6),
          "MaxPool 'the_node'.*4 dimensions"),
+        *((lambda f, more=more: resized(f, **more), f"Resize 'the_node'.*{why}") for more, why in (
+            ({"nearest_mode": "ceil"}, "nearest_mode 'ceil'"),
+            ({"nearest_mode": "round_prefer_ceil"}, "nearest_mode 'round_prefer_ceil'"),
+            ({"by": 3}, "nearest_mode 'round_prefer_floor'"),
+            ({"mode": "cubic", "cubic_coeff_a": -0.5}, "cubic_coeff_a=-0.5"),
+            ({"mode": "cubic", "exclude_outside": 1}, "exclude_outside=1"),
+            ({"mode": "linear", "antialias": 1}, "antialias=1"),
+            ({"mode": "linear", "keep_aspect_ratio_policy": "not_larger"}, "not_larger"),
+            ({"mode": "linear", "axes": [0, 1, 2, 3]}, "axes="),
+        )),
+        (lambda f: saved(f, [node("IsInf", detect_negative=0)]), "IsInf.*detect_negative=0"),
+        (lambda f: saved(f, [node("Relu", alpha=2.0)]), "Relu 'the_node'.*alpha=2.0"),
+        (lambda f: saved(f, [node("Dropout", ("x", "", "t"))], initializer=[
+            onnx.numpy_helper.from_array(np.array(True), "t")]), "Dropout 'the_node'.*training"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_read_is_told(tmp_path: Path, make: Any, told: str) -> None:

@@ -46,15 +46,27 @@ def as_numbers(b: Builder, node: Node) -> Value | None:
         wanted = node.attributes["to"] in (1, 10, 11, 16)
         return _made(_each(lambda x: _cast(b, x, floating, wanted), arrays[0]), wanted)
     if op in ("ReduceProd", "ReduceSum"):
-        way = numbers.POINTWISE["Mul" if op == "ReduceProd" else "Add"]
-        found = reduce(lambda x, y: _scalar(b, node, way, x, y), arrays[0].ravel())
-        keep = node.attributes.get("keepdims", 1)
-        return _made(numbers.array([found] if keep else found), floating)
+        return _reduced(b, node, arrays[0], floating)
     if op in numbers.MOVES:
-        function, names = numbers.MOVES[op]
-        given = [b.known(node, name, place) for place, name in enumerate(names, 1)]
-        return _made(function(arrays[0], *given), floating)
+        return _moved(b, node, arrays[0], floating)
     return None
+
+
+def _reduced(b: Builder, node: Node, x: Any, floating: bool) -> Value | None:
+    if x.ndim != 1 or b.known(node, "axes", 1) not in (None, [], [0], [-1]):
+        return None
+    way = numbers.POINTWISE["Mul" if node.op == "ReduceProd" else "Add"]
+    found = reduce(lambda x, y: _scalar(b, node, way, x, y), x)
+    keep = node.attributes.get("keepdims", 1)
+    return _made(numbers.array([found] if keep else found), floating)
+
+
+def _moved(b: Builder, node: Node, x: Any, floating: bool) -> Value | None:
+    function, names = numbers.MOVES[node.op]
+    given = [b.known(node, name, place) for place, name in enumerate(names, 1)]
+    if node.op == "Reshape" and not node.attributes.get("allowzero", 0) and 0 in given[0]:
+        return None  # sizes that stay as they are, of tensors
+    return _made(function(x, *given), floating)
 
 
 def _shape(b: Builder, node: Node) -> Value:

@@ -284,11 +284,13 @@ class Builder:
             return
         found = self.of_sizes(self, node)
         if found is not None:
+            self.check_attributes(node)
             self.values[node.outputs[0]] = found
             return
         if node.op not in table:
             raise self.refused(node, f"{node.op} is none of {told_ops(table)}")
         found = table[node.op](self, node)
+        self.check_attributes(node)
         if isinstance(found, Value):
             self.values[node.outputs[0]] = found
         elif isinstance(found, Sequence):
@@ -300,6 +302,12 @@ class Builder:
             if extra:
                 raise self.refused(node, f"its output {extra[0]!r} is used")
             self.values.setdefault(node.outputs[0], Value(node=found))
+
+    def check_attributes(self, node: Node) -> None:
+        """Refuse what the reader of the operator did not look at, unless it means nothing."""
+        overlooked = node.attributes.overlooked(node.op, self.opset)
+        if overlooked:
+            raise self.refused(node, f"it has {overlooked}")
 
     def folded(self, node: Node, given: Sequence[Value]) -> bool:
         """Compute a node all of whose inputs are constants."""

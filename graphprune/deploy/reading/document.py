@@ -14,6 +14,7 @@ from torch import Tensor
 
 from graphprune.deploy.engines import needed, told
 from graphprune.deploy.flat import Port, type_name
+from graphprune.deploy.reading.attributes import Attributes
 from graphprune.errors import ModelError
 from graphprune.text import shorten
 
@@ -36,7 +37,7 @@ class Node:
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    attributes: Mapping[str, Any]
+    attributes: Attributes
     scopes: tuple[str, ...]
     proto: Any
 
@@ -151,7 +152,9 @@ def _node(proto: Any) -> Node:
         name=proto.name,
         inputs=tuple(proto.input),
         outputs=tuple(proto.output),
-        attributes={item.name: helper.get_attribute_value(item) for item in proto.attribute},
+        attributes=Attributes(
+            {item.name: helper.get_attribute_value(item) for item in proto.attribute}
+        ),
         scopes=_scopes(notes.get(_SCOPES, ""), proto.name),
         proto=proto,
     )

@@ -170,6 +170,15 @@ def same(b: Builder, node: Node) -> Value:
     return b.values[node.inputs[0]]
 
 
+def dropout(b: Builder, node: Node) -> Value:
+    """Itself, as in eval mode."""
+    mode = node.input(2)
+    training = b.constant(mode) if mode else None
+    if mode and (training is None or bool(training.any())):
+        raise b.refused(node, "it is in training mode: export the model in eval mode")
+    return same(b, node)
+
+
 def prelu(b: Builder, node: Node) -> fx.Node:
     """A slope for each channel."""
     x, slope = (b.operand(name, node) for name in node.inputs)
@@ -187,7 +196,7 @@ TABLE: dict[str, Converter] = {
     **{op: of_two(function) for op, function in OF_TWO.items()},
     **{op: with_settings(op) for op in WITH_SETTINGS},
     **{op: reduced(function) for op, function in REDUCTIONS.items()},
-    "Cast": cast, "Clip": clip, "Dropout": same, "Gelu": gelu, "HardSigmoid": hard_sigmoid,
+    "Cast": cast, "Clip": clip, "Dropout": dropout, "Gelu": gelu, "HardSigmoid": hard_sigmoid,
     "Identity": same, "LogSoftmax": softmax, "Max": extreme(torch.maximum, "min", max),
     "Min": extreme(torch.minimum, "max", min), "PRelu": prelu, "Range": counted,
     "Softmax": softmax, "Sum": added, "Where": where,

@@ -40,8 +40,8 @@ def part(x: Tensor, starts: Sequence[Any], ends: Sequence[Any], axes: Sequence[i
     for axis, start, end, step in zip(axes, starts, ends, steps):
         if step < 0:
             x, start, end = x.flip(axis), *_turned(x.shape[axis], start, end)
-        first = None if start is None or abs(start) >= END else start
-        last = None if end is None or abs(end) >= END else end
+        first = None if start is None or start <= -END else min(start, END)
+        last = None if end is None or end >= END else max(end, -END)
         index = [slice(None)] * x.dim()
         index[axis] = slice(first, last, None if abs(step) == 1 else abs(step))
         x = x[tuple(index)]
@@ -49,10 +49,14 @@ def part(x: Tensor, starts: Sequence[Any], ends: Sequence[Any], axes: Sequence[i
 
 
 def _turned(size: Any, start: Any, end: Any) -> tuple[Any, Any]:
-    """The same places counted from the other side."""
-    first = None if start is None or abs(start) >= END else size - 1 - start % size
-    last = None if end is None or abs(end) >= END else size - 1 - end % size
-    return first, last
+    """The same places counted from the other side; what lies outside is brought to the edge."""
+    if start < 0:
+        first = 0 if start == -1 else min(-1 - start, size - 1)
+    else:
+        first = 0 if start >= END else max(size - 1 - start, 0)
+    if end < 0:
+        return first, -1 - end  # beyond the size: to the end
+    return first, 0 if end >= END else max(size - 1 - end, 0)
 
 
 def full(sizes: Sequence[Any], value: float, dtype: torch.dtype, like: Tensor) -> Tensor:

@@ -164,11 +164,16 @@ def resize(b: Builder, node: Node) -> fx.Node:
                                                        "align_corners")  # fmt: skip
     if name is None or (node.op == "Resize" and places not in known):
         raise b.refused(node, f"mode {mode!r} with coordinates {places!r} of {rank} dimensions")
+    constant = b.constant(scales) if scales else None
+    rounding = node.attributes.get("nearest_mode", b"round_prefer_floor").decode()
+    doubled = constant is not None and set(constant.tolist()) <= {1, 2}  # halves go down
+    if (node.op == "Resize" and mode == "nearest" and rounding != "floor"
+            and not (doubled and rounding == "round_prefer_floor")):  # fmt: skip
+        raise b.refused(node, f"nearest_mode {rounding!r}: torch takes the place below (floor)")
     options: dict[str, Any] = {"mode": name}
     if mode != "nearest":
         options["align_corners"] = corners
     x = b.tensor(node.inputs[0], node)
-    constant = b.constant(scales) if scales else None
     if constant is not None and constant.numel():
         return b.call(F.interpolate, x, scale_factor=constant.tolist()[2:], **options)
     if not node.input(3):
