@@ -87,9 +87,9 @@ def onnxruntime(path: Path, threads: int | None = None) -> Engine:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = tuple(item.name for item in session.get_inputs())
     except Exception as error:  # of classes of its own, which share no base
         raise ExportError(f"ONNX Runtime cannot load {path.name!r}: {told(error)}") from error
-    names = tuple(item.name for item in session.get_inputs())
 
     def feed(tensors: Sequence[Tensor]) -> dict[str, Any]:
         values = (runtime.OrtValue.ortvalue_from_numpy(_array(t)) for t in on_cpu(tensors))

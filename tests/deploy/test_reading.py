@@ -175,6 +175,14 @@ def damaged(folder: Path) -> Path:
     return path
 
 
+def without_text(folder: Path, before: bytes, after: bytes) -> Path:
+    weight = onnx.numpy_helper.from_array(np.ones((3, 4), np.float32), "0.weight")
+    path = saved(folder, [node("MatMul", ("x", "0.weight"))], initializer=[weight])
+    assert before in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(before, after))
+    return path
+
+
 def from_values(folder: Path) -> Path:
     return saved(folder, [node("Reshape", ("x", "x"))], kind=onnx.TensorProto.INT64, shape=(2,))
 
@@ -219,6 +227,10 @@ def test_slices_outside_are_brought_to_the_edge(
         (lambda folder: folder / "absent.onnx", "no file"),
         (damaged, "cannot be read as ONNX"),
         (without_data, "w.data"),
+        *((lambda f, old=old, new=new: without_text(f, old, new), "is damaged: a name")
+          for old, new in ((b"0.weight", b"0.weigh\xff"), (b"the_node", b"the_nod\xff"),
+                           (b"MatMul", b"MatMu\xff"), (b"\x01x", b"\x01\xff"),
+                           (b"\x01y", b"\x01\xff"), (b"by hand", b"by han\xff"))),
         (branch, "If 'the_node'.*control flow"),
         (lambda f: saved(f, [node("NonZero")]), "NonZero 'the_node'.*none of Abs, "),
         (lambda f: saved(f, [node("FusedConv", domain="com.microsoft")]),

@@ -111,9 +111,26 @@ def _loaded(path: Path) -> Any:
         beside = "data" in str(error).lower() and path.stat().st_size > 0
         hint = ": the weights of large models lie in a file beside it" if beside else ""
         raise ModelError(f"{str(path)!r} cannot be read as ONNX ({told(error)}){hint}") from error
+    try:
+        _check_texts(model)
+    except UnicodeError as error:
+        raise ModelError(f"{str(path)!r} is damaged: a name in it is no text ({error})") from error
     if not model.graph.node or not model.graph.output:
         raise ModelError(f"{str(path)!r} holds no graph of ONNX, or an empty one")
     return model
+
+
+def _check_texts(message: Any) -> None:
+    """Libraries of protocol buffers hand out bytes, or fail, where a text is none."""
+    for field, value in message.ListFields():
+        if field.type not in (field.TYPE_STRING, field.TYPE_MESSAGE):
+            continue
+        single = isinstance(value, str | bytes) or hasattr(value, "ListFields")
+        for item in [value] if single else value:
+            if field.type == field.TYPE_MESSAGE:
+                _check_texts(item)
+            elif isinstance(item, bytes):
+                item.decode()  # which fails
 
 
 def _opset(model: Any, path: Path) -> int:
