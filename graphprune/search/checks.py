@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from graphprune.api import ChannelGraph
 from graphprune.arguments import is_int, is_number
+from graphprune.calibration import calibrate
 from graphprune.errors import InputError, warn
 from graphprune.plan.plan import Plan
 from graphprune.planning.targets import targets_of
@@ -72,6 +74,13 @@ def further_of(
         )
     if isinstance(calibration, Mapping) and batches is None:
         raise InputError("calibration needs data: pass batches, or leave it out")
+    known = inspect.signature(calibrate).parameters.values()
+    names = [one.name for one in known if one.kind is one.KEYWORD_ONLY]
+    wrong = [] if isinstance(calibration, bool) else [n for n in calibration if n not in names]
+    if wrong:
+        raise InputError(
+            f"calibration has no option {wrong[0]!r}; those of calibrate are {', '.join(names)}"
+        )
     if calibration is False or batches is None:
         return None
     return {} if calibration is True else dict(calibration)
@@ -143,6 +152,8 @@ def check_examples(base: np.ndarray, max_drop: float, confidence: float) -> None
     """Raise where not even a model that answers alike could be shown to be good enough."""
     if not right_or_wrong(base):
         return
+    if not span_of(base):
+        return  # none is right: nothing can be lost
     share, count = max_drop / span_of(base), len(base)
     if unchanged(count, confidence) > share:
         more = f"{examples_for(share, confidence):,} examples or more, or " if share else ""

@@ -11,6 +11,7 @@ from torch import nn
 
 from graphprune.api import trace
 from graphprune.errors import InputError
+from graphprune.planning.make import counted_outputs
 from graphprune.planning.naming import named
 from graphprune.planning.options import Request
 from graphprune.ranks import Ranks
@@ -131,6 +132,8 @@ def smallest(
             "confidence": confidence,
             "calibration": further,
             "attention": attention,
+            "inputs": str(graph.call),
+            "outputs": counted_outputs(graph.analysis),
             "criterion": request.named,
             "options": {name: v for name, v in request.said().items() if name != "target"},
         }

@@ -368,3 +368,44 @@ def test_the_curve_can_be_drawn(tmp_path):
     for evaluate in (right, share):
         text = search(0.02, evaluate).plot(tmp_path / "curve.svg").read_text()
         assert "</svg>" in text
+
+
+class TwoOutputs(nn.Module):
+    """Returns its features beside the answer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(8, 64), nn.Linear(64, 32), nn.Linear(32, 3)
+
+    def forward(self, x):
+        features = self.second(self.first(x).relu()).relu()
+        return {"y": self.last(features), "features": features}
+
+
+def test_a_file_of_other_outputs_is_refused(tmp_path):
+    net, x, data = TwoOutputs().eval(), torch.randn(300, 8), [torch.randn(64, 8)]
+    labels = net(x)["y"].argmax(1)
+    asked = {"max_drop": 0.3, "evaluations": 2, "path": tmp_path / "search.json"}
+
+    def right(model):
+        return model(x)["y"].argmax(1) == labels
+
+    found = graphprune.smallest(net, right, data, outputs="y", **asked)
+    assert found.model.second.out_features < 32
+    with pytest.raises(InputError, match="outputs"):
+        graphprune.smallest(net, right, data, outputs=["y", "features"], **asked)
+
+
+def test_an_original_that_is_never_right_can_lose_nothing():
+    net, x = TwoOutputs().eval(), torch.randn(50, 8)
+    zeros = torch.zeros(50, dtype=torch.bool)
+    found = graphprune.smallest(net, lambda _: zeros, [x], 0.1, evaluations=2, outputs="y")
+    assert found.chosen is not None
+    assert found.chosen.drop == 0
+
+
+@pytest.mark.parametrize("name", ["foo", "data", "small"])
+def test_an_option_that_no_calibration_has(name):
+    net, x = TwoOutputs().eval(), torch.randn(50, 8)
+    with pytest.raises(InputError, match=f"calibration has no option '{name}'; those of"):
+        graphprune.smallest(net, lambda _: 1.0, [x], 0.1, calibration={name: 1})
