@@ -154,7 +154,7 @@ def shrink(
         folder = goes_to_folder(model, out)
         to_onnx = goes_to_onnx(out, {"--certificate": certificate})
         outs = {"plan": plan, "report": report, "certificate": certificate}
-        check_places(model, weights, data, out=out, **outs)
+        check_places(model, weights, out=out, **outs)
         if data is None:
             _check_criterion(criterion or "l2")
         options: Options = {
