@@ -20,6 +20,7 @@ from graphprune.deploy import export, from_onnx
 from graphprune.deploy.reading.door import TABLE
 from graphprune.deploy.reading.source import source_of
 from graphprune.errors import InputError, ModelError, VerificationError
+from graphprune.plan.plan import plan_of
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
@@ -71,7 +72,18 @@ def test_a_residual_network_from_file_to_file(tmp_path: Path, exporter: str) -> 
     for one, other in ((small, copy.deepcopy(small)), (model, pickle.loads(pickle.dumps(model)))):
         assert torch.equal(other(x), one(x))
         assert source_of(other) == source_of(model)
-    assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
+    small.fc.eval()
+    small.first.train()
+    copied = copy.deepcopy(pickle.loads(pickle.dumps(copy.deepcopy(small))))
+    again = pickle.loads(pickle.dumps(copied))
+    assert [m.training for m in again.modules()] == [m.training for m in copied.modules()]
+    assert source_of(again) == source_of(model)
+    assert plan_of(again) == plan_of(small) is not None
+    small.eval()
+    assert torch.equal(again.eval()(x), small(x))
+    made = export(again, tmp_path / "again.onnx", x)
+    assert [port.name for port in (*made.inputs, *made.outputs)] == ["x", "y"]
+    assert isinstance(made.inputs[0].shape[0], str)
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)

@@ -17,6 +17,7 @@ from graphprune.deploy.reading import elementwise, layers, shaping
 from graphprune.deploy.reading.arithmetic import as_numbers
 from graphprune.deploy.reading.builder import Builder
 from graphprune.deploy.reading.document import Document, read
+from graphprune.deploy.reading.module import OnnxModule
 from graphprune.deploy.reading.source import Source, remember
 from graphprune.errors import ModelError, TraceError, warn
 from graphprune.record.inputs import Call
@@ -80,7 +81,7 @@ def from_onnx(
     document = read(path)
     builder = Builder(document)
     builder.read(TABLE, as_numbers)
-    model = fx.GraphModule(builder.root, builder.graph, "OnnxModel").eval()
+    model = OnnxModule(builder.root, builder.graph, "OnnxModel").eval()
     source = Source(
         file=path.name,
         opset=document.opset,
