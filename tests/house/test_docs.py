@@ -35,6 +35,7 @@ NEEDS = {
     "graphprune.deploy.exporting": ["onnx", "onnxruntime", "onnxscript"],
     "graphprune.deploy.meeting": ["onnx", "onnxruntime", "onnxscript"],
     "graphprune.deploy.quantizing": ["onnx", "onnxruntime", "onnxscript"],
+    "graphprune.deploy.reading.door": ["onnx", "onnxruntime", "onnxscript"],
 }
 MACHINE = re.compile(rf"(?<![\w./~-])/({'|'.join(('work', 'tmp', 'root', 'home', 'opt'))})/\w")
 
