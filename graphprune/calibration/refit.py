@@ -26,6 +26,7 @@ from graphprune.record.batches import (
     Batch,
     at_rest,
     batches,
+    check_batched,
     check_data,
     check_finite,
     device_of,
@@ -169,10 +170,11 @@ def calibrate(
         _check_numbers(method, ridge, rows, sweeps, seed)
         _check_bounds(held_out, memory, seconds)
         asked = method, ridge, rows, sweeps, held_out, memory, seconds, seed
-        agree(ranks, (asked, plan.to_json()), original=model, small=small)
+        agree(ranks, (asked, plan.to_json()), original=model, **{"small model": small})
         found = list(told_apart(model, batches(check_data(data), ranks)))
         for number, batch in enumerate(found):
             check_finite(batch, number)
+            check_batched(batch, number, plan.inputs)
         if method == "batchnorm":
             return _renormed(small, model, found, progress and ranks.first, ranks)
         parts = [Batch.of(batch).to(device_of(small)) for batch in found]

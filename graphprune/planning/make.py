@@ -30,7 +30,7 @@ from graphprune.planning.select import Kept
 from graphprune.planning.settle import Settled, bare_plan, follow, rehearse
 from graphprune.planning.trials import First, Trials
 from graphprune.planning.unread import waiting, with_unread
-from graphprune.record.batches import check_data
+from graphprune.record.batches import Batched, check_data
 from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call
 from graphprune.record.tensors import fingerprint
@@ -49,6 +49,8 @@ class _Stuck(Exception):
 
 def make_plan(model: nn.Module, call: Call, settled: Settled, request: Request) -> Plan:
     """The plan for a request; see ``ChannelGraph.plan``."""
+    if request.data is not None:
+        request = replace(request, data=Batched(check_data(request.data), str(call)))
     if find(request.criterion).variants is not None and request.data is not None:
         items = First(check_data(request.data))
         trials = Trials(model, items)

@@ -256,6 +256,11 @@ def _mean_over(ranks: Ranks, evaluate: Evaluate) -> Evaluate:
     def mean(model: nn.Module) -> float:
         numbers = numbers_of(evaluate(model))
         parts = ranks.share((float(numbers.sum()), len(numbers)))
+        if len({count == 1 for _, count in parts}) > 1:
+            raise InputError(
+                "evaluate returned one number on some ranks, and one for every item on others: "
+                "all must return the same"
+            )
         return sum(part for part, _ in parts) / sum(count for _, count in parts)
 
     return mean

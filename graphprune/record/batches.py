@@ -236,6 +236,51 @@ def check_finite(batch: object, number: int) -> None:
             raise InputError(f"batch {number} of data holds NaN or infinite values")
 
 
+def check_batched(batch: object, number: int, traced: str) -> None:
+    """Raise where a batch is a single item: it has a dimension less than the example inputs.
+
+    Args:
+        batch: one of data.
+        number: of the batch.
+        traced: the example inputs, as :func:`describe` tells of them.
+
+    Raises:
+        InputError: tells the number of the batch.
+    """
+    parts = Batch.of(batch)
+    found = _dimensions(describe([*parts.args, *parts.kwargs.values()]))
+    wanted = _dimensions(traced)
+    if len(found) == len(wanted) and found and all(a == b - 1 for a, b in zip(found, wanted)):
+        given = describe(parts.kwargs or parts.args)
+        raise InputError(
+            f"batch {number} of data is {given}, where the model was traced on "
+            f"{traced}: single items are no batches; pass a DataLoader of them"
+        )
+
+
+def _dimensions(described: str) -> list[int]:
+    """How many dimensions each tensor has."""
+    return [len(sides.split(",")) for sides in re.findall(r"\w\[([\d, ]*)\]", described)]
+
+
+class Batched(Iterable[object]):
+    """Data whose batches are compared with example inputs, as they are gone through."""
+
+    def __init__(self, data: Iterable[object], traced: str) -> None:
+        self.data, self.traced = data, traced
+
+    def __len__(self) -> int:
+        found = count_of(self.data)
+        if found is None:
+            raise TypeError("the number of batches is not known")
+        return found
+
+    def __iter__(self) -> Iterator[object]:
+        for number, batch in enumerate(self.data):
+            check_batched(batch, number, self.traced)
+            yield batch
+
+
 def check_loss(loss: object) -> None:
     """Raise unless it is ``None`` or may be called with a model and a batch.
 

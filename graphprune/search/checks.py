@@ -18,6 +18,7 @@ from graphprune.planning.targets import targets_of
 from graphprune.search.bounds import examples_for, unchanged
 from graphprune.search.evaluating import right_or_wrong, span_of
 
+_MOST = 10**9  # examples that anyone would pass
 LEAST = 0.2  # of the original, where a user does not say how small is small enough
 
 
@@ -156,7 +157,8 @@ def check_examples(base: np.ndarray, max_drop: float, confidence: float) -> None
         return  # none is right: nothing can be lost
     share, count = max_drop / span_of(base), len(base)
     if unchanged(count, confidence) > share:
-        more = f"{examples_for(share, confidence):,} examples or more, or " if share else ""
+        needed = examples_for(share, confidence) if share else _MOST
+        more = f"{needed:,} examples or more, or " if needed < _MOST else ""
         raise InputError(
             f"{count:,} examples cannot show with {100 * confidence:g} % that at most {max_drop:g} "
             f"is lost: where none changes, it may still be "

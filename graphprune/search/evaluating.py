@@ -61,8 +61,10 @@ def checked(returned: Any, what: str, empty: bool = False) -> np.ndarray:
     scores = value.reshape(-1).to(torch.float64).numpy()
     bad = ~np.isfinite(scores)
     if bad.any():
-        where = "" if len(scores) == 1 else f" for {int(bad.sum())} of {len(scores)} examples,"
-        raise InputError(f"evaluate must return finite numbers; got {scores[bad][0]}{where} {what}")
+        some = "" if len(scores) == 1 else f"{int(bad.sum())} of {len(scores)} examples, "
+        raise InputError(
+            f"evaluate must return finite numbers; got {scores[bad][0]} for {some}{what}"
+        )
     return scores
 
 

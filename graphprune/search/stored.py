@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphprune.arguments import as_path
+from graphprune.arguments import as_path, is_number
 from graphprune.errors import CheckpointError, GraphPruneError, InputError
 from graphprune.plan.plan import Plan
 from graphprune.ranks import Ranks
@@ -22,6 +22,7 @@ from graphprune.search.outcome import Tried
 
 FORMAT, VERSION = "graphprune-search", 1
 _CLOSE = 1e-4  # of marks of the same weights
+_LARGEST = 1e100  # of a score
 _SAMPLE = 1 << 16  # numbers of a tensor that a digest looks at
 
 
@@ -56,6 +57,7 @@ class Stored:
             outer = json.loads(path.read_text(encoding="utf-8"))
             if outer["format"] != FORMAT or outer["version"] != VERSION:
                 raise KeyError("format")
+            _check_types(outer)
             base = np.array(outer["base"], np.float64)
             tried = [Tried(**{**t, "plan": Plan.from_text(t["plan"])}) for t in outer["tried"]]
             settings = dict(outer["settings"])
@@ -114,6 +116,23 @@ class Stored:
             os.replace(part, self.path)
         except OSError as error:
             raise CheckpointError(f"cannot write to {str(self.path)!r}: {error}") from error
+
+
+def _check_types(outer: Mapping[str, Any]) -> None:
+    """Raise a ``TypeError`` unless scores and budgets are numbers that a search can have found."""
+    base, tried, limit = outer["base"], outer["tried"], _LARGEST
+    if not isinstance(base, list) or not base or not all(is_number(v, -limit, limit) for v in base):
+        raise TypeError("base is no list of finite numbers")
+    if not isinstance(tried, list) or not isinstance(outer["settings"], dict):
+        raise TypeError("tried is no list, or settings no mapping")
+    for one in tried:
+        if not isinstance(one, dict) or not isinstance(one.get("plan"), str):
+            raise TypeError("a budget has no plan")
+        fits = is_number(one.get("budget"), 0.0, 1.0) and is_number(one.get("reached"), 0.0, 2.0)
+        most = one.get("most")
+        bound = most is None or is_number(most, -limit, limit)
+        if not fits or not bound or not is_number(one.get("drop"), -limit, limit):
+            raise TypeError(f"budget {one.get('budget')!r} has values that no search finds")
 
 
 def digest(batches: Iterable[object]) -> str:

@@ -326,7 +326,7 @@ def test_calibration_needs_data():
     [
         (torch.zeros(2, 2), r"got Tensor float32\[2, 2\] for the original"),
         (torch.zeros(0), "must return a number"),
-        (float("nan"), "finite numbers; got nan the original"),
+        (float("nan"), "finite numbers; got nan for the original"),
         (torch.tensor([1.0, float("inf")]), "got inf for 1 of 2 examples, the original"),
         ("x", "got str"),
         (None, "got NoneType"),
@@ -342,7 +342,7 @@ def test_evaluations_are_checked(value, text):
 def test_evaluations_of_small_models_are_checked():
     with pytest.raises(InputError, match="same examples, in the same order"):
         search(evaluate=lambda m: torch.arange(m[0].out_features + 1))
-    with pytest.raises(InputError, match=r"got nan the model of 60 % of the macs"):
+    with pytest.raises(InputError, match=r"got nan for the model of 60 % of the macs"):
         search(evaluate=lambda m: 1.0 if m[0].out_features == 40 else float("nan"))
     with pytest.raises(ZeroDivisionError) as caught:
         search(evaluate=lambda m: 1 / (m[0].out_features == 40))
@@ -409,3 +409,54 @@ def test_an_option_that_no_calibration_has(name):
     net, x = TwoOutputs().eval(), torch.randn(50, 8)
     with pytest.raises(InputError, match=f"calibration has no option '{name}'; those of"):
         graphprune.smallest(net, lambda _: 1.0, [x], 0.1, calibration={name: 1})
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("base",), None),
+        (("base",), []),
+        (("base",), ["a"]),
+        (("tried",), {}),
+        (("settings",), []),
+        (("tried", 0), 3),
+        (("tried", 0, "budget"), "x"),
+        (("tried", 0, "reached"), None),
+        (("tried", 0, "drop"), float("inf")),
+        (("tried", 0, "most"), []),
+        (("tried", 0, "most"), 1e308),
+        (("tried", 0, "plan"), None),
+    ],
+)
+def test_a_file_with_other_types_is_told(tmp_path, place, value):
+    net, x, path = TwoOutputs().eval(), torch.randn(50, 8), tmp_path / "search.json"
+
+    def search():
+        asked = {"evaluations": 1, "outputs": "y", "path": path}
+        return graphprune.smallest(net, lambda _: torch.ones(50), [x], 0.5, sure=False, **asked)
+
+    search()
+    content = json.loads(path.read_text())
+    *way, last = place
+    inner = content
+    for key in way:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="damaged or no state of a search"):
+        search()
+
+
+@pytest.mark.parametrize("method", ["plan", "calibrate", "smallest"])
+def test_single_items_are_no_batches(method):
+    net, x = TwoOutputs().eval(), torch.randn(50, 8)
+    graph = graphprune.trace(net, x, outputs="y")
+    small = graphprune.rebuild(net, graph.plan(0.5))
+    asked = {"example_inputs": x, "outputs": "y"}
+    ways = {
+        "plan": lambda: graph.plan(0.5, criterion="wanda", data=list(x)),
+        "calibrate": lambda: graphprune.calibrate(small, net, list(x)),
+        "smallest": lambda: graphprune.smallest(net, lambda _: 1.0, list(x), 0.1, **asked),
+    }
+    with pytest.raises(InputError, match=r"batch 0 of data is \(float32\[8\]\).*single items"):
+        ways[method]()
