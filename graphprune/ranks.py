@@ -123,7 +123,10 @@ class Ranks:
 
     def decided(self, value: T) -> T:
         """The value of the first rank: machines may round otherwise, and all must do the same."""
-        return value if self.size == 1 else self.share(value if self.first else None)[0]  # type: ignore[return-value]
+        if self.size == 1:
+            return value
+        found: list[Any] = self.share(value if self.first else None)
+        return found[0]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over the ranks."""

@@ -178,8 +178,9 @@ def cores() -> int:
 
 
 def _threads(threads: Threads) -> list[int]:
-    listed = isinstance(threads, Sequence) and not isinstance(threads, str)
-    wanted: list[Any] = list(threads) if listed else [threads]  # type: ignore[arg-type]
+    wanted: list[Any] = [threads]
+    if isinstance(threads, Sequence) and not isinstance(threads, str):
+        wanted = [*threads]
     if not wanted or not all(number is None or is_int(number, 1) for number in wanted):
         raise InputError(f"threads must be positive ints, or None for all cores; got {threads!r}")
     return list(dict.fromkeys(number or cores() for number in wanted))

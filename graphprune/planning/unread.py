@@ -27,6 +27,7 @@ from graphprune.plan.plan import Plan, SizeChange
 from graphprune.planning.dry_run import Ran, what_runs
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
+from graphprune.record.sites import filled
 from graphprune.record.sizes import Attribute, attributes, expression, plain
 from graphprune.record.tensors import named_modules
 from graphprune.text import shorten
@@ -165,7 +166,7 @@ class _Mentions:
             self.of_self[kind] |= of_self
             self.anywhere |= others
             names = of_self | others
-            held = [cell.cell_contents for cell in thing.__closure__ or () if _filled(cell)]
+            held = [cell.cell_contents for cell in thing.__closure__ or () if filled(cell)]
             waiting += [(inspect.getattr_static(kind, name, None), kind) for name in names]
             elsewhere = [*(thing.__globals__.get(name) for name in names), *held]
             waiting += [
@@ -197,13 +198,6 @@ def _names(code: types.CodeType) -> tuple[frozenset[str], frozenset[str]]:
         if isinstance(const, types.CodeType):
             others.update(*_names(const))
     return frozenset(of_self), frozenset(others)
-
-
-def _filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # a name that is not bound yet
-        return False
 
 
 def _read(analysis: Analysis) -> set[Attribute]:

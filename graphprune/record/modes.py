@@ -110,7 +110,7 @@ def lost(*tensors: Tensor) -> Tensor:
 
 REASONS = {leak: "values leave torch", lost: "a tensor that cannot be followed"}
 for _function, _text in REASONS.items():
-    setattr(_function, "reason", _text)  # noqa: B010
+    vars(_function)["reason"] = _text
 
 
 class Functions(TorchFunctionMode):

@@ -100,7 +100,7 @@ def enclosed(function: Function, code: types.CodeType, depth: int = 4) -> tuple[
     found = {
         name: cell.cell_contents
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or ())
-        if _filled(cell) and isinstance(cell.cell_contents, types.FunctionType)
+        if filled(cell) and isinstance(cell.cell_contents, types.FunctionType)
     }
     for name, inner in found.items():
         if inner.__code__ is code:
@@ -112,9 +112,10 @@ def enclosed(function: Function, code: types.CodeType, depth: int = 4) -> tuple[
     return ()
 
 
-def _filled(cell: types.CellType) -> bool:
+def filled(cell: types.CellType) -> bool:
+    """Whether the variable of a closure has a value yet."""
     try:
-        cell.cell_contents  # noqa: B018
+        _ = cell.cell_contents
     except ValueError:
         return False
     return True

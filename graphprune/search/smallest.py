@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from graphprune.api import trace
-from graphprune.errors import InputError
+from graphprune.errors import InputError, noted
 from graphprune.planning.make import counted_outputs
 from graphprune.planning.naming import named
 from graphprune.planning.options import Request
@@ -145,7 +144,9 @@ def smallest(
         check_unit(base, max_drop)
         if sure:
             check_examples(base, max_drop, confidence)
-        with bar("budgets", evaluations, progress and ranks.first) as tick, _noted(path):
+        note = f"evaluations that are finished are in {str(path)!r}; call again"
+        shown = bar("budgets", evaluations, progress and ranks.first)
+        with shown as tick, noted(None if path is None else note):
             run.run(*limits, tick)
         curve = tuple(sorted(run.curve, key=lambda tried: -tried.budget))
         good = [tried for tried in curve if tried.loss(sure) <= max_drop]
@@ -175,14 +176,3 @@ def rebuilt(
     if found.chosen is None:
         raise InputError(str(found))
     return found.model
-
-
-@contextlib.contextmanager
-def _noted(path: str | Path | None) -> Iterator[None]:
-    """Say, on any error, where the finished evaluations are."""
-    try:
-        yield
-    except BaseException as error:
-        if path is not None:
-            error.add_note(f"evaluations that are finished are in {str(path)!r}; call again")
-        raise

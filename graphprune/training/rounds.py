@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
@@ -14,7 +13,7 @@ from torch import nn
 from graphprune.api import rebuild
 from graphprune.arguments import is_number
 from graphprune.criteria.averaged import averaged
-from graphprune.errors import InputError, RoundError
+from graphprune.errors import InputError, RoundError, noted
 from graphprune.plan.plan import Plan, carry, plan_of
 from graphprune.planning.options import Options, Request
 from graphprune.ranks import Ranks
@@ -177,7 +176,9 @@ def iterate(
     run = _Rounds(model, plans, schedule, train, judge, seed, kept, ranks)
     with ranks.together():
         run.start(retries)
-    with bar("rounds", rounds, progress and ranks.first) as show, _noted(folder):
+    note = f"the finished rounds are in {str(folder)!r}: call iterate again"
+    shown = bar("rounds", rounds, progress and ranks.first)
+    with shown as show, noted(None if folder is None else note):
         while not run.state.reason and run.state.done < rounds:
             show(run.state.done)
             with own_numbers(model, run.seed_of_round), ranks.together():
@@ -353,14 +354,3 @@ def _check(
 
 def _kept(entry: Entry) -> bool:
     return bool(entry.values.get("kept", 1))
-
-
-@contextlib.contextmanager
-def _noted(folder: str | Path | None) -> Iterator[None]:
-    """Say, on any error in a round, where the finished ones are."""
-    try:
-        yield
-    except BaseException as error:
-        if folder is not None:
-            error.add_note(f"the finished rounds are in {str(folder)!r}: call iterate again")
-        raise

@@ -3,7 +3,6 @@
 import copy
 import functools
 import warnings
-from datetime import timedelta
 
 import torch
 from torch import distributed as dist
@@ -15,6 +14,7 @@ from graphprune.calibration.statistics import reestimate
 from graphprune.criteria import gather, scores
 from graphprune.ranks import Ranks
 from support.calibration import residual
+from support.groups import join
 from support.mixtures import Listed
 from support.rank_workers import failure
 
@@ -162,13 +162,7 @@ def started(rank, size, folder):
     """Join the group."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, size, folder)
 
 
 def two(rank, folder):

@@ -2,7 +2,6 @@
 
 import os
 import warnings
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +20,7 @@ from graphprune.training import (
     lottery,
     sparsity_of,
 )
+from support.groups import join
 from support.loops import X, Y, build
 
 SIZE = 2
@@ -30,13 +30,7 @@ def worker(rank, folder):
     """Everything that two processes are needed for, in one start of them."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=SIZE,
-        timeout=timedelta(seconds=60),
-    )
+    join(rank, SIZE, folder)
     found = {}
     cases = together, own_data, disagreeing, other_models, unequal_steps, accelerated
     for case in (*cases, failing, single_weights, in_rounds, with_tickets):
