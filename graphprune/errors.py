@@ -7,7 +7,6 @@ import functools
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 
 PACKAGE = os.path.dirname(__file__) + os.sep  # frames in it are not the user's
 _INSIDE = (PACKAGE, functools.__file__, contextlib.__file__)
@@ -77,17 +76,6 @@ class RoundError(GraphPruneError, RuntimeError):
 
 class PruningWarning(UserWarning):
     """A request could not be met as asked; the text names the groups and the reasons."""
-
-
-@contextlib.contextmanager
-def noted(note: str | None) -> Iterator[None]:
-    """Add a note to any error, an interruption included: where finished work is, say."""
-    try:
-        yield
-    except BaseException as error:
-        if note is not None:
-            error.add_note(note)
-        raise
 
 
 def warn(text: str) -> None:

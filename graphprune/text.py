@@ -154,3 +154,14 @@ def tracked(items: Iterable[T], description: str, total: int | None, wanted: boo
         for item in items:
             yield item
             step()
+
+
+@contextlib.contextmanager
+def noted(note: str | None) -> Iterator[None]:
+    """Add a note to any error, an interruption included: where finished work is, say."""
+    try:
+        yield
+    except BaseException as error:
+        if note is not None:
+            error.add_note(note)
+        raise

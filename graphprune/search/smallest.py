@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from graphprune.api import trace
-from graphprune.errors import InputError, noted
+from graphprune.errors import InputError
 from graphprune.planning.make import counted_outputs
 from graphprune.planning.naming import named
 from graphprune.planning.options import Request
@@ -31,7 +31,7 @@ from graphprune.search.evaluating import right_or_wrong, span_of
 from graphprune.search.outcome import Smallest
 from graphprune.search.searching import Search
 from graphprune.search.stored import Stored, digest
-from graphprune.text import bar
+from graphprune.text import bar, noted
 
 
 def smallest(

@@ -13,13 +13,13 @@ from torch import nn
 from graphprune.api import rebuild
 from graphprune.arguments import is_number
 from graphprune.criteria.averaged import averaged
-from graphprune.errors import InputError, RoundError, noted
+from graphprune.errors import InputError, RoundError
 from graphprune.plan.plan import Plan, carry, plan_of
 from graphprune.planning.options import Options, Request
 from graphprune.ranks import Ranks
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import fingerprint, mark, named_modules
-from graphprune.text import bar, share, shorten
+from graphprune.text import bar, noted, share, shorten
 from graphprune.training.history import Entry, History, widths_of
 from graphprune.training.judging import Judge
 from graphprune.training.round_plans import RoundPlans
