@@ -56,8 +56,10 @@ class Dispatch(TorchDispatchMode):
             self._watch(func, args, out)
             return out
         on_meta = _on_meta((args, kwargs))
+        moves = torch.Tag.inplace_view in getattr(func, "tags", ())
+        before = self.follower.nodes_in(args) if moves else None  # it is read where it was
         out = run_on_meta(func, args, kwargs) if on_meta else func(*args, **kwargs)
-        node = self.follower.op(func, args, kwargs, out)
+        node = self.follower.op(func, args, kwargs, out, before)
         if not on_meta:
             self._watch(func, args, out)
         if self.nodes is not None:

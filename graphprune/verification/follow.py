@@ -309,9 +309,15 @@ class Follower:
         node.meta.update(shape=tuple(tensor.shape), dtype=tensor.dtype, stride=stride)
 
     @aside()
-    def op(self, target: object, args: object, kwargs: object, out: object) -> fx.Node:
-        """An op that has run: its node, to which the rule of the op was applied."""
-        node = self._node("call_function", target, self._plain(args), self._plain(kwargs))
+    def op(
+        self, target: object, args: object, kwargs: object, out: object, before: Any = None
+    ) -> fx.Node:
+        """An op that has run: its node, to which the rule of the op was applied.
+
+        ``before`` are its arguments as nodes, where it has made others of their tensors.
+        """
+        read = self.nodes_in(args) if before is None else before
+        node = self._node("call_function", target, read, self.nodes_in(kwargs))
         node.meta.update(numbers=[], transformed=FUNCTORCH.peek_interpreter_stack() is not None)
         if isinstance(out, Tensor):
             self._describe(node, out)
@@ -344,14 +350,15 @@ class Follower:
             if not any(np.isin(gone, layer.numpy()).all() for layer in layers):
                 raise Undecided(f"removed channels cannot be followed at these sizes: {reason}")
 
-    def _plain(self, tree: object) -> object:
+    def nodes_in(self, tree: object) -> Any:
+        """Arguments with nodes in the place of tensors."""
         if isinstance(tree, Tensor):
             return self.node_of(tree)
         if isinstance(tree, tuple | list):
-            items = [self._plain(item) for item in tree]
+            items = [self.nodes_in(item) for item in tree]
             return items if type(tree) is list else tuple(items)
         if isinstance(tree, dict):
-            return {key: self._plain(value) for key, value in tree.items()}
+            return {key: self.nodes_in(value) for key, value in tree.items()}
         return tree
 
     @aside()
