@@ -17,29 +17,22 @@ from typing import Any
 import torch
 
 from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
-from graphprune.execute.building import Recipe
-from graphprune.execute.config import Before, refuse_loaded
 from graphprune.execute.saving import WRITERS, Offer
-from graphprune.folders.plans import (
-    ENTRY,
-    PLAN_FILE,
-    Entry,
-    fitting,
-    refused,
-    settle_values,
-    small_of,
-    tie,
-    told,
-    write_plan,
-    write_text,
+from graphprune.folders.plain import (
+    CODE_FILE,
+    HUB,
+    Reference,
+    attention_of,
+    before_weights,
+    check_whole,
+    mark,
+    plan_file,
+    register,
+    unmark,
 )
+from graphprune.folders.plans import ENTRY, Entry, fitting, refused, told, write_plan, write_text
 from graphprune.plan.plan import Plan
-from graphprune.record.tensors import aliases
-from graphprune.text import shorten
 
-CODE_FILE = "modeling_graphprune.py"
-_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder",
-        "token")  # fmt: skip
 _CODE = '''"""Loads the small model of this folder; written by graphprune.
 
 AutoModel classes import this file when they are given trust_remote_code=True. Without it,
@@ -89,6 +82,7 @@ class TransformersWriter:
             module.push_to_hub(name, token=options.get("token"), **hub)
         if args[0] if args else options.get("is_main_process", True):
             write_plan(plan, folder)
+            register()
             if _in_library(type(module)):
                 write_text(Path(folder) / CODE_FILE, _CODE.format(kind=type(module).__name__))
         with _said(module, config, plan):
@@ -100,8 +94,7 @@ def _said(module: Any, config: Any, plan: Plan) -> Iterator[None]:
     """For a while, a model has the config that its folder gets, and forgets no tensor."""
     own, mine = module.config, vars(module)
     attention = getattr(own, "_attn_implementation", None)
-    entry = Entry.of(plan, attention=attention).to_dict()
-    setattr(config, ENTRY, entry)
+    mark(config, Entry.of(plan, attention=attention))
     known = {k: v for k, v in (getattr(config, "auto_map", None) or {}).items() if "Model" not in k}
     reference = f"{Path(CODE_FILE).stem}.Small{type(module).__name__}"
     auto_map = {**known, **dict.fromkeys(_auto_classes(type(module), type(config)), reference)}
@@ -150,6 +143,7 @@ def _base_class() -> Any:
 
 
 WRITERS.append(TransformersWriter())
+register()
 
 
 # --- loading ----------------------------------------------------------------------------------
@@ -198,24 +192,24 @@ def load(kind: Any, folder: Any, *args: Any, **options: Any) -> Any:
         with _reported(name):
             return kind.from_pretrained(folder, *args, config=config, **options)
     entry = Entry.read(value, name)
-    config = _plain(config)
-    plan = entry.plan(_file(folder, options), name)
+    config = copy.deepcopy(config)
+    unmark(config)
+    plan = entry.plan(plan_file(folder, options), name)
     options.setdefault("use_safetensors", True)
-    reference, ties = _reference(kind, config, plan, name)
-    attention = entry.more.get("attention")
-    own = getattr(reference.config, "_attn_implementation", None)
-    if attention in ("eager", "sdpa") and attention != own and "attn_implementation" not in options:
-        config._attn_implementation = attention  # numbers in its code were changed
+    reference = Reference(kind, config, plan, name)
+    own = getattr(reference.model.config, "_attn_implementation", None)
+    attention = attention_of(entry, own)
+    if attention and "attn_implementation" not in options:
+        config._attn_implementation = attention
     asked = options.pop("output_loading_info", False)
     with _reported(name):
         model, info = _from_pretrained(
-            _planned(kind, plan, ties, name), folder, args, config, options
+            _planned(kind, plan, reference.ties, name), folder, args, config, options
         )
-    _check_whole(info, kind, name)
-    settle_values(model, reference)
-    for key in ("_keys_to_ignore_on_load_missing", "_initialize_missing_keys"):
-        vars(model).pop(key, None)
-    refuse_loaded(model, _before(kind, config))
+    check_whole(kind, name, info.get("missing_keys", ()), info.get("mismatched_keys", ()))
+    for text in info.get("error_msgs", ()):
+        raise CheckpointError(f"{name!r} cannot be loaded: {text}")
+    reference.after_weights(model)
     return (model, info) if asked else model
 
 
@@ -243,73 +237,20 @@ def _config(kind: Any, folder: Any, options: dict[str, Any]) -> tuple[Any, dict[
         raise CheckpointError(
             f"cannot read the config of {str(folder)!r}{here}: {told(error)}"
         ) from error
-    hub = {key: options[key] for key in _HUB if key in options}
+    hub = {key: options[key] for key in HUB if key in options}
     return found, {**rest, **hub, **mine}
 
 
-def _plain(config: Any) -> Any:
-    """The config of the original, without what the folder says of the plan."""
-    config = copy.deepcopy(config)
-    delattr(config, ENTRY)
-    if getattr(config, "auto_map", None):
-        left = {k: v for k, v in config.auto_map.items() if Path(CODE_FILE).stem not in str(v)}
-        config.auto_map = left
-        if not left:
-            del config.auto_map
-    return config
-
-
-def _file(folder: Any, options: dict[str, Any]) -> str | None:
-    """The file of the plan: in the folder, or of a name on the hub."""
-    if Path(folder).is_dir():
-        return str(Path(folder) / (options.get("subfolder") or "") / PLAN_FILE)
-    from transformers.utils.hub import cached_file
-
-    hub = {key: options[key] for key in _HUB if options.get(key) is not None}
-    return cached_file(folder, PLAN_FILE, _raise_exceptions_for_missing_entries=False, **hub)
-
-
 def _planned(kind: Any, plan: Plan, ties: dict[str, str], name: str) -> Any:
-    """A class for one call: what its constructor makes is small, and of the class of the original.
-
-    All weights are in the file: nothing is drawn, and nothing that is missing is passed over.
-
-    Args:
-        kind: the class of the original.
-        plan: what makes it small.
-        ties: of tied tensors, the first name by the others: loaders tie later than plans need it.
-        name: of the folder.
-    """
+    """A class for one call: what its constructor makes is small, of the original's class."""
 
     def init(self: Any, config: Any, *args: Any, **options: Any) -> None:
         kind.__init__(self, config, *args, **options)
         self.__class__ = kind
-        tie(self, ties)
-        with torch.device("cpu"):
-            small_of(self, plan, name)
-        vars(self)["_keys_to_ignore_on_load_missing"] = None
-        vars(self)["_initialize_missing_keys"] = lambda *_, **__: None
+        before_weights(self, plan, ties, name)
 
     members = {"__init__": init, "__module__": kind.__module__, "_auto_class": None}
     return type(kind.__name__, (kind,), members)
-
-
-def _reference(kind: Any, config: Any, plan: Plan, name: str) -> tuple[Any, dict[str, str]]:
-    """The small model without its large weights, for what no file holds; and what is tied."""
-    recipe = Recipe(kind, config)
-    try:
-        original = recipe.build(config)
-    except Exception as error:
-        raise CheckpointError(
-            f"the config of {name!r} builds no {kind.__name__} ({told(error)})"
-        ) from error
-    ties = {other: first for other, first in aliases(original).items() if other != first}
-    return small_of(original, plan, name), ties
-
-
-def _before(kind: Any, config: Any) -> Before | None:
-    """The original, as far as configs are about it."""
-    return Before.of(Recipe(kind, config).build(config))
 
 
 @contextlib.contextmanager
@@ -323,20 +264,6 @@ def _reported(name: str) -> Iterator[None]:
         raise CheckpointError(f"{name!r} cannot be loaded: {told(error)}") from error
 
 
-def _check_whole(info: Any, kind: Any, name: str) -> None:
-    """Raise unless every tensor of the small model was in the files, in its shape."""
-    missing = sorted(map(str, info.get("missing_keys", ())))
-    wrong = [str(key) for key in info.get("mismatched_keys", ())]
-    if not (missing or wrong or info.get("error_msgs")):
-        return
-    parts = [f"missing in its files: {shorten(missing, 5)}"] if missing else []
-    parts += [f"of another shape: {shorten(wrong, 3)}"] if wrong else []
-    parts += [str(text) for text in info.get("error_msgs", ())][:1]
-    raise CheckpointError(
-        f"{name!r} does not hold the small {kind.__name__} of its plan: {'; '.join(parts)}"
-    )
-
-
 def from_folder(folder: Any, model_class: Any, options: dict[str, Any]) -> Any:
     """A model of the class that a config names; see :func:`load`.
 
@@ -344,7 +271,7 @@ def from_folder(folder: Any, model_class: Any, options: dict[str, Any]) -> Any:
         CheckpointError: as there.
         ModelError: the config names no class of the library.
     """
-    hub = {key: options[key] for key in _HUB if key in options}
+    hub = {key: options[key] for key in HUB if key in options}
     config = config_of(folder, **hub)
     return load(class_named(config, model_class, str(folder)), folder, **options)
 
