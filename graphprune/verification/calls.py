@@ -9,7 +9,7 @@ sizes and resolutions. Ids that a call makes anew belong to its n-th occurrence 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
@@ -89,7 +89,11 @@ class Calls:
         self.used = 0
 
     def call(
-        self, func: object, args: object, kwargs: object, node_of: Callable[[Tensor], fx.Node]
+        self,
+        func: object,
+        args: object,
+        kwargs: object,
+        nodes_of: Callable[[Iterable[Tensor]], tuple[fx.Node, ...]],
     ) -> Call | None:
         """A call in a form that can be compared; ``None`` where that is not possible."""
         tensors: list[Tensor] = []
@@ -98,7 +102,7 @@ class Calls:
             _flatten((args, kwargs), parts, tensors)
         except _Unlike:
             return None
-        return self._of(tuple(parts), tuple(node_of(tensor) for tensor in tensors))
+        return self._of(tuple(parts), nodes_of(tensors))
 
     def reshape(self, node: fx.Node, new: Shape) -> Call | None:
         """A reshape: its answer depends on the blocks of dimensions in which ids vary."""

@@ -282,6 +282,25 @@ class Follower:
         with aside():
             return self._held(tensor, source)
 
+    def nodes_of(self, tensors: Iterable[Tensor]) -> tuple[fx.Node, ...]:
+        """The nodes of what a function reads, other ones for other tensors.
+
+        Results of two like calls are one node: it says what they carry, which is the same.
+        """
+        tensors = [*tensors]
+        nodes = [self.node_of(tensor) for tensor in tensors]
+        if len({*nodes}) == len(nodes):
+            return tuple(nodes)
+        first: dict[fx.Node, tuple[Any, ...]] = {}
+        with aside():
+            for place, tensor in enumerate(tensors):
+                state, node = _state(tensor), self.node_of(tensor)
+                if first.setdefault(node, state) != state:
+                    node = self.make(tensor, self.walk.values[node])
+                    first[node] = state
+                nodes[place] = node
+        return tuple(nodes)
+
     def _held(self, tensor: Tensor, source: str | None) -> fx.Node:
         if source is None:
             others = [self.find(other) for other in self.identity.neighbours(tensor)]

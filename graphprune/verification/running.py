@@ -118,7 +118,7 @@ class Functions(TorchFunctionMode):
             self.follower.settle()
         elif "out" not in kwargs:
             with _outside(), _aside():
-                call = self.follower.calls.call(func, args, kwargs, self.follower.node_of)
+                call = self.follower.calls.call(func, args, kwargs, self.follower.nodes_of)
         answer = None if call is None else self.follower.calls.find(call)
         if call is not None and answer is not None and self._serves(answer, call):
             return self._again(answer, call, func, args, kwargs)
@@ -201,6 +201,8 @@ class Functions(TorchFunctionMode):
         """Take a function apart, follow its ops, and remember what they did."""
         ties = self.follower.walk.ties
         self.seen, size = None, ties.size
+        if call is None:
+            self.follower.nodes_of(tensors_in((args, kwargs)))
         with self._seeing():
             out = self._function(func, args, kwargs)
         if call is not None and self.seen is not None:
