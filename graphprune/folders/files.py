@@ -55,10 +55,10 @@ def check_builds(small: nn.Module, build: Callable[[], nn.Module], advice: str) 
         raise ModelError(f"the config of {kind} builds another model than was pruned: {advice}")
 
 
-def write(small: nn.Module, folder: Path, weights: str, entry: str) -> None:
-    """Write the weights with the plan into a folder with a config, and name them there."""
+def write(small: nn.Module, folder: Path, weights: str, entry: str, **more: Any) -> None:
+    """Write the weights with the plan into a folder, and name them and ``more`` in its config."""
     config = folder / "config.json"
-    content = {**read_json(config), entry: {"format": FORMAT, "weights": weights}}
+    content = {**read_json(config), entry: {"format": FORMAT, "weights": weights}, **more}
     save(small, folder / weights)
     write_text(config, json.dumps(content, indent=2) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from graphprune.errors import CheckpointError, GraphPruneError, InputError, Mode
 from graphprune.execute.saving import WRITERS, Offer
 from graphprune.folders import of_transformers
 from graphprune.folders.files import check_builds, placed, read, read_json, write
+from graphprune.folders.plain import DOOR
 from graphprune.folders.plans import ENTRY, refused, told
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -55,7 +57,8 @@ class DiffusersWriter:
             module.save_config(folder)
         finally:
             vars(module)["_internal_dict"] = own
-        write(module, folder, WEIGHTS, _OWN)
+        write(module, folder, WEIGHTS, _OWN, **{DOOR: {"quant_method": ENTRY}})
+        register()
 
 
 WRITERS.append(DiffusersWriter())
@@ -66,8 +69,69 @@ def load(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> Any:
     kind = _class(str(config.get("_class_name")))
     if _OWN not in config:
         return kind.from_pretrained(folder, **options)
-    plain = {key: value for key, value in config.items() if key != _OWN}
-    return placed(read(folder, config[_OWN], functools.partial(kind.from_config, plain)), options)
+    return placed(_small(kind, folder, config), options)
+
+
+def _small(kind: Any, folder: Path, config: dict[str, Any]) -> Any:
+    """The small model of a folder that holds its plan."""
+    plain = {key: value for key, value in config.items() if key not in (_OWN, DOOR)}
+    return read(folder, config[_OWN], functools.partial(kind.from_config, plain))
+
+
+def register() -> None:
+    """Let plain ``from_pretrained`` read folders with a plan, by its door for quantizers.
+
+    See :mod:`graphprune.folders.plain`; here whatever is built is made the small model before
+    weights are read into it. There is no public function to register at.
+    """
+    auto = sys.modules.get("diffusers.quantizers.auto")
+    if auto is None or ENTRY in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    from diffusers.quantizers.base import DiffusersQuantizer
+    from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+
+    class Method(enum.StrEnum):
+        """The name, as the library holds those of its own."""
+
+        PLAN = ENTRY
+
+    class PlanConfig(QuantizationConfigMixin):
+        """Names the quantizer below; which file holds the plan says another entry."""
+
+        def __init__(self, quant_method: Any = ENTRY, **_: Any) -> None:
+            self.quant_method: Any = Method(quant_method)
+
+        def to_diff_dict(self) -> dict[str, Any]:
+            return {"quant_method": ENTRY}
+
+    class PlanQuantizer(DiffusersQuantizer):
+        """Quantizes nothing: gives what was built the parts of the small model."""
+
+        is_serializable = is_trainable = True
+        use_keep_in_fp32_modules = True
+
+        def maybe_update_loaded_keys(self, loaded_keys: Any, checkpoint_files: Any) -> Any:
+            self.folder = Path(checkpoint_files[0]).parent
+            return loaded_keys
+
+        def preprocess_model(self, model: Any, **_: Any) -> None:
+            config = read_json(self.folder / "config.json")
+            vars(model).update(vars(_small(type(model), self.folder, config)))
+
+        def postprocess_model(self, model: Any, **_: Any) -> Any:
+            return model
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+            """Nothing else."""
+
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+            """Nothing else."""
+
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[ENTRY] = PlanConfig
+    auto.AUTO_QUANTIZER_MAPPING[ENTRY] = PlanQuantizer
+
+
+register()
 
 
 def load_pipeline(folder: Path, options: dict[str, Any]) -> Any:

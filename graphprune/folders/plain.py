@@ -35,7 +35,7 @@ from graphprune.text import shorten
 CODE_FILE = "modeling_graphprune.py"
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder",
        "token")  # fmt: skip
-_DOOR = "quantization_config"
+DOOR = "quantization_config"
 _HELD = ("_keys_to_ignore_on_load_missing", "_initialize_missing_keys", "hf_quantizer")
 
 
@@ -45,16 +45,16 @@ _HELD = ("_keys_to_ignore_on_load_missing", "_initialize_missing_keys", "hf_quan
 def mark(config: Any, entry: Entry) -> None:
     """Let a config say which plan makes what it builds small."""
     setattr(config, ENTRY, entry.to_dict())
-    if getattr(config, _DOOR, None) is None:
-        setattr(config, _DOOR, {"quant_method": ENTRY})
+    if getattr(config, DOOR, None) is None:
+        setattr(config, DOOR, {"quant_method": ENTRY})
 
 
 def unmark(config: Any) -> None:
     """Take from a config what the folder says of the plan."""
     vars(config).pop(ENTRY, None)
-    door = getattr(config, _DOOR, None)
+    door = getattr(config, DOOR, None)
     if door is not None and _method(door) == ENTRY:
-        delattr(config, _DOOR)
+        delattr(config, DOOR)
     if getattr(config, "auto_map", None):
         left = {k: v for k, v in config.auto_map.items() if Path(CODE_FILE).stem not in str(v)}
         config.auto_map = left

@@ -139,6 +139,12 @@ def test_diffusers(tmp_path):
     loaded = graphprune.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=True)
     assert type(loaded) is type(model)
     assert torch.equal(loaded(**x).sample, small(**x).sample)
+    plain = type(model).from_pretrained(tmp_path / "unet")
+    assert torch.equal(plain(**x).sample, small(**x).sample)
+    assert "quantization_config" not in plain.config
+    assert type(model).from_pretrained(tmp_path / "unet", torch_dtype=torch.bfloat16).dtype == (
+        torch.bfloat16
+    )
     again = shutil.copytree(tmp_path / "unet", tmp_path / "again")
     loaded.save_pretrained(again)
     assert torch.equal(graphprune.from_pretrained(again)(**x).sample, small(**x).sample)
@@ -146,6 +152,8 @@ def test_diffusers(tmp_path):
     pipeline.save_pretrained(tmp_path / "pipeline")
     found = graphprune.from_pretrained(tmp_path / "pipeline")
     assert type(found) is diffusers.DDPMPipeline
+    assert torch.equal(found.unet(**x).sample, small(**x).sample)
+    found = diffusers.DDPMPipeline.from_pretrained(tmp_path / "pipeline")
     assert torch.equal(found.unet(**x).sample, small(**x).sample)
     with pytest.raises(InputError, match="no variants"):
         small.save_pretrained(tmp_path / "unet", variant="fp16")

@@ -276,6 +276,95 @@ def test_a_class_that_is_none_of_the_library_is_not_looked_for(saved, tmp_path):
         graphprune.from_pretrained(folder)
 
 
+# --- plain from_pretrained --------------------------------------------------------------------
+
+door = pytest.mark.skipif(
+    not importlib.util.find_spec("transformers.core_model_loading"),
+    reason="transformers 4 has no door for it",
+)
+PLAIN = """
+import sys, torch, transformers, graphprune
+transformers.logging.set_verbosity_error()
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+with torch.no_grad():
+    print(model(input_ids=torch.arange(3, 13).view(2, 5))[0].double().tolist())
+"""
+
+
+@door
+def test_a_fresh_process_that_has_imported_graphprune_needs_no_more(saved):
+    small, folder = saved
+    early = PLAIN.replace("transformers, graphprune", "transformers.modeling_utils, graphprune")
+    run = [sys.executable, "-W", "ignore", "-c", early, str(folder)]
+    done = subprocess.run(run, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    values = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert torch.equal(values, small(**X)[0].double())
+
+
+@door
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"device_map": "cpu"}, {"attn_implementation": "eager"}, {"output_loading_info": True}],
+    ids=str,
+)
+def test_plain_loading(options, saved):
+    if "device_map" in options:
+        pytest.importorskip("accelerate", reason="accelerate is not installed")
+    small, folder = saved
+    loaded = transformers.LlamaForCausalLM.from_pretrained(folder, **options)
+    if "output_loading_info" in options:
+        loaded, info = loaded
+        assert not any(info.values())
+    assert type(loaded) is type(small)
+    assert not loaded.training
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert loaded.graphprune_plan == small.graphprune_plan
+    assert getattr(loaded, "hf_quantizer", None) is None
+    for name in ("graphprune", "quantization_config", "auto_map"):
+        assert not hasattr(loaded.config, name)
+    assert torch.allclose(loaded(**X)[0], small(**X)[0], atol=1e-5)
+    wanted = small.generate(IDS, max_new_tokens=4, do_sample=False)
+    assert torch.equal(loaded.generate(IDS, max_new_tokens=4, do_sample=False), wanted)
+
+
+@door
+def test_plain_dtypes_are_those_of_the_door_of_graphprune(saved):
+    _, folder = saved
+    plain = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    other = graphprune.from_pretrained(folder, dtype=torch.bfloat16)
+    held = [{**dict(m.named_parameters()), **dict(m.named_buffers())} for m in (plain, other)]
+    assert {k: (v.dtype, v.shape) for k, v in held[0].items()} == {
+        k: (v.dtype, v.shape) for k, v in held[1].items()
+    }
+    assert all(torch.equal(value, held[1][name]) for name, value in held[0].items())
+
+
+@door
+def test_values_that_no_file_holds_are_the_originals(tmp_path):
+    torch.manual_seed(0)
+    fields = {k: v for k, v in LLAMA.items() if k != "tie_word_embeddings"}
+    model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**fields, head_dim=8)).eval()
+    small = pruned(model)
+    small.save_pretrained(tmp_path)
+    loaded = transformers.GemmaForCausalLM.from_pretrained(tmp_path)
+    assert same(loaded, small)
+    loaded.save_pretrained(tmp_path / "again")
+    assert same(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again"), small)
+
+
+@door
+@pytest.mark.parametrize(
+    "what", [what for what in DAMAGE if "shard" not in what and what != "half a config"]
+)
+def test_plain_loading_of_damaged_folders(what, saved, tmp_path):
+    damage, said = DAMAGE[what]
+    folder = shutil.copytree(saved[1], tmp_path / "f")
+    damage(folder)
+    with pytest.raises(CheckpointError, match=said):
+        transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
 # --- trainers ---------------------------------------------------------------------------------
 
 
