@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -134,9 +135,11 @@ def bar(description: str, total: int | None, wanted: bool) -> Iterator[Callable[
     if not wanted:
         yield lambda done=None: None
         return
+    state = random.getstate()
     from rich.console import Console  # here, since most programs show no bar
     from rich.progress import Progress
 
+    random.setstate(state)  # rich draws a number when it is imported
     console = Console(stderr=True)
     if not console.is_terminal:
         yield lambda done=None: None
