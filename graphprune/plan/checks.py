@@ -40,6 +40,7 @@ from graphprune.plan.changes import (
 )
 from graphprune.plan.leaving import left_of
 from graphprune.plan.vocabulary import problems
+from graphprune.record.attention import is_attention
 from graphprune.record.norms import counted, counts_in_code
 from graphprune.record.sites import (
     INNER_SIZES,
@@ -445,8 +446,9 @@ def _own(layer: nn.Module | None, members: str) -> Iterable[str]:
 
 def _remembered(module: nn.Module, name: str) -> Any:
     """An attribute; those that torch's attention gets when it is cut are in its sizes."""
-    if type(module) is nn.MultiheadAttention and name in ("head_dim", "value_dim"):
-        return module.embed_dim // module.num_heads
+    if name in ("head_dim", "value_dim") and is_attention(module):
+        layer: Any = module
+        return layer.embed_dim // layer.num_heads
     return vars(module).get(name)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from graphprune.record import scope
 from graphprune.record.masked_names import mask_hooks
 from graphprune.record.sites import INNER_SIZES
 from graphprune.record.sizes import told_apart
+
+_SIZES = ("head_dim", "value_dim", "scale")  # what layers of this file know besides
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -167,11 +169,61 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def replace_attention(module: nn.Module) -> None:
-    """Make a layer of torch one of this file, in place; other modules stay as they are."""
-    if type(module) is nn.MultiheadAttention:
-        head = module.embed_dim // module.num_heads
-        module.__class__ = MultiheadAttention
-        vars(module).update(head_dim=head, value_dim=head, scale=float(head) ** -0.5)
+    """Make a layer of torch one of this file, in place; other modules stay as they are.
+
+    A layer of a class that inherits from torch's gets a class that inherits from both, so that what
+    its own forward calls by ``super()`` is the forward of this file.
+    """
+    if is_attention(module):
+        layer: Any = module
+        head = layer.embed_dim // layer.num_heads
+        layer.__class__ = _both(type(layer))
+        vars(layer).update(head_dim=head, value_dim=head, scale=float(head) ** -0.5)
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a layer is one of torch that may become one of this file."""
+    kind = type(module)
+    if kind is nn.MultiheadAttention:
+        return True
+    if not isinstance(module, nn.MultiheadAttention) or isinstance(module, MultiheadAttention):
+        return False
+    own = kind.__mro__[: kind.__mro__.index(nn.MultiheadAttention)]
+    held = [vars(each) for each in own]
+    read = {*_SIZES, *nn.MultiheadAttention.forward.__code__.co_names} - {"forward"}
+    if any(read & each.keys() for each in held) or "forward" in vars(module):
+        return False
+    forwards = [each["forward"] for each in held if "forward" in each]
+    return all(_calls_super(function) for function in forwards)
+
+
+def _calls_super(function: Any) -> bool:
+    """Whether a forward leaves attention itself to the class that it inherits from."""
+    code = getattr(function, "__code__", None)
+    if not isinstance(code, CodeType):
+        return False
+    inherits = "__class__" in code.co_freevars and "forward" in code.co_names
+    return inherits and not {"_qkv_same_embed_dim", *_SIZES}.intersection(code.co_names)
+
+
+def _both(kind: type) -> type:
+    """A class that is one of a user's and the one of this file; copied and saved by the former."""
+    bases = (kind, MultiheadAttention)
+    if kind is nn.MultiheadAttention:
+        return MultiheadAttention
+
+    def reduced(layer: Any, protocol: Any) -> Any:
+        return (_empty, (kind,), *object.__reduce_ex__(layer, protocol)[2:])
+
+    named = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
+    known: list[type] = kind.__subclasses__()
+    made = next((each for each in known if each.__bases__ == bases), None)
+    return made or type(kind)(kind.__name__, bases, {**named, "__reduce_ex__": reduced})
+
+
+def _empty(kind: type) -> Any:
+    """A layer of both classes without anything in it."""
+    return object.__new__(_both(kind))
 
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
