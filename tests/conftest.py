@@ -1,9 +1,12 @@
 """Settings of the whole test suite: one thread, fixed seeds, deterministic hypothesis."""
 
+import gc
+
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+gc.disable()  # until all is imported: that is kept, and a lot to look through for garbage
 settings.register_profile(
     "deterministic",
     derandomize=True,
@@ -17,6 +20,19 @@ settings.load_profile("deterministic")
 
 with torch.device("meta"):  # torch lists its constructors at the first such call, for good:
     torch.empty(0)  # not while a library has replaced some
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kept():
+    """What is left of a file of tests (imports, caches) is not looked through again and again."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

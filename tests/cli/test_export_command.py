@@ -17,7 +17,6 @@ from graphprune.cli.export import open_sizes
 from graphprune.cli.main import app
 from graphprune.cli.measuring import measured
 from graphprune.cli.session import DIFFERS, MISTAKE, OK
-from graphprune.deploy import timing
 from graphprune.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inside torch's exporters
@@ -37,8 +36,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.delitem(sys.modules, "nets_of_export", raising=False)
-    monkeypatch.setattr(timing, "_TURN", 0.0)
-    monkeypatch.setattr("graphprune.cli.measuring._SECONDS", 0.0)
     return tmp_path
 
 
