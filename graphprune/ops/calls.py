@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Function = Callable[..., Any]
 Overload = torch._ops.OpOverload
@@ -14,6 +15,17 @@ Args = tuple[Any, ...]
 Kwargs = dict[str, Any]
 TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 FUNCTORCH: Any = torch._C._functorch
+
+
+class OpMode(TorchDispatchMode):
+    """A mode that sees ATen ops."""
+
+    def __init__(self) -> None:
+        TorchDispatchMode.__init__(self)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:  # else dynamo is told of each op, and loaded for that
+        return False
 
 
 def args_of(node: fx.Node) -> Any:

@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.measurement import cpu_threads, drawn, shared_copy
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import Args, Function, Kwargs, OpMode
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import macs_of
 from graphprune.planning.costs import Costs, Counts, Forms, Polynomials
@@ -52,11 +51,11 @@ class Sample:
 # --- measuring --------------------------------------------------------------------------------
 
 
-class _Ops(TorchDispatchMode):
+class _Ops(OpMode):
     """Runs every ATen op under the stopwatch."""
 
     def __init__(self, watch: Stopwatch) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.watch = watch
 
     def __torch_dispatch__(

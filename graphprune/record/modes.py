@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import PACKAGE
-from graphprune.ops.calls import TENSOR, Args, Function, Kwargs
+from graphprune.ops.calls import TENSOR, Args, Function, Kwargs, OpMode
 from graphprune.ops.given import Number
 from graphprune.ops.registry import WHOLE
 from graphprune.ops.views import run_on_meta
@@ -224,11 +223,11 @@ def in_hook(frame: FrameType | None) -> bool:
     return False
 
 
-class Dispatch(TorchDispatchMode):
+class Dispatch(OpMode):
     """Sees the ATen ops."""
 
     def __init__(self, recorder: Any) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.recorder = recorder
 
     def __torch_dispatch__(

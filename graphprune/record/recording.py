@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.errors import InputError, TraceError
+from graphprune.ops.calls import OpMode
 from graphprune.ops.views import run_on_meta
 from graphprune.record import outside, scope
 from graphprune.record.beside import Passed, passed_by, running
@@ -235,11 +235,11 @@ def _counted(
         raise
 
 
-class _Shapes(TorchDispatchMode):
+class _Shapes(OpMode):
     """Runs ops on ``meta``, the quick way where there is one, and lists what they were given."""
 
     def __init__(self, ran: list[str] | None) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.ran = ran
 
     def __torch_dispatch__(

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import Args, Function, Kwargs, OpMode
 from graphprune.ops.views import run_on_meta
 from graphprune.verification.follow import Follower, Undecided
 
@@ -32,15 +31,11 @@ def zeroed(tensor: Tensor, keep: Tensor | None) -> Tensor:
 Draw = tuple[Any, Tensor, list[Tensor]]  # the op, its random numbers, what stays of them
 
 
-class Dispatch(TorchDispatchMode):
+class Dispatch(OpMode):
     """Sees the ATen ops: those that a function is made of, and those that no function ran."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # else each op costs what it takes to tell dynamo so
-        return False
-
     def __init__(self, follower: Follower) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.follower = follower
         self.nodes: list[fx.Node] | None = None  # of the function that is taken apart
         self.known = False  # whether a function that was taken apart runs

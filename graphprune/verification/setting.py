@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from graphprune.execute.fold import recompute_masked
-from graphprune.ops.calls import Args, Function, Kwargs
+from graphprune.ops.calls import Args, Function, Kwargs, OpMode
 from graphprune.ops.registry import WHOLE, op_of
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
@@ -89,11 +88,11 @@ class Precision(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Redrawn(TorchDispatchMode):
+class Redrawn(OpMode):
     """Gives a small model the random numbers of the original, without the removed channels."""
 
     def __init__(self, draws: Sequence[Draw]) -> None:
-        TorchDispatchMode.__init__(self)
+        super().__init__()
         self.draws = list(draws)
         self.lost = ""  # a draw that is none of the original's
 
