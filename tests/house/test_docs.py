@@ -5,6 +5,7 @@ import doctest
 import importlib
 import inspect
 import json
+import linecache
 import pkgutil
 import re
 import runpy
@@ -157,7 +158,8 @@ class Finder(doctest.DocTestFinder):
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_of_docstrings(name, own_words):
+def test_examples_of_docstrings(name, own_words, monkeypatch):
+    monkeypatch.setattr(linecache, "checkcache", lambda _=None: None)  # all files, each time
     for package in NEEDS.get(name, ()):
         pytest.importorskip(package, reason=f"{package} is not installed")
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS, verbose=False)

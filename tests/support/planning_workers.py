@@ -26,7 +26,7 @@ CALIBRATIONS = {
     "few": {"held_out": 0.0},
     "bias": {"method": "bias"},
     "batchnorm": {"method": "batchnorm"},
-    "wide": {},
+    "wide": {"rows": 300},
 }
 
 
