@@ -15,16 +15,20 @@ MADE = {"index.md", "reference.md"}  # by hooks
 
 def test_every_page_is_in_the_navigation_once():
     text = CONFIG.read_text(encoding="utf-8")
-    named = re.findall(r"([\w-]+\.md)$", text.partition("\nnav:")[2], re.MULTILINE)
+    named = re.findall(r"([\w/-]+\.(?:md|ipynb))$", text.partition("\nnav:")[2], re.MULTILINE)
     assert len(named) == len(set(named))
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"api.md"}
-    assert set(named) == pages | MADE
+    books = {f"notebooks/{book.name}" for book in (ROOT / "docs" / "notebooks").iterdir()}
+    assert set(named) == pages | books | MADE
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    any(importlib.util.find_spec(name) is None for name in ("mkdocs", "material", "mkdocstrings")),
-    reason="mkdocs-material and mkdocstrings are not installed",
+    any(
+        importlib.util.find_spec(name) is None
+        for name in ("mkdocs", "material", "mkdocstrings", "mkdocs_jupyter")
+    ),
+    reason="the extra docs is not installed",
 )
 def test_the_site_builds_strictly(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(CONFIG)]
