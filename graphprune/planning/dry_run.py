@@ -146,13 +146,16 @@ def _first_other_float(original: Record, small: Record) -> int | None:
     for position, (node, other) in enumerate(zip(original.ops, small.ops)):
         if node.target != other.target:
             return None
-        if _floats(node) != _floats(other):
+        mine, others = _floats(node), _floats(other)
+        if any(others.get(place) != number for place, number in mine.items()):
             return position
     return None
 
 
-def _floats(node: fx.Node) -> list[float]:
-    return [n for n in (*node.args, *node.kwargs.values()) if isinstance(n, float)]
+def _floats(node: fx.Node) -> dict[object, float]:
+    """The floats that an op is given; a plan may add one, the scale of attention."""
+    given: list[tuple[object, object]] = [*enumerate(node.args), *node.kwargs.items()]
+    return {place: number for place, number in given if isinstance(number, float)}
 
 
 class _Foreseen:
