@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +33,23 @@ class Pair(nn.Module):
         return {"scores": self.head(y), "sum": self.head(y).sum(1)}
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     torch.manual_seed(0)
     model, x = Pair(), torch.randn(2, 4)
     small = graphprune.rebuild(model, 0.5, x)
     sizes = {"rows": 0}
-    found = export(
-        small, tmp_path / "small.pt2", x, original=model, dynamic=sizes, outputs="scores"
-    )
+    path = tmp_path_factory.mktemp("exported") / "small.pt2"
+    found = export(small, path, x, original=model, dynamic=sizes, outputs="scores")
     return {"path": found.certificate, "small": small, "original": model, "example_inputs": x}
+
+
+@pytest.fixture
+def made(exported: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Files and models that a test may change."""
+    shutil.copytree(exported["path"].parent, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / exported["path"].name
+    return copy.deepcopy({**exported, "path": path})
 
 
 def test_it_says_what_was_made_and_compared(made: dict[str, Any]) -> None:

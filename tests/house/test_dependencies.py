@@ -30,12 +30,9 @@ EXTRAS = {name: asked(texts) for name, texts in PROJECT["optional-dependencies"]
 
 
 @functools.cache
-def imported(path, top):
-    """The modules that are imported as a file loads, or else inside functions."""
-    return {*_imported(path, top)}
-
-
-def _imported(path, top):
+def imported(path):
+    """The modules that are imported inside functions, and those as a file loads."""
+    found = set(), set()
     inside = {
         id(node)
         for outer in nodes(path)
@@ -44,12 +41,12 @@ def _imported(path, top):
         for node in ast.walk(outer)
     }
     for node in nodes(path):
-        if (id(node) in inside) == top:
-            continue
+        names = found[id(node) not in inside]
         if isinstance(node, ast.Import):
-            yield from (alias.name.split(".")[0] for alias in node.names)
+            names.update(alias.name.split(".")[0] for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module.split(".")[0]
+            names.add(node.module.split(".")[0])
+    return found
 
 
 def found(top):
@@ -57,7 +54,7 @@ def found(top):
     names = set()
     for file in (ROOT / "graphprune").rglob("*.py"):
         if "callbacks" not in file.parts:  # each is of the library whose name it bears
-            names.update(imported(file, top))
+            names.update(imported(file)[top])
     return names - OWN
 
 
