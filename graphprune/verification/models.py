@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -97,12 +98,14 @@ def difference(wanted: Tensor, found: Tensor, floor: float = 0.0) -> float:
         return 0.0
     kind = torch.complex128 if wanted.is_complex() else torch.float64
     wanted, found = wanted.to(kind), found.to(kind)
-    same = (wanted == found) | (wanted.isnan() & found.isnan())
-    gap = torch.where(same, 0.0, (wanted - found).abs())
-    finite = wanted[wanted.isfinite()]
-    scale = max(float(finite.abs().max()) if finite.numel() else 0.0, floor)
-    worst = float(gap.max())
-    worst = worst if worst == worst else float("inf")
+    worst, scale = float((wanted - found).abs().max()), float(wanted.abs().max())
+    if not (math.isfinite(worst) and math.isfinite(scale)):
+        same = (wanted == found) | (wanted.isnan() & found.isnan())
+        worst = float(torch.where(same, 0.0, (wanted - found).abs()).max())
+        worst = worst if worst == worst else math.inf
+        finite = wanted[wanted.isfinite()]
+        scale = float(finite.abs().max()) if finite.numel() else 0.0
+    scale = max(scale, floor)
     return worst / scale if scale else worst
 
 
