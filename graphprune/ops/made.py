@@ -29,6 +29,14 @@ def in_place_meta(x: Tensor, *args: object, **kwargs: object) -> object:
     return x
 
 
+def softmax_meta(x: Tensor, dim: int, *options: object, **named: object) -> object:
+    """Floating point, of the same shape and dtype."""
+    plain = x.dtype in FLOATING and x.is_contiguous()
+    if not plain or any(options) or any(named.values()):
+        return NotImplemented
+    return made(x, x.shape)
+
+
 def binary_meta(x: object, y: object, *args: object, **kwargs: object) -> object:
     """Floating point, of one dtype; memory in the order of the dimensions."""
     if args or kwargs or not isinstance(x, Tensor) or x.dtype not in FLOATING or not x.dim():

@@ -127,7 +127,9 @@ def between_given(x: object, *args: object, **named: object) -> tuple[float, flo
 
 @declare("pointwise", fact=pointwise_fact)
 @declare("pointwise_")
-@declare(aten.exp, fact=pointwise_fact, bounds=between(0.0, math.inf), sample=of((2, 3)))
+@declare(
+    aten.exp, fact=pointwise_fact, meta=unary_meta, bounds=between(0.0, math.inf), sample=of((2, 3))
+)
 @declare(
     aten.clamp,
     fact=pointwise_fact,
@@ -140,16 +142,16 @@ def between_given(x: object, *args: object, **named: object) -> tuple[float, flo
 @declare(aten.prelu, fact=pointwise_fact, sample=of((2, 3), (3,)))
 @declare(aten.mul, fact=mul_fact, meta=binary_meta, powers=(1, 1), sample=of((2, 3), (2, 3)))
 @declare(aten.mul_, meta=binary_in_place_meta, powers=(1, 1), sample=of((2, 3), (2, 3)))
-@declare(aten.div, fact=pointwise_fact, powers=(1, -1), sample=of((2, 3), (2, 3)))
+@declare(aten.div, fact=pointwise_fact, meta=binary_meta, powers=(1, -1), sample=of((2, 3), (2, 3)))
 @declare(aten.div_, powers=(1, -1), sample=of((2, 3), (2, 3)))
-@declare(aten.rsqrt, fact=pointwise_fact, powers=(-0.5,), sample=of((2, 3)))
-@declare(aten.sqrt, fact=pointwise_fact, powers=(0.5,), sample=of((2, 3)))
-@declare(aten.reciprocal, fact=pointwise_fact, powers=(-1.0,), sample=of((2, 3)))
+@declare(aten.rsqrt, fact=pointwise_fact, meta=unary_meta, powers=(-0.5,), sample=of((2, 3)))
+@declare(aten.sqrt, fact=pointwise_fact, meta=unary_meta, powers=(0.5,), sample=of((2, 3)))
+@declare(aten.reciprocal, fact=pointwise_fact, meta=unary_meta, powers=(-1.0,), sample=of((2, 3)))
 @declare(aten.add, fact=pointwise_fact, meta=binary_meta, signs=(1, 1), sample=of((2, 3), (2, 3)))
 @declare(aten.add_, meta=binary_in_place_meta, signs=(1, 1), sample=of((2, 3), (2, 3)))
-@declare(aten.sub, fact=pointwise_fact, signs=(1, -1), sample=of((2, 3), (2, 3)))
+@declare(aten.sub, fact=pointwise_fact, meta=binary_meta, signs=(1, -1), sample=of((2, 3), (2, 3)))
 @declare(aten.sub_, signs=(1, -1), sample=of((2, 3), (2, 3)))
-@declare(aten.neg, fact=pointwise_fact, linear=True, sample=of((2, 3)))
+@declare(aten.neg, fact=pointwise_fact, meta=unary_meta, linear=True, sample=of((2, 3)))
 @declare(aten.where, fact=where_fact, sample=of(bits(2, 3), (2, 3), (2, 3)))
 @declare(aten.rsub, aten.complex, aten.polar, fact=pointwise_fact, sample=of((2, 3), (2, 3)))
 @declare(aten.threshold, fact=pointwise_fact, sample=of((2, 3), 0.1, 0.2))

@@ -13,7 +13,7 @@ from graphprune.ops.calls import Overload, target_of
 from graphprune.ops.fact import Fact, Unfollowed, along_unknown, arguments
 from graphprune.ops.factors import Factors
 from graphprune.ops.ids import Layers, varying
-from graphprune.ops.made import made
+from graphprune.ops.made import made, softmax_meta
 from graphprune.ops.registry import between, free, zeroes
 from graphprune.ops.registry import declare as _declare
 from graphprune.ops.samples import of
@@ -296,6 +296,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
 @declare(
     aten._softmax,
     fact=along_fact,
+    meta=softmax_meta,
     masked=softmax_masked(torch.softmax),
     sample=of((2, 5), 1, False),
     any_size=True,
@@ -304,6 +305,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
 @declare(
     aten._safe_softmax,
     fact=along_fact,
+    meta=softmax_meta,
     masked=softmax_masked(torch.softmax),
     sample=of((2, 5), 1),
     any_size=True,
@@ -311,6 +313,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
 @declare(
     aten.softmax,
     fact=along_fact,
+    meta=softmax_meta,
     masked=softmax_masked(torch.softmax),
     sample=of((2, 5), 1),
     any_size=True,
@@ -319,6 +322,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
 @declare(
     aten._log_softmax,
     fact=along_fact,
+    meta=softmax_meta,
     masked=softmax_masked(torch.log_softmax),
     sample=of((2, 5), 1, False),
     any_size=True,
@@ -326,6 +330,7 @@ def weight_norm(walk: Walk, node: fx.Node, v: Value, g: Value, dim: int = 0) -> 
 @declare(
     aten.log_softmax,
     fact=along_fact,
+    meta=softmax_meta,
     masked=softmax_masked(torch.log_softmax),
     sample=of((2, 5), 1),
 )

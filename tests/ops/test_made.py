@@ -27,7 +27,7 @@ FORMS = [*LAYOUTS.values()]
 def told(tensor):
     """Strides as far as steps are taken."""
     steps = [step if size > 1 else 0 for size, step in zip(tensor.shape, tensor.stride())]
-    return tuple(tensor.shape), tensor.dtype, steps
+    return tuple(tensor.shape), tensor.dtype, tuple(steps)
 
 
 def on_meta(x):
@@ -37,7 +37,16 @@ def on_meta(x):
 @pytest.mark.parametrize("x", FORMS, ids=LAYOUTS)
 def test_of_one_operand(x):
     found = made.unary_meta(on_meta(x))
-    assert found is NotImplemented or told(found) == told(torch.relu(x))
+    for function in (torch.relu, torch.neg, torch.exp, torch.rsqrt):
+        assert found is NotImplemented or told(found) == told(function(x))
+
+
+@pytest.mark.parametrize("x", FORMS, ids=LAYOUTS)
+def test_of_a_softmax(x):
+    for options in ((False,), (None,), (torch.float64,)):
+        found = made.softmax_meta(on_meta(x), 0, *options)
+        assert found is NotImplemented or told(found) == told(x.softmax(0, options[0] or None))
+    assert made.softmax_meta(on_meta(x), 0, dtype=torch.float64) is NotImplemented
 
 
 @pytest.mark.parametrize("x", FORMS, ids=LAYOUTS)
@@ -46,11 +55,11 @@ def test_of_two_operands(x):
         given = on_meta(y) if isinstance(y, torch.Tensor) else y
         found = made.binary_meta(on_meta(x), given)
         try:
-            wanted = x * y
+            wanted = x * y, x - y, x / y
         except RuntimeError:
             assert found is NotImplemented
             continue
-        assert found is NotImplemented or told(found) == told(wanted), y
+        assert found is NotImplemented or {told(found)} == {*map(told, wanted)}, y
 
 
 @pytest.mark.parametrize("x", FORMS, ids=LAYOUTS)
@@ -69,3 +78,4 @@ def test_the_usual_is_made():
         assert made.binary_meta(x, y) is not NotImplemented
         assert made.binary_in_place_meta(x, y) is x
     assert made.unary_meta(x) is not NotImplemented
+    assert made.softmax_meta(x, 1, False) is not NotImplemented
