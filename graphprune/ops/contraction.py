@@ -222,6 +222,14 @@ def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_
     return walk.broadcast([product, bias], 2)
 
 
+@declare(aten._sparse_addmm, factors=added_to(of_matrices), any_size=True)
+def sparse_addmm(
+    walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, *_: object, **__: object
+) -> Layers:
+    """``beta * bias + alpha * left @ right`` of which the left one is sparse, with no channels."""
+    return addmm(walk, node, bias, left, right)
+
+
 @declare(aten.mv, factors=of_others, sample=of((3, 4), (4,)))
 def mv(walk: Walk, node: fx.Node, left: Value, right: Value) -> Layers:
     """``[n, k] @ [k]``."""

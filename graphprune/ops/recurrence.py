@@ -28,10 +28,13 @@ def pack(walk: Walk, node: fx.Node, x: Value, *args: object) -> list[Layers]:
 
 
 @declare(
-    aten._pad_packed_sequence, macs=free, sample=of((5, 4), torch.tensor([2, 2, 1]), True, 0.0, 3)
+    aten._pad_packed_sequence,
+    macs=free,
+    functions=(torch._VF._pad_packed_sequence,),
+    sample=of((5, 4), torch.tensor([2, 2, 1]), True, 0.0, 3),
 )
 def pad_packed(walk: Walk, node: fx.Node, x: Value, *args: object) -> list[Layers]:
-    """Packed steps as sequences of equal length."""
+    """Packed steps as sequences of equal length, and their lengths, which a kernel writes."""
     kept = walk.settle(x, (0,), "steps of sequences")
     return [tuple(layer.unsqueeze(0) for layer in kept), ()]
 

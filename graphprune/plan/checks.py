@@ -403,7 +403,8 @@ class Check:
                 for name in [f"{owner}.{leaf}".lstrip(".")]
                 if name in self.tensors
             }
-            if isinstance(layer, nn.Linear | _ConvNd) and {"weight", "bias"} <= shapes.keys():
+            known = isinstance(layer, nn.Linear | _ConvNd) and {"weight", "bias"} <= shapes.keys()
+            if known and len(shapes["weight"]) == _dims(layer):
                 turned = isinstance(layer, _ConvNd) and layer.transposed
                 out = shapes["bias"][0] if turned else shapes["weight"][0]
                 self.need(
@@ -438,6 +439,11 @@ class Check:
                 count += self.widths.get(change.like, len(change.values))
         told = self.plan.after.params
         self.need(count == told, f"it leaves {count} parameters where it says {told}")
+
+
+def _dims(layer: Any) -> int:
+    """Of the weight of a linear layer or convolution of torch; classes derived may have more."""
+    return 2 + len(getattr(layer, "kernel_size", ()))
 
 
 def _own(layer: nn.Module | None, members: str) -> Iterable[str]:

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -31,6 +32,7 @@ class Argument(NamedTuple):
 
 
 _NONE = Argument("")
+_NAMES = {"new": "new_empty"}  # methods by another name than the op whose arguments they take
 
 
 def numbers_given(
@@ -56,6 +58,8 @@ def numbers_given(
 def _numbers(tree: object, path: Path) -> Iterator[tuple[float, Path]]:
     if isinstance(tree, Scale) or (isinstance(tree, int) and not isinstance(tree, bool)):
         yield tree, path
+    elif isinstance(tree, np.integer):
+        yield int(tree), path
     elif isinstance(tree, tuple | list):
         for index, item in enumerate(tree):
             yield from _numbers(item, (*path, index))
@@ -93,7 +97,8 @@ def _forms(function: Callable[..., object]) -> Sequence[Sequence[_Parameter]]:
             name = code.co_varnames[code.co_argcount + code.co_kwonlyargcount]
             form.append(_Parameter(name, rest=True))
         return [form]
-    op = getattr(torch.ops.aten, getattr(function, "__name__", ""), None)
+    name = getattr(function, "__name__", "")
+    op = getattr(torch.ops.aten, _NAMES.get(name, name), None)
     if not isinstance(op, torch._ops.OpOverloadPacket):
         return [[]]
     return [list(_declared(getattr(op, name)._schema)) for name in op.overloads()]

@@ -18,15 +18,22 @@ from graphprune.record.tensors import named_modules
 Refresh = Callable[[Any], dict[str, Any]]
 
 
-def _shape(layer: Any) -> tuple[int, ...]:
-    """That of a weight, which hooks may compute from another parameter."""
+def _shape(layer: Any, ndim: int = 2) -> tuple[int, ...]:
+    """That of a weight, which hooks may compute from another parameter.
+
+    Empty for a weight with other dimensions than torch's: one for each of several experts, say.
+    """
     names = ("weight", "weight_v", "weight_orig")
     name = next((name for name in names if name in layer._parameters), "weight")
-    return tuple(getattr(layer, name).shape)
+    shape = tuple(getattr(layer, name).shape)
+    return shape if len(shape) == ndim else ()
 
 
 def _convolution(layer: Any) -> dict[str, object]:
-    near, far = _shape(layer)[0], _shape(layer)[1] * layer.groups
+    shape = _shape(layer, 2 + len(layer.kernel_size))
+    if not shape:
+        return {}
+    near, far = shape[0], shape[1] * layer.groups
     out, into = (far, near) if layer.transposed else (near, far)
     return {"in_channels": into, "out_channels": out}
 
@@ -64,7 +71,7 @@ TABLE: tuple[tuple[type | tuple[type, ...], Refresh], ...] = (
     (nn.Linear, lambda m: dict(zip(("out_features", "in_features"), _shape(m)))),
     (
         nn.Bilinear,
-        lambda m: dict(zip(("out_features", "in1_features", "in2_features"), _shape(m))),
+        lambda m: dict(zip(("out_features", "in1_features", "in2_features"), _shape(m, 3))),
     ),
     (_NormBase, _norm),
     (nn.GroupNorm, _affine("num_channels")),

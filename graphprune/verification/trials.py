@@ -61,6 +61,10 @@ def drawn(models: Models, call: Call, shapes: Shapes, draw: Draw) -> Call:
             values = torch.zeros(tensor.shape, dtype=tensor.dtype)
         else:
             values = tensor.detach().cpu()
+        if tensor.layout is not torch.strided:  # where something stands, such as edges, is given
+            values = _repeated(values.to_dense(), shape, generator).to_sparse(layout=tensor.layout)
+            dtype = models.dtype if tensor.is_floating_point() else tensor.dtype
+            return values.to(models.device, dtype)
         if tensor.is_floating_point():
             return draw(values, shape, generator).to(models.device, models.dtype)
         return _repeated(values, shape, generator).to(models.device)

@@ -1,5 +1,6 @@
 """Numbers are bound to arguments of ops by name and place, never by their value."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ CALLS = {  # all numbers of a call differ: their values say where they belong
     "zeros, a list": (torch.zeros, ([31, 29],), {}),
     "full": (torch.full, ((31, 29), 0.5), {}),
     "new_zeros": (torch.Tensor.new_zeros, ((2, 3), 31, 29), {}),
+    "new": (torch.Tensor.new, ((2, 3), 31, 29), {}),
+    "numbers of numpy": (torch.Tensor.view, ((31, 29), np.int64(29), np.int32(31)), {}),
     "split": (torch.Tensor.split, ((31, 29), 17, -1), {}),
     "split in sizes": (torch.split, ((31, 29), [18, 13]), {}),
     "narrow": (torch.narrow, ((31, 29), -1, 3, 7), {}),

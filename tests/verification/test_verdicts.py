@@ -276,3 +276,27 @@ def test_statistics_of_rows_that_leave_have_gradients(name):
     small = graphprune.rebuild(model, 0.5, x)
     assert small.mix.shape == (2, 4)
     assert graphprune.verify(model, small, x).verdict == "equal"
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_inputs_may_be_sparse(layout):
+    """Other values of an adjacency matrix stand where those of the example do."""
+
+    class Graph(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 16), nn.Linear(16, 3)
+
+        def forward(self, adjacency, x):
+            assert adjacency.layout == layout
+            x = torch.relu(torch.sparse.mm(adjacency, self.first(x)))
+            return torch.sparse.mm(adjacency, self.second(x))
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+        adjacency = torch.rand(5, 5).round().to_sparse(layout=layout)
+        model, x = Graph().eval(), torch.randn(5, 6)
+        small = graphprune.rebuild(model, 0.5, (adjacency, x))
+        assert small.first.out_features == 8
+        assert graphprune.verify(model, small, (adjacency, x)).verdict == "equal"

@@ -222,3 +222,43 @@ def test_what_was_compiled_in_place_is_recorded_plain_and_comes_out_plain():
         for parameter in model.parameters():
             parameter.zero_()
     assert torch.equal(call(small, X + 1), call(wanted, X + 1)), "it runs its own weights"
+
+
+class OneWeightPerExpert(nn.modules.conv._ConvNd):
+    """A convolution whose first dimension counts experts (CondConv)."""
+
+    def __init__(self, into, out, experts):
+        super().__init__(into, out, (3, 3), (1, 1), (1, 1), (1, 1), False, (0, 0), 1, True, "zeros")
+        self.routing = nn.Linear(into, experts)
+        self.weight = nn.Parameter(torch.randn(experts, out, into, 3, 3))
+
+    def forward(self, x):
+        shares = torch.sigmoid(self.routing(x.mean((0, 2, 3))))
+        kernel = torch.sum(shares[:, None, None, None, None] * self.weight, 0)
+        return F.conv2d(x, kernel, self.bias, self.stride, self.padding)
+
+
+class OneMatrixPerMember(nn.Linear):
+    """A linear layer of several models at once."""
+
+    def __init__(self, members, into, out):
+        super().__init__(into, out)
+        self.weight = nn.Parameter(torch.randn(members, into, out))
+
+    def forward(self, x):
+        return (x.unsqueeze(0) @ self.weight).mean(0) + self.bias
+
+
+@pytest.mark.parametrize("kind", ["experts", "members"])
+def test_layers_whose_weight_has_another_dimension_than_torchs_are_cut(kind):
+    if kind == "experts":
+        model = sandwich(OneWeightPerExpert(8, 6, 3), 8, 6)
+        model, x, wanted = randomise(model).eval(), torch.randn(2, 3, 8, 8), (2, 3, 4, 3, 3)
+    else:
+        middle = OneMatrixPerMember(3, 8, 6)
+        model = nn.Sequential(nn.Linear(4, 8), middle, nn.ReLU(), nn.Linear(6, 2)).eval()
+        model, x, wanted = randomise(model), torch.randn(5, 4), (2, 4, 3)
+    small = graphprune.rebuild(model, 0.5, x)
+    shapes = [tuple(parameter.shape) for parameter in small.parameters()]
+    assert wanted in shapes, "of three, two stay"
+    assert graphprune.verify(model, small, x).verdict == "equal"

@@ -167,6 +167,38 @@ class PackedSequencesInAnyOrder(Tagger):
         return self.head(self.rnn(packed)[1][-1])
 
 
+@awkward(_sequences, removable=8 + 10)
+class PackedSequencesWithTheirLengths(Tagger):
+    """The lengths are put back in order: they are in memory that a kernel of torch wrote."""
+
+    def __init__(self):
+        super().__init__(nn.LSTM(8, 10, batch_first=True), 10)
+
+    def forward(self, x, lengths):
+        packed = pack_padded_sequence(
+            torch.tanh(self.inp(x)), lengths.flip(0), batch_first=True, enforce_sorted=False
+        )
+        y, found = pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        return self.head(y.sum(1) / found[:, None])
+
+
+@awkward((3, 5, 6), removable=8 + 10)
+class StateOfTheFirstVersions(Tagger):
+    """``new`` takes sizes as ``new_empty`` does."""
+
+    def __init__(self):
+        super().__init__(nn.LSTM(8, 10, batch_first=True), 10)
+        self.hidden = 10
+
+    def forward(self, x):
+        weight = next(self.parameters()).data
+        state = (
+            weight.new(1, x.size(0), self.hidden).zero_(),
+            weight.new(torch.Size([1, x.size(0), self.hidden])).zero_(),
+        )
+        return self.head(self.rnn(torch.tanh(self.inp(x)), state)[0])
+
+
 class Cell(nn.Module):
     """A cell in a loop over the steps."""
 
