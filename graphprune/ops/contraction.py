@@ -222,11 +222,15 @@ def addmm(walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, **_
     return walk.broadcast([product, bias], 2)
 
 
-@declare(aten._sparse_addmm, factors=added_to(of_matrices), any_size=True)
+@declare(
+    aten._sparse_addmm,
+    factors=added_to(of_matrices),
+    sample=of((3, 5), (3, 4), (4, 5)),
+)
 def sparse_addmm(
     walk: Walk, node: fx.Node, bias: Value, left: Value, right: Value, *_: object, **__: object
 ) -> Layers:
-    """``beta * bias + alpha * left @ right`` of which the left one is sparse, with no channels."""
+    """``beta * bias + alpha * left @ right`` of which the left one may be sparse."""
     return addmm(walk, node, bias, left, right)
 
 

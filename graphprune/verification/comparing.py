@@ -179,6 +179,7 @@ def depends(call: Call, outputs: list[Tensor]) -> bool | None:
 
 def _varies(tensor: Tensor) -> bool:
     """Whether the rows of a tensor differ by more than rounding."""
+    tensor = tensor.to_dense()
     if not tensor.is_floating_point():
         return bool((tensor != tensor[:1]).any())
     gap = (tensor - tensor[:1]).abs()
