@@ -1,5 +1,6 @@
 """Experts that leave: which mixtures are found, which experts, and what is made of the rest."""
 
+import functools
 import json
 import warnings
 from dataclasses import replace
@@ -25,6 +26,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*channels were removed")
 FEWEST = {"a dictionary, one for each token": 1, "groups": 4, "groups and a correction": 4}
 
 
+@functools.cache
+def traced(name):
+    """A model that no test changes, its inputs and its graph, which tries its mixtures once."""
+    model, inputs = built(name)
+    return model, inputs, graphprune.trace(model, inputs)
+
+
 def equal(model, plan, inputs):
     with untouched(model):
         small = graphprune.rebuild(model, plan)
@@ -35,8 +43,7 @@ def equal(model, plan, inputs):
 
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_small_equals_masked(name):
-    model, inputs = built(name)
-    graph = graphprune.trace(model, inputs)
+    model, inputs, graph = traced(name)
     assert [mixture.least for mixture in graph.experts] == [FEWEST.get(name, 2)] * (
         1 if name == "images" else 2
     )
@@ -66,8 +73,8 @@ def test_the_reference_by_hand():
 
 
 def test_scores_that_are_not_held_are_noticed(monkeypatch):
-    model, inputs = built("stacked weights")
-    plan = graphprune.trace(model, inputs).plan(0.25, parts="experts", criterion="random")
+    model, inputs, graph = traced("stacked weights")
+    plan = graph.plan(0.25, parts="experts", criterion="random")
     monkeypatch.setattr(
         held.Scores, "_held", lambda self, out, router, dim: self.seen.add(router) or out
     )
@@ -97,10 +104,10 @@ def test_experts_and_channels_in_either_order_at_length(spec):
 
 
 def experts_and_channels(name, seed, first, ratio):
-    model, inputs = built(name)
+    model, inputs, graph = traced(name)
     small = model
     for step in (0, 1):
-        graph = graphprune.trace(small, inputs)
+        graph = graphprune.trace(small, inputs) if step else graph
         options = {"criterion": "random", "seed": seed}
         options |= {"parts": "experts"} if first == (step == 0) else {}
         plan = graph.plan(0.25 if options.get("parts") else ratio, **options)
@@ -114,8 +121,8 @@ def experts_and_channels(name, seed, first, ratio):
 
 @pytest.mark.parametrize("name", ["a list", "a dictionary, one for each token", "groups"])
 def test_files_and_second_rounds(name, tmp_path):
-    model, inputs = built(name)
-    small = equal(model, graphprune.trace(model, inputs).plan(0.25, parts="experts"), inputs)
+    model, inputs, graph = traced(name)
+    small = equal(model, graph.plan(0.25, parts="experts"), inputs)
     if name != "groups":
         smaller = graphprune.rebuild(small, 0.25, inputs, parts="experts")
         assert graphprune.verify(model, smaller, inputs).verdict == "equal"
@@ -216,8 +223,7 @@ def test_criteria(criterion, name):
 
 
 def test_a_budget_is_met_by_experts_and_channels():
-    model, inputs = built("stacked weights")
-    graph = graphprune.trace(model, inputs)
+    model, inputs, graph = traced("stacked weights")
     plan = graph.plan(target={"params": 0.7}, parts="experts")
     assert plan.after.params <= 0.7 * plan.before.params
     assert graph.plan(target={"params": 0.7}, parts="experts").experts == plan.experts
@@ -251,9 +257,9 @@ def test_layers_within_experts_are_kept(pattern):
 
 
 def test_as_many_stay_as_are_chosen():
-    model, inputs = built("a list")
+    model, _, graph = traced("a list")
     with untouched(model), pytest.raises(InputError, match=r"2 must.*largest ratio is 0\.6"):
-        graphprune.trace(model, inputs).plan(0.8, parts="experts")
+        graph.plan(0.8, parts="experts")
 
 
 def test_models_without_mixtures():
@@ -282,8 +288,8 @@ def test_scores_in_the_output():
 
 
 def test_plans_of_strangers():
-    model, inputs = built("a list")
-    plan = graphprune.trace(model, inputs).plan(0.4, parts="experts")
+    model, _, graph = traced("a list")
+    plan = graph.plan(0.4, parts="experts")
     change = plan.experts[0]
     container = change.containers[0]
     for wrong in (
@@ -304,8 +310,7 @@ def test_plans_of_strangers():
 
 
 def test_the_plan_tells():
-    model, inputs = built("stacked weights")
-    graph = graphprune.trace(model, inputs)
+    graph = traced("stacked weights")[2]
     assert "layers.0 (6), layers.1 (6)" in str(graph)
     plan = graph.plan(0.3, parts="experts", criterion="random", seed=3)
     text = json.loads(plan.to_json())["plan"]["experts"][0]
@@ -360,15 +365,15 @@ def test_sensitivity_of_mixtures():
 )
 @pytest.mark.parametrize("parts", ["experts", "branches"])
 def test_what_says_nothing_of_parts_is_refused(options, match, parts):
-    model, inputs = built("a list")
+    model, _, graph = traced("a list")
     with untouched(model), pytest.raises(InputError, match=match):
-        graphprune.trace(model, inputs).plan(0.4, parts=parts, **options)
+        graph.plan(0.4, parts=parts, **options)
 
 
 def test_less_than_one_expert():
-    model, inputs = built("a list")
+    graph = traced("a list")[2]
     with pytest.warns(graphprune.errors.PruningWarning, match="no expert leaves"):
-        graphprune.trace(model, inputs).plan(0.01, parts="experts")
+        graph.plan(0.01, parts="experts")
 
 
 @pytest.mark.parametrize("name", ["a list", "stacked weights"])
