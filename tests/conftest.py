@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 gc.disable()  # until all is imported: that is kept, and a lot to look through for garbage
+gc.set_threshold(10_000)  # tests make many objects that live for a moment
 settings.register_profile(
     "deterministic",
     derandomize=True,
