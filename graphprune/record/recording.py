@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.errors import InputError, TraceError
@@ -213,14 +213,21 @@ def run(
     inside = [recorder.node_of(tensor) for tensor in held]
     if call.outputs is not None and call.outputs.names:
         counted = [*counted, *inside]
-    if device == "cpu" and call.outputs is None:  # read, perhaps, when values take another way
-        inside = [*inside, *(n for _, n in result.calls if not n.meta.get("beside"))]
+    if device == "cpu" and call.outputs is None:  # returned, perhaps, when values differ
+        likes = {_like(node) for node in result.outputs}
+        calls = [n for _, n in result.calls if not n.meta.get("beside")]
+        inside = [*inside, *(node for node in calls if _like(node) in likes)]
     # what the model itself reads again, or takes back, such as a cache of keys and values, is
     # state: the small model makes its own
     unread = dict.fromkeys(node for node in inside if not node.users and node not in counted)
     result.graph.output((*counted, *unread))
     result.graph.lint()
     return result
+
+
+def _like(node: fx.Node) -> tuple[object, object]:
+    """What a value has in common with those that could be returned in its place."""
+    return node.meta.get("shape"), node.meta.get("dtype")
 
 
 def _counted(

@@ -172,3 +172,25 @@ def test_what_runs_and_is_not_read_may_be_read_when_values_differ():
         assert small(inputs).shape == model(inputs).shape
         assert graphprune.verify(model, small, inputs).verdict == "equal"
     assert small.first.out_features == 4
+
+
+class Aside(nn.Module):
+    """Reads values, and computes what it neither reads nor could return."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.out = nn.Linear(5, 8), nn.LayerNorm(8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        self.last(h)
+        return self.out(h) * (2 if x.mean() > 1e3 else 1)
+
+
+def test_what_runs_unread_and_is_like_no_output_lets_channels_leave():
+    torch.manual_seed(0)
+    model = Aside().double().eval()
+    small = graphprune.rebuild(model, 0.5, MANY)
+    assert small.first.out_features == 4
+    assert small.last.normalized_shape == (4,)
+    assert graphprune.verify(model, small, MANY).verdict == "equal"
