@@ -145,16 +145,19 @@ def unsettle(model: nn.Module, inputs: Any, trains: bool = True) -> None:
         mean, var = norm.running_mean, norm.running_var
         assert mean is not None
         assert var is not None
-        var.mul_(torch.empty_like(var).uniform_(0.75, 1.25)).add_(0.05)
+        var.mul_(torch.empty_like(var).uniform_(0.75, 1.25)).add_(0.05 * var.mean())
         mean.add_(var.sqrt() * torch.empty_like(mean).uniform_(-0.25, 0.25))
 
 
 def _unsettle(parameter: Tensor) -> None:
-    """Make a constant parameter vary; its size is as usual for its shape."""
+    """Make a constant parameter vary, and a tiny one count; its size is as usual for its shape."""
     if not parameter.numel() or not parameter.is_floating_point():
         return
     first = parameter.flatten()[0]
     if not bool((parameter == first).all()):
+        usual = 1 / math.sqrt(math.prod(parameter.shape[1:]))
+        if parameter.dim() > 1 and float(parameter.std()) < 0.3 * usual:
+            parameter.mul_(usual / parameter.std())
         return
     if abs(float(first)) > 0.01:
         parameter.mul_(torch.empty_like(parameter).uniform_(0.75, 1.25))
