@@ -180,6 +180,11 @@ class Ties:
         """Ids that must stay, and why."""
         self.frozen.append((ids.reshape(-1), reason))
 
+    def stays(self, layer: Tensor) -> bool:
+        """Whether just these ids were frozen already."""
+        ids = layer.reshape(-1)
+        return any(torch.equal(ids, other) for other, _ in self.frozen)
+
     def collapse(self, layer: Tensor, dims: Iterable[int]) -> Tensor:
         """Tie everything along ``dims`` and return the layer without them."""
         first = first_along(layer, dims)

@@ -78,7 +78,8 @@ def slice_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Giv
         yield Given([last - first], [stop - begin], "length", dim)
     elif end is not None and end < size:
         needed = end if keep.all() else _place(end, stop, new_size)
-        yield Given([end], [needed], *_end(node, end, "end", dim))
+        measured = [(node, dim)] if not first and end > 0 else None
+        yield Given([end], [needed], *_end(node, end, "end", dim), measured)
 
 
 def _end(node: fx.Node, given: int, name: str, dim: int) -> tuple[str, int]:

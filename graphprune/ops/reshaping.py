@@ -253,13 +253,20 @@ def view(walk: Walk, node: fx.Node, x: Value, size: object, *args: object) -> La
 def _without_copies(walk: Walk, x: Value, shape: Sequence[int]) -> list[Tensor]:
     """Fresh ids that are about to share a dimension with others are not worth keeping.
 
-    Copies of keys and values for several queries are where queries leave: what is copied stays.
+    Nor are those that stay in any case, positions of an embedding, say: all that leaves does so at
+    each of them. Copies of keys and values for several queries are where queries leave: what is
+    copied stays.
     """
     kept = list(x.layers)
     for before, _ in reshape_blocks(x.shape, shape):
         inside = [layer for layer in kept if varying(layer) & set(before)]
         fresh = [layer for layer in inside if walk.is_fresh(layer)]
         shared = sum(x.shape[dim] > 1 for dim in before) > 1
+        settled = [i for i in inside if len(inside) > 1 and shared and walk.ties.stays(i)]
+        if settled and len(settled) < len(inside):
+            kept = [layer for layer in kept if all(layer is not other for other in settled)]
+            inside = [layer for layer in inside if all(layer is not other for other in settled)]
+            fresh = [layer for layer in fresh if all(layer is not other for other in settled)]
         if shared and walk.attention == "queries" and len(inside) > len(fresh):
             copied = [layer for layer in fresh if walk.is_copy(layer)]
             if len(copied) == 1 and max(before) in varying(copied[0]):

@@ -26,7 +26,9 @@ declare = partial(_declare, macs=free)  # nothing is multiplied here
 
 def factory_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
     """All sizes; some of them may have been tensors."""
-    yield Given(list(args_of(node)[0]), list(graph.shape(node, alive)), "size")
+    given = list(args_of(node)[0])
+    places = [(node, dim) for dim in range(len(given))]
+    yield Given(given, list(graph.shape(node, alive)), "size", places=places)
 
 
 @declare(aten.zeros, aten.ones, given=factory_given, makes=True, sample=of([2, 3]))

@@ -58,6 +58,7 @@ class Need:
     leaks: bool = False  # whether a plain int may have been computed from sizes
     before: tuple[Tensor, ...] = ()  # what must stay if a place cannot be changed
     scaled: bool = False  # whether it was computed in a way that nobody saw, and does not follow
+    hidden: bool = False  # whether no number in the code is known that it is
 
     @property
     def literal(self) -> Literal | None:
@@ -254,6 +255,10 @@ class Solver:
 
     def _problem(self, need: Need) -> Problem:
         leaves: list[object] = [*attributes(need.expression), need.literal]
+        if need.hidden:  # it may be an attribute of the module that came there unseen
+            module, given = need.node.meta.get("module"), need.given
+            held = [leaf for leaf in self.values if isinstance(leaf, Attribute)]
+            leaves = [leaf for leaf in held if (leaf.module, leaf.value) == (module, given)]
         return Problem(
             need.node,
             need.given,
@@ -263,6 +268,7 @@ class Solver:
             place=need.place,
             rivals=tuple(self.places[leaf] for leaf in leaves if leaf in self.places),
             layers=need.before,
+            hidden=need.hidden,
         )
 
     def _check_scales(self) -> None:
@@ -349,7 +355,7 @@ class Solver:
                 op = op_of(node)
                 if op.given is not None and (op.places or node.meta.get("numbers")):
                     place = number, position
-                    trust = place in self.trusted and not op.places
+                    trust = place in self.trusted
                     for need in self._needs_of(record, node, op, trust):
                         plain_int = isinstance(need.expression, int)
                         known = plain_int and place in self.scaled
@@ -359,16 +365,17 @@ class Solver:
         assert op.given is not None
         for given in op.given(self.graph, node, self.alive):
             bound = numbers_for(node, given)
-            if not bound and op.places and given.old != given.new:
-                before = self._before(node, given.old)
-                yield Need(node, given.old[0], given.new[0], given.old[0], before=before)
+            if not bound and op.places and given.old != given.new and not trust:
+                before, (old, *_), (new, *_) = self._before(node, given.old), given.old, given.new
+                place = given.places[0] if given.places else None
+                yield Need(node, old, new, old, place, before=before, hidden=True)
             self.unsure |= self._doubtful(node, [*bound.values()], record.leaks)
             for offset, (size, path, *_) in bound.items():
                 old, new = given.old[offset], given.new[offset]
                 if old == new == -1 or (size == -1 and old != -1):
                     continue  # inferred by the op
                 expr = expression(size)
-                if trust and isinstance(expr, int):
+                if trust and isinstance(expr, int) and not op.places:
                     continue
                 if isinstance(expr, int) and plain(size) in record.leaked:
                     expr = _computed(record, node, path, plain(size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphprune.channels.analysis import Analysis, Pruned
 from graphprune.errors import InputError, TraceError
 from graphprune.execute.shrink import hollow, shrink
+from graphprune.ops.calls import args_of
 from graphprune.ops.given import numbers_for
 from graphprune.ops.ids import Shape, varying
 from graphprune.ops.registry import op_of
@@ -42,21 +43,28 @@ class Place(NamedTuple):
 
 @torch.inference_mode(False)
 def first_mismatch(
-    model: nn.Module, call: Call, analysis: Analysis, alive: np.ndarray, plan: Plan
+    model: nn.Module,
+    call: Call,
+    analysis: Analysis,
+    alive: np.ndarray,
+    plan: Plan,
+    strict: bool = False,
 ) -> Place | None:
     """Record the small model, and compare the shape of every value with what is foreseen.
+
+    A ``strict`` run has to reach its end by the same ops, whatever the values that it reads.
 
     Returns:
         The first op that fails or has another shape; ``None`` when all is well.
     """
     for number, original in enumerate(analysis.records):
         small, complete = _recorded(model, _batch(original, call), original, plan)
-        bad = _first_difference(analysis, alive, original, small)
+        bad = _first_difference(analysis, alive, original, small, strict=strict)
         if bad is None and not complete:
             bad = min(len(small.ops), len(original.ops) - 1)
         if bad is None and original.doubts and not plan.plain_statistics:
             bad = _first_other_float(original, small)
-        if not complete and any(map(_depends_on_values, original.ops[:bad])):
+        if not (complete or strict) and any(map(_depends_on_values, original.ops[:bad])):
             continue  # boxes of other values, which the original may not take either
         if bad is not None:
             return Place(number, bad)
@@ -99,6 +107,7 @@ def _first_difference(
     original: Record,
     small: Record,
     whole: Record | None = None,
+    strict: bool = False,
 ) -> int | None:
     """The first op of another kind or shape. Whether a reshape copies depends on strides.
 
@@ -129,10 +138,10 @@ def _first_difference(
         if _depends_on_values(node) or unsteady & set(node.all_input_nodes):
             unsteady.update((node, *results.values()))
         if not _alike(node, other):
-            return None if unsteady else position  # other values take other ways
+            return None if unsteady and not strict else position  # other values take other ways
         if "shape" in node.meta and ("shape" not in other.meta or differs(node, other)):
             return position
-        if not unsteady and whole is None and _misplaced(pruned, node, other):
+        if (strict or not unsteady) and whole is None and _misplaced(pruned, node, other):
             return position
         for index, item in results.items():
             small_item = other.meta.get("items", {}).get(index)
@@ -174,15 +183,26 @@ class _Foreseen:
 def _misplaced(pruned: Pruned, node: fx.Node, other: fx.Node) -> bool:
     """Whether an op was given the place of another channel: the shape does not show it."""
     op = op_of(node)
-    if not op.places or op.given is None or not node.meta["numbers"]:
+    if not op.places or op.given is None:
         return False
     numbers = {number.path: number.value for number in other.meta["numbers"]}
     for given in op.given(_Foreseen(pruned), node, pruned.alive):
-        for place, number in numbers_for(node, given).items():
+        bound = numbers_for(node, given)
+        if not bound and given.old != given.new and _argument(other, given.argument) != given.new:
+            return True
+        for place, number in bound.items():
             needed = given.new[place]
             if plain(numbers.get(number.path, needed)) != needed:
                 return True
     return False
+
+
+def _argument(node: fx.Node, name: str) -> list[Any]:
+    """The numbers that an op was given by an argument of its schema."""
+    schema: Any = node.target
+    named = dict(zip((argument.name for argument in schema._schema.arguments), args_of(node)))
+    value = {**named, **node.kwargs}.get(name)
+    return [*value] if isinstance(value, list | tuple) else [value]
 
 
 def _values(record: Record) -> list[fx.Node]:
@@ -192,13 +212,36 @@ def _values(record: Record) -> list[fx.Node]:
 
 
 def _depends_on_values(node: fx.Node) -> bool:
-    """Whether the shape of a result depends on values: selected boxes, say."""
+    """Whether the shape of a result depends on values: selected boxes, say.
+
+    Constants of the code have the same values in the small model.
+    """
+    if not _reads_model(node):
+        return False
     if getattr(node.target, "overloadpacket", None) is aten.index:
         return any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
     tags = getattr(node.target, "tags", ())
     if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
         return True
     return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims", "graphprune")
+
+
+def _reads_model(node: fx.Node) -> bool:
+    """Whether an op reads what was computed from inputs, parameters or random numbers."""
+    waiting, seen = list(node.all_input_nodes), {node}
+    if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+        return True
+    while waiting:
+        source = waiting.pop()
+        if source in seen:
+            continue
+        seen.add(source)
+        constant = source.op == "get_attr" and str(source.target).startswith("constant_")
+        seeded = torch.Tag.nondeterministic_seeded in getattr(source.target, "tags", ())
+        if seeded or not (constant or source.op == "call_function"):
+            return True
+        waiting += source.all_input_nodes
+    return False
 
 
 _ALIKE = (

@@ -20,7 +20,8 @@ Place = tuple[fx.Node, int]  # a dimension of a value
 class Problem:
     """A size that could not be changed as a plan needs it.
 
-    A ``position`` (the index of a channel) must be right: no run shows whether it is.
+    A ``position`` (the index of a channel) must be right: shapes do not show whether it is. A run
+    does where it is ``hidden``: what the op is given is compared, not what the code says.
     """
 
     node: fx.Node
@@ -31,11 +32,13 @@ class Problem:
     place: Place | None = None  # what the size measures
     rivals: tuple[Place, ...] = ()  # what else the same attribute measures
     layers: tuple[Tensor, ...] = ()  # what to freeze, when that is known
+    hidden: bool = False  # whether no number in the code is known that it is
 
     @property
     def literal(self) -> bool:
         """Whether the size was a plain int: a literal, or computed where we could not follow."""
-        return isinstance(self.expression, int) and not self.position and not self.layers
+        shown = self.hidden or (not self.position and not self.layers)
+        return isinstance(self.expression, int) and shown
 
     @property
     def owner(self) -> str:
@@ -67,9 +70,10 @@ def obstacles(graph: Analysis, problems: Sequence[Problem]) -> Obstacles:
     Where all of those that the sizes depend on stay already, everything else does.
     """
     certain = [problem for problem in problems if not problem.literal] or problems
-    ties = tuple(pair for problem in certain if (pair := _united(graph, problem)) is not None)
-    if ties:
-        return Obstacles(ties)
+    for several in (certain, [problem for problem in problems if problem.hidden]):
+        ties = tuple(pair for problem in several if (pair := _united(graph, problem)) is not None)
+        if ties:
+            return Obstacles(ties)
     for find in (_moving, _moving_before):
         frozen = tuple((ids, problem.reason) for problem in certain for ids in find(graph, problem))
         if frozen:

@@ -111,7 +111,8 @@ def follow(
     problems = list(solved.problems)
     unclear = [problem for problem in problems if problem.literal]
     if unclear and len(unclear) == len(problems):
-        place = _mismatch(model, call, settled, alive)
+        hidden = any(problem.hidden for problem in unclear)
+        place = _mismatch(model, call, settled, alive, strict=hidden)
         if place is None:
             seen = {_place(analysis, problem.node) for problem in unclear}
             return Finding(
@@ -154,12 +155,15 @@ def _finding(settled: Settled, alive: np.ndarray, place: Place | None) -> Findin
     return Finding(settled.without(_in_the_way(settled.analysis, place, alive)), False)
 
 
-def _mismatch(model: nn.Module, call: Call, settled: Settled, alive: np.ndarray) -> Place | None:
+def _mismatch(
+    model: nn.Module, call: Call, settled: Settled, alive: np.ndarray, strict: bool = False
+) -> Place | None:
     """Where a shrunk copy differs from what is foreseen, if no plain int is trusted."""
     analysis = settled.analysis
     solved = adapt.changes(analysis, alive, scaled=settled.scaled)
     plan = bare_plan(analysis, alive, solved)
-    return _carried_out(first_mismatch, model, call, analysis, alive, plan)
+    run = partial(first_mismatch, strict=strict)
+    return _carried_out(run, model, call, analysis, alive, plan)
 
 
 def _carried_out(

@@ -27,6 +27,7 @@ _ATOMS = frozenset(
         Scale,
         Size,
         torch.Size,
+        torch.jit.ScriptFunction,
         torch.dtype,
         torch.device,
     }

@@ -298,3 +298,31 @@ def blocks_that_an_einsum_reads():
 @awkward((2, 6), removable=4)
 def blocks_that_a_convolution_reads():
     return Blocks(lambda y, weight: F.conv1d(y, weight[..., None]))
+
+
+@awkward((3, 6, 4), removable=10)
+class FlattenedPositions(nn.Module):
+    """A head over all patches, whose embedding of places stays (PatchTST)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.mid = nn.Linear(4, 10), nn.Linear(10, 10)
+        self.places, self.head = nn.Parameter(torch.randn(1, 6, 10)), nn.Linear(6 * 10, 3)
+
+    def forward(self, x):
+        x = self.inp(x) + self.places[:, : x.shape[1]]
+        return self.head((x + self.mid(x).relu()).flatten(1))
+
+
+@awkward((3, 6, 4), removable=8 + 4)
+class PlacesBesideChannels(nn.Module):
+    """Each place has channels of its own, the same for all inputs (TabTransformer)."""
+
+    def __init__(self):
+        super().__init__()
+        self.inp, self.head = nn.Linear(4, 8), nn.Linear(6 * 12, 3)
+        self.shared, self.norm = nn.Parameter(torch.randn(6, 4)), nn.LayerNorm(12)
+
+    def forward(self, x):
+        shared = self.shared.expand(len(x), -1, -1)
+        return self.head(self.norm(torch.cat([self.inp(x), shared], -1)).flatten(1))

@@ -397,3 +397,22 @@ class LightGru(nn.Module):
             update = torch.sigmoid(update)
             h = update * h + (1 - update) * torch.tanh(candidate)
         return self.head(h)
+
+
+@awkward((3, 5, 6), removable=8 + 10)
+class OneSizeOfTwoStates(nn.Module):
+    """An attribute and one line of code size the states of both cells: one width."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = 10
+        self.inp, self.head = nn.Linear(6, 8), nn.Linear(10, 4)
+        self.lower, self.upper = nn.GRUCell(8, 10), nn.GRUCell(10, 10)
+
+    def forward(self, x):
+        x = torch.tanh(self.inp(x))
+        low, high = (torch.zeros(len(x), n).to(x) for n in (self.hidden, self.hidden))
+        for step in x.unbind(1):
+            low = self.lower(step, low)
+            high = self.upper(low, high)
+        return self.head(high)
