@@ -16,7 +16,7 @@ from graphprune.ops.ids import Layers, varying
 from graphprune.ops.made import made, softmax_meta
 from graphprune.ops.registry import between, free, zeroes
 from graphprune.ops.registry import declare as _declare
-from graphprune.ops.samples import of
+from graphprune.ops.samples import bits, of
 from graphprune.ops.values import FLOATING, Value
 from graphprune.ops.walk import Walk
 
@@ -372,6 +372,12 @@ def extremum(
     dims = dims_of(dim, x.ndim)
     name = str(getattr(node.target, "_opname", "reduction"))
     return drop(walk.settle(x, dims, f"{name} over channels"), dims, node.meta["shape"])
+
+
+@declare(aten._is_all_true, sample=of(bits(2, 3)))
+def valid(walk: Walk, node: fx.Node, x: Value) -> Layers:
+    """Whether arguments of a distribution are allowed: without those that leave they still are."""
+    return ()
 
 
 def _largest(walk: Walk, x: Value, dims: set[int], shape: tuple[int, ...], text: str) -> Layers:

@@ -117,3 +117,25 @@ def test_tensors_that_nothing_reads_stay_as_long_as_the_others(name):
     assert small.layer.bias.shape == (4,)
     second = graphprune.rebuild(small, graphprune.trace(small, X).plan(0.5))
     assert graphprune.verify(model, second, X)
+
+
+class Latents(nn.Module):
+    """A variational model by the classes of torch, which look whether their arguments are valid."""
+
+    def __init__(self):
+        super().__init__()
+        self.mean, self.spread, self.out = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 6)
+
+    def forward(self, x):
+        found = torch.distributions.Normal(self.mean(x), self.spread(x).exp())
+        prior = torch.distributions.Normal(0.0, 1.0)
+        divergence = torch.distributions.kl_divergence(found, prior)
+        return self.out(found.rsample()), divergence.sum(-1)
+
+
+def test_latents_of_a_distribution_leave_although_they_are_validated():
+    torch.manual_seed(0)
+    model, x = Latents().eval(), torch.randn(4, 6)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.mean.out_features == small.spread.out_features == 8
+    assert graphprune.verify(model, small, x).verdict == "equal"
