@@ -115,13 +115,39 @@ def triangle(walk: Walk, node: fx.Node, x: Value, *args: object) -> Layers:
 )
 @declare(aten.squeeze_, linear=True, fact=moved_fact, sample=of((2, 1, 3), 1), hull=True)
 @declare(aten.flip, linear=True, fact=moved_fact, sample=of((2, 3), [0]), hull=True)
-@declare(aten.repeat, linear=True, fact=moved_fact, sample=of((2, 3), [2, 1, 1]), hull=True)
 def moved(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> Layers:
     """Run the op on the ids."""
     op = target_of(node)
     return tuple(
         move_layer(layer, x.shape, lambda ids: op(ids, *args, **kwargs)) for layer in x.layers
     )
+
+
+def repeats_given(graph: Pruned, node: fx.Node, alive: np.ndarray) -> Iterator[Given]:
+    """How many copies are made of each dimension: of a single position as many as are read."""
+    x, repeats = args_of(node)[:2]
+    sizes = (*[1] * (len(repeats) - len(x.meta["shape"])), *x.meta["shape"])
+    shape = graph.shape(node, alive)
+    new = [now if one == 1 else times for one, times, now in zip(sizes, repeats, shape)]
+    yield Given(list(repeats), new, "repeats", places=[(node, dim) for dim in range(len(repeats))])
+
+
+@declare(
+    aten.repeat,
+    linear=True,
+    makes=True,
+    fact=moved_fact,
+    given=repeats_given,
+    sample=of((2, 1, 3), [1, 4, 2]),
+    hull=True,
+)
+def repeat(walk: Walk, node: fx.Node, x: Value, repeats: Sequence[int]) -> Layers:
+    """Copies, of a single position as ``expand`` makes them."""
+    shape = node.meta["shape"]
+    sizes = (*[1] * (len(shape) - x.ndim), *x.shape)
+    fresh = [dim for dim, one in enumerate(sizes) if one == 1 < shape[dim]]
+    copies = (along(walk.copies(shape[dim]), dim, len(shape)) for dim in fresh)
+    return (*moved(walk, node, x, repeats), *copies)
 
 
 @declare(

@@ -303,3 +303,33 @@ class ValueResidual(Stream):
         q, k = (second.split(f(x)) for f in (second.q, second.k))
         y = second.mix(q, k, values)
         return self.head(x + second.out(y.transpose(1, 2).flatten(2)))
+
+
+# What is the same for all heads is repeated for each: a mask, a bias, places in a table.
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def attention_with_a_repeated_mask():
+    class Masked(Attention):
+        def mix(self, q, k, v):
+            mask = q.new_ones(q.shape[0], q.shape[2], k.shape[2]).tril()
+            mask = mask.unsqueeze(1).repeat(1, self.heads, 1, 1)
+            scores = (q @ k.transpose(-2, -1)) * self.scale
+            return scores.masked_fill(mask == 0, -1e9).softmax(-1) @ v
+
+    return stream(Masked())
+
+
+@awkward(TOKENS, removable=WIDTH + HEADS)
+def attention_with_places_gathered_for_each_head():  # CoAtNet
+    class Biased(Attention):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(7, HEADS))
+
+        def mix(self, q, k, v):
+            n = q.shape[2]
+            places = (torch.arange(n)[:, None] - torch.arange(n)[None]).clamp(-3, 3) + 3
+            bias = self.table.gather(0, places.reshape(-1, 1).repeat(1, self.heads))
+            scores = (q @ k.transpose(-2, -1)) * self.scale
+            return (scores + bias.T.reshape(1, self.heads, n, n)).softmax(-1) @ v
+
+    return stream(Biased())
