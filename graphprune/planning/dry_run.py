@@ -25,6 +25,7 @@ from graphprune.ops.registry import op_of
 from graphprune.plan.plan import Plan
 from graphprune.plan.vocabulary import for_small
 from graphprune.record.inputs import Call
+from graphprune.record.modes import leak
 from graphprune.record.recorder import Record
 from graphprune.record.recording import dry, run
 from graphprune.record.sizes import Attribute, plain
@@ -135,9 +136,11 @@ def _first_difference(
 
     for (position, node), other in zip(mine, others):
         results = node.meta.get("items", {})
-        if _depends_on_values(node) or unsteady & set(node.all_input_nodes):
+        looked = (node.target is leak and _reads_model(node)) or _depends_on_values(node)
+        if looked or unsteady & set(node.all_input_nodes):
             unsteady.update((node, *results.values()))
-        if not _alike(node, other):
+        elsewhere = node.meta["module"] != other.meta["module"]
+        if not _alike(node, other) or (unsteady and elsewhere):
             return None if unsteady and not strict else position  # other values take other ways
         if "shape" in node.meta and ("shape" not in other.meta or differs(node, other)):
             return position
@@ -216,14 +219,15 @@ def _depends_on_values(node: fx.Node) -> bool:
 
     Constants of the code have the same values in the small model.
     """
-    if not _reads_model(node):
-        return False
-    if getattr(node.target, "overloadpacket", None) is aten.index:
-        return any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
     tags = getattr(node.target, "tags", ())
-    if torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
-        return True
-    return str(getattr(node.target, "namespace", "aten")) not in ("aten", "prims", "graphprune")
+    if getattr(node.target, "overloadpacket", None) is aten.index:
+        depends = any(n.meta.get("dtype") == torch.bool for n in node.all_input_nodes[1:])
+    elif torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+        depends = True
+    else:
+        known = ("aten", "prims", "graphprune")
+        depends = str(getattr(node.target, "namespace", "aten")) not in known
+    return depends and _reads_model(node)
 
 
 def _reads_model(node: fx.Node) -> bool:

@@ -317,3 +317,31 @@ def test_a_number_is_computed_from_the_size_of_what_it_cuts():
     for group in graph.groups:
         graph.plan_of({group.name: [0]})
     assert graphprune.verify(model, graphprune.rebuild(model, 0.4, x), x).difference < 1e-10
+
+
+class Routed(nn.Module):
+    """Each row goes to the expert that its router prefers: to another one in the small model."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.router, self.out = nn.Linear(5, 16), nn.Linear(16, 6), nn.Linear(16, 3)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)) for _ in range(6)
+        )
+
+    def forward(self, x):
+        h = self.stem(x)
+        chosen = self.router(h).argmax(-1).tolist()
+        out = torch.cat([self.experts[n](row[None]) for n, row in zip(chosen, h)])
+        return self.out(h + out)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_that_take_another_way_in_the_small_model_freeze_nothing(seed):
+    torch.manual_seed(seed)
+    model, x = Routed().double().eval(), torch.randn(3, 5, dtype=torch.float64)
+    graph = graphprune.trace(model, x)
+    assert not [group.note for group in graph.frozen if "does not follow" in str(group.note)]
+    small = graphprune.rebuild(model, graph.plan(0.5))
+    assert small.stem.out_features == 8
+    assert graphprune.verify(model, small, x).verdict == "equal"
