@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import fx
@@ -17,6 +18,9 @@ TENSOR: Any = torch.Tensor  # with its attributes as descriptors
 FUNCTORCH: Any = torch._C._functorch
 
 
+_TOLD: set[type] = set()  # modes that dynamo passes over
+
+
 class OpMode(TorchDispatchMode):
     """A mode that sees ATen ops."""
 
@@ -26,6 +30,16 @@ class OpMode(TorchDispatchMode):
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # else dynamo is told of each op, and loaded for that
         return False
+
+    def __enter__(self) -> Self:
+        """Where dynamo is loaded, code may be compiled: the code of the mode must not be."""
+        kind: Any = type(self)
+        if "torch._dynamo" in sys.modules and kind not in _TOLD:
+            _TOLD.add(kind)
+            kind.__torch_dispatch__ = torch.compiler.disable(kind.__torch_dispatch__)
+        mode: Any = super()
+        mode.__enter__()
+        return self
 
 
 def args_of(node: fx.Node) -> Any:

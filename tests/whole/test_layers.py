@@ -262,3 +262,27 @@ def test_layers_whose_weight_has_another_dimension_than_torchs_are_cut(kind):
     shapes = [tuple(parameter.shape) for parameter in small.parameters()]
     assert wanted in shapes, "of three, two stay"
     assert graphprune.verify(model, small, x).verdict == "equal"
+
+
+class PartlyCompiled(nn.Module):
+    """A compiled part, as ``torch.compile`` wraps it, and a compiled function."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 12), nn.Linear(12, 3)
+        self.part = torch.compile(nn.Sequential(nn.Linear(12, 12), nn.ReLU()), backend="eager")
+        self.rest = torch.compile(lambda x, y: F.gelu(x) * y, backend="eager")
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(self.rest(self.part(x), x))
+
+
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # beside global hooks
+def test_compiled_parts_are_recorded_op_by_op():
+    """Dynamo must not compile what looks at the ops: it would see them at other times."""
+    torch.manual_seed(0)
+    model, x = PartlyCompiled().eval(), torch.randn(4, 6)
+    small = graphprune.rebuild(model, 0.5, x)
+    assert small.first.out_features == small.last.in_features == 6
+    assert graphprune.verify(model, small, x).verdict == "equal"
