@@ -19,8 +19,8 @@ from graphprune.ops import Op, check, declare, forget
 from graphprune.ops.samples import of
 from graphprune.planning.sensitivity import Sensitivity
 from graphprune.record.attention import MultiheadAttention
-from graphprune.search.outcome import Smallest, Tried
 from graphprune.training import callbacks
+from graphprune.training.search.outcome import Smallest, Tried
 from graphprune.verification.report import Report
 
 TARGET = Path(__file__).with_name("api.md")

@@ -2,15 +2,15 @@
 
 from graphprune.api import ChannelGraph, rebuild, trace
 from graphprune.calibration import calibrate
+from graphprune.deploy.folders.door import from_pretrained, save_pretrained
+from graphprune.deploy.folders.streaming import shrink_folder
 from graphprune.execute.checkpoint import load, save
-from graphprune.folders.door import from_pretrained, save_pretrained
-from graphprune.folders.streaming import shrink_folder
 from graphprune.measurement import Measurement, measure
 from graphprune.moved import find_moved
 from graphprune.plan.plan import MAKERS, Plan
 from graphprune.planning.options import Options
 from graphprune.report import write_report
-from graphprune.search.smallest import rebuilt, smallest
+from graphprune.training.search.smallest import rebuilt, smallest
 from graphprune.verification.masked import mask
 from graphprune.verification.report import verify
 from graphprune.version import __version__ as __version__

@@ -75,7 +75,7 @@ def trace(
             of the output, such as a loss: what its result is made of counts. Other outputs may
             lose channels, and ``verify`` does not compare them.
         weights: of a model on the meta device its parameters by name, for criteria: a mapping that
-            may read each when it is asked for (:class:`graphprune.folders.Shards`).
+            may read each when it is asked for (:class:`graphprune.deploy.folders.Shards`).
 
     Returns:
         The channel graph; ``print`` it to see the groups.

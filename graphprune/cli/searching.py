@@ -17,7 +17,7 @@ from graphprune.cli.session import Session
 from graphprune.errors import InputError
 from graphprune.plan.plan import plan_of
 from graphprune.planning.options import Options
-from graphprune.search.smallest import smallest
+from graphprune.training.search.smallest import smallest
 
 _BATCH = 64
 _FILES = (".npz", ".npy", ".safetensors")

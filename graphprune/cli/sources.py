@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from graphprune.deploy.folders.door import from_pretrained
+from graphprune.deploy.folders.plans import ENTRY
 from graphprune.deploy.reading.door import from_onnx
 from graphprune.errors import InputError
-from graphprune.folders.door import from_pretrained
-from graphprune.folders.plans import ENTRY
 from graphprune.text import shorten
 
 Factory = Callable[[], Any]

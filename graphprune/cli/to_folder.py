@@ -10,8 +10,8 @@ from torch import nn
 
 from graphprune.cli.loading import parse_inputs
 from graphprune.cli.session import Session, write_plan
+from graphprune.deploy.folders.streaming import shrink_folder
 from graphprune.errors import InputError
-from graphprune.folders.streaming import shrink_folder
 from graphprune.plan.plan import Plan
 from graphprune.planning.options import Options
 

@@ -2,7 +2,8 @@
 
 A model and example inputs enter; a file leaves (ONNX, a ``torch.export`` package) together with a
 report of how it compares with the model in the engine that runs it. Engines are loaded where they
-are used: ``pip install "graphprune[onnx]"``. Nothing but the command line imports it.
+are used: ``pip install "graphprune[onnx]"``. Of libraries whose models are folders, ``folders``
+knows the layouts. The command line and the package itself import it.
 """
 
 from graphprune.deploy.certificate import Certificate, Compared

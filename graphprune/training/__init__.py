@@ -1,7 +1,8 @@
 """Prune and retrain: parts that fit the user's own training loop.
 
 The user's model, optimizer and loop enter; schedules, masks, rounds, distillation and reports help
-it along. All pruning is asked of ``api``. Nothing but the user imports it.
+it along; ``search`` looks for the smallest model that loses at most so much. All pruning is asked
+of ``api``. The user and the command line import it.
 """
 
 from graphprune.training.distil import Distillation, divergence

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from graphprune.errors import InputError
 from graphprune.ranks import Ranks
 from graphprune.record.batches import at_rest
-from graphprune.search.bounds import upper_bound
-from graphprune.search.checks import check_examples, check_unit
-from graphprune.search.evaluating import check_alike, span_of
+from graphprune.training.search.bounds import upper_bound
+from graphprune.training.search.checks import check_examples, check_unit
+from graphprune.training.search.evaluating import check_alike, span_of
 from graphprune.training.users import Evaluate, NotFinite, run_evaluation
 
 CONFIDENCE = 0.95

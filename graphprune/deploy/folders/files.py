@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from graphprune.deploy.folders.plans import FORMAT, told, write_text
 from graphprune.errors import CheckpointError, InputError, ModelError
 from graphprune.execute.checkpoint import load, save
 from graphprune.execute.weightless import weightless
-from graphprune.folders.plans import FORMAT, told, write_text
 from graphprune.plan.plan import plan_of
 from graphprune.record.tensors import fingerprint
 

@@ -17,11 +17,11 @@ from graphprune.plan.plan import Plan
 from graphprune.ranks import Ranks
 from graphprune.record.batches import device_of
 from graphprune.record.random_numbers import same_numbers
-from graphprune.search.bounds import upper_bound
-from graphprune.search.budgets import next_budget
-from graphprune.search.evaluating import check_alike, evaluated, span_of, together
-from graphprune.search.outcome import Tried
-from graphprune.search.stored import Stored
+from graphprune.training.search.bounds import upper_bound
+from graphprune.training.search.budgets import next_budget
+from graphprune.training.search.evaluating import check_alike, evaluated, span_of, together
+from graphprune.training.search.outcome import Tried
+from graphprune.training.search.stored import Stored
 
 _MORE = 4  # plans that are made for one evaluation, at most: some cannot be met, some are alike
 

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from graphprune.deploy.folders import of_transformers
+from graphprune.deploy.folders.plans import ENTRY
 from graphprune.execute.saving import WRITERS, Offer
-from graphprune.folders import of_transformers
-from graphprune.folders.plans import ENTRY
 from graphprune.record.tensors import named_modules
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from graphprune.deploy.folders.files import check_builds, placed, read, read_json, write
+from graphprune.deploy.folders.plans import ENTRY, told
 from graphprune.errors import InputError, ModelError
-from graphprune.folders.files import check_builds, placed, read, read_json, write
-from graphprune.folders.plans import ENTRY, told
 
 WEIGHTS = "model.safetensors"
 

@@ -396,7 +396,7 @@ def test_trainers_resume(tmp_path):
 
 def test_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    page = Path(__file__).parents[2] / "docs" / "hugging-face.md"
+    page = Path(__file__).parents[3] / "docs" / "hugging-face.md"
     blocks = re.findall(r"^```py\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
     assert len(blocks) >= 3
     if not importlib.util.find_spec("timm"):

@@ -18,7 +18,7 @@ from graphprune.arguments import as_path, is_number
 from graphprune.errors import CheckpointError, GraphPruneError, InputError
 from graphprune.plan.plan import Plan
 from graphprune.ranks import Ranks
-from graphprune.search.outcome import Tried
+from graphprune.training.search.outcome import Tried
 
 FORMAT, VERSION = "graphprune-search", 1
 _CLOSE = 1e-4  # of marks of the same weights

@@ -15,8 +15,8 @@ from graphprune.calibration import calibrate
 from graphprune.errors import InputError, warn
 from graphprune.plan.plan import Plan
 from graphprune.planning.targets import targets_of
-from graphprune.search.bounds import examples_for, unchanged
-from graphprune.search.evaluating import right_or_wrong, span_of
+from graphprune.training.search.bounds import examples_for, unchanged
+from graphprune.training.search.evaluating import right_or_wrong, span_of
 
 _MOST = 10**9  # examples that anyone would pass
 LEAST = 0.2  # of the original, where a user does not say how small is small enough

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from graphprune.arguments import as_path
+from graphprune.deploy.folders import of_diffusers, of_sentences, of_timm, of_transformers
+from graphprune.deploy.folders.files import read_json
+from graphprune.deploy.folders.plans import not_installed
 from graphprune.errors import InputError
-from graphprune.folders import of_diffusers, of_sentences, of_timm, of_transformers
-from graphprune.folders.files import read_json
-from graphprune.folders.plans import not_installed
 
 
 def save_pretrained(small: nn.Module, folder: str | Path, **options: Any) -> Path:

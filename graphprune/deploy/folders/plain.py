@@ -16,10 +16,7 @@ from typing import Any
 
 import torch
 
-from graphprune.errors import CheckpointError
-from graphprune.execute.building import Recipe
-from graphprune.execute.config import Before, refuse_loaded
-from graphprune.folders.plans import (
+from graphprune.deploy.folders.plans import (
     ENTRY,
     PLAN_FILE,
     Entry,
@@ -28,6 +25,9 @@ from graphprune.folders.plans import (
     tie,
     told,
 )
+from graphprune.errors import CheckpointError
+from graphprune.execute.building import Recipe
+from graphprune.execute.config import Before, refuse_loaded
 from graphprune.plan.plan import Plan
 from graphprune.record.tensors import aliases
 from graphprune.text import shorten

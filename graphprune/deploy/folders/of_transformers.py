@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
-from graphprune.execute.saving import WRITERS, Offer
-from graphprune.folders.plain import (
+from graphprune.deploy.folders.plain import (
     CODE_FILE,
     HUB,
     Reference,
@@ -30,7 +28,17 @@ from graphprune.folders.plain import (
     register,
     unmark,
 )
-from graphprune.folders.plans import ENTRY, Entry, fitting, refused, told, write_plan, write_text
+from graphprune.deploy.folders.plans import (
+    ENTRY,
+    Entry,
+    fitting,
+    refused,
+    told,
+    write_plan,
+    write_text,
+)
+from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
+from graphprune.execute.saving import WRITERS, Offer
 from graphprune.plan.plan import Plan
 
 _CODE = '''"""Loads the small model of this folder; written by graphprune.
@@ -39,7 +47,7 @@ AutoModel classes import this file when they are given trust_remote_code=True. W
 graphprune.from_pretrained(folder) gives the same model.
 """
 
-from graphprune.folders.of_transformers import small_class
+from graphprune.deploy.folders.of_transformers import small_class
 from transformers import {kind}
 
 Small{kind} = small_class({kind})

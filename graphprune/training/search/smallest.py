@@ -18,7 +18,8 @@ from graphprune.record.agreement import agree
 from graphprune.record.batches import check_data
 from graphprune.record.checks import check_model
 from graphprune.record.tensors import fingerprint, mark
-from graphprune.search.checks import (
+from graphprune.text import bar, noted
+from graphprune.training.search.checks import (
     check_arguments,
     check_call,
     check_examples,
@@ -27,11 +28,10 @@ from graphprune.search.checks import (
     least_of,
     quantity_of,
 )
-from graphprune.search.evaluating import right_or_wrong, span_of
-from graphprune.search.outcome import Smallest
-from graphprune.search.searching import Search
-from graphprune.search.stored import Stored, digest
-from graphprune.text import bar, noted
+from graphprune.training.search.evaluating import right_or_wrong, span_of
+from graphprune.training.search.outcome import Smallest
+from graphprune.training.search.searching import Search
+from graphprune.training.search.stored import Stored, digest
 
 
 def smallest(

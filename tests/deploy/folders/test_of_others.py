@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import graphprune
+from graphprune.deploy.folders.files import check_builds, placed, read, write
 from graphprune.errors import CheckpointError, InputError, ModelError, PruningWarning
-from graphprune.folders.files import check_builds, placed, read, write
 
 
 @pytest.fixture(autouse=True)

@@ -11,11 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 import graphprune
-from graphprune.errors import CheckpointError, InputError, ModelError, PruningWarning
-from graphprune.execute import saving
-from graphprune.execute.building import Recipe
-from graphprune.execute.saving import Origin
-from graphprune.folders.plans import (
+from graphprune.deploy.folders.plans import (
     PLAN_FILE,
     Entry,
     fitting,
@@ -24,6 +20,10 @@ from graphprune.folders.plans import (
     tie,
     write_plan,
 )
+from graphprune.errors import CheckpointError, InputError, ModelError, PruningWarning
+from graphprune.execute import saving
+from graphprune.execute.building import Recipe
+from graphprune.execute.saving import Origin
 from graphprune.record.tensors import fingerprint
 
 X = torch.arange(10).view(2, 5)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from graphprune.api import rebuild, trace
 from graphprune.arguments import as_path, is_int
+from graphprune.deploy.folders import of_transformers
+from graphprune.deploy.folders.plans import ENTRY, not_installed, write_text
+from graphprune.deploy.folders.shards import INDEX, SINGLE, Layout, Named, Shards, write_shard
 from graphprune.errors import CheckpointError, InputError
 from graphprune.execute.shrink import cut, kept_indices, written
-from graphprune.folders import of_transformers
-from graphprune.folders.plans import ENTRY, not_installed, write_text
-from graphprune.folders.shards import INDEX, SINGLE, Layout, Named, Shards, write_shard
 from graphprune.plan.leaving import names_before
 from graphprune.plan.plan import Plan
 from graphprune.planning.options import Options

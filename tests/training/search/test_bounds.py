@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from graphprune.search.bounds import examples_for, unchanged, upper_bound
-from graphprune.search.budgets import next_budget
+from graphprune.training.search.bounds import examples_for, unchanged, upper_bound
+from graphprune.training.search.budgets import next_budget
 
 
 def counts(worse, better, same):

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 import graphprune
 from graphprune.cli.main import app
+from graphprune.deploy.folders import streaming
+from graphprune.deploy.folders.streaming import STATE
 from graphprune.errors import CheckpointError, InputError
-from graphprune.folders import streaming
-from graphprune.folders.streaming import STATE
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = [

@@ -54,7 +54,7 @@ class Shards(Mapping[str, Tensor]):
 
     Example:
         >>> import torch, safetensors.torch, tempfile
-        >>> from graphprune.folders.shards import Shards
+        >>> from graphprune.deploy.folders.shards import Shards
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     safetensors.torch.save_file({"a": torch.ones(2, 3)}, f"{folder}/model.safetensors")
         ...     Shards(folder)["a"].shape

@@ -9,12 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from graphprune.deploy.folders import of_transformers
+from graphprune.deploy.folders.files import check_builds, placed, read, read_json, write
+from graphprune.deploy.folders.plain import DOOR
+from graphprune.deploy.folders.plans import ENTRY, refused, told
 from graphprune.errors import CheckpointError, GraphPruneError, InputError, ModelError
 from graphprune.execute.saving import WRITERS, Offer
-from graphprune.folders import of_transformers
-from graphprune.folders.files import check_builds, placed, read, read_json, write
-from graphprune.folders.plain import DOOR
-from graphprune.folders.plans import ENTRY, refused, told
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _OWN = f"_{ENTRY}"  # of a config: diffusers passes over names that begin so
@@ -81,8 +81,8 @@ def _small(kind: Any, folder: Path, config: dict[str, Any]) -> Any:
 def register() -> None:
     """Let plain ``from_pretrained`` read folders with a plan, by its door for quantizers.
 
-    See :mod:`graphprune.folders.plain`; here whatever is built is made the small model before
-    weights are read into it. There is no public function to register at.
+    See :mod:`graphprune.deploy.folders.plain`; here whatever is built is made the small model
+    before weights are read into it. There is no public function to register at.
     """
     auto = sys.modules.get("diffusers.quantizers.auto")
     if auto is None or ENTRY in auto.AUTO_QUANTIZER_MAPPING:

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import graphprune
+from graphprune.deploy.folders.shards import INDEX, SINGLE, Layout, Named, Shards, write_shard
 from graphprune.errors import CheckpointError, InputError, ModelError, TraceError
-from graphprune.folders.shards import INDEX, SINGLE, Layout, Named, Shards, write_shard
 
 
 def net():
