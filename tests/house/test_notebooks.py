@@ -18,6 +18,7 @@ def test_there_are_some():
     assert BOOKS
 
 
+@pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")  # of how much is lost
 @pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.stem)
 def test_a_notebook_runs(book, tmp_path, monkeypatch, capsys):
     if book.stem == "resnet":
