@@ -7,6 +7,7 @@ import pytest
 
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 BOOKS = sorted(FOLDER.glob("*.ipynb"))
+RUN = [pytest.param(book, marks=[pytest.mark.slow] * (book.stem != "resnet")) for book in BOOKS]
 
 
 def cells(book, kind):
@@ -19,7 +20,7 @@ def test_there_are_some():
 
 
 @pytest.mark.filterwarnings("ignore::graphprune.errors.PruningWarning")  # of how much is lost
-@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.stem)
+@pytest.mark.parametrize("book", RUN, ids=lambda book: book.stem)
 def test_a_notebook_runs(book, tmp_path, monkeypatch, capsys):
     if book.stem == "resnet":
         pytest.importorskip("sklearn", reason="scikit-learn is not installed")
