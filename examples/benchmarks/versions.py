@@ -51,7 +51,7 @@ def oldest() -> tuple[str, ...]:
 
 ENVIRONMENTS = (
     Environment("oldest", "3.11", "test,demo,training", oldest()),
-    Environment("newest", "3.13", "test,demo,training", ("torch>=2.15",)),
+    Environment("newest", "3.13", "test,demo,training"),
     Environment("plain", "3.12"),
 )
 

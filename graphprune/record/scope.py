@@ -13,9 +13,11 @@ import contextlib
 import copy
 import functools
 import math
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,9 +26,10 @@ from torch import Tensor, nn
 
 from graphprune.record.sizes import MATH, Operation, Scale, Size, expression, must_not_change, plain
 
-_lock = threading.Lock()
+_lock = threading.RLock()
 _undo = contextlib.ExitStack()
-_open = 0  # recordings that have begun and not ended, in all threads
+_call: Any = operator.call
+_uses: set[int] = set()  # recordings that have begun and not ended, in all threads
 _local = threading.local()
 
 
@@ -46,34 +49,54 @@ def recording(recorder: object) -> Iterator[None]:
             ``reduce`` instead of ``Tensor.__reduce_ex__``. ``None`` for a run that only needs the
             fused paths off.
     """
-    global _open
-    with _lock:
-        if not _open:
-            _change()
-        _open += 1
-    running = _local.__dict__.setdefault("running", [])
-    running.append(recorder)
+    use = _Use(recorder)
     try:
+        use.take()
         yield
     finally:
-        running.remove(recorder)
+        use.give_back()
+
+
+class _Use:
+    """What a recording holds: the changes stay in place, and its recorder is that of the thread.
+
+    It is given back at the latest when nobody knows of it any more: an interruption may come
+    between any two lines. So whatever is changed can be undone before it is.
+    """
+
+    def __init__(self, recorder: object) -> None:
+        self.recorder, self.running = recorder, _local.__dict__.setdefault("running", [])
+        self.listed = False
+
+    def take(self) -> None:
         with _lock:
-            _open -= 1
-            if not _open:
+            _uses.add(id(self))
+            if len(_uses) == 1:
+                _change()
+        self.listed = True
+        self.running.append(self.recorder)
+
+    def give_back(self) -> None:
+        if self.listed:
+            with contextlib.suppress(ValueError):
+                self.running.remove(self.recorder)
+            self.listed = False
+        with _lock:
+            _uses.discard(id(self))
+            if not _uses:
                 _undo.close()
+
+    __del__ = give_back
 
 
 def _change() -> None:
-    fast = torch.backends.mha.get_fastpath_enabled()
-    if fast:  # the fused transformer path hides its ops
-        torch.backends.mha.set_fastpath_enabled(False)
+    if torch.backends.mha.get_fastpath_enabled():  # the fused transformer path hides its ops
         _undo.callback(torch.backends.mha.set_fastpath_enabled, True)
-    for handle in (
-        nn_module.register_module_forward_pre_hook(_enter),
-        nn_module.register_module_forward_hook(_leave, with_kwargs=True, always_call=True),
-    ):
-        _undo.callback(handle.remove)
-        _undo.callback(nn_module._global_forward_hooks_with_kwargs.pop, handle.id, None)  # it stays
+        torch.backends.mha.set_fastpath_enabled(False)
+    _undo.callback(nn_module.register_module_forward_pre_hook(_enter).remove)
+    hook = partial(nn_module.register_module_forward_hook, with_kwargs=True, always_call=True)
+    pop = nn_module._global_forward_hooks_with_kwargs.pop  # of what stays there when it is removed
+    _undo.callback(list, map(_call, ((one := hook(_leave)).remove, partial(pop, one.id, None))))
     _put(torch.autograd.Function, "apply", classmethod(_apply))
     _put(Tensor, "__reduce_ex__", _reduce)
     for name in MATH:
@@ -86,22 +109,21 @@ def lengths() -> Iterator[None]:
 
     It is a place that the whole process looks at often: only code that asks for it gets it.
     """
-    global _measured
-    with _lock:
-        if not _measured:
-            builtins.len = _length
-        _measured += 1
+    user = object()
     try:
+        with _lock:
+            _measuring.add(id(user))
+            builtins.len = _length
         yield
     finally:
         with _lock:
-            _measured -= 1
-            if not _measured:
+            _measuring.discard(id(user))
+            if not _measuring:
                 builtins.len = _len
 
 
 _len = len
-_measured = 0  # users of ``lengths``, in all threads
+_measuring: set[int] = set()  # users of ``lengths``, in all threads
 
 
 def _length(value: Any) -> int:
@@ -114,8 +136,8 @@ def _length(value: Any) -> int:
 def _put(owner: object, name: str, value: object) -> None:
     before = vars(owner)[name]
     _originals[name] = before
-    setattr(owner, name, value)
     _undo.callback(setattr, owner, name, before)
+    setattr(owner, name, value)
 
 
 _originals: dict[str, Any] = {}
