@@ -279,6 +279,7 @@ class PartlyCompiled(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")  # beside global hooks
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:torch")  # dynamo's, of versions of Python
 def test_compiled_parts_are_recorded_op_by_op():
     """Dynamo must not compile what looks at the ops: it would see them at other times."""
     torch.manual_seed(0)
