@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.interrupt import Interrupt
 from support.strangers import (
     MODELS,
     body_of,
@@ -230,29 +231,9 @@ def test_a_checkpoint_opens_no_other_file(tmp_path):
 # --- interruption -----------------------------------------------------------------------------
 
 
-class Interrupt:
-    """Raises at the n-th line that a package runs."""
-
-    def __init__(self, number):
-        self.left = number
-
-    def __enter__(self):
-        sys.settrace(self.call)
-
-    def __exit__(self, *error):
-        sys.settrace(None)
-        return error[0] is KeyboardInterrupt
-
-    def call(self, frame, event, arg):
-        return self.line if os.sep + "graphprune" + os.sep in frame.f_code.co_filename else None
-
-    def line(self, frame, event, arg):
-        if event == "line":
-            self.left -= 1
-            if not self.left:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self.line
+def of_the_package(name):
+    """Whether a file is one of graphprune's."""
+    return os.sep + "graphprune" + os.sep in name
 
 
 # Python says so of what is raised while it closes a generator that nobody reads on, and goes on.
@@ -261,7 +242,7 @@ class Interrupt:
 def test_an_interruption_leaves_the_old_model_or_the_new_one(name):
     factory, x = MODELS[name]
     small = graphprune.rebuild(seeded(factory), PLANS[name])
-    lines = Interrupt(10**9)
+    lines = Interrupt(10**9, of_the_package)
     with lines:
         graphprune.rebuild(seeded(factory), PLANS[name], inplace=True)
     total = 10**9 - lines.left
@@ -272,7 +253,7 @@ def test_an_interruption_leaves_the_old_model_or_the_new_one(name):
         for parameter in parameters.values():
             parameter.grad = torch.ones_like(parameter)
         before = state_of(model)
-        with Interrupt(number):
+        with Interrupt(number, of_the_package):
             graphprune.rebuild(model, PLANS[name], inplace=True)
         old = not difference(before, state_of(model))
         states.add(old)

@@ -1,11 +1,11 @@
 """What a recording changes in torch is undone, whatever line it is interrupted at."""
 
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.modules.module as nn_module
+from support.interrupt import Interrupt
 from torch import Tensor
 
 from graphprune.record import scope
@@ -21,31 +21,6 @@ def held():
     )  # fmt: skip
 
 
-class Interrupt:
-    """Raises at the n-th line of one file."""
-
-    def __init__(self, number):
-        self.left = number
-
-    def __enter__(self):
-        sys.settrace(self.call)
-
-    def __exit__(self, *error):
-        sys.settrace(None)
-        return error[0] is KeyboardInterrupt
-
-    def call(self, frame, event, arg):
-        return self.line if frame.f_code.co_filename == scope.__file__ else None
-
-    def line(self, frame, event, arg):
-        if event == "line":
-            self.left -= 1
-            if not self.left:
-                sys.settrace(None)
-                raise KeyboardInterrupt
-        return self.line
-
-
 def record():
     with scope.recording("a recorder"):
         assert scope.current() == "a recorder"
@@ -55,14 +30,14 @@ def record():
 # Python says so of what is raised while it closes a generator or an object that nobody knows of.
 @pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
 def test_an_interruption_at_any_line_leaves_nothing_behind():
-    before, lines = held(), Interrupt(10**9)
+    before, lines = held(), Interrupt(10**9, scope.__file__.__eq__)
     with lines:
         record()
     assert held() == before
     total = 10**9 - lines.left
     assert total > 20
     for number in range(1, total + 1):
-        with Interrupt(number):
+        with Interrupt(number, scope.__file__.__eq__):
             record()
         assert held() == before, f"line {number} of {total}"
     record()
