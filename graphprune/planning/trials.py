@@ -21,14 +21,14 @@ from graphprune.execute.shrink import shrink
 from graphprune.plan.plan import Plan
 from graphprune.planning.draft import Draft
 from graphprune.ranks import Ranks
-from graphprune.record.batches import Batch, count_of
+from graphprune.record.batches import Batch, Through
 
 MOST = 96  # items that small models are repaired on
 HELD_OUT = 0.34  # of these
 BETTER = 0.99  # of the error: less is chance
 
 
-class First(Iterable[object]):
+class First(Through):
     """Data that is gone through once, of which the first items are kept.
 
     Attributes:
@@ -37,15 +37,9 @@ class First(Iterable[object]):
     """
 
     def __init__(self, data: Iterable[object]) -> None:
-        self.data = data
+        super().__init__(data)
         self.kept: list[object] = []
         self.items = 0
-
-    def __len__(self) -> int:
-        found = count_of(self.data)
-        if found is None:
-            raise TypeError("the number of batches is not known")
-        return found
 
     def __iter__(self) -> Iterator[object]:
         self.kept, self.items = [], 0

@@ -263,17 +263,25 @@ def _dimensions(described: str) -> list[int]:
     return [len(sides.split(",")) for sides in re.findall(r"\w\[([\d, ]*)\]", described)]
 
 
-class Batched(Iterable[object]):
-    """Data whose batches are compared with example inputs, as they are gone through."""
+class Through(Iterable[object]):
+    """Data that is gone through in some way of its own; it has as many batches."""
 
-    def __init__(self, data: Iterable[object], traced: str) -> None:
-        self.data, self.traced = data, traced
+    def __init__(self, data: Iterable[object]) -> None:
+        self.data = data
 
     def __len__(self) -> int:
         found = count_of(self.data)
         if found is None:
             raise TypeError("the number of batches is not known")
         return found
+
+
+class Batched(Through):
+    """Data whose batches are compared with example inputs, as they are gone through."""
+
+    def __init__(self, data: Iterable[object], traced: str) -> None:
+        super().__init__(data)
+        self.traced = traced
 
     def __iter__(self) -> Iterator[object]:
         for number, batch in enumerate(self.data):
