@@ -313,8 +313,13 @@ def refused(offer: Offer, error: GraphPruneError) -> ModelError:
 
 
 def not_installed(folder: object, error: ModuleNotFoundError) -> InputError:
-    """What is said where the library of a folder is missing."""
+    """What is said where the library of a folder is missing, or the folder itself."""
+    install = f"pip install {(error.name or '').replace('_', '-')}"
+    if not Path(str(folder)).exists():
+        return InputError(
+            f"there is no folder {str(folder)!r}; if it is a name on the hub, its library is "
+            f"needed: {install}"
+        )
     return InputError(
-        f"{str(folder)!r} holds a model of a library that is not installed ({error}): "
-        f"pip install {(error.name or '').replace('_', '-')}"
+        f"{str(folder)!r} holds a model of a library that is not installed ({error}): {install}"
     )

@@ -15,6 +15,7 @@ from graphprune.deploy.folders.plans import (
     PLAN_FILE,
     Entry,
     fitting,
+    not_installed,
     settle_values,
     small_of,
     tie,
@@ -301,3 +302,13 @@ def test_ties_are_made():
 def test_what_is_no_folder_of_a_model(tmp_path):
     with pytest.raises(InputError, match=r"has no config\.json"):
         graphprune.from_pretrained(tmp_path)
+
+
+def test_a_folder_that_is_missing_is_told_before_its_library(tmp_path):
+    missing = ModuleNotFoundError("No module named 'some_library'", name="some_library")
+    said = str(not_installed(tmp_path / "gone", missing))
+    assert said.startswith("there is no folder")
+    assert "pip install some-library" in said
+    assert "holds a model of a library that is not installed" in str(
+        not_installed(tmp_path, missing)
+    )
