@@ -351,10 +351,10 @@ class Follower:
                     self._describe(part, item)
                     self.put(item, part)
         frozen = self.walk.ties.frozen
-        before = len(frozen)
+        known = len(frozen)
         self.walk.apply(node)
         if not self.walk.marks.sums(node):
-            for ids, reason in frozen[before:]:
+            for ids, reason in frozen[known:]:
                 self._check_passed(node, ids, reason)
         return node
 
