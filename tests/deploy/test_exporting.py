@@ -348,7 +348,7 @@ def test_inputs_that_show_nothing_decide_nothing(tmp_path: Path) -> None:
 def test_models_and_inputs_that_are_none_are_told(tmp_path: Path) -> None:
     path = tmp_path / "model.pt2"
     with pytest.raises(ModelError, match="must be a torch"):
-        export(3, path)  # type: ignore[arg-type]
+        export(3, path)
     with pytest.raises(TraceError, match="does not run on"):
         export(net(), path, torch.randn(1, 5))
     with pytest.raises(ExportError, match="cannot write"):

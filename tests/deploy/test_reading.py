@@ -36,7 +36,7 @@ def file_of(
 ) -> Path:
     if exporter == "dynamo":
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    return write(model, inputs, folder / "net.onnx", exporter, **more)  # type: ignore[arg-type]
+    return write(model, inputs, folder / "net.onnx", exporter, **more)
 
 
 def randomized(model: nn.Module) -> nn.Module:

@@ -297,7 +297,7 @@ def test_the_metadata_is_plain_json(tmp_path: Path) -> None:
 def test_a_factory_that_needs_arguments_is_told(tmp_path: Path) -> None:
     path = save(graphprune.rebuild(mlp(), 0.5), tmp_path / "s")
     with pytest.raises(InputError, match=r"Linear needs in_features, out_features: .*lambda"):
-        load(path, nn.Linear)  # type: ignore[arg-type]
+        load(path, nn.Linear)
 
     def broken() -> nn.Module:
         raise RuntimeError("no weights here")
@@ -334,5 +334,5 @@ def test_hooks_hold_the_values_of_the_file(tmp_path: Path) -> None:
     for source in (Scaled(), Scaled):
         loaded = load(path, source)
         assert torch.equal(loaded(x), small(x))
-        (hook,) = loaded.first._forward_hooks.values()  # type: ignore[union-attr]
+        (hook,) = loaded.first._forward_hooks.values()
         assert hook.scale is loaded.scale
