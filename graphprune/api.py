@@ -148,7 +148,7 @@ class ChannelGraph:
     @cached_property
     def finder(self) -> Finder:
         """What finds the parts that can leave whole; the model is recorded once more for it."""
-        return Finder(self.model, self.call)
+        return Finder(self.model, self.call, self.settled)
 
     @property
     def branches(self) -> tuple[Part, ...]:

@@ -51,6 +51,8 @@ class Emptied(nn.Module):
     def _item(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if text == "none":
             return None
+        if text == "empty":
+            return _tensor((args, kwargs)).new_empty(0)
         if text == "zero":
             return _tensor((args, kwargs)).new_zeros(())
         if text.startswith("zeros "):
@@ -60,6 +62,12 @@ class Emptied(nn.Module):
                 return torch.zeros_like(like)
             known = {int(dim) for dim in dims.split(",")}
             return like.new_zeros([n if dim in known else 1 for dim, n in enumerate(like.shape)])
+        if text.startswith("none of "):
+            way, _, dims = text.removeprefix("none of ").partition(" in ")
+            like = self._given(way, args, kwargs)
+            for dim in map(int, dims.split(",")):
+                like = like.narrow(dim, 0, 0)
+            return like
         return self._given(text, args, kwargs)
 
     def _given(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -194,6 +194,20 @@ def values(target: Function, op: Op, sample: Sample) -> Iterator[str]:
             yield "hull: values beyond those of the operands"
 
 
+def joined(target: Function, op: Op, sample: Sample) -> Iterator[str]:
+    """Operands stand side by side: all of their values, and nothing else."""
+    if not op.joins:
+        return
+    given = [leaf.flatten() for leaf in pytree.tree_leaves(sample.made()) if _is_tensor(leaf)]
+    (out,) = run(target, *sample.made())
+    if not torch.equal(out.flatten().sort().values, torch.cat(given).sort().values):
+        yield "joins: other values than those of the operands"
+
+
+def _is_tensor(leaf: object) -> bool:
+    return isinstance(leaf, Tensor)
+
+
 CLAIMS = {
     "macs": macs,
     "factors": factors,
@@ -202,4 +216,5 @@ CLAIMS = {
     "linear, powers or signs": scaling,
     "kernel": kernel,
     "keeps, bounds, clips or hull": values,
+    "joins": joined,
 }

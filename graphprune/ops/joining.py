@@ -309,6 +309,7 @@ def tensor_split(walk: Walk, node: fx.Node, x: Value, count: object, dim: int = 
     meta=cat_meta,
     sample=of([(2, 3), (2, 4)], 1),
     hull=True,
+    joins=True,
 )
 def cat(walk: Walk, node: fx.Node, tensors: Any, dim: int = 0) -> Layers:
     """Concatenation: ids are concatenated along ``dim`` and tied along all others."""

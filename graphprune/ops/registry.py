@@ -73,6 +73,7 @@ class Op:
             the same ``"order"`` under another shape.
         bounds: ``rule(*args)`` returns the interval in which its results lie, whatever it reads.
         clips: values of its first operand within these bounds stay as they are.
+        joins: it puts its operands side by side.
         hull: its results lie between the smallest and the largest of its operands and zero.
         any_size: what it does to ids does not depend on sizes of dimensions without ids.
     """
@@ -100,6 +101,7 @@ class Op:
     bounds: View | None = None
     clips: bool = False
     hull: bool = False
+    joins: bool = False
     any_size: bool = False
     rows: str = ""
     chooses: bool = False

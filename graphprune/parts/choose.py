@@ -175,7 +175,7 @@ class Chooser:
         return replace(plan, before=self.whole.cost, after=self._traced(plan).cost)
 
     def _traced(self, plan: Plan) -> Widths:
-        key = plan.cuts, plan.experts
+        key = plan.cuts, plan.stand_ins, plan.experts
         if key not in self._known_widths:
             self._known_widths[key] = (
                 self.whole if not any(key) else self.again(without(self.model, plan))
@@ -210,7 +210,7 @@ class Chooser:
 
     def _latency(self, plan: Plan) -> float:
         """Milliseconds, as a share of the original's that ran in turns."""
-        key = plan.cuts, plan.experts
+        key = plan.cuts, plan.stand_ins, plan.experts
         if key not in self._known_shares:
             self._known_shares[key] = self._share_of_time(plan) if any(key) else 1.0
         return self._whole_latency * self._known_shares[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import nn
@@ -17,7 +17,6 @@ from graphprune.parts.trial import goes_on
 from graphprune.plan.plan import PartPlan, Plan
 from graphprune.planning.options import Request
 from graphprune.record.inputs import Call
-from graphprune.record.tensors import fingerprint
 from graphprune.text import shorten
 
 Alone = tuple[str, str, tuple[str, ...], int, Mapping[float, Plan]]
@@ -138,13 +137,10 @@ class Depth:
         cuts = tuple(dict.fromkeys(cut for part in parts for cut in part.cuts))
         if len({cut.key for cut in cuts}) < len(cuts):
             return None  # both operands of a sum
-        stand_ins = self.finder.stand_ins(cuts)
-        if stand_ins is None:
-            return None
+        groups = tuple(dict.fromkeys(name for part in parts for name in part.groups))
+        plan = self.finder.without(cuts, groups)
         told = tuple(PartPlan(part.name, part.kind, part.params, part.macs) for part in parts)
-        return Plan(
-            fingerprint(self.model), (), (), parts=told, cuts=cuts, stand_ins=tuple(stand_ins)
-        )
+        return plan and replace(plan, parts=told)
 
     def _without(self, parts: Sequence[Part]) -> Plan:
         plan = self._bare(parts)

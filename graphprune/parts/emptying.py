@@ -10,6 +10,9 @@ from torch import fx
 
 from graphprune.ops.registry import op_of
 from graphprune.parts.stream import (
+    NOTHING,
+    Dims,
+    Narrowed,
     Stream,
     aten,
     holder_of,
@@ -24,26 +27,31 @@ from graphprune.record.joins import Place, Run
 class Emptying(Stream):
     """What takes the place of modules when operands of sums count as zero."""
 
-    def stand_ins(self, cuts: Iterable[Cut]) -> list[StandIn] | None:
-        """What takes the place of the modules that leave; ``None`` where the code cannot go on."""
+    def stand_ins(self, cuts: Iterable[Cut], narrowed: Narrowed = NOTHING) -> list[StandIn] | None:
+        """What takes the place of the modules that leave; ``None`` where the code cannot go on.
+
+        Args:
+            cuts: the sums of which an operand counts as zero.
+            narrowed: the values of which channels leave.
+        """
         sides = {cut.key: cut.side for cut in cuts}
-        needed = self.needed(sides)
+        needed = self.needed(sides, narrowed)
         gone: dict[str, list[_Leaving]] = {}
         waiting = [""]
         while waiting:
             name = waiting.pop()
-            leaving = self._leaving(name, needed, sides) if name else None
+            leaving = self._leaving(name, needed, sides, narrowed.empty) if name else None
             if leaving:
                 gone[name] = leaving
             else:
                 waiting += self._children(name)
-        zeroes = self._zeroes(sides, gone)
-        if zeroes is None:
+        zeroes, empties = self._zeroes(sides, gone), self._empties(narrowed.empty, needed, gone)
+        if zeroes is None or empties is None:
             return None
-        known = self._known_dims(gone, sides)
+        known = self._known_dims(gone, sides, narrowed, empties)
         made = []
         for name, leavings in gone.items():
-            ways = {leaving.gives(zeroes, known) for leaving in leavings}
+            ways = {leaving.gives(zeroes, empties, known) for leaving in leavings}
             holder, gives = ways.pop()
             if ways or None in gives:
                 return None
@@ -56,7 +64,7 @@ class Emptying(Stream):
         return [prefix + key for key, child in children.items() if child is not None]
 
     def _leaving(
-        self, name: str, needed: set[fx.Node], sides: Mapping[Place, int]
+        self, name: str, needed: set[fx.Node], sides: Mapping[Place, int], dead: Dims
     ) -> list[_Leaving] | None:
         """How every call of a module ends when the module leaves; ``None`` when it is needed."""
         runs = self.calls.get(name)
@@ -68,10 +76,10 @@ class Emptying(Stream):
             inside = self.nodes[run.begin : run.end]
             busy = busy or any(node.op in ("call_function", "get_attr") for node in inside)
             results = {node for _, node in leaves(run.out)}
-            own = [n for n in inside if n.op == "call_function" and n not in results]
+            own = [n for n in inside if n.op == "call_function" and n not in results | dead.keys()]
             if any(self._escapes(node, run, needed) for node in own):
                 return None
-            leaving = _Leaving.of(run, self, needed, sides)
+            leaving = _Leaving.of(run, self, needed, sides, dead)
             if leaving is None:
                 return None
             found.append(leaving)
@@ -104,8 +112,38 @@ class Emptying(Stream):
                 return None
         return found
 
+    def _empties(
+        self, dead: Dims, needed: set[fx.Node], gone: Mapping[str, list[_Leaving]]
+    ) -> Dims | None:
+        """The results of what leaves that must have no channels, and in which dimensions."""
+        results = {
+            node for leavings in gone.values() for leaving in leavings for node in leaving.free
+        }
+        waiting = [
+            operand
+            for node in needed
+            if dead and op_of(node).joins and not self._inside(node, gone)
+            for operand in node.all_input_nodes
+            if operand in dead
+        ]
+        found: dict[fx.Node, frozenset[int]] = {}
+        while waiting:
+            node = waiting.pop()
+            if node in results:
+                found[node] = dead[node]
+                continue
+            before = [each for each in node.all_input_nodes if each in dead]
+            if not before:
+                return None
+            waiting += before
+        return found
+
     def _known_dims(
-        self, gone: Mapping[str, list[_Leaving]], sides: Mapping[Place, int]
+        self,
+        gone: Mapping[str, list[_Leaving]],
+        sides: Mapping[Place, int],
+        narrowed: Narrowed,
+        empties: Dims,
     ) -> dict[fx.Node, frozenset[int]]:
         """The dimensions in which values keep their size although something else stands there.
 
@@ -118,6 +156,8 @@ class Emptying(Stream):
         }
         known: dict[fx.Node, frozenset[int]] = {}
         for node in self.nodes:
+            if node in empties:
+                continue  # what it is concatenated with is as wide as the plan makes it
             if node in results:
                 dims = results[node].like(node, known)
                 if dims is not None:
@@ -128,6 +168,8 @@ class Emptying(Stream):
                     known[node] = known[kept]
             elif node not in inside and not known.keys().isdisjoint(node.all_input_nodes):
                 known[node] = self._pointwise_dims(node, known)
+        for node, dims in narrowed.dims.items():
+            known[node] = known.get(node, frozenset(range(len(node.meta["shape"])))) - dims
         return known
 
     def _pointwise_dims(
@@ -178,7 +220,12 @@ class _Leaving:
 
     @classmethod
     def of(
-        cls, run: Run, stream: Stream, needed: set[fx.Node], sides: Mapping[Place, int]
+        cls,
+        run: Run,
+        stream: Stream,
+        needed: set[fx.Node],
+        sides: Mapping[Place, int],
+        dead: Dims,
     ) -> _Leaving | None:
         """What is known of a call; ``None`` where something of its results is still needed."""
         if holder_of(run.out) is None:
@@ -192,7 +239,7 @@ class _Leaving:
                 given.setdefault(node, text)
         kept: dict[tuple[object, ...], str] = {}
         free: set[fx.Node] = set()
-        outer = _used_after(run, stream, needed, sides)
+        outer = _used_after(run, stream, needed, sides) - dead.keys()
         for path, node in leaves(run.out):
             if node not in outer:
                 free.add(node)
@@ -224,13 +271,13 @@ class _Leaving:
         return None if found and len(dims) == len(node.meta["shape"]) else dims
 
     def gives(
-        self, zeroes: Mapping[fx.Node, bool], known: Mapping[fx.Node, frozenset[int]]
+        self, zeroes: Mapping[fx.Node, bool], empties: Dims, known: Mapping[fx.Node, frozenset[int]]
     ) -> tuple[str, tuple[str | None, ...]]:
         """What a stand-in returns: its holder and its items; ``None`` where none would do."""
         holder = holder_of(self.run.out) or ""
         items = [self.run.out] if not holder else self.run.out
         return holder, tuple(
-            self._item(item, (number,) if holder else (), zeroes, known)
+            self._item(item, (number,) if holder else (), zeroes, empties, known)
             for number, item in enumerate(items)
         )
 
@@ -239,12 +286,15 @@ class _Leaving:
         item: object,
         path: tuple[object, ...],
         zeroes: Mapping[fx.Node, bool],
+        empties: Dims,
         known: Mapping[fx.Node, frozenset[int]],
     ) -> str | None:
         if not isinstance(item, fx.Node):
             return "none"
         if path in self.kept:
             return self.kept[path]
+        if item in empties:
+            return self._none_of(item, empties[item], known)
         found, whole = self.nearest(item, known), zeroes.get(item)
         if found is None or not found[1]:
             return None if whole else "zero"
@@ -254,6 +304,28 @@ class _Leaving:
         if whole:
             return f"zeros {text}" if item not in known else None
         return f"zeros {text} in {min(found[1])}"
+
+    def _none_of(
+        self, item: fx.Node, dims: frozenset[int], known: Mapping[fx.Node, frozenset[int]]
+    ) -> str | None:
+        """What has the sizes of a result but for those that are zero.
+
+        Where no argument tells them, something empty, which concatenations skip; what comes before
+        these may not need the others.
+        """
+        shape = item.meta["shape"]
+        others = frozenset(range(len(shape))) - dims
+        counts: dict[str, int] = {}
+        for node, text in self.given.items():
+            own = node.meta["shape"]
+            if node.meta["dtype"] == item.meta["dtype"] and len(own) == len(shape):
+                same = (dim for dim in others & known.get(node, others) if own[dim] == shape[dim])
+                counts[text] = sum(1 for _ in same)
+        best = max(counts, key=counts.__getitem__, default=None)
+        told = best is not None and counts[best] == len(others)
+        if not told and all(op_of(user).joins for user in item.users):
+            return "empty"
+        return best and f"none of {best} in {','.join(map(str, sorted(dims)))}"
 
 
 def _used_after(

@@ -13,18 +13,24 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from torch import fx
+from torch import fx, nn
 
 from graphprune.ops.registry import op_of
 from graphprune.parts.emptying import Emptying
+from graphprune.parts.joined import Joined
 from graphprune.parts.stream import (
+    NOTHING,
     SUMS,
+    Narrowed,
     covers,
     leaves,
     same_shape,
     sides_of,
 )
-from graphprune.plan.changes import Cut, StandIn
+from graphprune.plan.changes import Cut, SlotPlan, StandIn
+from graphprune.plan.plan import Plan
+from graphprune.planning.settle import Settled
+from graphprune.record.inputs import Call
 from graphprune.record.joins import Place
 
 
@@ -37,6 +43,8 @@ class Part:
         kind: ``"block"`` or ``"branch"``.
         modules: the outermost modules that leave.
         cuts: the sums in which an operand counts as zero.
+        groups: the groups that lose all channels, where it is an operand of a concatenation.
+        slots: what these are in parameters and buffers.
         params: parameters that leave with it alone.
         macs: multiply-accumulates of the example inputs that leave with it alone.
     """
@@ -47,12 +55,34 @@ class Part:
     cuts: tuple[Cut, ...] = field(repr=False)
     params: int = 0
     macs: int = 0
+    groups: tuple[str, ...] = field(default=(), repr=False)
+    slots: tuple[SlotPlan, ...] = field(default=(), repr=False)
 
 
 class Finder(Emptying):
     """What can leave of a model, as its recorded graph tells."""
 
     first_stays = False  # whether the first of numbered layers would leave otherwise
+
+    def __init__(self, model: nn.Module, call: Call, settled: Settled) -> None:
+        super().__init__(model, call)
+        self.joined = Joined(self, settled)
+
+    def without(self, cuts: tuple[Cut, ...], groups: tuple[str, ...] = ()) -> Plan | None:
+        """The plan without some branches; ``None`` where the code could not go on.
+
+        Args:
+            cuts: the sums in which an operand counts as zero.
+            groups: the groups that lose all channels.
+        """
+        narrowed = self.joined.narrowed(groups) if groups else NOTHING
+        stand_ins = None if narrowed is None else self.stand_ins(cuts, narrowed)
+        if stand_ins is None:
+            return None
+        plan: Plan | None = Plan(self.joined.analysis.architecture, (), ())
+        if groups:
+            plan = self.joined.plan(groups, [stand_in.module for stand_in in stand_ins])
+        return plan and replace(plan, cuts=cuts, stand_ins=tuple(stand_ins))
 
     @cached_property
     def candidates(self) -> dict[Place, tuple[int, ...]]:
@@ -79,8 +109,8 @@ class Finder(Emptying):
             return False
         return dropped not in self.above(kept)
 
-    def _gain(self, sides: Mapping[Place, int]) -> int:
-        needed = self.needed(sides)
+    def _gain(self, sides: Mapping[Place, int], narrowed: Narrowed = NOTHING) -> int:
+        needed = self.needed(sides, narrowed)
         return sum(count for node, count in self.macs.items() if node not in needed)
 
     def _is_branch(self, node: fx.Node) -> bool:
@@ -103,19 +133,27 @@ class Finder(Emptying):
     @cached_property
     def branches(self) -> tuple[Part, ...]:
         """What is added to a stream and can leave, in the order in which it runs."""
-        found: list[Part] = []
-        names: set[str] = set()
+        found: dict[str, Part] = {}
+        begins: dict[str, int] = {}
         for (module, place), sides in self.candidates.items():
             for side in sides:
                 part = self.part("branch", (Cut(module, place, side),))
                 if part is None or not part.macs:
                     continue
                 name = part.name
-                if name in names:
+                if name in found:
                     name = f"{module or 'model'}#{place}" + ("" if len(sides) == 1 else f".{side}")
-                names.add(name)
-                found.append(replace(part, name=name))
-        return tuple(found)
+                found[name] = replace(part, name=name)
+                begins[name] = self.place[self.watched.sums[module, place][0]]
+        for groups in self.joined.candidates:
+            part = self.part("branch", (), groups)
+            if part is None or not part.macs:
+                continue
+            names = sorted({*part.modules} - found.keys(), key=lambda name: -self.params([name]))
+            if names:
+                found[names[0]] = replace(part, name=names[0])
+                begins[names[0]] = self.calls[names[0]][0].begin
+        return tuple(found[name] for name in sorted(found, key=begins.__getitem__))
 
     @cached_property
     def blocks(self) -> tuple[Part, ...]:
@@ -166,20 +204,24 @@ class Finder(Emptying):
             ways.add(tuple(cuts[place] for place in passed[::-1]))
         return ways.pop() if len(ways) == 1 else None
 
-    def part(self, kind: str, cuts: tuple[Cut, ...]) -> Part | None:
-        """A part by the sums that it is cut from; ``None`` where the code could not go on."""
-        stand_ins = self.stand_ins(cuts)
-        if not stand_ins:
+    def part(self, kind: str, cuts: tuple[Cut, ...], groups: tuple[str, ...] = ()) -> Part | None:
+        """A part by the sums that it is cut from, or by groups that lose all channels.
+
+        ``None`` where the code could not go on.
+        """
+        plan = self.without(cuts, groups)
+        if plan is None or not plan.stand_ins:
             return None
+        stand_ins = plan.stand_ins
         if self._begins(stand_ins, cuts):
             self.first_stays = True
             return None
         names = [stand_in.module for stand_in in stand_ins]
-        params = {name: self.params([name]) for name in names}
-        largest = max(names, key=lambda name: params[name])
-        return Part(
-            largest, kind, tuple(names), cuts, self.params(names), self._gain(sides_of(cuts))
-        )
+        largest = max(names, key=lambda name: self.params([name]))
+        narrowed = (self.joined.narrowed(groups) if groups else None) or NOTHING
+        macs = self._gain(sides_of(cuts), narrowed)
+        params = self.params(names)
+        return Part(largest, kind, tuple(names), cuts, params, macs, groups, plan.slots)
 
     def _begins(self, stand_ins: Iterable[StandIn], cuts: Iterable[Cut]) -> bool:
         """Whether the first of numbered layers would leave, or the first of a kind with state.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from graphprune.criteria import name_of
 from graphprune.measurement import drawn
 from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.parts.find import Part
+from graphprune.parts.stream import covers
 from graphprune.ranks import Ranks
 from graphprune.record.batches import Batch, at_rest, batches, device_of, loss_of, run
+from graphprune.record.copying import copy_module
 from graphprune.record.inputs import Call
 from graphprune.record.joins import Place, Sums, at_zero
 from graphprune.record.padding import outputs
+from graphprune.record.tensors import held_tensors
 
 _BATCHES = 8  # that parts are scored on
 _LEAST = 1e-12
@@ -89,15 +93,55 @@ def influence(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
         return out
 
     totals = dict.fromkeys((part.name for part in parts), 0.0)
-    for batch in evidence.batches:
+    totals.update(_turns([part for part in parts if part.groups], evidence))
+    added = [part for part in parts if part.cuts]
+    for batch in evidence.batches if added else ():
         streams.clear()
         with torch.no_grad(), at_rest(evidence.model), Sums(evidence.model, seen):
             run(evidence.model, batch)
-        for part in parts:
+        for part in added:
             first, last = streams.get(part.cuts[0].key, ()), streams.get(part.cuts[-1].key, ())
             found = [_turn(before, after) for (before, _), (_, after) in zip(first, last)]
             totals[part.name] += sum(found) / max(len(found), 1) / len(evidence.batches)
     return totals
+
+
+def _turns(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
+    """What is concatenated changes the shape of what it is a part of: the outputs turn."""
+    if not parts:
+        return {}
+    wanted, silent = list(_outputs(evidence, {})), Silent(evidence)
+    found = {}
+    for part in parts:
+        with silent.without([part]):
+            outs = _outputs(silent.evidence, {})
+            turns = [_turn(*pair) for old, new in zip(wanted, outs) for pair in zip(old, new)]
+        found[part.name] = sum(turns) / max(len(turns), 1)
+    return found
+
+
+class Silent:
+    """A copy of a model in which the channels of what is concatenated are zero for a while."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = replace(evidence, model=copy_module(evidence.model, {}))
+        self.tensors = dict(held_tensors(self.evidence.model))
+
+    @contextlib.contextmanager
+    def without(self, parts: Iterable[Part]) -> Iterator[None]:
+        """Zeroes what leaves with some parts, of what writes and reads their channels."""
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            with torch.no_grad():
+                for slot in (slot for part in parts for slot in part.slots):
+                    tensor = self.tensors[slot.tensor]
+                    before.append((tensor, tensor.clone()))
+                    tensor.masked_fill_(~slot.stays(tensor.shape).to(tensor.device), 0)
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, values in reversed(before):
+                    tensor.copy_(values)
 
 
 def _turn(before: Tensor, after: Tensor) -> float:
@@ -137,22 +181,40 @@ def taylor(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
         with torch.enable_grad(), at_rest(evidence.model), Sums(evidence.model, seen):
             loss = (evidence.loss or loss_of)(evidence.model, batch.whole)
         parameters = [p for p in evidence.model.parameters() if p.requires_grad]
-        torch.autograd.grad(loss, parameters, allow_unused=True)
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+        slopes = {id(p): grad for p, grad in zip(parameters, grads) if grad is not None}
         for part in parts:
-            totals[part.name] += abs(sum(changes[cut.key] for cut in part.cuts))
+            found = sum(changes[cut.key] for cut in part.cuts)
+            totals[part.name] += abs(found + sum(_changes(part, evidence.model, slopes)))
     return totals
+
+
+def _changes(part: Part, model: nn.Module, slopes: Mapping[int, Tensor]) -> Iterator[float]:
+    """First-order changes without the last weights of what is concatenated."""
+    tensors = dict(held_tensors(model)) if part.slots else {}
+    for slot in part.slots:
+        tensor = tensors[slot.tensor]
+        slope = slopes.get(id(tensor))
+        if slope is not None and any(covers(name, slot.tensor) for name in part.modules):
+            gone = ~slot.stays(tensor.shape).to(tensor.device)
+            yield -float((slope.double() * tensor.detach().double() * gone).sum())
 
 
 def _greedy(parts: Sequence[Part], evidence: Evidence, per_mac: bool) -> list[Part]:
     """Again and again the part without which, beside those before it, outputs change least."""
     wanted = list(_outputs(evidence, {}))
-    left, order = list(parts), []
+    left, order = list(parts), list[Part]()
     sides: dict[Place, int] = {}
+    silent = Silent(evidence) if any(part.groups for part in parts) else None
     while left:
         errors = {}
         for part in left:
             tried = {**sides, **{cut.key: cut.side for cut in part.cuts}}
-            error = _error(wanted, _outputs(evidence, tried))
+            if silent is None:
+                error = _error(wanted, _outputs(evidence, tried))
+            else:
+                with silent.without([*order, part]):
+                    error = _error(wanted, _outputs(silent.evidence, tried))
             errors[part.name] = error / (part.macs if per_mac else 1)
         best = min(left, key=lambda part: errors[part.name])
         order.append(best)

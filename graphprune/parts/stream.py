@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -21,8 +22,25 @@ from graphprune.record.tensors import named_modules
 
 aten = torch.ops.aten
 Bounds = tuple[float, float]
+Dims = Mapping[fx.Node, frozenset[int]]
 SUMS = {aten.add.Tensor, aten.add_.Tensor}
 _UNBOUNDED = -math.inf, math.inf
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """Values of which channels leave.
+
+    Attributes:
+        dims: the dimensions in which values are narrower.
+        empty: of those that have no channels any more, the dimensions in which they have none.
+    """
+
+    dims: Dims
+    empty: Dims
+
+
+NOTHING = Narrowed({}, {})
 
 
 class Stream:
@@ -48,8 +66,11 @@ class Stream:
                 self.writes.setdefault(self.roots.get(written, node), []).append(node)
         self.macs = {node: int(macs_of(node, recorded_shape)) for node in self.record.ops}
 
-    def needed(self, sides: Mapping[Place, int]) -> set[fx.Node]:
-        """The nodes that the outputs need when operands of some sums count as zero."""
+    def needed(self, sides: Mapping[Place, int], narrowed: Narrowed = NOTHING) -> set[fx.Node]:
+        """The nodes that the outputs need when operands of some sums count as zero.
+
+        Concatenations do not need what has no channels any more.
+        """
         found: set[fx.Node] = set()
         given = [
             n for root, nodes in self.writes.items() if root.op == "placeholder" for n in nodes
@@ -62,7 +83,9 @@ class Stream:
             found.add(node)
             waiting += self.writes.get(self.roots.get(node, node), ())
             side = sides.get(self.sums[node]) if node in self.sums else None
-            if side is None:
+            if narrowed.empty and op_of(node).joins:
+                waiting += [each for each in node.all_input_nodes if each not in narrowed.empty]
+            elif side is None:
                 waiting += node.all_input_nodes
             else:
                 waiting.append(operand(node, 1 - side))

@@ -76,7 +76,8 @@ class SlotPlan:
     def stays(self, shape: Sequence[int]) -> Tensor:
         """For a tensor of this shape what stays: a boolean mask that broadcasts to it."""
         found = torch.zeros(self.blocks, self.size, dtype=torch.bool)
-        found.scatter_(1, torch.tensor(self.kept).reshape(self.blocks, -1), True)
+        kept = torch.tensor(self.kept, dtype=torch.int64)
+        found.scatter_(1, kept.reshape(self.blocks, -1) if len(kept) else kept[None], True)
         sides = [1] * len(shape)
         sides[self.dim] = self.size
         if self.blocks == 1:
@@ -345,7 +346,8 @@ class StandIn:
 
     One text for each item: ``"args.0"`` or ``"kwargs.x"`` hands on what it is given there,
     ``"zeros args.0"`` returns zeroes like it, ``"zeros args.0 in 0,1"`` with these of its sizes and
-    ones, ``"zero"`` a single zero, ``"none"`` nothing.
+    ones, ``"none of args.0 in 1"`` something like it of size zero there, ``"empty"`` a vector
+    without entries, ``"zero"`` a single zero, ``"none"`` nothing.
     ``holder`` is empty for an item alone, or ``"tuple"`` or ``"list"``.
     """
 

@@ -63,7 +63,8 @@ Shape = tuple[int, ...]
 MASK = "_mask"
 _DEFAULTS = {(name,) for name in ("scale", OF, *INNER_SIZES)}
 _GIVES = re.compile(
-    r"none|zero|(zeros )?(args\.\d{1,4}|kwargs\.\w{1,100})(\.\w{1,100}){0,8}( in \d(,\d){0,8})?",
+    r"none|zero|empty|(zeros |none of )?(args\.\d{1,4}|kwargs\.\w{1,100})(\.\w{1,100}){0,8}"
+    r"( in \d(,\d){0,8})?",
     re.ASCII,
 )
 _BOOKKEEPING = frozenset(vars(nn.Module()))
@@ -213,11 +214,15 @@ class Check:
         self.module(cut.module)
         self.need(cut.place >= 0 and cut.side in (0, 1), f"{cut.module!r} has no such sum")
 
+    def _is_missing(self) -> bool:
+        """Whether an operand of a sum is zero, or all channels of something have left."""
+        return bool(self.plan.cuts) or any(not slot.kept for slot in self.plan.slots)
+
     def stand_in(self, stand_in: StandIn) -> None:
         """A module that is not the whole model, and what may take its place."""
         self.module(stand_in.module)
         self.need(bool(stand_in.module), "the whole model cannot leave")
-        self.need(bool(self.plan.cuts), "modules leave although nothing counts as zero")
+        self.need(self._is_missing(), "modules leave although nothing counts as zero")
         known = stand_in.holder in ("", "tuple", "list")
         one = len(stand_in.gives) == 1 or (stand_in.holder and stand_in.gives)
         fits = known and one and all(_GIVES.fullmatch(text) for text in stand_in.gives)
