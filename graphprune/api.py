@@ -152,7 +152,7 @@ class ChannelGraph:
 
     @property
     def branches(self) -> tuple[Part, ...]:
-        """What is added to a stream and can leave, in the order in which it runs.
+        """What is added to a stream, or concatenated, and can leave, in the order in which it runs.
 
         Example:
             >>> import torchvision, graphprune

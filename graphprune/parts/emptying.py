@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from graphprune.ops.registry import op_of
 from graphprune.parts.stream import (
@@ -74,6 +76,8 @@ class Emptying(Stream):
         busy = False
         for run in runs:
             inside = self.nodes[run.begin : run.end]
+            if any(node in needed for node in self._readers(run)):
+                return None  # a result that some parameter is needed for
             busy = busy or any(node.op in ("call_function", "get_attr") for node in inside)
             results = {node for _, node in leaves(run.out)}
             own = [n for n in inside if n.op == "call_function" and n not in results | dead.keys()]
@@ -84,6 +88,21 @@ class Emptying(Stream):
                 return None
             found.append(leaving)
         return found if busy else None
+
+    def _readers(self, run: Run) -> list[fx.Node]:
+        """The nodes in a call that read a tensor of the model."""
+        key = run.begin, run.end
+        if key not in self._known_readers:
+            self._known_readers[key] = [
+                node
+                for node in self.nodes[run.begin : run.end]
+                if any(each.op == "get_attr" for each in node.all_input_nodes)
+            ]
+        return self._known_readers[key]
+
+    @cached_property
+    def _known_readers(self) -> dict[tuple[int, int], list[fx.Node]]:
+        return {}
 
     def _escapes(self, node: fx.Node, run: Run, needed: set[fx.Node]) -> bool:
         """Whether something outside of a call needs a value that the call does not return."""
@@ -121,8 +140,8 @@ class Emptying(Stream):
         }
         waiting = [
             operand
-            for node in needed
-            if dead and op_of(node).joins and not self._inside(node, gone)
+            for node in (needed & self.joins if dead else ())
+            if not self._inside(node, gone)
             for operand in node.all_input_nodes
             if operand in dead
         ]
@@ -133,7 +152,7 @@ class Emptying(Stream):
                 found[node] = dead[node]
                 continue
             before = [each for each in node.all_input_nodes if each in dead]
-            if not before:
+            if not before or not _takes_nothing(node, dead):
                 return None
             waiting += before
         return found
@@ -326,6 +345,25 @@ class _Leaving:
         if not told and all(op_of(user).joins for user in item.users):
             return "empty"
         return best and f"none of {best} in {','.join(map(str, sorted(dims)))}"
+
+
+def _takes_nothing(node: fx.Node, dead: Dims) -> bool:
+    """Whether an op runs on values without channels: kernels of poolings, say, refuse them."""
+    if is_getitem(node) or op_of(node).keeps == "order":
+        return True
+    if any(each not in dead for each in node.all_input_nodes):
+        return torch.Tag.pointwise in getattr(node.target, "tags", ())
+
+    def nothing(each: fx.Node) -> Tensor:
+        sizes = [0 if d in dead[each] else size for d, size in enumerate(each.meta["shape"])]
+        return torch.empty(sizes, dtype=each.meta["dtype"])
+
+    target: Any = node.target
+    try:
+        target(*fx.node.map_arg(node.args, nothing), **fx.node.map_arg(node.kwargs, nothing))
+    except Exception:  # whatever a kernel raises
+        return False
+    return True
 
 
 def _used_after(

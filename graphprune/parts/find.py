@@ -1,7 +1,8 @@
-"""Find what can leave whole: branches that are added to a stream, and blocks made of them.
+"""Find what can leave whole: branches that are added or concatenated, and blocks made of them.
 
 Nothing is told by names or classes. Where the code of a model adds two tensors, one operand may
-count as zero: what was computed for it alone is then not needed any more. Modules of which nothing
+count as zero: what was computed for it alone is then not needed any more. The same holds for an
+operand of a concatenation all of whose channels leave. Modules of which nothing
 is needed leave; something small in their place keeps the code around them running. A block is a
 module that hands its input on once the branches in it add nothing.
 """
@@ -132,7 +133,7 @@ class Finder(Emptying):
 
     @cached_property
     def branches(self) -> tuple[Part, ...]:
-        """What is added to a stream and can leave, in the order in which it runs."""
+        """What is added to a stream, or concatenated, and can leave, in the order of the run."""
         found: dict[str, Part] = {}
         begins: dict[str, int] = {}
         for (module, place), sides in self.candidates.items():

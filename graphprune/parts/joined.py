@@ -16,7 +16,6 @@ from torch import fx
 
 from graphprune.channels.analysis import Analysis, Group
 from graphprune.ops.fact import arguments
-from graphprune.ops.registry import op_of
 from graphprune.parts.stream import Narrowed, Stream, covers, is_getitem
 from graphprune.plan.plan import GroupPlan, Plan
 from graphprune.planning.settle import Settled, bare_plan
@@ -44,9 +43,7 @@ class Joined:
     def candidates(self) -> tuple[tuple[str, ...], ...]:
         """The groups without which an operand of a concatenation is not there, as it runs."""
         found: dict[tuple[str, ...], None] = {}
-        for node in self._twins:
-            if node.op != "call_function" or not op_of(node).joins:
-                continue
+        for node in (node for node, twin in self._twins.items() if twin in self.stream.joins):
             for operand in node.all_input_nodes:
                 groups = self._groups(operand, _dim_of(node))
                 if groups:
@@ -76,22 +73,29 @@ class Joined:
 
     def _groups(self, operand: fx.Node, dim: int) -> tuple[str, ...]:
         """The groups whose channels an operand has; none where some of them must stay."""
-        value = self.analysis.values[operand]
         labels = {
             label
-            for layer in value.layers
-            if layer.shape[dim] > 1 or value.shape[dim] == 1
+            for layer in self.analysis.values[operand].on(dim)
             for label in self.analysis.units.labels[layer.flatten().numpy()].tolist()
         }
         if not labels or not all(label in self._named for label in labels):
             return ()
         return tuple(sorted({self._named[label].name for label in labels}))
 
-    def narrowed(self, groups: Iterable[str]) -> Narrowed | None:
+    def narrowed(self, groups: tuple[str, ...]) -> Narrowed | None:
         """The values of the stream that are narrower without some groups.
 
         ``None`` where something else than a concatenation reads one that has no channels.
         """
+        if groups not in self._known:
+            self._known[groups] = self._narrowed(groups)
+        return self._known[groups]
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, ...], Narrowed | None]:
+        return {}
+
+    def _narrowed(self, groups: tuple[str, ...]) -> Narrowed | None:
         alive = self._alive(groups)
         pruned = self.analysis.pruned(alive)
         dims: dict[fx.Node, frozenset[int]] = {}

@@ -66,6 +66,11 @@ class Stream:
                 self.writes.setdefault(self.roots.get(written, node), []).append(node)
         self.macs = {node: int(macs_of(node, recorded_shape)) for node in self.record.ops}
 
+    @cached_property
+    def joins(self) -> frozenset[fx.Node]:
+        """The nodes that put their operands side by side."""
+        return frozenset(n for n in self.nodes if n.op == "call_function" and op_of(n).joins)
+
     def needed(self, sides: Mapping[Place, int], narrowed: Narrowed = NOTHING) -> set[fx.Node]:
         """The nodes that the outputs need when operands of some sums count as zero.
 
@@ -83,7 +88,7 @@ class Stream:
             found.add(node)
             waiting += self.writes.get(self.roots.get(node, node), ())
             side = sides.get(self.sums[node]) if node in self.sums else None
-            if narrowed.empty and op_of(node).joins:
+            if narrowed.empty and node in self.joins:
                 waiting += [each for each in node.all_input_nodes if each not in narrowed.empty]
             elif side is None:
                 waiting += node.all_input_nodes

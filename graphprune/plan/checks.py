@@ -62,11 +62,8 @@ from graphprune.record.tensors import held_tensors, named_modules
 Shape = tuple[int, ...]
 MASK = "_mask"
 _DEFAULTS = {(name,) for name in ("scale", OF, *INNER_SIZES)}
-_GIVES = re.compile(
-    r"none|zero|empty|(zeros |none of )?(args\.\d{1,4}|kwargs\.\w{1,100})(\.\w{1,100}){0,8}"
-    r"( in \d(,\d){0,8})?",
-    re.ASCII,
-)
+_WAY = r"(args\.\d{1,4}|kwargs\.\w{1,100})(\.\w{1,100}){0,8}"
+_GIVES = re.compile(rf"none|zero|empty|(zeros |none of )?{_WAY}( in \d(,\d){{0,8}})?", re.ASCII)
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 _CHANGES = ("slots", "sizes", "literals", "indices", "scales", "norms", "biases", "cuts",
             "stand_ins", "vocabularies", "experts")  # fmt: skip
@@ -214,15 +211,12 @@ class Check:
         self.module(cut.module)
         self.need(cut.place >= 0 and cut.side in (0, 1), f"{cut.module!r} has no such sum")
 
-    def _is_missing(self) -> bool:
-        """Whether an operand of a sum is zero, or all channels of something have left."""
-        return bool(self.plan.cuts) or any(not slot.kept for slot in self.plan.slots)
-
     def stand_in(self, stand_in: StandIn) -> None:
         """A module that is not the whole model, and what may take its place."""
         self.module(stand_in.module)
         self.need(bool(stand_in.module), "the whole model cannot leave")
-        self.need(self._is_missing(), "modules leave although nothing counts as zero")
+        missing = self.plan.cuts or not all(slot.kept for slot in self.plan.slots)
+        self.need(bool(missing), "modules leave although nothing counts as zero")
         known = stand_in.holder in ("", "tuple", "list")
         one = len(stand_in.gives) == 1 or (stand_in.holder and stand_in.gives)
         fits = known and one and all(_GIVES.fullmatch(text) for text in stand_in.gives)

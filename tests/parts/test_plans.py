@@ -34,7 +34,7 @@ def equal(model, plan, inputs):
     return small
 
 
-BLOCKLESS = ("projected", "behind")
+BLOCKLESS = ("projected", "behind", "joined", "dense")
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,40 @@ class Shared(nn.Module):
         return self.block(self.block(x))
 
 
+class Joined(nn.Module):
+    """Of an Inception: ways side by side, one of them pooled, and a layer over all of them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(width, 3, 1), nn.BatchNorm2d(3), nn.ReLU())
+        self.wide = nn.Conv2d(width, 4, 3, padding=1)
+        self.pooled = nn.Conv2d(width, 2, 1)
+        self.out = nn.Conv2d(9, width, 1)
+
+    def forward(self, x):
+        pooled = self.pooled(F.avg_pool2d(x, 3, 1, 1))
+        return self.out(torch.cat([self.narrow(x), self.wide(x).relu(), pooled], 1))
+
+
+class Dense(nn.Module):
+    """Of a DenseNet: what every layer adds stands beside all that was there."""
+
+    def __init__(self, width, grow=3, layers=3):
+        super().__init__()
+        wide = [width + grow * number for number in range(layers + 1)]
+        self.norms = nn.ModuleList(nn.BatchNorm2d(size) for size in wide[:-1])
+        self.layers = nn.ModuleList(nn.Conv2d(size, grow, 3, padding=1) for size in wide[:-1])
+        self.out = nn.Conv2d(wide[-1], width, 1)
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, self.layers):
+            x = torch.cat([x, layer(F.relu(norm(x)))], 1)
+        return self.out(x)
+
+
 CONVOLUTIONS = {
+    "joined": Joined,
+    "dense": Dense,
     "basic": Basic,
     "inverted": Inverted,
     "scaled": Scaled,
