@@ -158,7 +158,7 @@ def test_one_way_stays():
     assert names == [f"blocks.0.{way}" for way in ("pooled", "narrow", "wide")]
     plan = graph.plan(0.99, parts="branches")
     assert len(plan.parts) == len(names) - 1
-    kept = graph.plan(0.5, parts="branches", keep=["blocks.0.wide", "blocks.0.narrow"])
+    kept = graph.plan(0.9, parts="branches", keep=["blocks.0.wide", "blocks.0.narrow"])
     assert [part.name for part in kept.parts] == ["blocks.0.pooled"]
 
 
