@@ -7,13 +7,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import nn
 
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.statistics import has_statistics, reestimate
+from graphprune.channels.analysis import Analysis
 from graphprune.criteria import find
 from graphprune.errors import InputError, warn
 from graphprune.execute.shrink import shrink
@@ -24,6 +25,7 @@ from graphprune.parts.score import Evidence
 from graphprune.parts.trial import without
 from graphprune.plan.plan import Cost, Plan
 from graphprune.planning.budget import TITLES, amount_text
+from graphprune.planning.draft import matching
 from graphprune.planning.latency import Bench
 from graphprune.planning.options import Request
 from graphprune.planning.targets import Target
@@ -41,6 +43,10 @@ _SECONDS = 1.0  # that two models run in turns to be timed
 
 class Widths(Protocol):
     """A traced model: what it costs, and plans for its channels."""
+
+    @property
+    def analysis(self) -> Analysis:
+        """Its groups of channels."""
 
     @property
     def cost(self) -> Cost:
@@ -131,7 +137,22 @@ class Chooser:
 
     def _rest(self, made: Plan, request: Request) -> Plan:
         """The plan for what is left after one."""
-        return self._traced(made).widths(replace(request, parts=self.rest))
+        small = self._traced(made)
+        left: dict[str, Any] = {
+            name: {p: v for p, v in getattr(request, name).items() if self._is_left(p, small)}
+            for name in ("ratios", "min_kept", "max_kept")
+        }
+        keep = tuple(pattern for pattern in request.keep if self._is_left(pattern, small))
+        return small.widths(replace(request, parts=self.rest, keep=keep, **left))
+
+    def _is_left(self, pattern: str, small: Widths) -> bool:
+        """Whether a pattern means more than layers that have left."""
+        try:
+            matching(small.analysis, pattern, "")
+        except InputError:
+            matching(self.whole.analysis, pattern, "pattern")
+            return False
+        return True
 
     @cached_property
     def evidence(self) -> Evidence:
@@ -192,7 +213,7 @@ class Chooser:
     def limits(self) -> dict[str, float]:
         """The amounts that the small model may cost."""
         return {
-            name: target.of(self.amounts(self.at(0))[name])
+            name: target.of(self.amounts(self.whole_plan)[name])
             for name, target in self.request.target.items()
         }
 
@@ -227,6 +248,11 @@ class Chooser:
     @cached_property
     def _whole_latency(self) -> float:
         return float(np.median(self._timed(self.model)))
+
+    @property
+    def whole_plan(self) -> Plan:
+        """The plan by which nothing leaves."""
+        return Plan(self.whole.analysis.architecture, (), ())
 
     def _timed(self, *models: nn.Module) -> list[list[float]]:
         bench = Bench(self.call, device_of(self.model), self.request.threads)

@@ -9,12 +9,14 @@ from functools import cached_property
 
 from torch import nn
 
+from graphprune.channels.analysis import Group
 from graphprune.errors import InputError
 from graphprune.parts.find import Finder, Part
 from graphprune.parts.score import Evidence, ordered
 from graphprune.parts.stream import covers
 from graphprune.parts.trial import goes_on
 from graphprune.plan.plan import PartPlan, Plan
+from graphprune.planning.draft import matching
 from graphprune.planning.options import Request
 from graphprune.record.inputs import Call
 from graphprune.text import shorten
@@ -47,11 +49,12 @@ class Depth:
 
     def plan(self, count: int) -> Plan:
         """The plan by which the first so many leave."""
-        return self._without(self.chain[:count])
+        return self._without(self.chain[: max(count, len(self.asked))])
 
     def share(self, ratio: float) -> Plan:
         """The plan by which a fraction of them leaves."""
-        return self._without(self._apart(self.order, round(ratio * len(self.parts))))
+        count = max(round(ratio * len(self.parts)), len(self.asked))
+        return self._without(self._apart(self.order, count))
 
     def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
         """Every part that can leave by itself, with the plan for it."""
@@ -69,6 +72,10 @@ class Depth:
             if any(self._names(pattern, part) for pattern in self.request.keep)
         ]
         left = tuple(part for part in known if part not in spared)
+        free = tuple(part for part in left if not self._is_bounded(part))
+        if left and not free:
+            return ()  # channels may leave all the same
+        left = free
         kinds = " or ".join(kind for kind in self.request.parts if kind != "channels")
         if not left:
             why = "all are kept" if known else "nothing is added to a stream that can leave alone"
@@ -76,6 +83,34 @@ class Depth:
         if len(known) == 1 and not self.finder.first_stays:
             raise InputError(f"{left[0].name!r} alone can leave, and one of the {kinds} must stay")
         return left
+
+    @cached_property
+    def asked(self) -> list[Part]:
+        """The parts around layers all of whose channels leave, as ``ratios`` says.
+
+        Raises:
+            InputError: there is none around a layer.
+        """
+        found: dict[str, Part] = {}
+        for pattern in (pattern for pattern, ratio in self.request.ratios.items() if ratio == 1):
+            groups = matching(self.finder.joined.analysis, pattern, "ratios pattern")
+            around = [part for part in self.parts if any(_holds(part, group) for group in groups)]
+            if not around:
+                raise InputError(
+                    f"all channels of {pattern!r} can leave only with a part around them, and "
+                    f"none of {shorten([part.name for part in self.parts])} is: name less than 1"
+                )
+            least = min(around, key=lambda part: part.macs)
+            found[least.name] = least
+        return list(found.values())
+
+    def _is_bounded(self, part: Part) -> bool:
+        """Whether channels of a part must stay by ``min_kept``."""
+        analysis = self.finder.joined.analysis
+        return any(
+            least and any(_holds(part, group) for group in matching(analysis, pattern, "min_kept"))
+            for pattern, least in self.request.min_kept.items()
+        )
 
     def _known(self) -> tuple[Part, ...]:
         if "branches" in self.request.parts:  # blocks leave when all their branches do
@@ -101,9 +136,10 @@ class Depth:
             order = sorted(self.parts, key=lambda p: measured[p.name] / weights[p.name])
         else:
             order = ordered(self.parts, self.evidence, criterion, seed, per_mac)
+        order = [*self.asked, *(part for part in order if part not in self.asked)]
         if not self._runs(self._apart(order, len(order))):
             order = [part for part in order if self._runs([part])]
-        if not order:
+        if self.parts and not order:
             raise InputError(f"none of {shorten([p.name for p in self.parts])} can leave alone")
         return order
 
@@ -147,6 +183,14 @@ class Depth:
         if plan is None:
             raise InputError(f"{shorten([p.name for p in parts])} cannot leave together")
         return plan
+
+
+def _holds(part: Part, group: Group) -> bool:
+    """Whether all that writes the channels of a group leaves with a part."""
+    written = [member.slot.tensor for member in group.members if not member.reads]
+    return group.name in part.groups or all(
+        any(covers(module, tensor) for module in part.modules) for tensor in written
+    )
 
 
 def _within(part: Part, others: Sequence[Part]) -> bool:

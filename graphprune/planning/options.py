@@ -125,7 +125,8 @@ class Request:
             'fractions to remove by glob pattern of layers (``{"layer3.*": 0.6}``), module or '
             "name of a group; the last pattern that fits counts. Such groups do not take part in a "
             "search for a target. Or the result of ``graph.sensitivity``, by which the channels "
-            "leave first from where that costs least.",
+            "leave first from where that costs least. 1 lets the part around a layer leave, with "
+            "such ``parts``.",
             short="Of some layers: 'layer3.*=0.6'.",
         ),
     )
@@ -144,8 +145,8 @@ class Request:
     min_kept: Mapping[str, float] = field(
         default_factory=dict,
         metadata=option(
-            "the smallest fraction of channels that every group keeps, or fractions by glob. No "
-            "group ever loses its last channel.",
+            "the smallest fraction of channels that every group keeps, or fractions by glob. The "
+            "last one leaves only with a part around it, and not where this is above zero.",
             short="Smallest fraction a group keeps.",
         ),
     )
@@ -299,6 +300,7 @@ class Request:
         request = cls(None if ratio is None else check_ratio(ratio), **given)
         request._check_values()
         request._check_amount()
+        request._check_ratios()
         check_parts(request, cls())
         return request._advised()
 
@@ -366,6 +368,16 @@ class Request:
                 "nothing says how much to remove: ratio must be a number in [0, 1), or pass "
                 'target={"macs": 0.5}, ratios or max_kept instead'
             )
+
+    def _check_ratios(self) -> None:
+        """Raise where all channels are to leave without the part around them."""
+        if not {"branches", "blocks"} & {*self.parts}:
+            for pattern in (pattern for pattern, ratio in self.ratios.items() if ratio == 1):
+                raise InputError(
+                    f"ratios[{pattern!r}] must be in [0, 1), the fraction to remove: got 1; all "
+                    'channels of a layer leave with the branch around it, with parts=("channels", '
+                    '"branches")'
+                )
 
     def said(self) -> dict[str, Any]:
         """What a plan says of how it was made, as plain data."""
@@ -463,7 +475,8 @@ def _ratios(given: object) -> dict[str, float]:
             f"or be a sensitivity; not {given!r}"
         )
     return {
-        pattern: check_ratio(ratio, f"ratios[{pattern!r}]", "") for pattern, ratio in given.items()
+        pattern: 1.0 if is_number(ratio, 1, 1) else check_ratio(ratio, f"ratios[{pattern!r}]", "")
+        for pattern, ratio in given.items()
     }
 
 
