@@ -122,7 +122,7 @@ def move_up(model: nn.Module, plan: Plan) -> None:
     for change in plan.experts:
         for container in change.containers:
             held = model.get_submodule(container.name)._modules
-            modules = [held[container.keys[expert]] for expert in change.kept]
+            modules = [held[key] for key in container.of(change.kept)]
             held.update(zip(container.keys, modules))
             for key in container.keys[len(modules) :]:
                 del held[key]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -191,7 +191,7 @@ class Chooser:
             told["target"] = {name: target.amount for name, target in request.target.items()}
         if request.keep:
             told["keep"] = list(request.keep)
-        told |= self.whole.counted
+        told |= _both(self.whole.counted, plan.request)
         plan = replace(plan, inputs=str(self.call), request=told)
         return replace(plan, before=self.whole.cost, after=self._traced(plan).cost)
 
@@ -377,3 +377,14 @@ class Chooser:
             if amounts[name] > limit
         ]
         return "; ".join(lines) + '; add "channels" to parts'
+
+
+def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, object]:
+    """The outputs that count by two plans, by mode."""
+    modes = [each["outputs"] for each in (one, other) if each.get("outputs")]
+    found = {}
+    for mode in ("eval", "train"):
+        known = [set(each.get(mode, each.get("eval", ()))) for each in modes]
+        if any(mode in each for each in modes):
+            found[mode] = sorted(set.intersection(*known))
+    return {"outputs": found} if found else {}

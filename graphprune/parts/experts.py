@@ -9,6 +9,7 @@ from functools import cached_property
 
 from graphprune.errors import InputError, warn
 from graphprune.parts.depth import Alone
+from graphprune.parts.losses import without_losses
 from graphprune.parts.mixtures import Experts, Mixtures
 from graphprune.parts.score import Evidence
 from graphprune.parts.stream import covers
@@ -17,7 +18,20 @@ from graphprune.parts.usage import scores
 from graphprune.plan.plan import Plan, SizeChange
 from graphprune.planning.options import Request
 from graphprune.record.tensors import fingerprint
-from graphprune.text import shorten
+
+_TOLD = 4  # mixtures of which is said why experts stay
+
+
+def _free(mixture: Experts) -> list[list[int]]:
+    """The experts of every group that can leave."""
+    each = mixture.size // mixture.groups
+    starts = range(0, mixture.size, each)
+    return [[e for e in range(s, s + each) if e not in mixture.fixed] for s in starts]
+
+
+def _each(mixture: Experts) -> int:
+    """How many of a group can leave one after the other."""
+    return len(_free(mixture)[0])
 
 
 @dataclass
@@ -43,10 +57,8 @@ class MixtureLadder:
         """
         known = self.found.found
         if not known:
-            seen = shorten(self.found.seen, 4)
-            why = "no mixture of them was found"
-            if seen:
-                why = f"all are needed in {seen}, or its code takes other ways with fewer"
+            told = [f"{name or 'the model'}: {why}" for name, why in self.found.refused.items()]
+            why = "; ".join(dict.fromkeys(told[:_TOLD])) or "no mixture of them was found"
             raise InputError(f"no experts of this model can leave: {why}")
         left = tuple(mixture for mixture in known if not self._spared(mixture))
         if not left:
@@ -63,8 +75,9 @@ class MixtureLadder:
     def _runs(self, mixtures: Sequence[Experts]) -> bool:
         """Whether the code goes on when an expert of each group leaves."""
         kept = {
-            m.name: [e for e in range(m.size) if e % (m.size // m.groups)] for m in mixtures
-        }  # fmt: skip
+            m.name: [e for e in range(m.size) if e not in {g[0] for g in _free(m)}]
+            for m in mixtures
+        }
         plan = self._joined({m.name: m for m in mixtures}, kept)
         return goes_on(self.found.model, self.found.call, self.found.finder.record, plan)
 
@@ -125,8 +138,7 @@ class MixtureLadder:
         """
         counts = {}
         for mixture in self.mixtures:
-            each = mixture.size // mixture.groups
-            counts[mixture.name] = count = round(ratio * each)
+            counts[mixture.name] = count = round(ratio * _each(mixture))
             if count > self._most(mixture):
                 stay = mixture.size - count * mixture.groups
                 most = self._most(mixture) * mixture.groups
@@ -142,7 +154,7 @@ class MixtureLadder:
     def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
         """Every mixture, with the plans by which some of its experts leave."""
         for mixture in self.mixtures:
-            each = mixture.size // mixture.groups
+            each = _each(mixture)
             counts = dict.fromkeys(round(fraction * each) for fraction in fractions)
             plans = {
                 count / each: self._without(dict.fromkeys(self.order, 0) | {mixture.name: count})
@@ -160,11 +172,9 @@ class MixtureLadder:
         order = {}
         for mixture in self.mixtures:
             values, held = found[mixture.name], self._held(mixture)
-            each = mixture.size // mixture.groups
-            groups = [range(start, start + each) for start in range(0, mixture.size, each)]
             order[mixture.name] = [
                 sorted((e for e in group if e not in held), key=lambda e: (values[e], -e))
-                for group in groups
+                for group in _free(mixture)
             ]
         return order
 
@@ -186,7 +196,16 @@ class MixtureLadder:
             tuple(change for plan in made for change in plan.sizes),
             experts=tuple(experts for plan in made for experts in plan.experts),
         )
-        return replace(plan, sizes=(*plan.sizes, *self._outer(mixtures, kept)))
+        plan = replace(plan, sizes=(*plan.sizes, *self._outer(mixtures, kept)))
+        if not self._losses or not plan.experts:
+            return plan
+        text = "outputs that are losses of mixtures count their experts: they are not compared"
+        return replace(plan, request={"outputs": self._losses}, notes=(text,))
+
+    @cached_property
+    def _losses(self) -> dict[str, list[int]]:
+        """The outputs that count where others are losses of mixtures, by mode."""
+        return without_losses(self.found.model, self.found.call, self.found.found)
 
     def _outer(self, mixtures: dict[str, Experts], kept: dict[str, list[int]]) -> list[SizeChange]:
         """Attributes of modules around mixtures that say the same as those within."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -60,9 +61,10 @@ def scores(
 
 
 def _result(module: nn.Module, call: Call) -> Tensor:
-    """What a mixture returns first: [tokens, width]."""
+    """What a mixture returns, beside losses of its own: [tokens, width]."""
     with torch.no_grad(), at_rest(module):
-        out = tensors_of(module(*call.args, **call.kwargs))[0]
+        outs = tensors_of(module(*call.args, **call.kwargs))
+    out = next((out for out in outs if out.numel() > 1), outs[0])
     return out.reshape(-1, out.shape[-1]).double()
 
 
@@ -71,15 +73,22 @@ def _slices(module: nn.Module, plan: ExpertsPlan, expert: int) -> list[Tensor]:
     tensors = dict(held_tensors(module))
     scored = {*plan.routers, *plan.added}
     owners = {name.rpartition(".")[0] for name in plan.routers}
-    found = [
-        tensors[name].select(dim, expert)
-        for name, dim in plan.slices
-        if name not in scored and (name.rpartition(".")[0] not in owners or tensors[name].dim() > 2)
-    ]
+    found = []
+    for name, dim in plan.slices:
+        tensor, vector = tensors[name], tensors[name].numel() == max(tensors[name].shape)
+        if name in scored or (vector and name.rpartition(".")[0] in owners):
+            continue
+        places = _alone(plan, expert).gone_of(tensor.shape[dim])
+        found += [tensor.select(dim, place) for place in places]
     for container in plan.containers:
-        part = module.get_submodule(f"{container.name}.{container.keys[expert]}")
-        found += list(part.parameters())
+        for key in container.of([expert]):
+            found += list(module.get_submodule(f"{container.name}.{key}").parameters())
     return found
+
+
+def _alone(plan: ExpertsPlan, expert: int) -> ExpertsPlan:
+    """The plan by which one expert leaves."""
+    return replace(plan, kept=tuple(other for other in range(plan.size) if other != expert))
 
 
 def _added(module: nn.Module, mixture: Experts, calls: Sequence[Call]) -> list[float]:
@@ -108,8 +117,10 @@ def _error(module: nn.Module, mixture: Experts, calls: Sequence[Call]) -> list[f
     alone = replace(mixture, name="")
     found = []
     for expert in range(mixture.size):
-        kept = [other for other in range(mixture.size) if other != expert]
-        masked = mask(module, alone.keeping(kept, module))
+        if expert in mixture.fixed:
+            found.append(math.inf)
+            continue
+        masked = mask(module, alone.keeping(_alone(alone.plan, expert).kept, module))
         pairs = ((_result(masked, call), out) for call, out in zip(calls, whole))
         found.append(sum(float((one - other).square().sum()) for one, other in pairs))
     return found
@@ -143,7 +154,9 @@ def _sums(module: nn.Module, plan: ExpertsPlan, changes: dict[int, Tensor]) -> l
         change = changes.get(id(tensors[name]))
         if change is not None and name not in plan.routers:
             sums = change.transpose(0, dim).flatten(1).sum(1) if change.dim() > 1 else change
-            totals = [a + b for a, b in zip(totals, sums.tolist())]
+            for expert in range(plan.size):
+                places = _alone(plan, expert).gone_of(len(sums))
+                totals[expert] += float(sums[places].sum())
     for container in plan.containers:
         for expert, key in enumerate(container.keys):
             part = module.get_submodule(f"{container.name}.{key}")

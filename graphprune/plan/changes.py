@@ -374,8 +374,12 @@ class Container:
 
     def moved(self, kept: Iterable[int]) -> Iterator[tuple[str, str]]:
         """The names of modules that stay, and what they become: they take the first keys."""
-        for old, new in zip((self.keys[expert] for expert in kept), self.keys):
+        for old, new in zip(self.of(kept), self.keys):
             yield f"{self.name}.{old}", f"{self.name}.{new}"
+
+    def of(self, experts: Iterable[int]) -> list[str]:
+        """The keys of experts; the last of a mixture may have no module."""
+        return [self.keys[expert] for expert in experts if expert < len(self.keys)]
 
 
 @dataclass(frozen=True)
@@ -387,9 +391,11 @@ class ExpertsPlan:
         routers: the weights whose products score them.
         size: how many experts there are.
         kept: those that stay.
-        slices: the tensors that hold a slice for every expert, with the dimension.
+        slices: the tensors that hold something for every expert, with the dimension. Each may have
+            several neighbouring indices there, as slots for tokens, or only the first ones any.
         added: of these, vectors that are added to the scores.
-        containers: of one module for every expert.
+        containers: of one module for every expert, or for the first ones.
+        far: what the routers make are distances, which are infinity.
     """
 
     mixture: str
@@ -399,6 +405,7 @@ class ExpertsPlan:
     slices: tuple[tuple[str, int], ...]
     added: tuple[str, ...] = ()
     containers: tuple[Container, ...] = ()
+    far: bool = False
 
     @property
     def key(self) -> str:
@@ -409,6 +416,20 @@ class ExpertsPlan:
     def gone(self) -> list[int]:
         """The experts that leave."""
         return sorted(set(range(self.size)) - set(self.kept))
+
+    def fits(self, side: int) -> bool:
+        """Whether so many indices along a dimension can be of experts: of all that leave."""
+        return side % self.size == 0 or max(self.gone, default=-1) < side < self.size
+
+    def kept_of(self, side: int) -> tuple[int, ...]:
+        """What stays of so many indices along a dimension."""
+        each = max(side // self.size, 1)
+        kept = (expert * each + step for expert in self.kept for step in range(each))
+        return tuple(index for index in kept if index < side)
+
+    def gone_of(self, side: int) -> list[int]:
+        """What leaves of so many indices along a dimension."""
+        return sorted(set(range(side)) - set(self.kept_of(side)))
 
     def then(self, later: ExpertsPlan) -> ExpertsPlan:
         """Those that stay of the ones that stayed."""

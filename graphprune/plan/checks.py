@@ -229,24 +229,23 @@ class Check:
         cut = {slot.key: slot for slot in self.plan.slots}
         for name, dim in change.slices:
             slot = cut.get((name, dim))
-            fits = slot is not None and (slot.size, slot.kept) == (change.size, change.kept)
-            self.need(fits or not change.gone, f"{name!r} is not cut as {where} are")
+            fits = slot and change.fits(slot.size) and slot.kept == change.kept_of(slot.size)
+            self.need(bool(fits) or not change.gone, f"{name!r} is not cut as {where} are")
         sliced = {name for name, _ in change.slices}
         scores = {*change.routers, *change.added} <= sliced and change.routers
         self.need(bool(scores), f"{where} have no such scores")
         for name in change.added:
             vector = self.tensor(name)
-            fits = vector.numel() == change.size and vector.is_floating_point()
+            fits = change.fits(vector.numel()) and vector.is_floating_point()
             self.need(fits, f"{name!r} is no vector of scores")
         for container in change.containers:
             held = self.module(container.name)
             kind = isinstance(held, nn.ModuleList | nn.ModuleDict | nn.Sequential)
             known = {key for key, part in held._modules.items() if part is not None}
             same = kind and {*container.keys} <= known
-            self.need(
-                same and len({*container.keys}) == len(container.keys) == change.size,
-                f"{container.name!r} does not hold {where}",
-            )
+            count = len({*container.keys})
+            fits = count == len(container.keys) <= change.size and change.fits(count)
+            self.need(same and fits, f"{container.name!r} does not hold {where}")
 
     def slot(self, slot: SlotPlan) -> None:
         """A dimension of the right size, in blocks of rows that are there."""

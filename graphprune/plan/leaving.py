@@ -41,10 +41,8 @@ def gone_modules(model: nn.Module, plan: Leaving) -> list[nn.Module]:
     found = [model.get_submodule(stand_in.module) for stand_in in plan.stand_ins]
     for change in plan.experts:
         for container in change.containers:
-            found += [
-                model.get_submodule(f"{container.name}.{container.keys[expert]}")
-                for expert in change.gone
-            ]
+            keys = container.of(change.gone)
+            found += [model.get_submodule(f"{container.name}.{key}") for key in keys]
     return found
 
 

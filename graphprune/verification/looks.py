@@ -51,7 +51,8 @@ def second_look(
         shapes = [] if found is None else [list(t.shape) for t in found.outputs]
         fail(models, trial, error or f"output shapes {shapes} instead of the original's")
     if followed.draws:
-        again = Redrawn(followed.draws)
+        _no_choice(models, followed)
+        again = Redrawn(followed.draws, models.plan.experts)
         found, error = models.shrunk(trial, again)
         if found is None:
             fail(models, trial, error)
@@ -65,9 +66,9 @@ def second_look(
     _no_clash(followed, trial)
     if found.drawn != wanted.drawn:
         raise Undecided("the small model draws fewer random numbers of numpy, or of random")
-    mixture = tied(models.masked)
-    if mixture:
-        raise Undecided(f"experts of {mixture!r} get equal scores: which are chosen is chance")
+    where = tied(models.masked)
+    if where:
+        raise Undecided(f"experts {where} get equal scores: which are chosen is chance")
     return _within_rounding(models, trial, wanted, pairs)
 
 
@@ -78,6 +79,13 @@ def follow(models: Models, trial: Trial) -> Functions:
     models.run_masked(forward.module, trial)
     assert forward.last is not None
     return forward.last
+
+
+def _no_choice(models: Models, followed: Functions) -> None:
+    """Numbers of experts that are drawn mean other ones where some have left."""
+    drawn = any(func is torch.ops.aten.multinomial.default for func, *_ in followed.draws)
+    if drawn and models.plan.experts:
+        raise Undecided("it is drawn which experts are chosen")
 
 
 def _no_clash(followed: Functions, trial: Trial) -> None:
@@ -182,7 +190,7 @@ def first_difference(models: Models, trial: Trial) -> str | None:
     try:
         models.run(forward.module, trial)
         assert forward.last is not None
-        modes = [Redrawn(forward.last.draws)] if forward.last.draws else []
+        modes = [Redrawn(forward.last.draws, models.plan.experts)] if forward.last.draws else []
         _, error = models.shrunk(trial, *modes)
     finally:
         for handle in handles:

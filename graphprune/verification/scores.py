@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.plan.changes import ExpertsPlan
 from graphprune.record.tensors import held_tensors
 from graphprune.verification.follow import Undecided
 
-# What multiplies inputs by the weight of a router, and where the experts then lie.
-_PRODUCTS = {
-    "linear": -1, "matmul": -1, "__matmul__": -1, "mm": -1, "addmm": -1, "bmm": -1, "einsum": -1,
-    "tensordot": -1, "inner": -1, "conv1d": 1, "conv2d": 1,
-}  # fmt: skip
+# What takes scores for what they are; what bounded them before does not count.
+_ENDS = frozenset({
+    "softmax", "log_softmax", "gumbel_softmax", "logsumexp", "sigmoid", "topk", "sort", "argsort",
+    "max", "amax", "argmax",
+})  # fmt: skip
+
+
+class _Made(NamedTuple):
+    """A tensor that experts have parts of: the same with NaN there, and whether it has scores."""
+
+    twin: Tensor
+    router: str
+    scored: bool
 
 
 class Scores(TorchFunctionMode):
     """Holds the scores that experts get which leave at minus infinity.
 
-    Gradients do not flow through them. Which of several experts with equal scores is chosen is left
-    to the kernels: that there were such is noted.
+    Which values are scores of which experts is found out by what becomes NaN when their rows of a
+    router are. Where a function first makes something of a router and of what the model is given,
+    these are held, and once more where they are ranked or weigh something, as something may have
+    bounded them. Gradients do not flow through them. Which of several experts with equal scores is
+    chosen is left to the kernels: that there were such is noted.
 
     Args:
         model: what runs.
@@ -37,45 +49,110 @@ class Scores(TorchFunctionMode):
         super().__init__()
         self.plans = {name: plan for plan in plans if plan.gone for name in plan.routers}
         self.model = model
-        self.weights: dict[int, tuple[Tensor, str]] = {}  # what is made of routers alone
+        self.made = WeakIdKeyDictionary()
+        self.constant = WeakIdKeyDictionary()  # what is made of tensors that the model holds
         self.seen: set[str] = set()
-        self.tied = ""  # a mixture in which experts got equal scores
+        self.tied = ""  # where experts got equal scores
 
     def __enter__(self) -> object:
         tensors = dict(held_tensors(self.model))
-        self.weights = {id(tensors[name]): (tensors[name], name) for name in self.plans}
         self.seen.clear()
+        for tensor in tensors.values() if self.plans else ():
+            self.constant[tensor] = True
+        for name, plan in self.plans.items():
+            dim, twin = dict(plan.slices)[name], tensors[name].detach().clone()
+            gone = plan.gone_of(twin.shape[dim])
+            twin.index_fill_(dim, torch.tensor(gone, device=twin.device), torch.nan)
+            self.made[tensors[name]] = _Made(twin, name, False)
         return TorchFunctionMode.__enter__(self)
 
     def __exit__(self, *exc: object) -> None:
         TorchFunctionMode.__exit__(self, *exc)
-        self.weights.clear()
+        self.made.clear()
+        self.constant.clear()
 
     def __torch_function__(
         self, func: Function, types: object, args: Args = (), kwargs: Kwargs | None = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        leaves = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        known = [self.weights[id(t)][1] for t in leaves if id(t) in self.weights]
-        if not known or not isinstance(out, Tensor):
-            return out
-        dim = _PRODUCTS.get(getattr(func, "__name__", ""))
-        if dim is not None and any(t.dim() > 1 and id(t) not in self.weights for t in leaves):
-            return self._held(out, known[0], dim)
-        if out.is_floating_point():
-            self.weights[id(out)] = out, known[0]
+        kwargs = kwargs or {}
+        if not self.plans:
+            return func(*args, **kwargs)
+        if getattr(func, "__name__", "") in _ENDS:
+            args, kwargs = pytree.tree_map_only(Tensor, self._bounded, (args, kwargs))
+        given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        twin = self._twin(func, args, kwargs) if any(t in self.made for t in given) else None
+        out = func(*args, **kwargs)
+        constant = all(tensor in self.constant for tensor in given)
+        for tensor in pytree.tree_leaves(out):
+            if constant and isinstance(tensor, Tensor):
+                self.constant[tensor] = True
+            elif isinstance(tensor, Tensor):
+                self.constant.pop(tensor, None)  # it was written into
+        if isinstance(twin, Tensor) and isinstance(out, Tensor) and twin.shape == out.shape:
+            return self._followed(out, twin, given, constant)
         return out
 
-    def _held(self, out: Tensor, router: str, dim: int) -> Tensor:
-        """Scores of which those that leave are minus infinity."""
-        plan = self.plans[router]
-        if out.shape[dim] != plan.size:
-            raise Undecided(f"the scores of the experts of {plan.mixture!r} lie in no known way")
-        self.seen.add(router)
-        kept = torch.tensor(plan.kept, device=out.device)
-        steps = out.detach().index_select(dim, kept).sort(dim).values.diff(dim=dim)
-        self.tied = plan.mixture or "the model" if bool((steps == 0).any()) else self.tied
-        return out.index_fill(dim, torch.tensor(plan.gone, device=out.device), lowest(out))
+    def _followed(self, out: Tensor, twin: Tensor, given: list[Tensor], constant: bool) -> Tensor:
+        """What a function has made of routers or of scores, which are held."""
+        made: list[_Made] = [self.made[tensor] for tensor in given if tensor in self.made]
+        first = next((each for each in made if each.scored), made[0])
+        plan, gone = self.plans[first.router], twin.isnan()
+        held = all(each.scored for each in made if each.router == first.router)
+        if not held and not constant and bool(gone.any()):
+            self.seen.add(first.router)
+            self._note(out, gone, plan)
+            out = self._filled(out, gone, -lowest(out) if plan.far else lowest(out), given)
+        elif held and bool(gone.all()):
+            return out  # a softmax, say: it says what scores mean
+        self.made[out] = _Made(twin, first.router, not constant)
+        return out
+
+    def _bounded(self, scores: Tensor) -> Tensor:
+        """Scores that are as low as they were before something bounded them."""
+        made: _Made | None = self.made.get(scores)
+        if made is None or not made.scored:
+            return scores
+        gone = made.twin.isnan()
+        self._note(scores, gone, self.plans[made.router])
+        low = gone & (scores.detach() > lowest(scores) / 2)
+        found = self._filled(scores, low, lowest(scores), [])
+        self.made[found] = made
+        return found
+
+    def _twin(self, func: Function, args: Args, kwargs: Kwargs) -> object:
+        """What a function makes where the parts of experts that leave are NaN."""
+        mutates = getattr(func, "__name__", "").endswith("_") or "out" in kwargs
+
+        def swap(tensor: Tensor) -> Tensor:
+            made = self.made.get(tensor)
+            found: Tensor = tensor.detach() if made is None else made.twin
+            return found.clone() if mutates else found
+
+        state = torch.get_rng_state()
+        try:
+            with torch.no_grad():
+                args, kwargs = pytree.tree_map_only(Tensor, swap, (args, kwargs))
+                return func(*args, **kwargs)
+        except Exception:  # it looks at values: what it makes is no score
+            return None
+        finally:
+            torch.set_rng_state(state)
+
+    def _note(self, scores: Tensor, gone: Tensor, plan: ExpertsPlan) -> None:
+        """Note whether scores of experts that stay are equal."""
+        dims = [dim for dim in range(scores.dim()) if _along(gone, dim)]
+        if len(dims) == 1 and scores.shape[dims[0]] == plan.size:
+            kept = torch.tensor(plan.kept, device=scores.device)
+            known = scores.detach().index_select(dims[0], kept)
+            steps = known.sort(dims[0]).values.diff(dim=dims[0])
+            where = f"of {plan.mixture!r}" if plan.mixture else "here"
+            self.tied = where if bool((steps == 0).any()) else self.tied
+
+    def _filled(self, out: Tensor, gone: Tensor, value: float, given: list[Tensor]) -> Tensor:
+        """A tensor with a value in some places; what a function has changed is changed itself."""
+        if any(out is tensor for tensor in given):
+            return out.masked_fill_(gone, value)
+        return out.masked_fill(gone, value)
 
     def check(self) -> None:
         """Raise unless a router of every mixture has run.
@@ -89,9 +166,20 @@ class Scores(TorchFunctionMode):
                 raise Undecided(f"nothing scores the experts of {plan.mixture!r} here")
 
 
+def _along(gone: Tensor, dim: int) -> bool:
+    """Whether what is gone is whole slices along a dimension, and not all of them."""
+    sliced = gone.movedim(dim, 0).flatten(1)
+    return bool((sliced.any(1) == sliced.all(1)).all())
+
+
 def lowest(scores: Tensor) -> float:
-    """As good as minus infinity; zero times it is zero, as in gradients of what scales scores."""
-    return torch.finfo(scores.dtype).min / 4
+    """As good as minus infinity.
+
+    Zero times it is zero, as in gradients of what scales scores; its square is finite, as of
+    distances, where the type has room for that.
+    """
+    largest = torch.finfo(scores.dtype).max
+    return -(largest**0.4) if largest > 1e30 else -largest / 4
 
 
 def without_scores(tensors: Mapping[str, Tensor], plans: Iterable[ExpertsPlan]) -> None:
@@ -99,5 +187,8 @@ def without_scores(tensors: Mapping[str, Tensor], plans: Iterable[ExpertsPlan]) 
     with torch.no_grad():
         for change in plans:
             for name in change.added:
-                gone = torch.tensor(change.gone, dtype=torch.int64, device=tensors[name].device)
-                tensors[name].index_fill_(dict(change.slices)[name], gone, lowest(tensors[name]))
+                dim = dict(change.slices)[name]
+                gone = torch.tensor(
+                    change.gone_of(tensors[name].shape[dim]), device=tensors[name].device
+                )
+                tensors[name].index_fill_(dim, gone.long(), lowest(tensors[name]))

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from graphprune.execute.fold import recompute_masked
 from graphprune.ops.calls import Args, Function, Kwargs, OpMode
 from graphprune.ops.registry import WHOLE, op_of
+from graphprune.plan.changes import ExpertsPlan
 from graphprune.record.copying import copy_module
 from graphprune.record.tensors import held_tensors
 from graphprune.verification.dispatch import NOISY, Draw, random_op
@@ -89,11 +90,16 @@ class Precision(TorchFunctionMode):
 
 
 class Redrawn(OpMode):
-    """Gives a small model the random numbers of the original, without the removed channels."""
+    """Gives a small model the random numbers of the original, without the removed channels.
 
-    def __init__(self, draws: Sequence[Draw]) -> None:
+    Args:
+        draws: of the original.
+        experts: of its mixtures, without the numbers of those that leave.
+    """
+
+    def __init__(self, draws: Sequence[Draw], experts: Sequence[ExpertsPlan] = ()) -> None:
         super().__init__()
-        self.draws = list(draws)
+        self.draws, self.experts = list(draws), experts
         self.lost = ""  # a draw that is none of the original's
 
     def __torch_dispatch__(
@@ -125,7 +131,20 @@ class Redrawn(OpMode):
             for dim, stays in enumerate(kept):
                 index = stays.nonzero().flatten().to(numbers.device)
                 numbers = numbers.index_select(dim, index)
+        numbers = self._of_experts(numbers, mine)
         if other is not func or numbers.shape != mine.shape:
             self.lost = self.lost or str(func)
             return None
+        return numbers
+
+    def _of_experts(self, numbers: Tensor, mine: Tensor) -> Tensor:
+        """The numbers of the experts that stay, where one dimension tells which these are."""
+        pairs = [*enumerate(zip(numbers.shape, mine.shape))] if numbers.dim() == mine.dim() else []
+        for dim, (before, after) in pairs:
+            known = {
+                plan.kept for plan in self.experts if (plan.size, len(plan.kept)) == (before, after)
+            }
+            if before != after and len(known) == 1:
+                index = torch.tensor(known.pop(), device=numbers.device)
+                numbers = numbers.index_select(dim, index)
         return numbers

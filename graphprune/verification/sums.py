@@ -40,7 +40,7 @@ class HeldForward:
         self.module, self.inner, self.plan = module, inner, plan
         self.sides = {cut.key: cut.side for cut in plan.cuts}
         self.seen: set[Place] = set()
-        self.tied = ""  # a mixture of which experts got equal scores in the last run
+        self.tied = ""  # where experts got equal scores in the last run
 
     def __deepcopy__(self, memo: dict[int, object]) -> HeldForward:
         """A copy for a copied module."""
@@ -79,7 +79,7 @@ class HeldForward:
 
 
 def tied(model: nn.Module) -> str:
-    """A mixture of a masked model of which experts got equal scores in its last run."""
+    """Where experts of a masked model got equal scores in its last run."""
     forward = vars(model).get("forward")
     while forward is not None and not isinstance(forward, HeldForward):
         forward = getattr(forward, "inner", None)

@@ -75,9 +75,7 @@ def test_the_reference_by_hand():
 def test_scores_that_are_not_held_are_noticed(monkeypatch):
     model, inputs, graph = traced("stacked weights")
     plan = graph.plan(0.25, parts="experts", criterion="random")
-    monkeypatch.setattr(
-        held.Scores, "_held", lambda self, out, router, dim: self.seen.add(router) or out
-    )
+    monkeypatch.setattr(held.Scores, "_filled", lambda self, out, gone, value, given: out)
     with pytest.raises(graphprune.errors.VerificationError):
         graphprune.verify(model, plan, inputs)
 
