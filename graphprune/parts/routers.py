@@ -169,11 +169,12 @@ class Scoring:
         return {f"{name}.{each}".strip(".") for each in names} | self._kernels_of(name, held)
 
     def _lists(self, name: str, held: int, router: str) -> dict[str, tuple[str, ...]]:
-        """The lists of experts in a module: they are not run as a whole, and hold no router."""
+        """The lists of experts in a module: they hold no router, nor are they layers in a row."""
         found: dict[str, tuple[str, ...]] = {}
         for each, part in named_modules(self.finder.modules[name]):
             full = f"{name}.{each}".strip(".")
-            if not covers(full, router) and not self.finder.calls.get(full):
+            in_row = isinstance(part, nn.Sequential) and self.finder.calls.get(full)
+            if not covers(full, router) and not in_row:
                 found.update((each, keys) for keys in _keys(part) if len(keys) == held)
         return found
 

@@ -140,7 +140,7 @@ def test_experts_behind_the_list_stay():
 
 
 @pytest.mark.parametrize("criterion", ["taylor", "reconstruction", "l2"])
-@pytest.mark.parametrize("name", XX)
+@pytest.mark.parametrize("name", ["slots, layer", pytest.param("flat", marks=pytest.mark.slow)])
 def test_criteria(name, criterion):
     model, inputs = built(name)
     data = [(inputs, torch.zeros(()).double())]
