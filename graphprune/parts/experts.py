@@ -18,8 +18,7 @@ from graphprune.parts.usage import scores
 from graphprune.plan.plan import Plan, SizeChange
 from graphprune.planning.options import Request
 from graphprune.record.tensors import fingerprint
-
-_TOLD = 4  # mixtures of which is said why experts stay
+from graphprune.text import shorten
 
 
 def _free(mixture: Experts) -> list[list[int]]:
@@ -57,8 +56,11 @@ class MixtureLadder:
         """
         known = self.found.found
         if not known:
-            told = [f"{name or 'the model'}: {why}" for name, why in self.found.refused.items()]
-            why = "; ".join(dict.fromkeys(told[:_TOLD])) or "no mixture of them was found"
+            reasons: dict[str, list[str]] = {}
+            for name, why in self.found.refused.items():
+                reasons.setdefault(why, []).append(name or "the model")
+            told = [f"{shorten(names, 4)}: {why}" for why, names in reasons.items()]
+            why = "; ".join(told) or "no mixture of them was found"
             raise InputError(f"no experts of this model can leave: {why}")
         left = tuple(mixture for mixture in known if not self._spared(mixture))
         if not left:

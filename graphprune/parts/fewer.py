@@ -256,7 +256,8 @@ class Trial:
         return False
 
     def _told(self, numbers: Sequence[Attribute]) -> str:
-        names = dict.fromkeys(name for _, name in numbers)
+        kinds = {name: type(self.module.get_submodule(name)).__module__ for name, _ in numbers}
+        names = dict.fromkeys(n for name, n in numbers if not kinds[name].startswith("torch.nn"))
         return f" ({', '.join(names)})" if names else ""
 
     def _fails(self, rank: int, why: str) -> None:
@@ -279,9 +280,7 @@ class Trial:
                 continue
             self.apart |= apart
             if report.verdict != "equal":
-                self._fails(
-                    1, f"whether it computes the same with fewer is not told: {report.reason}"
-                )
+                self._fails(1, f"it cannot be told whether its code goes on: {report.reason}")
             return report.verdict == "equal"
         return False
 
