@@ -95,14 +95,16 @@ class Scores(TorchFunctionMode):
     def _followed(self, out: Tensor, twin: Tensor, given: list[Tensor], constant: bool) -> Tensor:
         """What a function has made of routers or of scores, which are held."""
         made: list[_Made] = [self.made[tensor] for tensor in given if tensor in self.made]
-        first = next((each for each in made if each.scored), made[0])
-        plan, gone = self.plans[first.router], twin.isnan()
-        held = all(each.scored for each in made if each.router == first.router)
-        if not held and not constant and bool(gone.any()):
+        first = min(made, key=lambda each: each.scored)  # a router that scores are made with now
+        gone = twin.isnan()
+        if not bool(gone.any()):
+            return out
+        if not first.scored and not constant:
+            plan = self.plans[first.router]
             self.seen.add(first.router)
             self._note(out, gone, plan)
             out = self._filled(out, gone, -lowest(out) if plan.far else lowest(out), given)
-        elif held and bool(gone.all()):
+        elif first.scored and bool(gone.all()):
             return out  # a softmax, say: it says what scores mean
         self.made[out] = _Made(twin, first.router, not constant)
         return out
