@@ -51,10 +51,9 @@ class Emptied(nn.Module):
     def _item(self, text: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if text == "none":
             return None
-        if text == "empty":
-            return _tensor((args, kwargs)).new_empty(0)
-        if text == "zero":
-            return _tensor((args, kwargs)).new_zeros(())
+        if text in ("empty", "zero"):
+            like, shape = _tensor((args, kwargs)), (0,) if text == "empty" else ()
+            return torch.zeros(shape) if like is None else like.new_zeros(shape)
         if text.startswith("zeros "):
             way, _, dims = text.removeprefix("zeros ").partition(" in ")
             like = self._given(way, args, kwargs)
@@ -94,18 +93,13 @@ def _parameters(module: nn.Module) -> tuple[str, ...]:
         return ()
 
 
-def _tensor(tree: object) -> Tensor:
+def _tensor(tree: object) -> Tensor | None:
     """The first tensor of nested arguments."""
     if isinstance(tree, Tensor):
         return tree
     items = tree.values() if isinstance(tree, dict) else tree
-    for item in items if isinstance(items, tuple | list | type({}.values())) else ():
-        if isinstance(item, Tensor | tuple | list | dict):
-            try:
-                return _tensor(item)
-            except LookupError:
-                continue
-    raise LookupError("no tensor was given")
+    found = map(_tensor, items if isinstance(items, tuple | list | type({}.values())) else ())
+    return next((tensor for tensor in found if tensor is not None), None)
 
 
 def empty(model: nn.Module, plan: Plan) -> None:

@@ -49,12 +49,24 @@ class Depth:
 
     def plan(self, count: int) -> Plan:
         """The plan by which the first so many leave."""
-        return self._without(self.chain[: max(count, len(self.asked))])
+        count = max(count, len(self.asked))
+        return self._without(self._running(self.chain[:count], count))
 
     def share(self, ratio: float) -> Plan:
         """The plan by which a fraction of them leaves."""
         count = max(round(ratio * len(self.parts)), len(self.asked))
-        return self._without(self._apart(self.order, count))
+        return self._without(self._running(self._apart(self.order, count), count))
+
+    def _running(self, parts: list[Part], count: int) -> list[Part]:
+        """So many parts, or those of them and of the next ones without which the code goes on."""
+        if self._runs(parts):
+            return parts
+        found: list[Part] = []
+        for part in self.order:
+            trial = self._apart([*found, part], count)
+            if part in trial and self._runs(trial):
+                found = trial
+        return found
 
     def alone(self, fractions: Sequence[float]) -> Iterator[Alone]:
         """Every part that can leave by itself, with the plan for it."""
@@ -150,7 +162,7 @@ class Depth:
 
     def _apart(self, order: Sequence[Part], count: int) -> list[Part]:
         """Parts that leave together, at most so many with those inside; one at least stays."""
-        others = self.finder.first_stays or len(self.parts) < len(self._known())
+        others = self.finder.first_stays or len(order) < len(self._known())
         most = min(count, len(order) if others else len(order) - 1)
         chosen: list[Part] = []
         for part in order:
@@ -166,8 +178,18 @@ class Depth:
 
     def _runs(self, parts: Sequence[Part]) -> bool:
         """Whether the code goes on without some parts."""
-        plan = self._bare(parts)
-        return plan is not None and goes_on(self.model, self.call, self.finder.record, plan)
+        key = frozenset(part.name for part in parts)
+        if key not in self._known_runs:
+            plan = self._bare(parts)
+            record = self.finder.record
+            self._known_runs[key] = plan is not None and goes_on(
+                self.model, self.call, record, plan
+            )
+        return self._known_runs[key]
+
+    @cached_property
+    def _known_runs(self) -> dict[frozenset[str], bool]:
+        return {}
 
     def _bare(self, parts: Sequence[Part]) -> Plan | None:
         cuts = tuple(dict.fromkeys(cut for part in parts for cut in part.cuts))

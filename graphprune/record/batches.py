@@ -374,7 +374,8 @@ def at_rest(model: nn.Module) -> Iterator[None]:
 
     Buffers are those of the model's modules; a module that counts its calls in one is set back.
     """
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    own = (buffer for buffer in model.buffers() if not (buffer.is_inference() or buffer.is_meta))
+    buffers = [(buffer, buffer.detach().clone()) for buffer in own]
     places = [(module._buffers, dict(module._buffers)) for module in model.modules()]
     device = device_of(model)
     devices = [device] if device.type == "cuda" else []
