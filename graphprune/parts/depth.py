@@ -14,7 +14,7 @@ from graphprune.errors import InputError
 from graphprune.parts.find import Finder, Part
 from graphprune.parts.score import Evidence, ordered
 from graphprune.parts.stream import covers
-from graphprune.parts.trial import goes_on
+from graphprune.parts.trial import goes_on, obstacle
 from graphprune.plan.plan import PartPlan, Plan
 from graphprune.planning.draft import matching
 from graphprune.planning.options import Request
@@ -152,7 +152,9 @@ class Depth:
         if not self._runs(self._apart(order, len(order))):
             order = [part for part in order if self._runs([part])]
         if self.parts and not order:
-            raise InputError(f"none of {shorten([p.name for p in self.parts])} can leave alone")
+            names, first = shorten([part.name for part in self.parts]), self._bare(self.parts[:1])
+            told = first and obstacle(self.model, self.call, self.finder.record, first)
+            raise InputError(f"none of {names} can leave alone: {told or 'others are tied to it'}")
         return order
 
     @cached_property

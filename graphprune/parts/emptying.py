@@ -17,6 +17,7 @@ from graphprune.parts.stream import (
     Narrowed,
     Stream,
     aten,
+    covers,
     holder_of,
     is_getitem,
     leaves,
@@ -87,7 +88,12 @@ class Emptying(Stream):
             if leaving is None:
                 return None
             found.append(leaving)
-        return found if busy else None
+        return found if busy or self._remembers(name) else None
+
+    def _remembers(self, name: str) -> bool:
+        """Whether something in a module keeps what it sees: in train mode it may run more ops."""
+        inside = (part for other, part in self.modules.items() if covers(name, other))
+        return any(part._buffers for part in inside)
 
     def _readers(self, run: Run) -> list[fx.Node]:
         """The nodes in a call that read a tensor of the model."""

@@ -19,7 +19,12 @@ from graphprune.record.skeleton import without_weights
 
 
 def goes_on(model: nn.Module, call: Call, record: Record, plan: Plan) -> bool:
-    """Whether a small model runs, and returns the same shapes where outputs count, or fewer.
+    """Whether a small model runs, and returns the same shapes where outputs count, or fewer."""
+    return obstacle(model, call, record, plan) is None
+
+
+def obstacle(model: nn.Module, call: Call, record: Record, plan: Plan) -> str | None:
+    """Why a small model does not run, or what it returns in another shape; ``None`` if it does.
 
     In train mode as well, where the whole model runs in it. A model that reads values is run on its
     device, with its weights.
@@ -36,9 +41,13 @@ def goes_on(model: nn.Module, call: Call, record: Record, plan: Plan) -> bool:
     )
     for training in (False, True):
         whole, rest = (_shapes(each, call, record, training) for each in models)
-        if whole is not None and (rest is None or not _is_among(rest, whole)):
-            return False
-    return True
+        if isinstance(whole, str):
+            continue
+        if isinstance(rest, str):
+            return f"the code around does not go on ({rest})"
+        if not _is_among(rest, whole):
+            return "the outputs would have other shapes"
+    return None
 
 
 def _is_among(rest: list[object], whole: list[object]) -> bool:
@@ -57,8 +66,8 @@ def without(model: nn.Module, plan: Plan) -> nn.Module:
     return small
 
 
-def _shapes(model: nn.Module, call: Call, record: Record, training: bool) -> list[object] | None:
-    """The shapes of the outputs that count; ``None`` where the model does not run."""
+def _shapes(model: nn.Module, call: Call, record: Record, training: bool) -> list[object] | str:
+    """The shapes of the outputs that count; where the model does not run, what it says."""
     try:
         with at_rest(model), same_numbers(), torch.no_grad():
             model.train(training)
@@ -67,8 +76,8 @@ def _shapes(model: nn.Module, call: Call, record: Record, training: bool) -> lis
             else:
                 args, kwargs = drawn(call, device_of(model))
                 found = pytree.tree_leaves(fields(model(*args, **kwargs)))
-    except Exception:  # whatever the code of the model raises
-        return None
+    except Exception as error:  # whatever the code of the model raises
+        return f"{type(error).__name__}: {error}".partition("\n")[0][:200]
     tensors = [leaf for leaf in found if isinstance(leaf, Tensor)]
     counted = record.counted
     return [tuple(t.shape) for n, t in enumerate(tensors) if counted is None or n in counted]
