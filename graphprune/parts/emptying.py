@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +25,7 @@ from graphprune.parts.stream import (
 )
 from graphprune.plan.changes import Cut, StandIn
 from graphprune.record.joins import Place, Run
+from graphprune.record.sizes import Extent, expression, extents
 
 
 class Emptying(Stream):
@@ -51,15 +52,37 @@ class Emptying(Stream):
         zeroes, empties = self._zeroes(sides, gone), self._empties(narrowed.empty, needed, gone)
         if zeroes is None or empties is None:
             return None
-        known = self._known_dims(gone, sides, narrowed, empties)
-        made = []
-        for name, leavings in gone.items():
-            ways = {leaving.gives(zeroes, empties, known) for leaving in leavings}
-            holder, gives = ways.pop()
-            if ways or None in gives:
-                return None
-            made.append(StandIn(name, tuple(map(str, gives)), holder))
-        return sorted(made, key=lambda stand_in: stand_in.module)
+        for wide in (False, True):
+            broad = (
+                set[fx.Node]() if wide else {node for node, whole in zeroes.items() if not whole}
+            )
+            known = self._known_dims(gone, sides, narrowed, empties, broad)
+            if not self._is_measured(needed, known, narrowed.dims):
+                return _made(gone, zeroes, empties, known, wide)
+        return None
+
+    def _is_measured(self, needed: set[fx.Node], known: Dims, narrowed: Dims) -> bool:
+        """Whether code that stays asks for a size that is another one now."""
+        return any(
+            size.node in known
+            and size.dim not in known[size.node] | narrowed.get(size.node, frozenset())
+            for node in (needed & self._given_sizes.keys() if known else ())
+            for size in self._given_sizes[node]
+        )
+
+    @cached_property
+    def _given_sizes(self) -> dict[fx.Node, list[Extent]]:
+        """The sizes of values that the code gave to ops."""
+        found = {}
+        for node in self.nodes:
+            sizes = [
+                size
+                for number in node.meta.get("numbers", ())
+                for size in extents(expression(number.value))
+            ]
+            if sizes:
+                found[node] = sizes
+        return found
 
     def _children(self, name: str) -> list[str]:
         prefix = f"{name}." if name else ""
@@ -169,10 +192,12 @@ class Emptying(Stream):
         sides: Mapping[Place, int],
         narrowed: Narrowed,
         empties: Dims,
+        broad: Set[fx.Node],
     ) -> dict[fx.Node, frozenset[int]]:
         """The dimensions in which values keep their size although something else stands there.
 
-        Values that are not in the dictionary are as they were.
+        Values that are not in the dictionary are as they were. The zeroes of ``broad`` are only as
+        large as sums need.
         """
         leavings = [leaving for leavings in gone.values() for leaving in leavings]
         results = {node: leaving for leaving in leavings for node in leaving.free}
@@ -184,7 +209,7 @@ class Emptying(Stream):
             if node in empties:
                 continue  # what it is concatenated with is as wide as the plan makes it
             if node in results:
-                dims = results[node].like(node, known)
+                dims = results[node].like(node, known, node in broad)
                 if dims is not None:
                     known[node] = dims
             elif self.sums.get(node) in sides:
@@ -197,9 +222,7 @@ class Emptying(Stream):
             known[node] = known.get(node, frozenset(range(len(node.meta["shape"])))) - dims
         return known
 
-    def _pointwise_dims(
-        self, node: fx.Node, known: Mapping[fx.Node, frozenset[int]]
-    ) -> frozenset[int]:
+    def _pointwise_dims(self, node: fx.Node, known: Dims) -> frozenset[int]:
         sources = node.all_input_nodes
         rank = len(node.meta.get("shape", ()))
         pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
@@ -232,6 +255,24 @@ class Emptying(Stream):
         if op.signs or op.linear or is_getitem(node):
             return all(self._zero(each, results, found, True) for each in operands)
         return False
+
+
+def _made(
+    gone: Mapping[str, list[_Leaving]],
+    zeroes: Mapping[fx.Node, bool],
+    empties: Dims,
+    known: Dims,
+    wide: bool,
+) -> list[StandIn] | None:
+    """What takes the place of modules; ``None`` where a call of one ends unlike the others."""
+    made = []
+    for name, leavings in gone.items():
+        ways = {leaving.gives(zeroes, empties, known, wide) for leaving in leavings}
+        holder, gives = ways.pop()
+        if ways or None in gives:
+            return None
+        made.append(StandIn(name, tuple(map(str, gives)), holder))
+    return sorted(made, key=lambda stand_in: stand_in.module)
 
 
 @dataclass
@@ -275,9 +316,7 @@ class _Leaving:
             kept[path] = same
         return cls(run, kept, free, given)
 
-    def nearest(
-        self, node: fx.Node, known: Mapping[fx.Node, frozenset[int]]
-    ) -> tuple[fx.Node, frozenset[int]] | None:
+    def nearest(self, node: fx.Node, known: Dims) -> tuple[fx.Node, frozenset[int]] | None:
         """The argument most like a result, and the dimensions in which it has the same size."""
         shape = node.meta["shape"]
         found: list[tuple[fx.Node, frozenset[int]]] = []
@@ -289,20 +328,23 @@ class _Leaving:
                 )
         return max(found, key=lambda pair: len(pair[1]), default=None)
 
-    def like(self, node: fx.Node, known: Mapping[fx.Node, frozenset[int]]) -> frozenset[int] | None:
+    def like(self, node: fx.Node, known: Dims, broad: bool) -> frozenset[int] | None:
         """The dimensions in which what is returned in place of a result has its size; all."""
-        found = self.nearest(node, known)
+        found, shape = self.nearest(node, known), node.meta["shape"]
         dims = frozenset() if found is None else found[1]
-        return None if found and len(dims) == len(node.meta["shape"]) else dims
+        if broad:
+            ones = {dim for dim, size in enumerate(shape) if size == 1}
+            dims = frozenset({*sorted(dims)[:1], *ones})
+        return None if found and len(dims) == len(shape) else dims
 
     def gives(
-        self, zeroes: Mapping[fx.Node, bool], empties: Dims, known: Mapping[fx.Node, frozenset[int]]
+        self, zeroes: Mapping[fx.Node, bool], empties: Dims, known: Dims, wide: bool
     ) -> tuple[str, tuple[str | None, ...]]:
         """What a stand-in returns: its holder and its items; ``None`` where none would do."""
         holder = holder_of(self.run.out) or ""
         items = [self.run.out] if not holder else self.run.out
         return holder, tuple(
-            self._item(item, (number,) if holder else (), zeroes, empties, known)
+            self._item(item, (number,) if holder else (), zeroes, empties, known, wide)
             for number, item in enumerate(items)
         )
 
@@ -312,7 +354,8 @@ class _Leaving:
         path: tuple[object, ...],
         zeroes: Mapping[fx.Node, bool],
         empties: Dims,
-        known: Mapping[fx.Node, frozenset[int]],
+        known: Dims,
+        wide: bool,
     ) -> str | None:
         if not isinstance(item, fx.Node):
             return "none"
@@ -328,11 +371,10 @@ class _Leaving:
             return text
         if whole:
             return f"zeros {text}" if item not in known else None
-        return f"zeros {text} in {min(found[1])}"
+        dims = sorted(found[1]) if wide else [min(found[1])]
+        return f"zeros {text} in {','.join(map(str, dims))}"
 
-    def _none_of(
-        self, item: fx.Node, dims: frozenset[int], known: Mapping[fx.Node, frozenset[int]]
-    ) -> str | None:
+    def _none_of(self, item: fx.Node, dims: frozenset[int], known: Dims) -> str | None:
         """What has the sizes of a result but for those that are zero.
 
         Where no argument tells them, something empty, which concatenations skip; what comes before

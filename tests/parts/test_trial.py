@@ -121,3 +121,34 @@ def test_what_only_trains_leaves_with_its_branch():
     plan = graphprune.trace(model, x).plan(0.5, parts="branches")
     assert any(stand_in.module.endswith("observer") for stand_in in plan.stand_ins)
     equal(model, plan, x)
+
+
+class Pyramid(nn.Module):
+    """Maps of several sizes, where the code asks a small one for the size of the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.Conv2d(3 if n == 0 else 4, 4, 3, 2, 1) for n in range(3))
+        self.sides = nn.ModuleList(nn.Conv2d(4, 5, 1) for _ in range(3))
+        self.head = nn.Conv2d(5, 2, 1)
+
+    def forward(self, x):
+        maps = []
+        for stage in self.stages:
+            x = stage(x).relu()
+            maps.append(x)
+        sides = [side(each) for side, each in zip(self.sides, maps)]
+        for low in (1, 0):
+            size = sides[low].shape[2:]
+            sides[low] = sides[low] + nn.functional.interpolate(sides[low + 1], size=size)
+        return self.head(sides[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sizes_that_code_asks_for(seed):
+    torch.manual_seed(0)
+    model, x = Pyramid().eval(), torch.randn(1, 3, 16, 16)
+    graph = graphprune.trace(model, x)
+    plan = graph.plan(0.6, parts="branches", criterion="random", seed=seed)
+    assert plan.parts
+    equal(model, plan, x)
