@@ -49,8 +49,9 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
     aten._upsample_nearest_exact1d,
     fact=moved_numbers_fact,
     sample=of((2, 3, 6), [9]),
+    hull=True,
 )
-@declare(aten.upsample_linear1d, fact=pooled_fact, sample=of((2, 3, 6), [9], False))
+@declare(aten.upsample_linear1d, fact=pooled_fact, sample=of((2, 3, 6), [9], False), hull=True)
 @declare(
     aten.avg_pool2d,
     aten.max_pool2d_with_indices,
@@ -69,16 +70,31 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
 @declare(aten.adaptive_max_pool2d, fact=pooled_fact, sample=of((2, 3, 6, 6), [2, 2]), hull=True)
 @declare(aten.adaptive_avg_pool2d, aten.max_pool2d, sample=of((2, 3, 6, 6), [2, 2]), hull=True)
 @declare(
-    aten.upsample_nearest2d, fact=moved_numbers_fact, sample=of((2, 3, 6, 6), [9, 9]), any_size=True
+    aten.upsample_nearest2d,
+    fact=moved_numbers_fact,
+    sample=of((2, 3, 6, 6), [9, 9]),
+    any_size=True,
+    hull=True,
 )
-@declare(aten._upsample_nearest_exact2d, fact=moved_numbers_fact, sample=of((2, 3, 6, 6), [9, 9]))
+@declare(
+    aten._upsample_nearest_exact2d,
+    fact=moved_numbers_fact,
+    sample=of((2, 3, 6, 6), [9, 9]),
+    hull=True,
+)
 @declare(
     aten.upsample_bilinear2d,
     fact=pooled_fact,
     sample=of((2, 3, 6, 6), [9, 9], False),
     any_size=True,
+    hull=True,
 )
-@declare(aten._upsample_bilinear2d_aa, fact=pooled_fact, sample=of((2, 3, 6, 6), [9, 9], False))
+@declare(
+    aten._upsample_bilinear2d_aa,
+    fact=pooled_fact,
+    sample=of((2, 3, 6, 6), [9, 9], False),
+    hull=True,
+)
 @declare(
     aten.upsample_bicubic2d,
     aten._upsample_bicubic2d_aa,
@@ -107,8 +123,14 @@ _PLACES = {"1d": 1, "2d": 2, "3d": 3}  # dimensions that are pooled, by the name
     aten._upsample_nearest_exact3d,
     fact=moved_numbers_fact,
     sample=of((1, 2, 4, 4, 4), [5, 5, 5]),
+    hull=True,
 )
-@declare(aten.upsample_trilinear3d, fact=pooled_fact, sample=of((1, 2, 4, 4, 4), [5, 5, 5], False))
+@declare(
+    aten.upsample_trilinear3d,
+    fact=pooled_fact,
+    sample=of((1, 2, 4, 4, 4), [5, 5, 5], False),
+    hull=True,
+)
 def spatial(walk: Walk, node: fx.Node, x: Value, *args: object, **kwargs: object) -> object:
     """The last dimensions are pooled or resampled; batch and channel pass."""
     for other in (*args, *kwargs.values()):

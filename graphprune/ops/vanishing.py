@@ -146,6 +146,12 @@ def zero_by_channel(
     given = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, fx.Node)]
     if not given or not all(map(alone, given)):
         return False
+    return zero_of_zeroes(node)
+
+
+def zero_of_zeroes(node: fx.Node) -> bool:
+    """Whether the result of an op is zero where all of its operands are."""
+    op = op_of(node)
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     return op.linear or op.hull or (pointwise and _zero_of_zeroes(node))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from graphprune.ops.registry import op_of
+from graphprune.ops.vanishing import zero_of_zeroes
 from graphprune.parts.stream import (
     NOTHING,
     Dims,
@@ -252,7 +253,7 @@ class Emptying(Stream):
         factors = [each for each, power in zip(operands, op.powers) if power > 0]
         if len(op.powers) > 1:
             return any(self._zero(each, results, found, whole) for each in factors)
-        if op.signs or op.linear or is_getitem(node):
+        if op.signs or is_getitem(node) or zero_of_zeroes(node):
             return all(self._zero(each, results, found, True) for each in operands)
         return False
 

@@ -129,7 +129,7 @@ class Pyramid(nn.Module):
     def __init__(self):
         super().__init__()
         self.stages = nn.ModuleList(nn.Conv2d(3 if n == 0 else 4, 4, 3, 2, 1) for n in range(3))
-        self.sides = nn.ModuleList(nn.Conv2d(4, 5, 1) for _ in range(3))
+        self.sides = nn.ModuleList(nn.Conv2d(4, 5, 3, padding=1) for _ in range(3))
         self.head = nn.Conv2d(5, 2, 1)
 
     def forward(self, x):
