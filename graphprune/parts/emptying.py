@@ -40,27 +40,59 @@ class Emptying(Stream):
             narrowed: the values of which channels leave.
         """
         sides = {cut.key: cut.side for cut in cuts}
+        missed: set[str] = set()  # of what nobody needed before: what would be given other shapes
+        while True:
+            made, more = self._stand_ins(sides, narrowed, missed)
+            if more <= missed:
+                return made
+            missed |= more
+
+    def _stand_ins(
+        self, sides: Mapping[Place, int], narrowed: Narrowed, missed: Set[str]
+    ) -> tuple[list[StandIn] | None, set[str]]:
+        """What takes the place of modules, and which idle ones then cannot stay."""
         needed = self.needed(sides, narrowed)
         gone: dict[str, list[_Leaving]] = {}
+        idle: set[str] = set()
         waiting = [""]
         while waiting:
             name = waiting.pop()
             leaving = self._leaving(name, needed, sides, narrowed.empty) if name else None
-            if leaving:
+            if leaving and name not in missed and self._is_idle(name):
+                idle.add(name)
+            elif leaving:
                 gone[name] = leaving
             else:
                 waiting += self._children(name)
         zeroes, empties = self._zeroes(sides, gone), self._empties(narrowed.empty, needed, gone)
         if zeroes is None or empties is None:
-            return None
+            return None, set()
         for wide in (False, True):
             broad = (
                 set[fx.Node]() if wide else {node for node, whole in zeroes.items() if not whole}
             )
             known = self._known_dims(gone, sides, narrowed, empties, broad)
             if not self._is_measured(needed, known, narrowed.dims):
-                return _made(gone, zeroes, empties, known, wide)
-        return None
+                more = {name for name in idle if self._is_given_other(name, known)}
+                return _made(gone, zeroes, empties, known, wide), more
+        return None, set()
+
+    def _is_idle(self, name: str) -> bool:
+        """Whether the outputs do not need a module of the whole model either."""
+        return all(
+            self._needed.isdisjoint(self.nodes[run.begin : run.end])
+            and self._needed.isdisjoint(node for _, node in leaves(run.out))
+            for run in self.calls[name]
+        )
+
+    @cached_property
+    def _needed(self) -> set[fx.Node]:
+        return self.needed({})
+
+    def _is_given_other(self, name: str, known: Dims) -> bool:
+        """Whether a module is given a value of another shape than before."""
+        given = (node for run in self.calls[name] for _, node in leaves((run.args, run.kwargs)))
+        return any(len(known.get(n, n.meta["shape"])) < len(n.meta["shape"]) for n in given)
 
     def _is_measured(self, needed: set[fx.Node], known: Dims, narrowed: Dims) -> bool:
         """Whether code that stays asks for a size that is another one now."""

@@ -152,3 +152,48 @@ def test_sizes_that_code_asks_for(seed):
     plan = graph.plan(0.6, parts="branches", criterion="random", seed=seed)
     assert plan.parts
     equal(model, plan, x)
+
+
+class Auxiliary(nn.Module):
+    """A second head that runs beside, whose result nobody reads, and whose code wants its shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.second, self.head = nn.Linear(6, 4), nn.Linear(6, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        self.second(x.detach()).view(len(x), 2, 2)
+        return self.head(x)
+
+
+def test_what_nobody_needed_before_stays():
+    torch.manual_seed(0)
+    model, x = Auxiliary().eval(), torch.randn(3, 6)
+    plan = graphprune.trace(model, x).plan(0.4, parts="blocks")
+    assert {stand_in.module.partition(".")[0] for stand_in in plan.stand_ins} == {"blocks"}
+    equal(model, plan, x)
+
+
+class Lower(nn.Module):
+    """A side head on a map that is gone with the branch it belongs to."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Block(), nn.Linear(6, 2)
+        self.down, self.side, self.up = nn.Linear(6, 3), nn.Linear(3, 2), nn.Linear(3, 6)
+
+    def forward(self, x):
+        low = self.down(x)
+        self.side(low)
+        return self.head(self.block(x + self.up(low)))
+
+
+def test_what_nobody_needed_leaves_where_its_input_does():
+    torch.manual_seed(0)
+    model, x = Lower().eval(), torch.randn(3, 6)
+    plan = graphprune.trace(model, x).plan(0.9, parts="branches", keep="block")
+    assert {stand_in.module for stand_in in plan.stand_ins} == {"down", "side", "up"}
+    equal(model, plan, x)
