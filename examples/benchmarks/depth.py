@@ -1,10 +1,12 @@
 """Let one of three blocks leave every model of a suite, and compare with the masked original.
 
-    python examples/benchmarks/depth.py --suite timm --write docs/depth.md
+    python examples/benchmarks/depth.py --suite timm --full --cache rows.jsonl
+    python examples/benchmarks/depth.py --cache rows.jsonl --write docs/depth.md
 
 One line for each model: how many blocks and branches were found, what is left of the parameters,
 and the largest relative difference in float64 (eval mode, another batch size; all of ``verify``
-with ``--full``). Models without blocks say what was found instead.
+with ``--full``). Models of which nothing leaves say why. The page is written from all rows of the
+cache.
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from depth_table import HEADER, line, write
 from isolate import isolated
 from suites import SUITES, Case, cases, cast
 
 import graphprune
-from graphprune.errors import PruningWarning
+from graphprune.errors import InputError, PruningWarning
 from graphprune.record.inputs import Call
 from graphprune.verification.comparing import Session
 from graphprune.verification.report import TOLERANCES
@@ -40,11 +43,17 @@ def run(case: Case, full: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"blocks": len(graph.finder.single_blocks)}
     row["branches"] = len(graph.branches)
     row["seconds"] = round(time.process_time() - start, 1)
-    kind = "blocks" if row["blocks"] > 1 else "branches"
-    if row[kind] < 2:
+    plan = None
+    for kind in (kind for kind in ("blocks", "branches") if row[kind] > 1):
+        try:
+            plan = graph.plan(max(THIRD, 1 / row[kind]), parts=kind)
+        except InputError as error:  # the code around them does not go on
+            row["why"] = str(error)
+            continue
+        row["kind"] = kind
+        break
+    if plan is None:
         return row
-    row["kind"] = kind
-    plan = graph.plan(max(THIRD, 1 / row[kind]), parts=kind)
     small = graphprune.rebuild(model, plan)
     row["removed"] = len(plan.parts)
     row["params"] = [plan.before.params, plan.after.params]
@@ -61,24 +70,6 @@ def run(case: Case, full: bool) -> dict[str, Any]:
     return row
 
 
-def line(name: str, row: dict[str, Any]) -> str:
-    """A row of the table."""
-    if row["status"] != "ok":
-        return f"| {name} | - | - | - | - | {row['reason'].splitlines()[0][:150]} |"
-    counts = f"| {name} | {row['blocks']} | {row['branches']} "
-    if "kind" not in row:
-        return f"{counts}| - | - | fewer than two that can leave |"
-    share = 100 * row["params"][1] / row["params"][0]
-    ending = f"{row['verdict']} ({row['difference']:.0e})"
-    return f"{counts}| {row['removed']} {row['kind']} | {share:.1f} % | {ending} |"
-
-
-HEADER = (
-    "| model | blocks | branches | that leave | parameters kept | small against masked |\n"
-    "| --- | --- | --- | --- | --- | --- |"
-)
-
-
 def main() -> int:
     """Run a suite and print its table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,11 +78,18 @@ def main() -> int:
     parser.add_argument("--timeout", type=float, default=300, help="seconds per model")
     parser.add_argument("--full", action="store_true", help="all that verify compares")
     parser.add_argument("--cache", type=Path, help="append rows here, and take them from here")
+    parser.add_argument("--write", type=Path, help="the page to write from the cache")
     options = parser.parse_args()
     known = {}
     if options.cache and options.cache.exists():
         rows = map(json.loads, options.cache.read_text().splitlines())
         known = {(row["suite"], row["name"]): row for row in rows}
+    if options.write:
+        suites = {
+            suite: [row for row in known.values() if row["suite"] == suite] for suite in SUITES
+        }
+        write(options.write, {suite: rows for suite, rows in suites.items() if rows})
+        return 0
     print(HEADER)
     bad = 0
     for case in cases(options.suite, options.models):
@@ -102,8 +100,9 @@ def main() -> int:
                 with options.cache.open("a") as file:
                     text = json.dumps({"suite": options.suite, "name": case.name, **row})
                     file.write(text + "\n")
+        row["name"] = case.name
         bad += row["status"] != "ok" or row.get("verdict") == "different"
-        print(line(case.name, row), flush=True)
+        print(line(row), flush=True)
     return int(bad > 0)
 
 

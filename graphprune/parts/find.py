@@ -10,7 +10,7 @@ module that hands its input on once the branches in it add nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -33,6 +33,8 @@ from graphprune.plan.plan import Plan
 from graphprune.planning.settle import Settled
 from graphprune.record.inputs import Call
 from graphprune.record.joins import Place
+
+_MOST = 4  # sums that leave together
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,14 @@ class Finder(Emptying):
                     name = f"{module or 'model'}#{place}" + ("" if len(sides) == 1 else f".{side}")
                 found[name] = replace(part, name=name)
                 begins[name] = self.place[self.watched.sums[module, place][0]]
+        for cuts in self._together:
+            part = self.part("branch", cuts)
+            known = {other.modules for other in found.values()}
+            if part is not None and part.macs and part.modules not in known:
+                places = [cut.place for cut in cuts]
+                name = part.name if part.name not in found else f"{cuts[0].module}#{places}"
+                found[name] = replace(part, name=name)
+                begins[name] = self.place[self.watched.sums[cuts[0].key][0]]
         for groups in self.joined.candidates:
             part = self.part("branch", (), groups)
             if part is None or not part.macs:
@@ -155,6 +165,41 @@ class Finder(Emptying):
                 found[names[0]] = replace(part, name=names[0])
                 begins[names[0]] = self.calls[names[0]][0].begin
         return tuple(found[name] for name in sorted(found, key=begins.__getitem__))
+
+    @cached_property
+    def _together(self) -> list[tuple[Cut, ...]]:
+        """The sums of one module through which all ways lead from something to the outputs.
+
+        Attention over two streams at once is added to both.
+        """
+        ways: dict[fx.Node, frozenset[Cut] | None] = dict.fromkeys(self.ends)
+        found: dict[tuple[Cut, ...], None] = {}
+        for node in reversed(self.nodes):
+            if node not in ways:
+                ways[node] = self._ways_on(node, ways)
+            cuts = ways[node]
+            together = cuts and len(cuts) > 1 and len({cut.module for cut in cuts}) == 1
+            if cuts and together and self.macs.get(node):
+                found[tuple(sorted(cuts, key=lambda cut: cut.place))] = None
+        return list(found)[::-1]
+
+    def _ways_on(
+        self, node: fx.Node, ways: Mapping[fx.Node, frozenset[Cut] | None]
+    ) -> frozenset[Cut] | None:
+        """The sums that may leave through which all ways on lead; ``None`` where one does not."""
+        cuts: set[Cut] = set()
+        for user in node.users:
+            place = self.sums.get(user)
+            sides = self.candidates.get(place, ()) if place is not None else ()
+            side = next((side for side in sides if user.args[side] is node), None)
+            if place is not None and side is not None and user.args[1 - side] is not node:
+                cuts.add(Cut(*place, side))
+                continue
+            on = ways.get(user, frozenset())
+            if on is None or len(cuts | on) > _MOST:
+                return None
+            cuts |= on
+        return frozenset(cuts)
 
     @cached_property
     def blocks(self) -> tuple[Part, ...]:
@@ -193,17 +238,24 @@ class Finder(Emptying):
         for run in self.calls[name]:
             given = {node for _, node in leaves((run.args, run.kwargs))}
             outs = [node for _, node in leaves(run.out)]
-            if not outs:
+            passed = [self._passed(node, given, sides_of(cuts.values())) for node in outs]
+            if not passed or passed[0] is None:  # further results may be no streams
                 return None
-            passed: list[Place] = []
-            node, sides = outs[0], sides_of(cuts.values())
-            while node not in given:
-                before = self.before(node, sides, passed)
-                if before is None:
-                    return None
-                node = before
-            ways.add(tuple(cuts[place] for place in passed[::-1]))
+            places = dict.fromkeys(place for way in passed if way for place in way)
+            ways.add(tuple(cuts[place] for place in places))
         return ways.pop() if len(ways) == 1 else None
+
+    def _passed(
+        self, node: fx.Node, given: Container[fx.Node], sides: Mapping[Place, int]
+    ) -> list[Place] | None:
+        """The sums between what a module is given and a result of it, if nothing else is there."""
+        passed: list[Place] = []
+        while node not in given:
+            before = self.before(node, sides, passed)
+            if before is None:
+                return None
+            node = before
+        return passed[::-1]
 
     def part(self, kind: str, cuts: tuple[Cut, ...], groups: tuple[str, ...] = ()) -> Part | None:
         """A part by the sums that it is cut from, or by groups that lose all channels.
