@@ -67,9 +67,9 @@ def test_found():
 @pytest.mark.parametrize("criterion", ["l2", "taylor", "reconstruction"])
 def test_gone(parts, criterion):
     model, inputs = made()
-    options = {"criterion": criterion, "data": [inputs]}
+    options = {"criterion": criterion, "data": [dict(zip(("text", "image"), inputs))]}
     if criterion == "taylor":
-        options["loss"] = lambda model, batch: model(*batch)[1].square().sum()
+        options["loss"] = lambda model, batch: model(**batch)[1].square().sum()
     with untouched(model):
         plan = graphprune.trace(model, inputs).plan(0.4, parts=parts, **options)
         small = graphprune.rebuild(model, plan)
