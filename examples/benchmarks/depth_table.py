@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ _MIXED = "its streams are mixed by weights (lerp, attention over layers), not by
 _PROJECTED = "a projection in every block, and the sum is written into what is added to it"
 _ONE = "one block could leave, and one must stay"
 _FIRST = "two layers, of which the first one stays for the cache"
-WHY = {  # there is nothing of which one in three could leave
+_NONE = "no sums and no concatenations"
+_SHUFFLED = "halves of the stream stand beside each other and are shuffled"
+WHY = {  # there is nothing of which one in three could leave; by patterns of names
     "Mamba": _FIRST,
     "Mamba2": _FIRST,
     "FalconMamba": _FIRST,
@@ -27,8 +30,14 @@ WHY = {  # there is nothing of which one in three could leave
     "yolov3-tiny": "no residual sums, and a single concatenation",
     "RegNet": _PROJECTED,
     "resnest14d": _PROJECTED,
-    "MobileNetV1": "no sums and no concatenations",
-    "vgg11": "no sums and no concatenations",
+    "MobileNetV1": _NONE,
+    "alexnet": _NONE,
+    "vgg*": _NONE,
+    "CRNN": _NONE,
+    "LSTM language model": _NONE,
+    "bidirectional GRU tagger": _NONE,
+    "seq2seq with attention": "one branch could leave, and one must stay",
+    "shufflenet_v2_*": _SHUFFLED,
     "rexnet_100": "its shortcuts cover some of the channels",
     "normalized_vit": _MIXED,
     "simple_vit_attn_residual": _MIXED,
@@ -67,8 +76,15 @@ def line(row: Row) -> str:
 
 def reason(row: Row) -> str:
     """Why nothing leaves."""
-    known: str = WHY.get(row["name"], row.get("why", "fewer than two that can leave"))
+    told = (why for name, why in WHY.items() if fnmatch.fnmatchcase(row["name"], name))
+    known: str = next(told, row.get("why", "fewer than two that can leave"))
     return known.replace("|", "/")
+
+
+def missed(row: Row) -> str:
+    """Why a model was not measured."""
+    told: str = row["reason"].splitlines()[0]
+    return "not measured: more memory than there was" if "-9" in told else f"not measured: {told}"
 
 
 def summary(rows: Mapping[str, Sequence[Row]]) -> str:
@@ -91,7 +107,7 @@ def summary(rows: Mapping[str, Sequence[Row]]) -> str:
 def page(rows: Mapping[str, Sequence[Row]]) -> str:
     """All that docs/depth.md says."""
     none = [
-        f"- {suite}, {row['name']}: {reason(row) if row['status'] == 'ok' else row['reason'][:200]}"
+        f"- {suite}, {row['name']}: {reason(row) if row['status'] == 'ok' else missed(row)}"
         for suite, found in rows.items()
         for row in found
         if "verdict" not in row
