@@ -23,6 +23,7 @@ from graphprune.record.tensors import held_tensors, named_modules
 aten = torch.ops.aten
 
 LISTS = nn.ModuleList | nn.ModuleDict | nn.Sequential
+Lists = dict[str, tuple[str, ...]]  # of modules, by name, with their keys
 Routers = dict[str, int]  # weights, with the dimension of what they score
 _WAYS = 4  # of taking the sides of routers, where several are as large
 _WEIGHTS = {nn.Linear: 2, nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5}  # how many dimensions they have
@@ -45,7 +46,7 @@ class Candidate:
     name: str
     size: int
     held: int
-    lists: dict[str, tuple[str, ...]]
+    lists: Lists
     least: int = 1
     sides: dict[str, list[int]] = field(default_factory=dict)
     kernels: set[str] = field(default_factory=set)
@@ -71,8 +72,10 @@ class Scoring:
         for node in self.finder.nodes:
             for router in self._meeting(node):
                 for name, size, held in self._around(router, node):
-                    lists = self._lists(name, held, router)
+                    lists = self._weighed(name, held, router, node)
                     each = found.setdefault((name, size), Candidate(name, size, held, lists))
+                    if any(covers(f"{name}.{key}".strip("."), router) for key in each.lists):
+                        continue
                     each.sides[router] = self._sides(router, size)
                     each.kernels |= self._kernels_of(name, held)
                     ranks = (_least(rank, size) for rank in self._ranked(node))
@@ -127,9 +130,22 @@ class Scoring:
             for held in sorted(self._sizes[name], key=lambda n: (n not in sides, n)):
                 for side in (held,) if held in sides else sorted(sides):
                     size = held if side % held == 0 else side
-                    if size not in known and self._scores(router, node, name, held, side):
+                    if {size, held}.isdisjoint(known) and self._scores(
+                        router, node, name, held, side
+                    ):
                         known.add(size)
                         yield name, size, held
+            known |= self._sizes_around(name, router)  # what lies in an expert scores no others
+
+    def _sizes_around(self, name: str, router: str) -> set[int]:
+        """How many modules the lists in a module have that a weight lies in."""
+        around = {each for each in _outwards(router.rpartition(".")[0]) if not self._in_row(each)}
+        lists = [each for each in around if not name or covers(name, each)]
+        return {len(keys) for each in lists for keys in _keys(self.finder.modules[each])}
+
+    def _in_row(self, name: str) -> bool:
+        """Whether a module is layers one after the other."""
+        return isinstance(self.finder.modules[name], nn.Sequential) and name in self.finder.calls
 
     @cached_property
     def _sizes(self) -> dict[str, set[int]]:
@@ -168,25 +184,40 @@ class Scoring:
         names = stacked(self.finder.modules[name], held)
         return {f"{name}.{each}".strip(".") for each in names} | self._kernels_of(name, held)
 
-    def _lists(self, name: str, held: int, router: str) -> dict[str, tuple[str, ...]]:
+    def _lists(self, name: str, held: int, router: str) -> Lists:
         """The lists of experts in a module: they hold no router, nor are they layers in a row."""
-        found: dict[str, tuple[str, ...]] = {}
+        found: Lists = {}
         for each, part in named_modules(self.finder.modules[name]):
             full = f"{name}.{each}".strip(".")
-            in_row = isinstance(part, nn.Sequential) and self.finder.calls.get(full)
-            if not covers(full, router) and not in_row:
+            if not covers(full, router) and not self._in_row(full):
                 found.update((each, keys) for keys in _keys(part) if len(keys) == held)
         return found
+
+    def _weighed(self, name: str, held: int, router: str, node: fx.Node) -> Lists:
+        """The lists in a module whose experts a router scores: some may be as long by chance."""
+        lists = self._lists(name, held, router)
+        if len(lists) < 2 or any(True for _ in self._ranked(node)):
+            return lists
+        values = {each: self._values(name, [each], lists, set()) for each in lists}
+        return {each: lists[each] for each in lists if self._weighs(node, values[each])} or lists
 
     def _experts(self, name: str, held: int, router: str) -> set[fx.Node]:
         """All values that the experts of a module make, or that are computed by these."""
         lists = self._lists(name, held, router)
-        stacks = self._stacks(name, held) - {router}
-        key = tuple(lists), name, tuple(sorted(stacks))
+        return self._values(name, lists, lists, self._stacks(name, held) - {router})
+
+    def _values(
+        self, name: str, names: Iterable[str], lists: Lists, stacks: set[str]
+    ) -> set[fx.Node]:
+        """All values that modules in lists and slices of stacks make, and those below."""
+        key = tuple(names), name, tuple(sorted(stacks))
         if key not in self._known_experts:
-            names = [".".join(filter(None, (name, each, k))) for each in lists for k in lists[each]]
-            runs = [run for child in names for run in self.finder.calls.get(child, ())]
-            starts = [n for run in runs for n in self.finder.nodes[run.begin : run.end]]
+            parts = [
+                ".".join(filter(None, (name, each, k))) for each in key[0] for k in lists[each]
+            ]
+            runs = [run for part in parts for run in self.finder.calls.get(part, ())]
+            inside = (n for run in runs for n in self.finder.nodes[run.begin : run.end])
+            starts = [node for node in inside if node not in self._made_of]
             starts += [node for node, made in self._made_of.items() if made & stacks]
             self._known_experts[key] = {*starts} | self._below(starts)
         return self._known_experts[key]

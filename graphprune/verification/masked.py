@@ -26,6 +26,7 @@ from graphprune.record.tensors import held_tensors
 from graphprune.verification.follow import Follower, Undecided
 from graphprune.verification.reference import with_constants
 from graphprune.verification.running import Functions
+from graphprune.verification.scores import with_gone
 
 
 def mask(model: nn.Module, plan: Plan) -> nn.Module:
@@ -69,7 +70,7 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
         return masked
     tensors = dict(held_tensors(masked))
     with torch.no_grad():
-        for slot in plan.widths:
+        for slot in with_gone(model, plan).widths:
             tensor = tensors[slot.tensor]
             tensor.masked_fill_(~slot.stays(tensor.shape).to(tensor.device), 0)
     return masked
@@ -79,6 +80,7 @@ def run_masked(model: nn.Module, plan: Plan) -> MaskedForward:
     """Let a model hold the removed channels at zero while it runs, in place."""
     for module in model.modules():
         replace_attention(module)
+    plan = with_gone(model, plan)
     model.forward = forward = MaskedForward(model, vars(model).get("forward"), plan)
     return forward
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,8 +14,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from graphprune.ops.calls import Args, Function, Kwargs
 from graphprune.plan.changes import ExpertsPlan
+from graphprune.plan.plan import Plan
 from graphprune.record.tensors import held_tensors
-from graphprune.verification.follow import Undecided
+from graphprune.verification.follow import Undecided, aside
 
 # What takes scores for what they are; what bounded them before does not count.
 _ENDS = frozenset({
@@ -89,37 +91,39 @@ class Scores(TorchFunctionMode):
             elif isinstance(tensor, Tensor):
                 self.constant.pop(tensor, None)  # it was written into
         if isinstance(twin, Tensor) and isinstance(out, Tensor) and twin.shape == out.shape:
-            return self._followed(out, twin, given, constant)
+            with aside():
+                twin = twin.to(out)
+                filled = self._followed(out, twin, given, constant)
+            return self._filled(out, twin, filled, given)
         return out
 
-    def _followed(self, out: Tensor, twin: Tensor, given: list[Tensor], constant: bool) -> Tensor:
-        """What a function has made of routers or of scores, which are held."""
+    def _followed(
+        self, out: Tensor, twin: Tensor, given: list[Tensor], constant: bool
+    ) -> float | None:
+        """What is held of what a function has made of routers or of scores."""
         made: list[_Made] = [self.made[tensor] for tensor in given if tensor in self.made]
         first = min(made, key=lambda each: each.scored)  # a router that scores are made with now
         gone = twin.isnan()
-        if not bool(gone.any()):
-            return out
-        if not first.scored and not constant:
-            plan = self.plans[first.router]
-            self.seen.add(first.router)
-            self._note(out, gone, plan)
-            out = self._filled(out, gone, -lowest(out) if plan.far else lowest(out), given)
-        elif first.scored and bool(gone.all()):
-            return out  # a softmax, say: it says what scores mean
+        if not bool(gone.any()) or (first.scored and bool(gone.all())):
+            return None  # after a softmax, say, which says what scores mean
         self.made[out] = _Made(twin, first.router, not constant)
-        return out
+        if first.scored or constant:
+            return None
+        plan = self.plans[first.router]
+        self.seen.add(first.router)
+        self._note(out, gone, plan)
+        return -lowest(out) if plan.far else lowest(out)
 
     def _bounded(self, scores: Tensor) -> Tensor:
         """Scores that are as low as they were before something bounded them."""
         made: _Made | None = self.made.get(scores)
         if made is None or not made.scored:
             return scores
-        gone = made.twin.isnan()
-        self._note(scores, gone, self.plans[made.router])
-        low = gone & (scores.detach() > lowest(scores) / 2)
-        found = self._filled(scores, low, lowest(scores), [])
-        self.made[found] = made
-        return found
+        with aside():
+            low = made.twin.isnan() & (scores.detach() > lowest(scores) / 2)
+            self._note(scores, made.twin.isnan(), self.plans[made.router])
+            twin = scores.detach().masked_fill(low, torch.nan)
+        return self._filled(scores, twin, lowest(scores), [])
 
     def _twin(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         """What a function makes where the parts of experts that leave are NaN."""
@@ -132,7 +136,7 @@ class Scores(TorchFunctionMode):
 
         state = torch.get_rng_state()
         try:
-            with torch.no_grad():
+            with aside(), torch.no_grad():
                 args, kwargs = pytree.tree_map_only(Tensor, swap, (args, kwargs))
                 return func(*args, **kwargs)
         except Exception:  # it looks at values: what it makes is no score
@@ -150,11 +154,24 @@ class Scores(TorchFunctionMode):
             where = f"of {plan.mixture!r}" if plan.mixture else "here"
             self.tied = where if bool((steps == 0).any()) else self.tied
 
-    def _filled(self, out: Tensor, gone: Tensor, value: float, given: list[Tensor]) -> Tensor:
-        """A tensor with a value in some places; what a function has changed is changed itself."""
+    def _filled(
+        self, out: Tensor, twin: Tensor, value: float | None, given: list[Tensor]
+    ) -> Tensor:
+        """A tensor with a value where its twin is NaN; what a function has changed is changed."""
+        if value is None:
+            return out
+        with aside():
+            gone = twin.isnan()
+            for dim in range(gone.dim()):  # as small as it can be: others may lose channels
+                first = gone.narrow(dim, 0, min(1, gone.shape[dim]))
+                gone = first if bool((gone == first).all()) else gone
+            made = self.made.get(out)
         if any(out is tensor for tensor in given):
             return out.masked_fill_(gone, value)
-        return out.masked_fill(gone, value)
+        found = out.masked_fill(gone, value)
+        if made is not None:
+            self.made[found] = made
+        return found
 
     def check(self) -> None:
         """Raise unless a router of every mixture has run.
@@ -194,3 +211,27 @@ def without_scores(tensors: Mapping[str, Tensor], plans: Iterable[ExpertsPlan]) 
                     change.gone_of(tensors[name].shape[dim]), device=tensors[name].device
                 )
                 tensors[name].index_fill_(dim, gone.long(), lowest(tensors[name]))
+
+
+def with_gone(model: nn.Module, plan: Plan) -> Plan:
+    """The plan by which experts that leave lose the channels of one that stays.
+
+    A later plan is of a model that they have left. What they make is never read, but code may put
+    it beside what the others make.
+    """
+    tensors = dict(held_tensors(model))
+    known = {slot.key for slot in plan.slots}
+    added = []
+    for change in plan.experts:
+        for container in change.containers:
+            like = f"{container.name}.{container.of(change.kept)[0]}."
+            slots = [slot for slot in plan.slots if slot.tensor.startswith(like)]
+            for key in container.of(change.gone):
+                for slot in slots:
+                    name = f"{container.name}.{key}.{slot.tensor.removeprefix(like)}"
+                    shape = tensors[name].shape if name in tensors else ()
+                    if (name, slot.dim) not in known and shape[slot.dim : slot.dim + 1] == (
+                        slot.size,
+                    ):
+                        added.append(replace(slot, tensor=name))
+    return replace(plan, slots=(*plan.slots, *added)) if added else plan

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.comparing import untouched
 from support.mixtures import SPELLINGS, Around, Listed, Named, Stacked, built
+from support.more_mixtures import KINDS
 from torch import nn
 
 import graphprune
@@ -30,6 +31,8 @@ FEWEST = {"a dictionary, one for each token": 1, "groups": 4, "groups and a corr
 def traced(name):
     """A model that no test changes, its inputs and its graph, which tries its mixtures once."""
     model, inputs = built(name)
+    if name in KINDS:
+        model = Around(KINDS[name](), KINDS[name]()).double().eval()
     return model, inputs, graphprune.trace(model, inputs)
 
 
@@ -75,13 +78,13 @@ def test_the_reference_by_hand():
 def test_scores_that_are_not_held_are_noticed(monkeypatch):
     model, inputs, graph = traced("stacked weights")
     plan = graph.plan(0.25, parts="experts", criterion="random")
-    monkeypatch.setattr(held.Scores, "_filled", lambda self, out, gone, value, given: out)
+    monkeypatch.setattr(held.Scores, "_filled", lambda self, out, twin, value, given: out)
     with pytest.raises(graphprune.errors.VerificationError):
         graphprune.verify(model, plan, inputs)
 
 
 PLANS = st.tuples(
-    st.sampled_from([name for name in SPELLINGS if name != "images"]),
+    st.sampled_from([name for name in (*SPELLINGS, *KINDS) if name != "images"]),
     st.integers(0, 99),
     st.booleans(),
     st.sampled_from([0.3, 0.5]),

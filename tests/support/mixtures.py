@@ -188,7 +188,8 @@ def built(name):
     torch.manual_seed(0)
     if name == "images":
         return Pictures(Images()).double().eval(), torch.randn(8, 3, 6, 6).double()
-    model = Around(TOKENS[name](), TOKENS[name]()).double().eval()
+    kind = TOKENS.get(name, Listed)
+    model = Around(kind(), kind()).double().eval()
     return model, torch.randn(3, 12, 5).double()
 
 
