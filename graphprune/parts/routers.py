@@ -145,7 +145,8 @@ class Scoring:
 
     def _in_row(self, name: str) -> bool:
         """Whether a module is layers one after the other."""
-        return isinstance(self.finder.modules[name], nn.Sequential) and name in self.finder.calls
+        found = self.finder.modules.get(name)  # under its first name, if it has several
+        return isinstance(found, nn.Sequential) and name in self.finder.calls
 
     @cached_property
     def _sizes(self) -> dict[str, set[int]]:
