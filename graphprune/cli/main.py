@@ -122,7 +122,7 @@ def shrink(
     search: SearchFile = None,
     min_kept: Annotated[float, typer.Option(help=short("min_kept"))] = 0.0,
     max_kept: Annotated[float, typer.Option(help=short("max_kept"))] = 1.0,
-    round_to: Annotated[int, typer.Option(help=short("round_to"))] = 1,
+    round_to: Annotated[int | None, typer.Option(help=short("round_to"))] = None,
     uniform: Annotated[bool, typer.Option(help=short("uniform"))] = False,
     parts: Annotated[str, typer.Option(help=short("parts"))] = "channels",
     threads: Annotated[int | None, typer.Option(help=short("threads"))] = None,

@@ -38,8 +38,8 @@ def smaller(
             f"--runtime {runtime} needs --target latency=0.5, say, and no other target or ratio"
         )
     del options["target"]
-    if options.get("round_to") == 1:
-        del options["round_to"]  # the engine's own width
+    if options.get("round_to") is None:
+        options.pop("round_to", None)  # the engine's own width
     if options.get("threads") is None:
         options["threads"] = 1
     latency = target["latency"]

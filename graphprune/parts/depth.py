@@ -12,12 +12,15 @@ from torch import nn
 from graphprune.channels.analysis import Group
 from graphprune.errors import InputError
 from graphprune.parts.find import Finder, Part
+from graphprune.parts.saving import savings
 from graphprune.parts.score import Evidence, ordered
 from graphprune.parts.stream import covers
 from graphprune.parts.trial import goes_on, obstacle
 from graphprune.plan.plan import PartPlan, Plan
 from graphprune.planning.draft import matching
+from graphprune.planning.latency import Bench
 from graphprune.planning.options import Request
+from graphprune.record.batches import device_of
 from graphprune.record.inputs import Call
 from graphprune.text import shorten
 
@@ -140,14 +143,12 @@ class Depth:
     @cached_property
     def order(self) -> list[Part]:
         """The parts that the code goes on without, those first that matter least."""
-        per_mac = bool(self.request.target)
         criterion, seed = self.request.criterion, self.request.seed
         measured = {} if self.request.allocation is None else self.request.allocation.parts()
         if all(part.name in measured for part in self.parts):
-            weights = {part.name: part.macs if per_mac else 1 for part in self.parts}
-            order = sorted(self.parts, key=lambda p: measured[p.name] / weights[p.name])
+            order = sorted(self.parts, key=lambda p: measured[p.name] / self.saved[p.name])
         else:
-            order = ordered(self.parts, self.evidence, criterion, seed, per_mac)
+            order = ordered(self.parts, self.evidence, criterion, seed, self.saved)
         order = [*self.asked, *(part for part in order if part not in self.asked)]
         if not self._runs(self._apart(order, len(order))):
             order = [part for part in order if self._runs([part])]
@@ -156,6 +157,14 @@ class Depth:
             told = first and obstacle(self.model, self.call, self.finder.record, first)
             raise InputError(f"none of {names} can leave alone: {told or 'others are tied to it'}")
         return order
+
+    @cached_property
+    def saved(self) -> Mapping[str, float]:
+        """What every part saves of the targets; the same on all ranks, where times are measured."""
+        bench = Bench(self.call, device_of(self.model), self.request.threads)
+        target, ranks = self.request.target, self.request.ranks
+        own = savings(self.parts, target, self.finder, self.model, bench) if ranks.first else {}
+        return ranks.decided(own)
 
     @cached_property
     def chain(self) -> list[Part]:

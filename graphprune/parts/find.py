@@ -113,8 +113,19 @@ class Finder(Emptying):
         return dropped not in self.above(kept)
 
     def _gain(self, sides: Mapping[Place, int], narrowed: Narrowed = NOTHING) -> int:
+        return sum(self.macs[node] for node in self._unneeded(sides, narrowed))
+
+    def _unneeded(self, sides: Mapping[Place, int], narrowed: Narrowed) -> list[fx.Node]:
         needed = self.needed(sides, narrowed)
-        return sum(count for node, count in self.macs.items() if node not in needed)
+        return [node for node in self.macs if node not in needed]
+
+    def saved(self, part: Part, amounts: Mapping[fx.Node, float]) -> float:
+        """What recorded ops cost that leave with a part alone."""
+        unneeded = self._unneeded(sides_of(part.cuts), self._narrowed(part.groups))
+        return sum(amounts[node] for node in unneeded)
+
+    def _narrowed(self, groups: tuple[str, ...]) -> Narrowed:
+        return (self.joined.narrowed(groups) if groups else None) or NOTHING
 
     def _is_branch(self, node: fx.Node) -> bool:
         """Whether a sum is itself what is added to a stream."""
@@ -271,8 +282,7 @@ class Finder(Emptying):
             return None
         names = [stand_in.module for stand_in in stand_ins]
         largest = max(names, key=lambda name: self.params([name]))
-        narrowed = (self.joined.narrowed(groups) if groups else None) or NOTHING
-        macs = self._gain(sides_of(cuts), narrowed)
+        macs = self._gain(sides_of(cuts), self._narrowed(groups))
         params = self.params(names)
         return Part(largest, kind, tuple(names), cuts, params, macs, groups, plan.slots)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import heapq
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from graphprune.calibration.items import count
 from graphprune.criteria import name_of
 from graphprune.measurement import drawn
 from graphprune.ops.calls import Args, Function, Kwargs
@@ -26,6 +28,7 @@ from graphprune.record.padding import outputs
 from graphprune.record.tensors import held_tensors
 
 _BATCHES = 8  # that parts are scored on
+_ITEMS = 64  # of these, where they are scored again and again
 _LEAST = 1e-12
 _CPU = torch.device("cpu")
 Sides = Mapping[Place, int]
@@ -53,8 +56,20 @@ class Evidence:
         return cls(model, tuple(batch.to(device) for batch in batches(found)), loss)
 
 
+    @property
+    def some(self) -> Evidence:
+        """The first batches, of a few items together."""
+        totals = itertools.accumulate(count(batch) or 1 for batch in self.batches)
+        enough = next((n for n, total in enumerate(totals, 1) if total >= _ITEMS), _BATCHES)
+        return replace(self, batches=self.batches[:enough])
+
+
 def ordered(
-    parts: Sequence[Part], evidence: Evidence, criterion: object, seed: int, per_mac: bool
+    parts: Sequence[Part],
+    evidence: Evidence,
+    criterion: object,
+    seed: int,
+    saved: Mapping[str, float],
 ) -> list[Part]:
     """The parts, those first that matter least.
 
@@ -66,17 +81,16 @@ def ordered(
             others, parts are scored by their influence: one minus the cosine between the stream
             before and after (Men et al., "ShortGPT", 2024).
         seed: for random orders.
-        per_mac: divide scores by the multiply-accumulates that leave.
+        saved: what scores are divided by, for every part: what it saves.
     """
     name = name_of(criterion)
     if name == "random":
         order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(seed))
         return [parts[place] for place in order.tolist()]
     if name == "reconstruction":
-        return _greedy(parts, evidence, per_mac)
+        return _greedy(parts, evidence, saved)
     scored = taylor(parts, evidence) if name.startswith("taylor") else influence(parts, evidence)
-    weight = {part.name: part.macs if per_mac else 1 for part in parts}
-    return sorted(parts, key=lambda part: scored[part.name] / weight[part.name])
+    return sorted(parts, key=lambda part: scored[part.name] / saved[part.name])
 
 
 def influence(parts: Sequence[Part], evidence: Evidence) -> dict[str, float]:
@@ -200,26 +214,34 @@ def _changes(part: Part, model: nn.Module, slopes: Mapping[int, Tensor]) -> Iter
             yield -float((slope.double() * tensor.detach().double() * gone).sum())
 
 
-def _greedy(parts: Sequence[Part], evidence: Evidence, per_mac: bool) -> list[Part]:
-    """Again and again the part without which, beside those before it, outputs change least."""
+def _greedy(
+    parts: Sequence[Part], evidence: Evidence, saved: Mapping[str, float]
+) -> list[Part]:
+    """Again and again the part without which, beside those before it, outputs change least.
+
+    What a part changes is taken to grow with what has left before it: one that changed more
+    than the best of those looked at, when it was looked at last, is not looked at again.
+    """
+    evidence = evidence.some
     wanted = list(_outputs(evidence, {}))
-    left, order = list(parts), list[Part]()
-    sides: dict[Place, int] = {}
+    order = list[Part]()
     silent = Silent(evidence) if any(part.groups for part in parts) else None
-    while left:
-        errors = {}
-        for part in left:
-            tried = {**sides, **{cut.key: cut.side for cut in part.cuts}}
-            if silent is None:
-                error = _error(wanted, _outputs(evidence, tried))
-            else:
-                with silent.without([*order, part]):
-                    error = _error(wanted, _outputs(silent.evidence, tried))
-            errors[part.name] = error / (part.macs if per_mac else 1)
-        best = min(left, key=lambda part: errors[part.name])
-        order.append(best)
-        left.remove(best)
-        sides.update({cut.key: cut.side for cut in best.cuts})
+
+    def error(part: Part) -> float:
+        sides = {cut.key: cut.side for each in (*order, part) for cut in each.cuts}
+        if silent is None:
+            return _error(wanted, _outputs(evidence, sides)) / saved[part.name]
+        with silent.without([*order, part]):
+            return _error(wanted, _outputs(silent.evidence, sides)) / saved[part.name]
+
+    waiting = [(error(part), number, 0) for number, part in enumerate(parts)]
+    heapq.heapify(waiting)
+    while waiting:
+        found, number, seen = heapq.heappop(waiting)
+        if seen < len(order) and waiting:
+            heapq.heappush(waiting, (error(parts[number]), number, len(order)))
+        else:
+            order.append(parts[number])
     return order
 
 

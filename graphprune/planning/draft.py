@@ -28,6 +28,7 @@ from graphprune.planning.settle import Settled
 from graphprune.record.inputs import Call
 from graphprune.text import share, shorten
 
+_CHOICES = 2  # multiples that a group has at least, where their size was not asked for
 _MANY = 0.1  # the part of the parameters that is worth a warning when nothing reads it
 
 
@@ -192,10 +193,14 @@ class Draft:
         if low > high:
             name = members[0].layers[0]
             raise InputError(f"min_kept {low} is above max_kept {high} for the group of {name!r}")
-        step = int(np.lcm.reduce([multiple(group, request.round_to) for group in members]))
         size = members[0].size
         low = max(low, max(self.least.get(group.name, 1) for group in members) / size)
-        return allowed(size, low, max(low, high), step)
+        if request.round_to is not None:
+            return allowed(size, low, max(low, high), _step(members, request.round_to))
+        vector = request.vector
+        while vector > 1 and _step(members, vector) * _CHOICES > size:
+            vector //= 2
+        return allowed(size, low, max(low, high), _step(members, vector), finer=True)
 
     def _levels(self) -> dict[str, np.ndarray]:
         """The order of the scope, or of an allocation for the groups it knows."""
@@ -267,7 +272,7 @@ class Draft:
     def _held(self, free: Sequence[Group]) -> list[tuple[str, list[Group]]]:
         """Groups that options, or norms over few channels, leave whole; and what to do."""
         request = self.request
-        step = request.round_to
+        step = request.round_to or 1
         may = [group for group in free if self.may_leave(group) and group.size > 1]
         rounded = [group for group in may if step > 1 and self._allowed([group]) == (group.size,)]
         bounded = [g for g in may if self._allowed([g]) == (g.size,) and g not in rounded]
@@ -285,6 +290,11 @@ class Draft:
             ("would be as narrow as their projection", [g for g in fewest if g.limit]),
             ("min_kept and max_kept leave no choice", [g for g in bounded if g not in fewest]),
         ]
+
+
+def _step(members: Sequence[Group], round_to: int) -> int:
+    """Of what the count that groups keep must be a multiple."""
+    return int(np.lcm.reduce([multiple(group, round_to) for group in members]))
 
 
 def matching(analysis: Analysis, pattern: str, what: str) -> list[Group]:

@@ -291,7 +291,7 @@ def fit(costs: Costs, samples: Sequence[Sample]) -> Polynomials:
     known = np.array(
         [polynomials.values(costs.sizes(np.array(s.counts, float))) for s in samples]
     ).reshape(len(samples), len(nodes), _FEATURES)
-    times = np.array([_aligned(nodes, sample) for sample in samples])
+    times = np.array([aligned(nodes, sample) for sample in samples])
     total: Any = 0.0
     sums = np.zeros(len(samples))
     for number in range(len(nodes)):
@@ -322,7 +322,7 @@ def _features(node: fx.Node, forms: Forms) -> tuple[Any, Any, Any, Any]:
     return 1, macs, moved, weights
 
 
-def _aligned(nodes: Sequence[fx.Node], sample: Sample) -> np.ndarray:
+def aligned(nodes: Sequence[fx.Node], sample: Sample) -> np.ndarray:
     """The time of every recorded op; 0 for those that another kernel stands for."""
     mine = [str(getattr(node.target, "overloadpacket", node.target)) for node in nodes]
     times = np.zeros(len(nodes))

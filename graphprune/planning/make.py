@@ -196,7 +196,7 @@ def _deadline(draft: Draft, budget: Budget) -> Deadline:
     sizes = [group.size for group in draft.analysis.groups]
     tensors = [(t.dtype, t.stride()) for t in (*model.parameters(), *model.buffers())]
     inputs = repr(draft.call.map(lambda tensor: tensor.to("meta")))
-    key = fingerprint(model), tensors, inputs, bench, sizes, request.round_to
+    key = fingerprint(model), tensors, inputs, bench, sizes, request.round_to or request.vector
     return Deadline(budget, draft.path(), bench, Cache(*key), model, small)
 
 

@@ -166,7 +166,9 @@ def levels(
     return found
 
 
-def allowed(size: int, least: float, most: float, multiple: int) -> tuple[int, ...]:
+def allowed(
+    size: int, least: float, most: float, multiple: int, finer: bool = False
+) -> tuple[int, ...]:
     """The counts a group may keep, decreasing.
 
     Args:
@@ -174,12 +176,16 @@ def allowed(size: int, least: float, most: float, multiple: int) -> tuple[int, .
         least: the smallest fraction.
         most: the largest fraction.
         multiple: counts are multiples of this, or the whole group where there is none.
+        finer: the smallest count, and halves of the smallest multiple, are allowed as well.
     """
     low = max(math.ceil(least * size - 1e-9), 1)
     high = max(math.floor(most * size + 1e-9), low)
     counts = [n for n in range(high, low - 1, -1) if n % multiple == 0]
     if high == size and size % multiple:
         counts.insert(0, size)
+    while finer and min(counts, default=high + 1) > low:
+        multiple //= 2
+        counts.append(max(multiple, low))
     return tuple(counts) or (size,)
 
 

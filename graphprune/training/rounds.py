@@ -273,7 +273,7 @@ class _Rounds:
         """Layers that have lost less than the last sparsity says, as ``min_kept`` demands."""
         if self.plan is None or not self.plans.request.min_kept:
             return []
-        slack = self.plans.request.round_to
+        slack = self.plans.request.round_to or 1
         return [
             group.layers[0]
             for group in self.plan.groups
