@@ -12,11 +12,12 @@ from typing import Any, Protocol
 import numpy as np
 from torch import nn
 
+from graphprune.calibration import calibrate
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.statistics import has_statistics, reestimate
 from graphprune.channels.analysis import Analysis
 from graphprune.criteria import find
-from graphprune.errors import InputError, warn
+from graphprune.errors import GraphPruneError, InputError, warn
 from graphprune.execute.shrink import shrink
 from graphprune.parts.depth import Alone, Depth
 from graphprune.parts.experts import MixtureLadder
@@ -29,6 +30,7 @@ from graphprune.planning.draft import matching
 from graphprune.planning.latency import Bench
 from graphprune.planning.options import Request
 from graphprune.planning.targets import Target
+from graphprune.planning.trials import HELD_OUT, MOST
 from graphprune.record.batches import device_of
 from graphprune.record.inputs import Call
 from graphprune.text import shorten
@@ -307,8 +309,30 @@ class Chooser:
             steps = [c for c in (best - width, best + width) if 0 <= c <= most]
         tried = ", ".join(f"{count}: {found[count][0]:.3g}" for count in sorted(found))
         note = f"error of the outputs by how many parts leave: {tried}"
-        plan = self._in_time(best, found[best][1])
+        plan = self._in_time(best, self._widths(best, self.request))
         return self._timed_note(replace(plan, notes=(*plan.notes, note)))
+
+    def _repaired(self, plan: Plan) -> float | None:
+        """The error after a repair on few items, on some that it has not seen."""
+        small, items = shrink(self.model, plan), [batch.whole for batch in self.few.batches]
+        try:
+            report = calibrate(small, self.model, items, held_out=HELD_OUT, process_group=False)
+        except GraphPruneError:
+            return None
+        return report.after
+
+    @cached_property
+    def few(self) -> Evidence:
+        """The batches that numbers of parts are compared on."""
+        return self.evidence.first(MOST)
+
+    @property
+    def _tried(self) -> Request:
+        """The request on these batches, which all ranks have."""
+        if self.request.data is None:
+            return self.request
+        data = [batch.whole for batch in self.few.batches]
+        return replace(self.request, data=data, process_group=False)
 
     def _in_time(self, count: int, plan: Plan) -> Plan:
         """The plan, made narrower where parts and widths together save less time than apart."""
@@ -340,13 +364,22 @@ class Chooser:
 
     def _both(self, count: int) -> tuple[float, Plan]:
         """Without so many parts, and as narrow as the targets then demand: the error, the plan."""
+        plan = self._widths(count, self._tried)
+        repaired = self._repaired(plan) if self._is_for_repair else None
+        return self.error(plan) if repaired is None else repaired, plan
+
+    @property
+    def _is_for_repair(self) -> bool:
+        """Whether what leaves is chosen for a repair, and there is data for one."""
+        return bool(self.request.standing_in) and self.request.data is not None
+
+    def _widths(self, count: int, request: Request) -> Plan:
+        """The plan without so many parts that is as narrow as the targets then demand."""
         made = self.at(count)
         if count and self._fits(count):
-            plan = made
-        else:
-            request = replace(self.request, target=self._left(made), ratio=None)
-            plan = made.then(self._rest(made, request))
-        return self.error(plan), plan
+            return made
+        request = replace(request, target=self._left(made), ratio=None)
+        return made.then(self._rest(made, request))
 
     def _left(self, made: Plan, scale: float = 1.0) -> dict[str, Target]:
         """The targets for what is left after a plan.
@@ -362,9 +395,9 @@ class Chooser:
     def error(self, plan: Plan) -> float:
         """The squared error of the outputs as a fraction of their variance."""
         small = shrink(self.model, plan)
-        if self.request.data is not None and any(map(has_statistics, small.modules())):
-            reestimate(small, [batch.whole for batch in self.evidence.batches])
         batches = self.evidence.batches
+        if self.request.data is not None and any(map(has_statistics, small.modules())):
+            reestimate(small, [batch.whole for batch in batches])
         found = distance(small, self.model, batches, [None] * len(batches))
         return math.inf if found is None else found
 

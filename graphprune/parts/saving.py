@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from torch import fx, nn
 
 from graphprune.parts.find import Finder, Part
@@ -31,7 +32,7 @@ def savings(
     total = dict.fromkeys((part.name for part in parts), 0.0)
     for kind in targets:
         if kind in ("params", "bytes"):
-            whole: float = finder.params([""])
+            whole: float = sum(parameter.numel() for parameter in model.parameters())
             saved = {part.name: float(part.params) for part in parts}
         elif kind == "latency":
             times = _times(finder, model, bench)
@@ -47,6 +48,6 @@ def savings(
 
 def _times(finder: Finder, model: nn.Module, bench: Bench) -> dict[fx.Node, float]:
     """Milliseconds of every recorded op."""
-    (sample,) = bench.samples([model], [()])
+    (sample,) = bench.samples([model], [np.zeros(0)])
     ops = finder.record.ops
     return dict(zip(ops, aligned(ops, sample).tolist()))

@@ -55,12 +55,10 @@ class Evidence:
         found, _ = ranks.in_turn(read if ranks.size > 1 else own)
         return cls(model, tuple(batch.to(device) for batch in batches(found)), loss)
 
-
-    @property
-    def some(self) -> Evidence:
-        """The first batches, of a few items together."""
+    def first(self, items: int) -> Evidence:
+        """The first batches, which hold so many items together."""
         totals = itertools.accumulate(count(batch) or 1 for batch in self.batches)
-        enough = next((n for n, total in enumerate(totals, 1) if total >= _ITEMS), _BATCHES)
+        enough = next((n for n, total in enumerate(totals, 1) if total >= items), _BATCHES)
         return replace(self, batches=self.batches[:enough])
 
 
@@ -214,15 +212,13 @@ def _changes(part: Part, model: nn.Module, slopes: Mapping[int, Tensor]) -> Iter
             yield -float((slope.double() * tensor.detach().double() * gone).sum())
 
 
-def _greedy(
-    parts: Sequence[Part], evidence: Evidence, saved: Mapping[str, float]
-) -> list[Part]:
+def _greedy(parts: Sequence[Part], evidence: Evidence, saved: Mapping[str, float]) -> list[Part]:
     """Again and again the part without which, beside those before it, outputs change least.
 
     What a part changes is taken to grow with what has left before it: one that changed more
     than the best of those looked at, when it was looked at last, is not looked at again.
     """
-    evidence = evidence.some
+    evidence = evidence.first(_ITEMS)
     wanted = list(_outputs(evidence, {}))
     order = list[Part]()
     silent = Silent(evidence) if any(part.groups for part in parts) else None
@@ -237,7 +233,7 @@ def _greedy(
     waiting = [(error(part), number, 0) for number, part in enumerate(parts)]
     heapq.heapify(waiting)
     while waiting:
-        found, number, seen = heapq.heappop(waiting)
+        _, number, seen = heapq.heappop(waiting)
         if seen < len(order) and waiting:
             heapq.heappush(waiting, (error(parts[number]), number, len(order)))
         else:

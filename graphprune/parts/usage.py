@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,9 +38,10 @@ def scores(
         evidence: the batches.
         request: with its criterion: ``"random"``; ``"taylor"``, the first-order change of the loss
             without the weights of an expert; ``"reconstruction"``, the squared change of what the
-            mixture returns when an expert is never chosen; with all others the mean norm of what an
-            expert adds for the tokens that choose it, times its router's weight (Lasby et al.,
-            "REAP the Experts", 2025).
+            mixture returns when an expert is never chosen; ``"geometric_median"``, the turn at
+            which an expert is the one of the two most alike (in their weights) that adds less;
+            with all others the mean norm of what an expert adds for the tokens that choose it,
+            times its router's weight (Lasby et al., "REAP the Experts", 2025).
     """
     name = name_of(request.criterion)
     if name == "random":
@@ -56,7 +58,9 @@ def scores(
         module = copy_module(model.get_submodule(mixture.name), {}).eval()
         vars(module).pop("graphprune_plan", None)
         scored = _error if name == "reconstruction" else _added
-        found[mixture.name] = scored(module, mixture, calls[mixture.name])
+        values = scored(module, mixture, calls[mixture.name])
+        alike = name == "geometric_median"
+        found[mixture.name] = _turns(module, mixture, values) if alike else values
     return found
 
 
@@ -124,6 +128,32 @@ def _error(module: nn.Module, mixture: Experts, calls: Sequence[Call]) -> list[f
         pairs = ((_result(masked, call), out) for call, out in zip(calls, whole))
         found.append(sum(float((one - other).square().sum()) for one, other in pairs))
     return found
+
+
+def _turns(module: nn.Module, mixture: Experts, added: Sequence[float]) -> list[float]:
+    """When each expert leaves: again and again, of the two most alike the one that adds less.
+
+    The distance of two experts is that of their weights, as a fraction of both lengths; experts
+    of other groups are not compared, nor those that stay.
+    """
+    each = mixture.size // mixture.groups
+    slices = [_slices(module, mixture.plan, expert) for expert in range(mixture.size)]
+    flat = [torch.cat([part.detach().double().flatten() for part in parts]) for parts in slices]
+    far: dict[tuple[int, int], float] = {}
+    for one, other in itertools.combinations(range(mixture.size), 2):
+        same = one // each == other // each and flat[one].shape == flat[other].shape
+        if same and not {one, other} & {*mixture.fixed}:
+            length = float(flat[one].norm() + flat[other].norm())
+            far[one, other] = float((flat[one] - flat[other]).norm()) / max(length, _SILENT)
+    turns = [math.inf] * mixture.size
+    for turn in range(mixture.size):
+        if not far:
+            break
+        nearest = min(far, key=far.__getitem__)
+        gone = min(nearest, key=lambda expert: added[expert])
+        turns[gone] = float(turn)
+        far = {pair: value for pair, value in far.items() if gone not in pair}
+    return turns
 
 
 def _taylor(model: nn.Module, mixtures: Sequence[Experts], evidence: Evidence) -> Scores:

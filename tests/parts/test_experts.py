@@ -209,6 +209,23 @@ def test_scores_by_hand():
             assert value == pytest.approx(float(norms.mean()) if len(rows) else 0.0, rel=1e-9)
 
 
+def test_of_two_alike_the_one_leaves_that_adds_less():
+    model, inputs = useless()
+    graph = graphprune.trace(model, inputs)
+    experts = model.layers[0].experts
+    with torch.no_grad():
+        for number, copied in ((2, 1.0), (4, 1.05)):  # 0, 2 and 4 are alike, 4 adds most
+            for one, other in zip(experts[0].parameters(), experts[number].parameters()):
+                other.copy_(one * copied)
+        for parameter in experts[0].parameters():
+            parameter.mul_(0.9)
+    options = {"parts": "experts", "data": [inputs], "criterion": "geometric_median"}
+    gone = graph.plan(0.2, **options).experts[0].gone
+    assert gone in ([0], [2], [4])
+    gone = graph.plan(0.4, **options).experts[0].gone
+    assert set(gone) < {0, 2, 4}
+
+
 @pytest.mark.parametrize("criterion", ["random", "taylor", "reconstruction", "l2"])
 @pytest.mark.parametrize(
     "name", [pytest.param("a list", marks=pytest.mark.slow), "stacked weights"]

@@ -18,6 +18,7 @@ from graphprune.planning.budget import Budget, Unreachable
 from graphprune.planning.costs import Costs
 from graphprune.planning.deadline import Curve
 from graphprune.planning.latency import Bench, Cache, Sample, Stopwatch, fit
+from graphprune.planning.select import allowed
 from graphprune.record.inputs import Call
 
 X = torch.zeros(2, 3, 8, 8)
@@ -220,16 +221,45 @@ def machine(monkeypatch, graph):
     return Machine
 
 
-@pytest.mark.parametrize("options", [{}, {"round_to": 8}, {"scope": "global"}, {"min_kept": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"round_to": 1}, {"round_to": 8}, {"scope": "global"}, {"min_kept": 0.5}]
+)
 def test_a_latency_is_met(net, graph, machine, options):
     plan = graph.plan(target={"latency": 0.6}, **options)
     said = plan.request["latency"]
     assert said["measured"] <= 0.6 * said["before"]
-    assert said["measured"] >= (0.45 if options.get("round_to") else 0.57) * said["before"]
+    assert said["measured"] >= (0.57 if options.get("round_to") == 1 else 0.45) * said["before"]
     assert said["predicted"] == pytest.approx(said["measured"], rel=0.01)
     assert said["before"] == pytest.approx(machine(graph.call, CPU, 1).total(net))
     assert plan.request["target"] == {"latency": 0.6}
     assert graphprune.Plan.from_json(plan.to_json()) == plan
+
+
+def test_widths_for_a_latency_are_those_that_kernels_like(net, graph, machine):
+    rounded = graph.plan(target={"latency": 0.6})
+    for group in rounded.groups:
+        if group.size >= 16 and len(group.kept) > 8:
+            assert len(group.kept) % 8 == 0 or len(group.kept) == group.size
+    free = graph.plan(target={"latency": 0.6}, round_to=1)
+    assert any(len(group.kept) % 8 for group in free.groups if len(group.kept) > 8)
+    counted = graph.plan(target={"macs": 0.6}, criterion="random", scope="global")
+    assert any(len(group.kept) % 8 for group in counted.groups if len(group.kept) > 8)
+
+
+@pytest.mark.parametrize(
+    ("asked", "counts"),
+    [
+        ((32, 0, 1, 8), (32, 24, 16, 8, 4, 2, 1)),
+        ((30, 0, 1, 8), (30, 24, 16, 8, 4, 2, 1)),
+        ((24, 0.5, 1, 8), (24, 16, 12)),
+        ((24, 0.9, 0.95, 8), (22,)),
+        ((5, 1, 1, 1), (5,)),
+        ((1, 0, 1, 1), (1,)),
+    ],
+)
+def test_below_the_smallest_multiple_halves_are_allowed(asked, counts):
+    assert allowed(*asked, finer=True) == counts
+    assert {*allowed(*asked)} <= {*counts, asked[0]}
 
 
 def test_a_moment_of_a_busy_machine_hits_both(net, graph, machine):
