@@ -293,7 +293,6 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    speed.keep_freed_memory()
     kept = Kept(options.json)
     for network in networks(options.networks, options.wordnet, options.validation, options.quick):
         for kind, budget in BUDGETS:
@@ -305,6 +304,7 @@ def main() -> int:
             key = network.name, kind, budget, PEER
             kept.row(key, lambda k=key, n=network: peer(n, *k[1:3]))
     if "mobilenet" in options.networks and options.only != "macs":
+        speed.keep_freed_memory()
         ways = [*WAYS, *([PEER] if importlib.util.find_spec("torch_pruning") else [])]
         for way in ways:
             kept.row(("MobileNetV2", "latency", 0.5, way), lambda way=way: mobilenet(way))

@@ -13,6 +13,8 @@ from torch import Tensor
 from graphprune.ranks import Ranks
 
 _STEPS = 200  # of conjugate gradients
+_FEW = 128  # weights of a row that are zero, up to which no gradients are needed
+_LARGEST = 1 << 25  # numbers in the systems of all rows
 _CLOSE = 1e-16  # of the squared residual: rounding
 K = TypeVar("K", bound=Hashable)
 E = TypeVar("E", bound="Errors")
@@ -238,9 +240,11 @@ def _solve(matrix: Tensor, wanted: Tensor) -> Tensor:
 
 
 def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
-    """Rows x of ``x @ matrix = wanted`` that are zero but where they are free.
+    """Rows x that solve ``x @ matrix = wanted`` best and are zero but where they are free.
 
-    Conjugate gradients (Hestenes and Stiefel, 1952), scaled by the diagonal: every row has other
+    Where few weights of a row are zero, as rounding leaves them, the solution with all of them is
+    corrected (Hassibi and Stork, "Second order derivatives for network pruning", NIPS 1992).
+    Else conjugate gradients (Hestenes and Stiefel, 1952), scaled by the diagonal: every row has other
     places that are free, and a factorisation for each would cost too much. Every step lowers the
     error; rows that have converged stand still.
 
@@ -249,6 +253,11 @@ def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
         wanted: of shape [groups, rows, n].
         free: boolean, of shape [groups, rows, n].
     """
+    fixed = int((~free).sum(-1).max())
+    if fixed <= _FEW and free[..., 0].numel() * fixed**2 <= _LARGEST:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        if not bool((info != 0).any()):
+            return _corrected(torch.cholesky_inverse(factor), wanted, free, fixed)
     scale = matrix.diagonal(dim1=-2, dim2=-1)[:, None]
     found, left = torch.zeros_like(wanted), wanted * free
     enough = _CLOSE * left.square().sum(-1, keepdim=True)
@@ -265,3 +274,25 @@ def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
         step = left / scale + torch.where(far, now / energy, 0.0) * step
         energy = now
     return found
+
+
+def _corrected(inverse: Tensor, wanted: Tensor, free: Tensor, fixed: int) -> Tensor:
+    """The solution of every row, minus what makes its fixed places zero at the least cost.
+
+    Args:
+        inverse: of the matrix, [groups, n, n].
+        wanted: [groups, rows, n].
+        free: boolean, [groups, rows, n].
+        fixed: the most places of a row that are not free.
+    """
+    found = wanted @ inverse
+    held, places = (~free).sort(dim=-1, descending=True, stable=True)
+    held, places = held[..., :fixed], places[..., :fixed]  # [groups, rows, fixed]
+    group = torch.arange(len(inverse), device=inverse.device)[:, None, None, None]
+    block = inverse[group, places[..., :, None], places[..., None, :]]
+    both = held[..., :, None] & held[..., None, :]
+    unit = torch.eye(fixed, dtype=block.dtype, device=block.device)
+    amounts = found.gather(-1, places) * held
+    forces = torch.linalg.solve(torch.where(both, block, unit), amounts[..., None])[..., 0]
+    spread = torch.zeros_like(found).scatter_(-1, places, forces * held)
+    return (found - spread @ inverse) * free

@@ -25,7 +25,6 @@ from graphprune.record.batches import check_loss
 COLUMNS = ("aligned", "free")
 SCOPES = ("local", "global", "isomorphic")
 EXPRESSIBLE = (None, "config")
-_VECTOR = 8  # channels that kernels work on at once
 
 
 class Allocation(Protocol):
@@ -332,7 +331,7 @@ class Request:
     @property
     def vector(self) -> int:
         """Of what widths become multiples where they can and nothing was named."""
-        return _VECTOR if "latency" in self.target else 1
+        return 8 if "latency" in self.target else 1  # channels that kernels work on at once
 
     @property
     def ranks(self) -> Ranks:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
 import graphprune
-from graphprune.calibration import calibrate
+from graphprune.calibration import calibrate, sums
 from graphprune.training import make_permanent, sparsify, sparsity_of
 
 D = torch.float64
@@ -178,3 +178,23 @@ def test_grouped_transposed_convolutions(columns):
     gap = (small[:3](x) - wanted).square().sum()
     (slope,) = torch.autograd.grad(gap, [small[2].weight])
     assert float(slope.abs().max()) < 1e-6 * float(gap.detach())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
+@pytest.mark.parametrize("few", [0, 128])
+def test_rows_with_zeroes_by_hand(monkeypatch, share, few):
+    """Few zeroes of a row are corrected for, many are left to gradients: both are exact."""
+    monkeypatch.setattr(sums, "_FEW", few)
+    generator = torch.Generator().manual_seed(3)
+    inputs = torch.randn(3, 40, 12, generator=generator).double()
+    matrix = inputs.mT @ inputs / 40
+    wanted = torch.randn(3, 7, 12, generator=generator).double()
+    free = torch.rand(3, 7, 12, generator=generator) >= share
+    found = sums._solve_where(matrix, wanted, free)
+    for group in range(3):
+        for row in range(7):
+            places = free[group, row].nonzero()[:, 0]
+            part = matrix[group][places][:, places]
+            alone = torch.zeros(12).double()
+            alone[places] = torch.linalg.solve(part, wanted[group, row, places])
+            torch.testing.assert_close(found[group, row], alone, rtol=1e-6, atol=1e-6)

@@ -198,11 +198,9 @@ def test_transformers(first):
     assert small.layers.layers[0].self_attn.num_heads == 2
     assert graphprune.verify(model, small, tokens).difference < 1e-10
     kill(model.embed, *range(11))
-    plan, _ = shrunk(model, tokens)
-    assert (
-        any("LayerNorm" in note or "statistics" in note for note in plan.notes)
-        or plan.removed == 22
-    )
+    _, small = shrunk(model, tokens)  # how much is constant then depends on rounding
+    with torch.no_grad():
+        torch.testing.assert_close(small(tokens), model(tokens), rtol=1e-10, atol=1e-10)
 
 
 class Gated(nn.Module):
