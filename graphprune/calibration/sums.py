@@ -244,9 +244,9 @@ def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
 
     Where few weights of a row are zero, as rounding leaves them, the solution with all of them is
     corrected (Hassibi and Stork, "Second order derivatives for network pruning", NIPS 1992).
-    Else conjugate gradients (Hestenes and Stiefel, 1952), scaled by the diagonal: every row has other
-    places that are free, and a factorisation for each would cost too much. Every step lowers the
-    error; rows that have converged stand still.
+    Else conjugate gradients (Hestenes and Stiefel, 1952), scaled by the diagonal: every row has
+    other places that are free, and a factorisation for each would cost too much. Every step lowers
+    the error; rows that have converged stand still.
 
     Args:
         matrix: symmetric and positive, of shape [groups, n, n].
