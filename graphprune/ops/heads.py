@@ -28,6 +28,14 @@ def inward(walk: Walk, value: Value, dims: Iterable[int]) -> Value:
     return replace(value, layers=tuple(layers))
 
 
+def over_heads(walk: Walk, value: Value, dims: Set[int]) -> Value:
+    """A value of which sums over ``dims`` are taken: over its last one, as norms of each head do.
+
+    Where heads become narrower the same columns go in all of them, as in front of a product.
+    """
+    return inward(walk, value, dims) if dims == {value.ndim - 1} else value
+
+
 def inward_both(walk: Walk, left: Value, right: Value, turned: bool) -> tuple[Value, Value]:
     """Two values about to be multiplied over the last dimension of the left one.
 

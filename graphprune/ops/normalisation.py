@@ -14,6 +14,7 @@ from graphprune.ops.batch_norm import affine_fact, per_channel, vector_fact
 from graphprune.ops.calls import Overload, args_of
 from graphprune.ops.fact import Fact, along_unknown
 from graphprune.ops.given import Given, Pruned
+from graphprune.ops.heads import over_heads
 from graphprune.ops.ids import Alternatives, Layers, Way, varying
 from graphprune.ops.made import made
 from graphprune.ops.marks import Statistics
@@ -142,7 +143,7 @@ def normalised(
 ) -> list[Layers]:
     """A norm over some dimensions; ``exact``: statistics count what leaves as zero."""
     layers = []
-    for layer in x.layers:
+    for layer in over_heads(walk, x, dims).layers:
         if dims & varying(layer):
             if varying(layer) - dims:
                 layer = walk.collapse(layer, dims)

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from graphprune.ops.calls import Overload, target_of
 from graphprune.ops.fact import Fact, Unfollowed, along_unknown, arguments
 from graphprune.ops.factors import Factors
+from graphprune.ops.heads import over_heads
 from graphprune.ops.ids import Layers, varying
 from graphprune.ops.made import made, softmax_meta
 from graphprune.ops.registry import between, free, zeroes
@@ -189,7 +190,7 @@ def sum_(
 ) -> Layers:
     """A sum over channels is exact: removed channels would add zero."""
     dims = dims_of(dim, x.ndim)
-    kept, gone = summed(walk, x, dims)
+    kept, gone = summed(walk, over_heads(walk, x, dims), dims)
     walk.mask(*gone)
     return drop(kept, dims, node.meta["shape"])
 
@@ -274,7 +275,7 @@ def norm(
 def statistics(walk: Walk, node: fx.Node, x: Value, dim: object, text: str) -> Layers:
     """Statistics over channels: renormalising, evaluated over the kept channels."""
     dims = dims_of(dim, x.ndim)
-    kept, gone = summed(walk, x, dims)
+    kept, gone = summed(walk, over_heads(walk, x, dims), dims)
     for layer in gone:
         walk.renormalise(layer, text)
     walk.mask(*gone)

@@ -38,6 +38,7 @@ from graphprune.text import shorten
 _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made
 _NEARER = 2  # rounds of halving the steps around the best one
 _NARROWER = 3  # times that widths are chosen anew for a latency
+_NEAR = 1.5  # times the error of the best number of parts: width alone is looked at again
 _NEARLY = 1.01  # of a latency: what its measuring allows for
 _COLLAPSE = 0.5  # of the variance of the outputs: more of it lost is told
 _SECONDS = 1.0  # that two models run in turns to be timed
@@ -309,8 +310,22 @@ class Chooser:
             steps = [c for c in (best - width, best + width) if 0 <= c <= most]
         tried = ", ".join(f"{count}: {found[count][0]:.3g}" for count in sorted(found))
         note = f"error of the outputs by how many parts leave: {tried}"
-        plan = self._in_time(best, self._widths(best, self.request))
+        plan = self._final(best, {count: error for count, (error, _) in found.items()})
         return self._timed_note(replace(plan, notes=(*plan.notes, note)))
+
+    def _final(self, best: int, errors: Mapping[int, float]) -> Plan:
+        """The best number of parts, with widths as the data say, or width alone if that is better.
+
+        Widths are now chosen as without parts, which may tell other numbers.
+        """
+        request, counts = self.request, [best]
+        if self._is_for_repair:
+            request = replace(request, criterion=request.standing_in, standing_in="")
+            counts += [0] if best and errors.get(0, math.inf) < _NEAR * errors[best] else []
+        plans = [self._in_time(count, self._widths(count, request), request) for count in counts]
+        found = [self._repaired(plan) for plan in plans] if len(plans) > 1 else []
+        errors_now = [math.inf if error is None else error for error in found]
+        return plans[errors_now.index(min(errors_now))] if errors_now else plans[0]
 
     def _repaired(self, plan: Plan) -> float | None:
         """The error after a repair on few items, on some that it has not seen."""
@@ -334,7 +349,7 @@ class Chooser:
         data = [batch.whole for batch in self.few.batches]
         return replace(self.request, data=data, process_group=False)
 
-    def _in_time(self, count: int, plan: Plan) -> Plan:
+    def _in_time(self, count: int, plan: Plan, request: Request) -> Plan:
         """The plan, made narrower where parts and widths together save less time than apart."""
         if not self._is_timed or not plan.groups:
             return plan
@@ -345,7 +360,7 @@ class Chooser:
             if share <= limit * _NEARLY:
                 break
             scale *= limit / share
-            request = replace(self.request, target=self._left(made, scale), ratio=None)
+            request = replace(request, target=self._left(made, scale), ratio=None)
             plan = made.then(self._rest(made, request))
         return plan
 

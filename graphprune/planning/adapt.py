@@ -70,12 +70,14 @@ class Need:
 class Changes:
     """New values of attributes and literals, and what could not be solved.
 
-    ``unsure`` tells that a run must show whether the code follows.
+    ``unsure`` tells that a run must show whether the code follows; ``parted`` are the places
+    whose sizes the code found equal, and which a plan makes different.
     """
 
     values: Mapping[Settable, float]
     problems: tuple[Problem, ...]
     unsure: bool
+    parted: tuple[tuple[Place, Place], ...] = ()
 
 
 def changes(
@@ -118,6 +120,7 @@ class Solver:
         self.places: dict[Settable, Place] = {}  # what an attribute or literal measures
         self.written = False  # whether there are literals
         self.unsure = any(record.doubts for record in graph.records)
+        self.parted: list[tuple[Place, Place]] = []
 
     def solved(self) -> Changes:
         """All changes of a plan."""
@@ -135,7 +138,7 @@ class Solver:
             for leaf, new in self.values.items()
             if new != leaf.value or isinstance(leaf, Literal)
         }
-        return Changes(values, tuple(self.problems), self.unsure)
+        return Changes(values, tuple(self.problems), self.unsure, tuple(self.parted))
 
     def extent(self, leaf: Extent) -> int:
         """The new size of a dimension of a value."""
@@ -325,6 +328,10 @@ class Solver:
                     self.problems.append(problem)
                 else:
                     self.unsure = True
+                    left, right = comparison.left, comparison.right
+                    equal = (comparison.op == "eq") == comparison.result
+                    if equal and isinstance(left, Extent) and isinstance(right, Extent):
+                        self.parted.append(((left.node, left.dim), (right.node, right.dim)))
 
     def _holds(self, comparison: Comparison) -> bool:
         """Whether a comparison comes out as before; an equality can be solved for an attribute."""

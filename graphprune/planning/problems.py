@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,14 +132,18 @@ def _united(graph: Analysis, problem: Problem) -> tuple[Tensor, Tensor] | None:
 
     Queries, keys and values of a single head, say, that are all viewed with ``self.head_dim``.
     """
-    for rival in problem.rivals:
-        sides = []
-        for place in (problem.place, rival):
-            lines = _lines(graph, place) if place is not None else []
-            sides.append(lines[0] if lines else None)
-        a, b = sides
-        if a is not None and b is not None and a.shape == b.shape:
-            labels = graph.units.labels
+    pairs = ((problem.place, rival) for rival in problem.rivals if problem.place is not None)
+    return next(united(graph, pairs), None)
+
+
+def united(
+    graph: Analysis, pairs: Iterable[tuple[Place, Place]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pairs of dimensions of one size that are not tied yet: their ids."""
+    labels = graph.units.labels
+    for one, other in pairs:
+        first, second = _lines(graph, one), _lines(graph, other)
+        if first and second and first[0].shape == second[0].shape:
+            a, b = first[0], second[0]
             if (labels[a.numpy()] != labels[b.numpy()]).any():
-                return a, b
-    return None
+                yield a, b

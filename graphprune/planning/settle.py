@@ -22,7 +22,7 @@ from graphprune.ops.values import Reason
 from graphprune.plan.plan import IndexChange, LiteralChange, Plan, SizeChange, SlotPlan
 from graphprune.planning import adapt
 from graphprune.planning.dry_run import Place, Ran, broken, first_changed, first_mismatch
-from graphprune.planning.problems import Obstacles, Problem, around, obstacles
+from graphprune.planning.problems import Obstacles, Problem, around, obstacles, united
 from graphprune.record.inputs import Call
 from graphprune.record.recorder import Record
 from graphprune.record.recording import record
@@ -127,6 +127,9 @@ def follow(
     if problems:
         return Finding(settled.without(obstacles(analysis, problems)), False)
     place = _mismatch(model, call, settled, alive) if solved.unsure else None
+    ties = () if place is None else tuple(united(analysis, solved.parted))
+    if ties:  # the code takes another way where they differ
+        return Finding(settled.without(Obstacles(ties)), False)
     return _finding(settled, alive, place)
 
 

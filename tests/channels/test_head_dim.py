@@ -122,3 +122,77 @@ def test_an_unknown_word_is_refused():
         InputError, match="attention must be one of heads, queries, head_dim, not 'width'"
     ):
         graphprune.trace(Attention(), X, attention="width")
+
+
+class Root(nn.Module):
+    """The root of the mean square, in plain code."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+NORMS = {
+    "lengths": lambda width: lambda x: F.normalize(x, dim=-1),
+    "squares": lambda width: lambda x: x / (x * x).sum(-1, keepdim=True).add(1e-6).sqrt(),
+    "plain": Root,
+    "LayerNorm": nn.LayerNorm,
+    "RMSNorm": nn.RMSNorm,
+    "bare": lambda width: nn.LayerNorm(width, elementwise_affine=False),
+}
+
+
+class Normed(nn.Module):
+    """Queries and keys are normalised over the width of each head."""
+
+    def __init__(self, norm, shared, asks=False):
+        super().__init__()
+        self.heads, self.asks = 4, asks
+        self.shared = shared
+        self.q, self.out = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.k, self.v = (nn.Linear(32, 32 // shared) for _ in range(2))
+        self.norms = [NORMS[norm](8), NORMS[norm](8)] if norm else [nn.Identity(), nn.Identity()]
+        if isinstance(self.norms[0], nn.Module):
+            self.norms = nn.ModuleList(self.norms)
+
+    def forward(self, x):
+        b, n, _ = x.shape
+        few = self.heads // self.shared
+        q = self.q(x).view(b, n, self.heads, -1)
+        k, v = (part(x).view(b, n, few, -1) for part in (self.k, self.v))
+        q, k, v = (t.transpose(1, 2) for t in (self.norms[0](q), self.norms[1](k), v))
+        if self.asks and k.shape[-1] == v.shape[-1]:
+            y = F.scaled_dot_product_attention(q, k, v, scale=0.3, enable_gqa=True)
+        else:
+            k, v = (t.repeat_interleave(self.shared, 1) for t in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return self.out(y.transpose(1, 2).reshape(b, n, -1))
+
+
+def narrowed(model, x):
+    """Its small model, with the options that make heads narrower."""
+    graph = graphprune.trace(model, x, attention="head_dim")
+    small = graphprune.rebuild(model, graph.plan(0.5, criterion="random"))
+    assert graphprune.verify(model, small, x).difference < 1e-10
+    return small
+
+
+@pytest.mark.parametrize("norm", sorted(NORMS))
+@pytest.mark.parametrize("shared", [1, 2])
+def test_a_norm_over_heads_lets_their_columns_leave(norm, shared):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 32), Normed(norm, shared), nn.Linear(32, 3)).double().eval()
+    small = narrowed(model, torch.randn(2, 6, 5).double())
+    assert small[1].q.out_features == 16
+    assert small[1].v.out_features == 16 // shared
+
+
+def test_code_that_compares_widths_goes_on_the_same_way():
+    """Keys and values then lose equally many columns, where queries share them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 32), Normed("", 2, asks=True), nn.Linear(32, 3))
+    small = narrowed(model.double().eval(), torch.randn(2, 6, 5).double())
+    assert small[1].k.out_features == small[1].v.out_features == 8
