@@ -328,18 +328,23 @@ def what_runs(
     batch, clone = _batch(original, call), hollow(model, plan)
     ran = Ran(clone, [], [], {}, unread)
     if original.device == "meta":
-        for name, module in named_modules(clone):
+        hooks = [
             module.register_forward_hook(
                 lambda _, *given, name=name: ran.passed.setdefault(name, []).extend(
                     shapes_in(given)
                 ),
                 with_kwargs=True,
             )
+            for name, module in named_modules(clone)
+        ]
         try:
             with _without(clone, unread):
                 out = dry(clone.train(original.training), batch, ran.ops, original.caches)
         except Exception:  # whatever the code of a model raises: it is run again, and told then
             return what_runs(model, call, original, plan) if unread else None
+        finally:  # they hold the copy, which would wait for the collector
+            for hook in hooks:
+                hook.remove()
         ran.outputs.extend(shapes_in(out))
         return ran
     small, complete = _recorded(model, batch, original, plan)

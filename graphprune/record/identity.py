@@ -61,6 +61,12 @@ class Identity:
             return known.source
         return self._storages[key].get(place) if key in self._storages else None
 
+    def forget(self) -> None:
+        """Let all tensors go: what is left of a recording may wait long for the collector."""
+        self._objects.clear()
+        self._storages.clear()
+        self._alive.clear()
+
     def neighbours(self, tensor: Tensor) -> list[Tensor]:
         """Other tensors in the same storage."""
         key = storage_key(tensor)

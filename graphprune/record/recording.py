@@ -158,8 +158,23 @@ def run(
         caches: whether its code may keep tensors outside of the model.
         beside: modules that run beside others.
     """
-    args, kwargs = call.on(device)
     recorder = Recorder(clone, device, clone.training)
+    try:
+        return _run(clone, call, recorder, watch_mode, watch, caches, beside)
+    finally:
+        recorder.identity.forget()
+
+
+def _run(
+    clone: nn.Module,
+    call: Call,
+    recorder: Recorder,
+    watch_mode: bool,
+    watch: Watch,
+    caches: bool,
+    beside: Sequence[Passed],
+) -> Record:
+    args, kwargs = call.on(recorder.device)
     if watch_mode:
         recorder.watch_mode(clone)
     for tensor in pytree.tree_leaves((args, kwargs)):
@@ -213,7 +228,7 @@ def run(
     inside = [recorder.node_of(tensor) for tensor in held]
     if call.outputs is not None and call.outputs.names:
         counted = [*counted, *inside]
-    if device == "cpu" and call.outputs is None:  # returned, perhaps, when values differ
+    if recorder.device == "cpu" and call.outputs is None:  # returned, perhaps, when values differ
         likes = {_like(node) for node in result.outputs}
         calls = [n for _, n in result.calls if not n.meta.get("beside")]
         inside = [*inside, *(node for node in calls if _like(node) in likes)]
