@@ -120,7 +120,7 @@ def line(stem: str, row: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """Print the table; 1 where a type was not equal."""
+    """Print the table; 1 where a small model was not equal, or something else than a refusal."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="+", choices=TYPES, default=list(TYPES))
     parser.add_argument("--timeout", type=float, default=300, help="seconds per type")
@@ -130,13 +130,15 @@ def main() -> int:
         "| type | mixtures | experts that leave | parameters kept | small against masked | config |"
     )
     print("| --- | --- | --- | --- | --- | --- |")
-    equal = 0
+    equal = wrong = 0
     for stem in options.types:
         row = isolated(run, stem, timeout=options.timeout)
         equal += row.get("verdict") == "equal"
+        refused = row["status"] != "ok" and "no experts of this model can leave" in row["reason"]
+        wrong += row.get("verdict") != "equal" and not refused
         print(line(stem, row), flush=True)
     print(f"\n{equal} of {len(options.types)} types equal")
-    return int(equal < len(options.types))
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":
