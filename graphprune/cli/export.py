@@ -53,6 +53,9 @@ def export(
             help="Weights in a second file; by itself beyond 1.9 GB.",
         ),
     ] = None,
+    compiled: Annotated[
+        bool, typer.Option(help="Of a .pt2: machine code for this CPU, by AOTInductor.")
+    ] = False,
     engine: Annotated[
         str, typer.Option(help="What runs ONNX to compare: onnxruntime, or openvino.")
     ] = "onnxruntime",
@@ -92,6 +95,7 @@ def export(
             "outputs": outputs or None,
             "opset": opset,
             "external_data": external_data,
+            "compiled": compiled,
             "seed": seed,
         }
         with run.status("exporting"):

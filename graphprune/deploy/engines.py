@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +29,8 @@ DTYPES = {
     "tensor(bool)": torch.bool,
     **{f"tensor({name})": getattr(torch, name) for name in ("int8", "uint8", "int32", "int64")},
 }
+OF_PACKAGE = "graphprune"  # in the metadata of a compiled package: its example inputs
+_INSIDE = "/data/aotinductor/"
 _ONLY_ERRORS = 4  # of the levels of ONNX Runtime's own log
 
 
@@ -159,11 +163,13 @@ def eager(model: nn.Module, call: Call, threads: int | None = None) -> Engine:
 
 
 def program(path: Path, threads: int | None = None) -> Engine:
-    """A package of ``torch.export``, whose inputs are the tensors of the call.
+    """A package of ``torch.export``, whose inputs are the tensors of the call, or of AOTInductor.
 
     Raises:
         ExportError: it is none.
     """
+    if is_compiled(path):
+        return compiled(path, threads)
     try:
         with quiet():
             loaded = torch.export.load(path)
@@ -173,6 +179,48 @@ def program(path: Path, threads: int | None = None) -> Engine:
     call = Call(tuple(args), dict(kwargs))
     found = _of_torch(f"torch.export {torch.__version__}", Flat(loaded.module(), call), threads)
     return replace(found, example=call)
+
+
+def is_compiled(path: Path) -> bool:
+    """Whether a package holds machine code."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as package:
+        return any(_INSIDE in name for name in package.namelist())
+
+
+def compiled(path: Path, threads: int | None = None) -> Engine:
+    """A package of AOTInductor, on the CPU.
+
+    Raises:
+        ExportError: it does not load, on another kind of processor, say.
+    """
+    from torch._inductor import aoti_load_package
+
+    try:
+        with quiet():
+            package: Any = aoti_load_package(str(path))
+            given = json.loads(package.loader.get_metadata().get(OF_PACKAGE, "[]"))
+    except Exception as error:
+        raise ExportError(f"AOTInductor cannot load {path.name!r}: {told(error)}") from error
+    example = [torch.zeros(shape, dtype=getattr(torch, name)) for shape, name in given]
+
+    def call(tensors: Sequence[Tensor]) -> Any:
+        with cpu_threads(threads), torch.no_grad():
+            return package(*tensors)
+
+    def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        try:
+            found = call(tensors)
+        except Exception as error:
+            raise ExportError(told(error)) from error
+        return on_cpu([found] if isinstance(found, Tensor) else [*found])
+
+    def ready(tensors: Sequence[Tensor]) -> Run:
+        return lambda: call(tensors)
+
+    name = f"AOTInductor {torch.__version__}"
+    return Engine(name, (), run, ready, example=Call(tuple(example), {}))
 
 
 def _of_torch(name: str, flat: Flat, threads: int | None) -> Engine:

@@ -28,7 +28,14 @@ from graphprune.deploy.engines import ENGINES, load_engine, needed
 from graphprune.deploy.files import written_beside
 from graphprune.deploy.flat import Flat, Port, chosen_names, input_names, type_name, unique
 from graphprune.deploy.onnx_files import LARGE, check_opset, write
-from graphprune.deploy.programs import Fixed, Program, exported, open_shapes
+from graphprune.deploy.programs import (
+    MACHINE,
+    Fixed,
+    Program,
+    exported,
+    open_shapes,
+    write_compiled,
+)
 from graphprune.deploy.reading.source import source_of
 from graphprune.deploy.traced_files import NOTE, is_recurrent, shapes_of, write_traced
 from graphprune.errors import ExportError, InputError, ModelError, TraceError, warn
@@ -53,7 +60,7 @@ class Exported:
 
     Attributes:
         path: the file.
-        format: ``"ONNX"`` or ``"torch.export"``.
+        format: ``"ONNX"``, ``"torch.export"`` or ``"AOTInductor"``.
         opset: the version of ONNX's operators; ``None`` for other formats.
         inputs: names, dtypes and sizes of the inputs.
         outputs: the same of the outputs; sizes that follow open ones are told as formulas.
@@ -115,6 +122,7 @@ def export(
     outputs: object = None,
     opset: int | None = None,
     external_data: bool | None = None,
+    compiled: bool = False,
     check: bool = True,
     engine: str = "onnxruntime",
     tolerance: float | None = None,
@@ -126,9 +134,9 @@ def export(
     """Write a model as a file for an engine, after comparing both there.
 
     ``.onnx`` is written by torch's exporter and run in ONNX Runtime, ``.pt2`` is a package of
-    ``torch.export``. The file is made beside its final name, run on the example inputs, on other
-    values and at another size of every open dimension, and only then moved there; a file of that
-    name is replaced. The model is left as it was.
+    ``torch.export``, or with ``compiled`` of AOTInductor. The file is made beside its final name,
+    run on the example inputs, on other values and at another size of every open dimension, and only
+    then moved there; a file of that name is replaced. The model is left as it was.
 
     Args:
         model: any module, such as what :func:`graphprune.rebuild` returned; exported in eval mode.
@@ -147,6 +155,8 @@ def export(
         opset: version of ONNX's operators; the exporter's choice when absent.
         external_data: whether the weights go into ``path`` with ``.data`` behind it; when absent
             for models that one ONNX file cannot hold (2 GB).
+        compiled: of a ``.pt2``: compile it by AOTInductor to machine code for the CPU of this
+            machine, which takes a C++ compiler and up to a minute or two.
         check: compare with the model in the engine.
         engine: what runs an ONNX file for that, ``"onnxruntime"`` or ``"openvino"``.
         tolerance: largest relative difference allowed; 1e-5 in float32, 1e-2 in float16 when
@@ -184,6 +194,8 @@ def export(
     check_model(model)
     check_opset(opset)
     check_seed(seed)
+    if compiled and path.suffix.lower() != ".pt2":
+        raise InputError(f"compiled=True is about .pt2, and path is {path.name!r}")
     if tolerance is not None:
         check_tolerance(tolerance)
     if engine not in ENGINES:
@@ -199,7 +211,7 @@ def export(
             output_names = ready.kept(source.outputs) if output_names is None else output_names
             dynamic = source.dynamic or None if dynamic == "batch" else dynamic
         ready.name(input_names, output_names)
-        made = _Made(ready, path, dynamic)
+        made = _Made(ready, path, dynamic, compiled)
         with written_beside(path) as folder:
             made.write(folder, opset, external_data)
             agreement = made.check(folder, engine, tolerance, seed) if check else None
@@ -287,14 +299,14 @@ def drawn_where_absent(call: Call) -> tuple[tuple[object, ...], dict[str, object
 class _Made:
     """A file in the making."""
 
-    def __init__(self, ready: Ready, path: Path, dynamic: Dynamic) -> None:
-        self.ready, self.path, self.dynamic = ready, path, dynamic
+    def __init__(self, ready: Ready, path: Path, dynamic: Dynamic, compiled: bool) -> None:
+        self.ready, self.path, self.dynamic, self.compiled = ready, path, dynamic, compiled
         self.opset: int | None = None
         self.recorded: Program | None = None
         if path.suffix.lower() == ".onnx" and is_recurrent(ready.twin):
             self.axes, self.notes = find_axes(dynamic, ready.inputs, ready.tensors), [NOTE]
             return
-        whole = path.suffix.lower() == ".pt2" and ready.flat.chosen is None
+        whole = path.suffix.lower() == ".pt2" and ready.flat.chosen is None and not compiled
         self.axes, self.recorded, self.notes = _recorded(ready, dynamic, whole)
 
     def write(self, folder: Path, opset: int | None, external_data: bool | None) -> None:
@@ -314,6 +326,8 @@ class _Made:
                 self.axes, self.recorded, self.notes = found
         if file.suffix.lower() == ".onnx":
             self.opset = write(self.recorded, file, names, self.axes, **common)
+        elif self.compiled:
+            write_compiled(self.recorded, file, ready.tensors)
         else:
             torch.export.save(self.recorded, file)
 
@@ -331,8 +345,12 @@ class _Made:
             shapes = open_shapes(self.recorded, self.axes)
         inputs, outputs = _ports(self.ready, self.axes, shapes)
         total = sum(part.stat().st_size for part in folder.iterdir())
-        kind = FORMATS[self.path.suffix.lower()]
-        notes = (*self.notes, *odd_widths(self.ready.model, kind))
+        kind = "AOTInductor" if self.compiled else FORMATS[self.path.suffix.lower()]
+        notes = (
+            *self.notes,
+            *([MACHINE] if self.compiled else []),
+            *odd_widths(self.ready.model, kind),
+        )
         return Exported(self.path, kind, self.opset, inputs, outputs, total, agreement, notes)
 
     def certificate(

@@ -1,9 +1,12 @@
-"""A model as a program of ``torch.export``, with sizes left open."""
+"""A model as a program of ``torch.export``, with sizes left open, or compiled to machine code."""
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,15 +14,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphprune.deploy.axes import Axis, resized
-from graphprune.deploy.engines import told
+from graphprune.deploy.engines import OF_PACKAGE, told
 from graphprune.deploy.flat import Flat
 from graphprune.deploy.quiet import quiet
-from graphprune.errors import ExportError
+from graphprune.errors import ExportError, InputError
 from graphprune.record.inputs import parameter_names
 from graphprune.record.random_numbers import same_numbers
 
 Program = torch.export.ExportedProgram
 _FIXED = ("onstraints violated", "specialized", "conflicts between user-specified ranges")
+MACHINE = "machine code of this kind of processor: compile it where it will run"
 _VALUES = ("data-dependent", "data dependent", "GuardOnDataDependent", "unbacked")
 
 
@@ -76,6 +80,31 @@ def _recorded(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Program:
         raise ExportError(
             f"torch.export cannot record {name}: {type(error).__name__}: {told(error)}"
         ) from error
+
+
+def write_compiled(program: Program, file: Path, tensors: Sequence[Tensor]) -> None:
+    """Compile a recorded program to a package.
+
+    Args:
+        program: of a model that takes flat tensors.
+        file: the package, ``.pt2``.
+        tensors: example inputs, whose shapes the package tells.
+
+    Raises:
+        InputError: there is no C++ compiler.
+        ExportError: the compiler of torch cannot compile it.
+    """
+    from torch._inductor import aoti_compile_and_package
+
+    if not any(map(shutil.which, ("g++", "c++", "clang++"))):
+        raise InputError("compiled=True needs a C++ compiler (g++): install one, or leave it out")
+    told_inputs = [[[*t.shape], str(t.dtype).removeprefix("torch.")] for t in tensors]
+    settings = {"aot_inductor.metadata": {OF_PACKAGE: json.dumps(told_inputs)}}
+    try:
+        with quiet(), torch.no_grad():
+            aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)
+    except Exception as error:  # of many classes, its compiler's too
+        raise ExportError(f"AOTInductor cannot compile the program: {told(error)}") from error
 
 
 def told_of_sizes(text: str) -> str:
