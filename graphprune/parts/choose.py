@@ -310,10 +310,10 @@ class Chooser:
             steps = [c for c in (best - width, best + width) if 0 <= c <= most]
         tried = ", ".join(f"{count}: {found[count][0]:.3g}" for count in sorted(found))
         note = f"error of the outputs by how many parts leave: {tried}"
-        plan = self._final(best, {count: error for count, (error, _) in found.items()})
+        plan = self._final(best, found)
         return self._timed_note(replace(plan, notes=(*plan.notes, note)))
 
-    def _final(self, best: int, errors: Mapping[int, float]) -> Plan:
+    def _final(self, best: int, found: Mapping[int, tuple[float, Plan]]) -> Plan:
         """The best number of parts, with widths as the data say, or width alone if that is better.
 
         Widths are now chosen as without parts, which may tell other numbers.
@@ -321,11 +321,20 @@ class Chooser:
         request, counts = self.request, [best]
         if self._is_for_repair:
             request = replace(request, criterion=request.standing_in, standing_in="")
-            counts += [0] if best and errors.get(0, math.inf) < _NEAR * errors[best] else []
-        plans = [self._in_time(count, self._widths(count, request), request) for count in counts]
-        found = [self._repaired(plan) for plan in plans] if len(plans) > 1 else []
-        errors_now = [math.inf if error is None else error for error in found]
-        return plans[errors_now.index(min(errors_now))] if errors_now else plans[0]
+            near = 0 in found and found[0][0] < _NEAR * found[best][0]
+            counts += [0] if best and near else []
+        plans = []
+        for count in counts:
+            try:
+                plan = self._in_time(count, self._widths(count, request), request)
+            except InputError:  # out of reach by a little, as times are measured
+                plan = found[count][1]
+            plans.append(plan)
+        if len(plans) == 1:
+            return plans[0]
+        errors = [self._repaired(plan) for plan in plans]
+        known = [math.inf if error is None else error for error in errors]
+        return plans[known.index(min(known))]
 
     def _repaired(self, plan: Plan) -> float | None:
         """The error after a repair on few items, on some that it has not seen."""
