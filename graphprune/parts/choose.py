@@ -36,6 +36,7 @@ from graphprune.record.inputs import Call
 from graphprune.text import shorten
 
 _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made
+_ALL = 6  # up to so many parts every number is tried
 _NEARER = 2  # rounds of halving the steps around the best one
 _NARROWER = 3  # times that widths are chosen anew for a latency
 _NEAR = 1.5  # times the error of the best number of parts: width alone is looked at again
@@ -294,7 +295,8 @@ class Chooser:
         most = self.ladder.steps if least is None else least
         found: dict[int, tuple[float, Plan]] = {}
         problem: InputError | None = None
-        steps = sorted({round(most * step / (_TRIED - 1)) for step in range(_TRIED)})
+        tries = min(most, _TRIED - 1 if most > _ALL else most)
+        steps = sorted({round(most * step / max(tries, 1)) for step in range(tries + 1)})
         for turn in range(1 + _NEARER):
             for count in steps:
                 if count in found:
