@@ -295,8 +295,8 @@ class Chooser:
         most = self.ladder.steps if least is None else least
         found: dict[int, tuple[float, Plan]] = {}
         problem: InputError | None = None
-        tries = min(most, _TRIED - 1 if most > _ALL else most)
-        steps = sorted({round(most * step / max(tries, 1)) for step in range(tries + 1)})
+        gaps = max(most if most <= _ALL else _TRIED - 1, 1)
+        steps = sorted({round(most * step / gaps) for step in range(gaps + 1)})
         for turn in range(1 + _NEARER):
             for count in steps:
                 if count in found:
@@ -321,6 +321,8 @@ class Chooser:
         Widths are now chosen as without parts, which may tell other numbers.
         """
         request, counts = self.request, [best]
+        if request.data is None:  # they are what the data say already
+            return self._in_time(best, found[best][1], request)
         if self._is_for_repair:
             request = replace(request, criterion=request.standing_in, standing_in="")
             near = 0 in found and found[0][0] < _NEAR * found[best][0]

@@ -95,7 +95,7 @@ class Depth:
         if not left:
             why = "all are kept" if known else "nothing is added to a stream that can leave alone"
             raise InputError(f"no {kinds} of this model can leave: {why}")
-        if len(known) == 1 and not self.finder.first_stays:
+        if len(known) == 1 and not self._likes_stay:
             raise InputError(f"{left[0].name!r} alone can leave, and one of the {kinds} must stay")
         return left
 
@@ -171,9 +171,28 @@ class Depth:
         """The parts in the order in which they leave for a budget; not all of them."""
         return self._apart(self.order, len(self.order))
 
+    @cached_property
+    def _likes_stay(self) -> bool:
+        """Whether something like the parts stays without all of them.
+
+        The first of numbered layers, or a module of the class in whose code they are added, with
+        nothing that can leave: a block that changes the resolution.
+        """
+        finder = self.finder
+        adding = {cut.module for part in self._known() for cut in part.cuts} - {""}
+        kinds = {type(finder.modules[name]) for name in adding}
+        gone = [module for part in self._known() for module in part.modules]
+        return finder.first_stays or any(
+            type(module) in kinds
+            and name in finder.calls
+            and name not in adding
+            and not any(covers(root, name) for root in gone)
+            for name, module in finder.modules.items()
+        )
+
     def _apart(self, order: Sequence[Part], count: int) -> list[Part]:
         """Parts that leave together, at most so many with those inside; one at least stays."""
-        others = self.finder.first_stays or len(order) < len(self._known())
+        others = self._likes_stay or len(order) < len(self._known())
         most = min(count, len(order) if others else len(order) - 1)
         chosen: list[Part] = []
         for part in order:

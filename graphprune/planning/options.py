@@ -247,8 +247,8 @@ class Request:
             "target is met by all together, with the smallest change of the outputs on ``data``, "
             "or else on the example inputs. Parts leave in the order of their influence (Men et "
             'al., "ShortGPT", 2024), experts of what they add where they are chosen (Lasby et al., '
-            '"REAP the Experts", 2025), or of the criteria ``"taylor"``, ``"reconstruction"`` and '
-            '``"random"``.',
+            '"REAP the Experts", 2025), or of the criteria ``"taylor"``, ``"reconstruction"``, '
+            '``"random"``; experts of ``"geometric_median"`` by their likeness as well.',
             short="What may leave: channels, branches, blocks, experts.",
         ),
     )

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from support.streams import images, texts
+from torch import nn
 
 import graphprune
 from graphprune.parts import choose, depth, score
@@ -147,7 +148,34 @@ def test_numbers_of_parts_are_tried_on_few_batches(monkeypatch):
 
     monkeypatch.setattr(type(graphprune.trace(model, x)), "widths", noted)
     options = {"parts": ("channels", "blocks"), "target": {"macs": 0.5}, "data": data}
-    graphprune.trace(model, x).plan(criterion="wanda", **options)
+    plan = graphprune.trace(model, x).plan(criterion="wanda", **options)
+    assert plan.groups  # widths were chosen as well
     assert lengths[0] == 5  # for all of it
     assert set(lengths[1:-1]) == {2}  # of 50 images each
-    assert lengths[-1] in (2, 5)  # all, unless blocks alone meet the target
+    assert lengths[-1] == 5
+
+
+class Inverted(nn.Module):
+    """Adds its input where it keeps the resolution."""
+
+    def __init__(self, stride):
+        super().__init__()
+        self.adds = stride == 1
+        self.body = nn.Sequential(
+            nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 3, stride, 1), nn.BatchNorm2d(4)
+        )
+
+    def forward(self, x):
+        return x + self.body(x) if self.adds else self.body(x)
+
+
+@pytest.mark.parametrize("parts", ["blocks", "branches"])
+@pytest.mark.parametrize(("strides", "gone"), [((1, 1, 1), 2), ((2, 1, 1), 2), ((2, 1), 1)])
+def test_all_leave_where_a_module_of_their_class_stays(parts, strides, gone):
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), *map(Inverted, strides)).eval()
+    graph = graphprune.trace(layers, torch.randn(2, 3, 8, 8))
+    plan = graph.plan(0.9, parts=parts)
+    assert len(plan.parts) == gone
+    small = graphprune.rebuild(layers, plan)
+    assert graphprune.verify(layers, small, torch.randn(2, 3, 8, 8)).verdict == "equal"
