@@ -13,8 +13,7 @@ from torch import Tensor
 from graphprune.ranks import Ranks
 
 _STEPS = 200  # of conjugate gradients
-_FEW = 128  # weights of a row that are zero, up to which no gradients are needed
-_LARGEST = 1 << 25  # numbers in the systems of all rows
+_LARGEST = 1 << 25  # numbers in the systems of all rows: beyond, gradients are less
 _CLOSE = 1e-16  # of the squared residual: rounding
 K = TypeVar("K", bound=Hashable)
 E = TypeVar("E", bound="Errors")
@@ -253,11 +252,11 @@ def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
         wanted: of shape [groups, rows, n].
         free: boolean, of shape [groups, rows, n].
     """
-    fixed = int((~free).sum(-1).max())
-    if fixed <= _FEW and free[..., 0].numel() * fixed**2 <= _LARGEST:
+    counts = (~free).sum(-1)
+    if int((counts > 0).sum()) * int(counts.max()) ** 2 <= _LARGEST:
         factor, info = torch.linalg.cholesky_ex(matrix)
         if not bool((info != 0).any()):
-            return _corrected(torch.cholesky_inverse(factor), wanted, free, fixed)
+            return _corrected(torch.cholesky_inverse(factor), wanted, free, counts)
     scale = matrix.diagonal(dim1=-2, dim2=-1)[:, None]
     found, left = torch.zeros_like(wanted), wanted * free
     enough = _CLOSE * left.square().sum(-1, keepdim=True)
@@ -276,23 +275,25 @@ def _solve_where(matrix: Tensor, wanted: Tensor, free: Tensor) -> Tensor:
     return found
 
 
-def _corrected(inverse: Tensor, wanted: Tensor, free: Tensor, fixed: int) -> Tensor:
+def _corrected(inverse: Tensor, wanted: Tensor, free: Tensor, counts: Tensor) -> Tensor:
     """The solution of every row, minus what makes its fixed places zero at the least cost.
 
     Args:
         inverse: of the matrix, [groups, n, n].
         wanted: [groups, rows, n].
         free: boolean, [groups, rows, n].
-        fixed: the most places of a row that are not free.
+        counts: how many places of each row are not free, [groups, rows].
     """
     found = wanted @ inverse
-    held, places = (~free).sort(dim=-1, descending=True, stable=True)
-    held, places = held[..., :fixed], places[..., :fixed]  # [groups, rows, fixed]
-    group = torch.arange(len(inverse), device=inverse.device)[:, None, None, None]
-    block = inverse[group, places[..., :, None], places[..., None, :]]
-    both = held[..., :, None] & held[..., None, :]
-    unit = torch.eye(fixed, dtype=block.dtype, device=block.device)
-    amounts = found.gather(-1, places) * held
-    forces = torch.linalg.solve(torch.where(both, block, unit), amounts[..., None])[..., 0]
-    spread = torch.zeros_like(found).scatter_(-1, places, forces * held)
+    group, row = (counts > 0).nonzero(as_tuple=True)  # the rows with such places
+    held, places = (~free[group, row]).sort(dim=-1, descending=True, stable=True)
+    most = int(counts.max())
+    held, places = held[:, :most], places[:, :most]
+    block = inverse[group[:, None, None], places[:, :, None], places[:, None, :]]
+    unit = torch.eye(most, dtype=block.dtype, device=block.device)
+    block = torch.where(held[:, :, None] & held[:, None, :], block, unit)
+    amounts = found[group, row].gather(-1, places) * held
+    forces = torch.linalg.solve(block, amounts[..., None])[..., 0]
+    spread = torch.zeros_like(found)
+    spread[group[:, None], row[:, None], places] = forces * held
     return (found - spread @ inverse) * free

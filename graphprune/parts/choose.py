@@ -39,7 +39,7 @@ _TRIED = 5  # numbers of parts, evenly spaced, for which a whole plan is made
 _ALL = 6  # up to so many parts every number is tried
 _NEARER = 2  # rounds of halving the steps around the best one
 _NARROWER = 3  # times that widths are chosen anew for a latency
-_NEAR = 1.5  # times the error of the best number of parts: width alone is looked at again
+_NEAR = 1.2  # times the error of the best number of parts: width alone is looked at again
 _NEARLY = 1.01  # of a latency: what its measuring allows for
 _COLLAPSE = 0.5  # of the variance of the outputs: more of it lost is told
 _SECONDS = 1.0  # that two models run in turns to be timed
@@ -316,29 +316,30 @@ class Chooser:
         return self._timed_note(replace(plan, notes=(*plan.notes, note)))
 
     def _final(self, best: int, found: Mapping[int, tuple[float, Plan]]) -> Plan:
-        """The best number of parts, with widths as the data say, or width alone if that is better.
+        """The best number of parts with widths as all the data say; or width alone, if it is near.
 
-        Widths are now chosen as without parts, which may tell other numbers.
+        Without parts the criterion may try variants of its scores, which may turn the scale.
         """
-        request, counts = self.request, [best]
+        request = self.request
         if request.data is None:  # they are what the data say already
             return self._in_time(best, found[best][1], request)
-        if self._is_for_repair:
-            request = replace(request, criterion=request.standing_in, standing_in="")
-            near = 0 in found and found[0][0] < _NEAR * found[best][0]
-            counts += [0] if best and near else []
-        plans = []
-        for count in counts:
-            try:
-                plan = self._in_time(count, self._widths(count, request), request)
-            except InputError:  # out of reach by a little, as times are measured
-                plan = found[count][1]
-            plans.append(plan)
-        if len(plans) == 1:
-            return plans[0]
-        errors = [self._repaired(plan) for plan in plans]
+        plan = self._wide(best, found[best][1], request)
+        if not (self._is_for_repair and best and 0 in found):
+            return plan
+        if found[0][0] >= _NEAR * found[best][0]:
+            return plan
+        alone = replace(request, criterion=request.standing_in, standing_in="")
+        plans = [plan, self._wide(0, found[0][1], alone)]
+        errors = [self._repaired(each) for each in plans]
         known = [math.inf if error is None else error for error in errors]
         return plans[known.index(min(known))]
+
+    def _wide(self, count: int, tried: Plan, request: Request) -> Plan:
+        """Without so many parts, on all the data; as tried, where that is out of reach now."""
+        try:
+            return self._in_time(count, self._widths(count, request), request)
+        except InputError:  # by a little, as times are measured
+            return tried
 
     def _repaired(self, plan: Plan) -> float | None:
         """The error after a repair on few items, on some that it has not seen."""
