@@ -140,32 +140,36 @@ def ours(network: Network, kind: str, budget: float, way: str) -> Row:
 
 def peer(network: Network, kind: str, budget: float) -> Row | None:
     """The peer at the same share of MACs or time: its ratio is found by bisection."""
-    if importlib.util.find_spec("torch_pruning") is None:
-        return None
     start = time.process_time()
+    best = within(network, kind, budget)
+    if best is None:
+        return None
+    small, macs = best
+    lost = []
+    for task in network.tasks:
+        again = copy.deepcopy(small)
+        with contextlib.suppress(graphprune.errors.InputError):  # without BatchNorm
+            reestimate(again, task.data)
+        lost.append(task.right(network.model).double() - task.right(again).double())
+    found = real_weights.interval(torch.cat(lost)) if lost else (None, None, None)
+    seconds = time.process_time() - start
+    share = timed(network, small)
+    return Row(network.name, kind, budget, PEER, macs, share, *found, 0, seconds)
+
+
+def within(network: Network, kind: str, budget: float) -> tuple[nn.Module, float] | None:
+    """The peer's largest model within a budget, and its share of the MACs."""
     whole = graphprune.trace(network.model, network.example).cost.macs
     low, high, best = 0.0, 0.95, None
     for _ in range(STEPS):
         middle = (low + high) / 2
         small = pruned(network, middle)
         macs = graphprune.trace(small, network.example).cost.macs / whole
-        share = timed(network, small) if kind == "latency" else macs
-        if share <= budget:
+        if (timed(network, small) if kind == "latency" else macs) <= budget:
             high, best = middle, (small, macs)
         else:
             low = middle
-    if best is None:
-        return None
-    lost = []
-    for task in network.tasks:
-        small = copy.deepcopy(best[0])
-        with contextlib.suppress(graphprune.errors.InputError):  # without BatchNorm
-            reestimate(small, task.data)
-        lost.append(task.right(network.model).double() - task.right(small).double())
-    found = real_weights.interval(torch.cat(lost))
-    seconds = time.process_time() - start
-    share = timed(network, best[0])
-    return Row(network.name, kind, budget, PEER, best[1], share, *found, 0, seconds)
+    return best
 
 
 def pruned(network: Network, ratio: float) -> nn.Module:
@@ -199,40 +203,26 @@ def pruned(network: Network, ratio: float) -> nn.Module:
     return model
 
 
-def mobilenet(way: str) -> Row:
-    """MobileNetV2 with random weights at half of its latency."""
+def mobilenet() -> Network:
+    """MobileNetV2 with random weights: only what it takes is looked at."""
     import torchvision
 
     torch.manual_seed(0)
     model, x = torchvision.models.mobilenet_v2(weights=None).eval(), torch.randn(1, 3, 224, 224)
-    network = Network("MobileNetV2", model, [], x, ("classifier.1",))
-    start, count = time.process_time(), 0
-    whole = graphprune.trace(model, x).cost.macs
-    if way == PEER:
-        found = peer_of_latency(network)
-        macs = graphprune.trace(found, x).cost.macs / whole
-    else:
-        parts = WAYS[way]
-        plan = graphprune.trace(model, x).plan(target={"latency": 0.5}, parts=parts, threads=1)
-        found, macs, count = (
-            graphprune.rebuild(model, plan),
-            plan.after.macs / whole,
-            len(plan.parts),
-        )
+    return Network("MobileNetV2", model, [], x, ("classifier.1",))
+
+
+def untrained(network: Network, way: str) -> Row:
+    """A network without data at half of its latency."""
+    start = time.process_time()
+    graph = graphprune.trace(network.model, network.example)
+    plan = graph.plan(target={"latency": 0.5}, parts=WAYS[way], threads=1)
+    small = graphprune.rebuild(network.model, plan)
     seconds = time.process_time() - start
-    share = timed(network, found)
-    return Row(network.name, "latency", 0.5, way, macs, share, None, None, None, count, seconds)
-
-
-def peer_of_latency(network: Network) -> nn.Module:
-    """The peer's model that takes half of the time."""
-    low, high = 0.0, 0.95
-    for _ in range(STEPS):
-        middle = (low + high) / 2
-        low, high = (
-            (low, middle) if timed(network, pruned(network, middle)) <= 0.5 else (middle, high)
-        )
-    return pruned(network, high)
+    shares = plan.after.macs / graph.cost.macs, timed(network, small)
+    return Row(
+        network.name, "latency", 0.5, way, *shares, None, None, None, len(plan.parts), seconds
+    )
 
 
 class Kept:
@@ -246,6 +236,8 @@ class Kept:
     def row(self, key: tuple[str, str, float, str], make: Callable[[], Row | None]) -> None:
         """A row as it is in the file, or made now."""
         if any((r.network, r.target, r.budget, r.way) == key for r in self.rows):
+            return
+        if key[3] == PEER and importlib.util.find_spec("torch_pruning") is None:
             return
         try:
             made = make()
@@ -305,9 +297,12 @@ def main() -> int:
             kept.row(key, lambda k=key, n=network: peer(n, *k[1:3]))
     if "mobilenet" in options.networks and options.only != "macs":
         speed.keep_freed_memory()
-        ways = [*WAYS, *([PEER] if importlib.util.find_spec("torch_pruning") else [])]
-        for way in ways:
-            kept.row(("MobileNetV2", "latency", 0.5, way), lambda way=way: mobilenet(way))
+        network = mobilenet()
+        for way in WAYS:
+            key = network.name, "latency", 0.5, way
+            kept.row(key, lambda w=way, n=network: untrained(n, w))
+        key = network.name, "latency", 0.5, PEER
+        kept.row(key, lambda n=network: peer(n, "latency", 0.5))
     if not kept.rows:
         print("skipped: neither weights nor data are here")
         return 0

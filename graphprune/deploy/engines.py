@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphprune.deploy.flat import Flat, on_cpu
+from graphprune.deploy.flat import Flat, on_cpu, type_name
 from graphprune.deploy.quiet import quiet
 from graphprune.errors import ExportError, InputError
 from graphprune.measurement import cpu_threads
 from graphprune.record.inputs import Call
 
 Run = Callable[[], object]
+Ports = tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...]
 _EXTRAS = {"onnx": "onnx", "onnxruntime": "onnx", "onnxscript": "onnx", "openvino": "openvino"}
 DTYPES = {
     "tensor(float)": torch.float32,
@@ -51,7 +52,7 @@ class Engine:
     inputs: tuple[str, ...]
     run: Callable[[Sequence[Tensor]], list[Tensor]]
     ready: Callable[[Sequence[Tensor]], Run]
-    ports: tuple[tuple[str, torch.dtype, tuple[int | str, ...]], ...] = ()
+    ports: Ports = ()
     example: Call | None = None
 
 
@@ -203,13 +204,17 @@ def compiled(path: Path, threads: int | None = None) -> Engine:
             given = json.loads(package.loader.get_metadata().get(OF_PACKAGE, "[]"))
     except Exception as error:
         raise ExportError(f"AOTInductor cannot load {path.name!r}: {told(error)}") from error
-    example = [torch.zeros(shape, dtype=getattr(torch, name)) for shape, name in given]
+    ports = tuple(
+        (each["name"], getattr(torch, each["dtype"]), tuple(each["shape"])) for each in given
+    )
+    example = [torch.zeros(each["example"], dtype=port[1]) for each, port in zip(given, ports)]
 
     def call(tensors: Sequence[Tensor]) -> Any:
         with cpu_threads(threads), torch.no_grad():
             return package(*tensors)
 
     def run(tensors: Sequence[Tensor]) -> list[Tensor]:
+        _check_sizes(ports, tensors)
         try:
             found = call(tensors)
         except Exception as error:
@@ -217,10 +222,32 @@ def compiled(path: Path, threads: int | None = None) -> Engine:
         return on_cpu([found] if isinstance(found, Tensor) else [*found])
 
     def ready(tensors: Sequence[Tensor]) -> Run:
+        _check_sizes(ports, tensors)
         return lambda: call(tensors)
 
     name = f"AOTInductor {torch.__version__}"
-    return Engine(name, (), run, ready, example=Call(tuple(example), {}))
+    return Engine(name, (), run, ready, ports, Call(tuple(example), {}))
+
+
+def _check_sizes(ports: Ports, tensors: Sequence[Tensor]) -> None:
+    """Machine code checks nothing, and would read what is not there.
+
+    Raises:
+        ExportError: other inputs than the package takes.
+    """
+    if ports and len(ports) != len(tensors):
+        raise ExportError(f"the package takes {len(ports)} inputs; got {len(tensors)}")
+    opened: dict[int | str, int] = {}
+    for (name, kind, shape), tensor in zip(ports, tensors):
+        wanted = [
+            size if isinstance(size, int) else opened.setdefault(size, found)
+            for size, found in zip(shape, tensor.shape)
+        ]
+        if tensor.dtype != kind or len(shape) != tensor.dim() or wanted != [*tensor.shape]:
+            raise ExportError(
+                f"{name} is {type_name(kind)}[{', '.join(map(str, shape))}] in the package; got "
+                f"{type_name(tensor.dtype)}[{', '.join(map(str, tensor.shape))}]"
+            )
 
 
 def _of_torch(name: str, flat: Flat, threads: int | None) -> Engine:

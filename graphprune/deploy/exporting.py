@@ -327,7 +327,8 @@ class _Made:
         if file.suffix.lower() == ".onnx":
             self.opset = write(self.recorded, file, names, self.axes, **common)
         elif self.compiled:
-            write_compiled(self.recorded, file, ready.tensors)
+            inputs, _ = _ports(ready, self.axes, open_shapes(self.recorded, self.axes))
+            write_compiled(self.recorded, file, inputs, ready.tensors)
         else:
             torch.export.save(self.recorded, file)
 

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphprune.deploy.axes import Axis, resized
 from graphprune.deploy.engines import OF_PACKAGE, told
-from graphprune.deploy.flat import Flat
+from graphprune.deploy.flat import Flat, Port
 from graphprune.deploy.quiet import quiet
 from graphprune.errors import ExportError, InputError
 from graphprune.record.inputs import parameter_names
@@ -82,13 +82,16 @@ def _recorded(model: nn.Module, args: Any, kwargs: Any, shapes: Any) -> Program:
         ) from error
 
 
-def write_compiled(program: Program, file: Path, tensors: Sequence[Tensor]) -> None:
+def write_compiled(
+    program: Program, file: Path, ports: Sequence[Port], tensors: Sequence[Tensor]
+) -> None:
     """Compile a recorded program to a package.
 
     Args:
         program: of a model that takes flat tensors.
         file: the package, ``.pt2``.
-        tensors: example inputs, whose shapes the package tells.
+        ports: its inputs; machine code checks no sizes, so the package tells them.
+        tensors: example inputs.
 
     Raises:
         InputError: there is no C++ compiler.
@@ -98,8 +101,11 @@ def write_compiled(program: Program, file: Path, tensors: Sequence[Tensor]) -> N
 
     if not any(map(shutil.which, ("g++", "c++", "clang++"))):
         raise InputError("compiled=True needs a C++ compiler (g++): install one, or leave it out")
-    told_inputs = [[[*t.shape], str(t.dtype).removeprefix("torch.")] for t in tensors]
-    settings = {"aot_inductor.metadata": {OF_PACKAGE: json.dumps(told_inputs)}}
+    inputs = [
+        {"name": port.name, "dtype": port.dtype, "shape": port.shape, "example": [*tensor.shape]}
+        for port, tensor in zip(ports, tensors, strict=True)
+    ]
+    settings = {"aot_inductor.metadata": {OF_PACKAGE: json.dumps(inputs)}}
     try:
         with quiet(), torch.no_grad():
             aoti_compile_and_package(program, package_path=str(file), inductor_configs=settings)

@@ -16,7 +16,7 @@ from graphprune.calibration import calibrate
 from graphprune.calibration.outcome import distance
 from graphprune.calibration.statistics import has_statistics, reestimate
 from graphprune.channels.analysis import Analysis
-from graphprune.criteria import find
+from graphprune.criteria import find, name_of
 from graphprune.errors import GraphPruneError, InputError, warn
 from graphprune.execute.shrink import shrink
 from graphprune.parts.depth import Alone, Depth
@@ -32,6 +32,7 @@ from graphprune.planning.options import Request
 from graphprune.planning.targets import Target
 from graphprune.planning.trials import HELD_OUT, MOST
 from graphprune.record.batches import device_of
+from graphprune.record.checks import is_weightless
 from graphprune.record.inputs import Call
 from graphprune.text import shorten
 
@@ -115,6 +116,8 @@ class Chooser:
             PruningWarning: on the data, little is left of what the outputs say.
         """
         find(self.request.criterion)
+        if is_weightless(self.model):
+            self._check_without_weights()
         for pattern in self.request.keep if "channels" not in self.request.parts else ():
             self._check_keep(pattern)
         plan = self._within() if self.request.target else self._share(self.request.ratio or 0.0)
@@ -125,6 +128,21 @@ class Chooser:
                 f"{min(lost, 9.99):.0%} of their variance: let fewer leave, or train afterwards"
             )
         return self.request.ranks.decided(plan)
+
+    def _check_without_weights(self) -> None:
+        """Raise where a model on the meta device would have to run."""
+        request = self.request
+        needs = [
+            ("a latency is measured", "latency" in request.target),
+            ("numbers of parts are compared by outputs", bool(self.rest and request.target)),
+            (f"criterion {request.named!r} runs the model", name_of(request.criterion) != "random"),
+        ]
+        told = next((text for text, holds in needs if holds), "")
+        if told:
+            raise InputError(
+                f"{told}, and the model is on the meta device: load it; of a model without weights "
+                "parts leave by criterion='random', by a ratio or where no channels do"
+            )
 
     def _check_keep(self, pattern: str) -> None:
         modules = self.mixtures.finder.modules

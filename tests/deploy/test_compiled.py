@@ -38,8 +38,11 @@ def test_a_small_model_as_machine_code(tmp_path):
     engine = engines.load_engine(path)
     rows = torch.randn(5, 4)
     torch.testing.assert_close(engine.run([rows])[0], small(rows))
-    with pytest.raises(ExportError):
-        engine.run([torch.randn(5, 3)])
+    for wrong in (torch.randn(5, 3), torch.randn(5, 4).double(), torch.randn(4)):
+        with pytest.raises(ExportError, match=r"input is float32\[batch, 4\] in the package; got"):
+            engine.run([wrong])
+    with pytest.raises(ExportError, match="takes 1 inputs; got 2"):
+        engine.run([rows, rows])
     assert str(bench({"file": path}, seconds=0.05)).count("AOTInductor") == 1  # its own inputs
 
 
@@ -62,3 +65,11 @@ def test_only_packages_are_compiled_and_only_with_a_compiler(tmp_path, monkeypat
     with pytest.raises(InputError, match="needs a C\\+\\+ compiler"):
         export(net(), tmp_path / "small.pt2", torch.randn(2, 4), compiled=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_sizes_of_one_name_are_equal():
+    ports = (("a", torch.float32, ("n", 3)), ("b", torch.int64, ("n",)))
+    engines._check_sizes(ports, [torch.ones(2, 3), torch.ones(2, dtype=torch.long)])
+    with pytest.raises(ExportError, match=r"b is int64\[n\] in the package; got int64\[3\]"):
+        engines._check_sizes(ports, [torch.ones(2, 3), torch.ones(3, dtype=torch.long)])
+    engines._check_sizes((), [torch.ones(2)])  # a package of somebody else tells nothing

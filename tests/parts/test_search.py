@@ -9,6 +9,7 @@ from support.streams import images, texts
 from torch import nn
 
 import graphprune
+from graphprune.errors import InputError
 from graphprune.parts import choose, depth, score
 from graphprune.parts.saving import savings
 from graphprune.planning.latency import Sample
@@ -179,3 +180,22 @@ def test_all_leave_where_a_module_of_their_class_stays(parts, strides, gone):
     assert len(plan.parts) == gone
     small = graphprune.rebuild(layers, plan)
     assert graphprune.verify(layers, small, torch.randn(2, 3, 8, 8)).verdict == "equal"
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"ratio": 0.5}, "criterion 'l2' runs the model"),
+        ({"ratio": 0.5, "criterion": "taylor"}, "criterion 'taylor' runs the model"),
+        ({"target": {"latency": 0.5}}, "a latency is measured"),
+        ({"target": {"macs": 0.5}, "parts": ("blocks", "channels")}, "numbers of parts are"),
+    ],
+)
+def test_without_weights_what_would_run_is_told(options, told):
+    model, x = images(*["inverted"] * 3)
+    graph = graphprune.trace(model.to("meta"), x)
+    asked = {"parts": "blocks", "ratio": None, **options}
+    with pytest.raises(InputError, match=f"{told}.*meta device: load it"):
+        graph.plan(**asked)
+    plan = graph.plan(0.5, parts="blocks", criterion="random")
+    assert plan.parts
